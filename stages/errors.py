@@ -1,0 +1,23 @@
+"""The one exception a user is meant to see: what happened, why, and what to do about it."""
+
+
+class UserError(Exception):
+    """A mistake or a limit that the user can act on; shown as three lines, exit code 2, no traceback.
+
+    Args:
+        what: the thing that failed, in the user's terms.
+        why: the cause, with the offending value.
+        fix: the next thing to type or change.
+    """
+
+    def __init__(self, what: str, why: str, fix: str) -> None:
+        super().__init__(f"{what}: {why} ({fix})")
+        self.what, self.why, self.fix = what, why, fix
+
+
+def check_shape(name: str, tensor, wanted: tuple[int | None, ...]) -> None:
+    """Raise ValueError naming argument, wanted and got unless `tensor.shape` matches; None matches any size."""
+    shape = tuple(tensor.shape)
+    if len(shape) != len(wanted) or any(w is not None and w != s for w, s in zip(wanted, shape, strict=True)):
+        want = "[" + ", ".join("*" if w is None else str(w) for w in wanted) + "]"
+        raise ValueError(f"{name}: wanted shape {want}, got {list(shape)}")

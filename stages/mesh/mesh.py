@@ -1,0 +1,46 @@
+"""The triangle mesh that leaves the toolkit: plain numpy arrays, no behaviour beyond measuring itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass
+class Mesh:
+    """An indexed triangle mesh, counter-clockwise faces seen from outside, y up, front towards +z.
+
+    vertices [V, 3] float32; faces [F, 3] int32.
+    colours [V, 3] float32 linear RGB in [0, 1], or None.
+    uv [T, 2] float32 in [0, 1], origin at the texture's lower left, with uv_faces [F, 3] int32 into uv, or None.
+    texture [H, W, 3] uint8 sRGB, row 0 at the top (v = 1), or None.
+    """
+
+    vertices: np.ndarray
+    faces: np.ndarray
+    colours: np.ndarray | None = None
+    uv: np.ndarray | None = None
+    uv_faces: np.ndarray | None = None
+    texture: np.ndarray | None = None
+
+    def face_normals(self) -> np.ndarray:
+        """Unit normals [F, 3]; zero for a degenerate face."""
+        a, b, c = (self.vertices[self.faces[:, k]] for k in range(3))
+        n = np.cross(b - a, c - a)
+        return n / np.maximum(np.linalg.norm(n, axis=1, keepdims=True), 1e-20)
+
+    def vertex_normals(self) -> np.ndarray:
+        """Area-weighted unit vertex normals [V, 3]; +y where no face gives one."""
+        a, b, c = (self.vertices[self.faces[:, k]].astype(np.float64) for k in range(3))
+        n = np.cross(b - a, c - a)
+        total = np.zeros((len(self.vertices), 3))
+        for k in range(3):
+            np.add.at(total, self.faces[:, k], n)
+        length = np.linalg.norm(total, axis=1, keepdims=True)
+        return np.where(length > 1e-20, total / np.maximum(length, 1e-20), [0.0, 1.0, 0.0]).astype(np.float32)
+
+    def signed_volume(self) -> float:
+        """Volume by the divergence theorem; positive for a closed surface facing outwards."""
+        a, b, c = (self.vertices[self.faces[:, k]].astype(np.float64) for k in range(3))
+        return float(np.einsum("ij,ij->", a, np.cross(b, c)) / 6)
