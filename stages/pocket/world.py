@@ -1,0 +1,380 @@
+"""The pocket world: captions, the coloured mesh each one stands for, and which of them training never sees.
+
+Grammar (colour, kind and pattern words from the tables below; "an" before a vowel):
+    a COLOUR KIND                       a red mug
+    a COLOUR PATTERN KIND               a red striped mug
+    a COLOUR KIND on a COLOUR KIND      a red ball on a blue table
+    a COLOUR KIND next to a COLOUR KIND a green cube next to a yellow cone   (the first at -x, left seen from the front)
+Objects face +z, stand along y, have their bounding box centred at the origin and reach the radius 0.85.
+
+    python -m stages.pocket.world --write-heldout    writes heldout.txt again
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+
+from stages.mesh.mesh import Mesh
+from stages.pocket import kinds_creatures, kinds_things, kinds_vehicles
+from stages.pocket.palette import COLOURS, Palette, Vary, srgb_to_linear
+from stages.pocket.pattern import PATTERNS, apply_pattern
+from stages.pocket.shapes import Part
+
+RADIUS = 0.85
+HELDOUT_FILE = Path(__file__).with_name("heldout.txt")
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of object. front: what tells the front (+z) from the back, "" where nothing does."""
+
+    make: Callable[[Vary, Palette], list[Part]]
+    front: str
+
+
+KINDS: dict[str, Kind] = {
+    "ball": Kind(kinds_things.ball, ""),
+    "cube": Kind(kinds_things.cube, ""),
+    "cone": Kind(kinds_things.cone, ""),
+    "donut": Kind(kinds_things.donut, "sprinkles; stands on its rim"),
+    "mug": Kind(kinds_things.mug, "label; handle to -x"),
+    "teapot": Kind(kinds_things.teapot, "badge; spout to +x, handle to -x"),
+    "vase": Kind(kinds_things.vase, ""),
+    "chair": Kind(kinds_things.chair, "the seat's open side; back rest at -z"),
+    "table": Kind(kinds_things.table, ""),
+    "lamp": Kind(kinds_things.lamp, ""),
+    "candle": Kind(kinds_things.candle, "ring handle of the dish to -x"),
+    "hat": Kind(kinds_things.hat, "buckle"),
+    "mushroom": Kind(kinds_things.mushroom, ""),
+    "tree": Kind(kinds_things.tree, ""),
+    "house": Kind(kinds_things.house, "door and windows"),
+    "castle": Kind(kinds_things.castle, "gate"),
+    "car": Kind(kinds_vehicles.car, "drives to +z: headlights; red tail lights at -z"),
+    "bus": Kind(kinds_vehicles.bus, "drives to +z: windscreen, headlights"),
+    "boat": Kind(kinds_vehicles.boat, "bow"),
+    "rocket": Kind(kinds_vehicles.rocket, "porthole"),
+    "airplane": Kind(kinds_vehicles.airplane, "nose and propeller"),
+    "snowman": Kind(kinds_creatures.snowman, "face and buttons"),
+    "robot": Kind(kinds_creatures.robot, "face and chest panel"),
+    "cat": Kind(kinds_creatures.cat, "face; tail to +x"),
+    "duck": Kind(kinds_creatures.duck, "beak"),
+    "fish": Kind(kinds_creatures.fish, "swims to +z: eyes and lips"),
+}
+WITHOUT_FRONT = frozenset(name for name, kind in KINDS.items() if not kind.front) | {"candle"}
+PATTERNED = ("ball", "cube", "cone", "mug", "teapot", "vase", "lamp", "hat", "rocket", "fish")
+RIDERS = ("ball", "cube", "cone", "mug", "donut", "hat", "cat", "duck")  # X of "X on Y"
+SUPPORTS = ("table", "cube", "chair", "car")  # Y of "X on Y"
+NEIGHBOURS = ("ball", "cube", "cone", "mug", "tree", "mushroom", "cat", "snowman")  # both of "X next to Y"
+RELATIONS = {"on": ("on",), "next to": ("next", "to")}
+WEIGHTS = {"plain": 0.65, "patterned": 0.15, "pair": 0.20}
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What a caption says. `other` is the second object of a pair and is itself plain."""
+
+    kind: str
+    colour: str
+    pattern: str = "plain"
+    relation: str | None = None
+    other: Spec | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"kind: wanted one of {', '.join(KINDS)}, got {self.kind!r}")
+        if self.colour not in COLOURS:
+            raise ValueError(f"colour: wanted one of {', '.join(COLOURS)}, got {self.colour!r}")
+        if self.pattern != "plain" and (self.pattern not in PATTERNS or self.kind not in PATTERNED):
+            raise ValueError(f"pattern: wanted plain, or one of {PATTERNS} on {PATTERNED}, "
+                             f"got {self.pattern!r} on {self.kind!r}")
+        if (self.relation is None) != (self.other is None):
+            raise ValueError("relation and other: wanted both or neither")
+        if self.other is not None:
+            if (self.kind, self.relation, self.other.kind) not in _compositions():
+                raise ValueError(f"pair: the world has no {self.kind} {self.relation} a {self.other.kind}")
+            if self.pattern != "plain" or self.other.pattern != "plain" or self.other.other is not None:
+                raise ValueError("pair: wanted two plain single objects")
+
+    def objects(self) -> tuple[Spec, ...]:
+        """The single objects of this spec, patterns kept."""
+        return (self,) if self.other is None else (Spec(self.kind, self.colour), self.other)
+
+
+@lru_cache(maxsize=None)
+def _compositions() -> dict[tuple[str, str, str], None]:
+    """Every pair of kinds with its relation; a dict for its order and its quick look-up."""
+    on = [(x, "on", y) for x in RIDERS for y in SUPPORTS if x != y]
+    beside = [(x, "next to", y) for x in NEIGHBOURS for y in NEIGHBOURS if x != y]
+    return dict.fromkeys(on + beside)
+
+
+# --- captions ---------------------------------------------------------------------------------------------------
+
+
+def _phrase(*words: str) -> str:
+    return f"{'an' if words[0][0] in 'aeiou' else 'a'} {' '.join(words)}"
+
+
+def caption(spec: Spec) -> str:
+    """The sentence of a spec; the inverse of `parse`."""
+    own = [spec.colour, spec.kind] if spec.pattern == "plain" else [spec.colour, spec.pattern, spec.kind]
+    text = _phrase(*own)
+    return text if spec.other is None else f"{text} {spec.relation} {caption(spec.other)}"
+
+
+def geometry_caption(spec: Spec) -> str:
+    """The sentence without colours and patterns: what a textureless render shows."""
+    text = _phrase(spec.kind)
+    return text if spec.other is None else f"{text} {spec.relation} {geometry_caption(spec.other)}"
+
+
+def parse(text: str) -> Spec:
+    """The spec of a caption (case, spacing and a final full stop do not matter); ValueError outside the grammar."""
+    tokens = text.lower().strip().rstrip(".").split()
+    for relation, relation_words in RELATIONS.items():
+        n = len(relation_words)
+        for i in range(1, len(tokens) - n):
+            if tuple(tokens[i : i + n]) == relation_words:
+                first, second = _parse_single(tokens[:i], text), _parse_single(tokens[i + n :], text)
+                return Spec(first.kind, first.colour, first.pattern, relation, second)
+    return _parse_single(tokens, text)
+
+
+def _parse_single(tokens: list[str], text: str) -> Spec:
+    if len(tokens) not in (3, 4) or tokens[0] not in ("a", "an"):
+        raise ValueError(f"caption: wanted 'a COLOUR [PATTERN] KIND [on|next to a COLOUR KIND]', got {text!r}")
+    return Spec(tokens[-1], tokens[1], tokens[2] if len(tokens) == 4 else "plain")
+
+
+def words() -> list[str]:
+    """Every word that a caption or geometry caption can hold, in a fixed order."""
+    joints = ["a", "an", *itertools.chain.from_iterable(RELATIONS.values())]
+    return [*joints, *COLOURS, *PATTERNS, *KINDS]
+
+
+def true_front(kind: str) -> bool:
+    """Whether the object's front looks different from its back."""
+    return kind not in WITHOUT_FRONT
+
+
+# --- the population and its split -------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=None)
+def all_specs() -> tuple[Spec, ...]:
+    """Every spec of the world: plain, patterned, then pairs of objects."""
+    plain = [Spec(k, c) for k in KINDS for c in COLOURS]
+    patterned = [Spec(k, c, p) for k in PATTERNED for p in PATTERNS for c in COLOURS]
+    pairs = [Spec(x, c, "plain", relation, Spec(y, d))
+             for x, relation, y in _compositions() for c in COLOURS for d in COLOURS]
+    return tuple(plain + patterned + pairs)
+
+
+def choose_heldout() -> list[str]:
+    """The listing: a tenth of the plain captions, of the patterned ones and of the pair compositions.
+
+    Plain and pattern choices spread evenly: no kind and no colour loses more than two or three of its captions.
+    Pair compositions are listed without colours ("a ball on a table"): all their colourings are held out.
+    """
+    rng = np.random.default_rng(20)
+    kinds, colours = list(KINDS), list(COLOURS)
+    lines = []
+    # plain: one colour per kind, and a second one for five kinds; colours dealt from shuffled packs
+    deal = list(itertools.chain.from_iterable(rng.permutation(colours).tolist() for _ in range(3)))
+    for kind in [*kinds, *rng.permutation(kinds)[:5].tolist()]:
+        i = next(i for i, c in enumerate(deal) if caption(Spec(kind, c)) not in lines)
+        lines.append(caption(Spec(kind, deal.pop(i))))
+    singles = set(lines)
+    # patterned: one per kind and pattern whose plain caption is trained on, and a second for six of them
+    deal = list(itertools.chain.from_iterable(rng.permutation(colours).tolist() for _ in range(4)))
+    looks = [(k, p) for k in PATTERNED for p in PATTERNS]
+    for i in [*range(len(looks)), *rng.permutation(len(looks))[:6].tolist()]:
+        kind, pattern = looks[i]
+        j = next(j for j, c in enumerate(deal)
+                 if caption(Spec(kind, c)) not in singles and caption(Spec(kind, c, pattern)) not in lines)
+        lines.append(caption(Spec(kind, deal.pop(j), pattern)))
+    for relation in RELATIONS:
+        group = [key for key in _compositions() if key[1] == relation]
+        chosen = sorted(rng.permutation(len(group))[: round(len(group) / 10)].tolist())
+        for x, _, y in (group[i] for i in chosen):
+            lines.append(f"{_phrase(x)} {relation} {_phrase(y)}")
+    return lines
+
+
+@lru_cache(maxsize=None)
+def heldout_listing() -> frozenset[str]:
+    """The lines of the committed heldout.txt."""
+    return frozenset(HELDOUT_FILE.read_text(encoding="utf-8").split("\n")) - {""}
+
+
+@lru_cache(maxsize=None)
+def _heldout_kind_colours() -> frozenset[tuple[str, str]]:
+    singles = (parse(line) for line in heldout_listing() if line.split()[1] in COLOURS)
+    return frozenset((s.kind, s.colour) for s in singles if s.pattern == "plain")
+
+
+def held_out(spec: Spec) -> bool:
+    """Whether training must not see this spec.
+
+    True if its caption is listed, if it is a pair whose composition is listed, or if any of its objects, with or
+    without a pattern, is of a listed plain kind and colour: a held-out red mug never appears, also not on a table.
+    """
+    if any((o.kind, o.colour) in _heldout_kind_colours() for o in spec.objects()):
+        return True
+    return (caption(spec) if spec.other is None else geometry_caption(spec)) in heldout_listing()
+
+
+@lru_cache(maxsize=None)
+def _listed(spec: Spec) -> bool:
+    """Held out by its own line, so that it makes a fair test caption (its objects are trained on one by one)."""
+    if spec.other is None:
+        return caption(spec) in heldout_listing()
+    return geometry_caption(spec) in heldout_listing() and not any(held_out(o) for o in spec.objects())
+
+
+def sample_spec(rng: np.random.Generator, split: str = "train") -> Spec:
+    """A random spec: single plain, single patterned or pair by WEIGHTS, uniform over kinds and colours within each.
+
+    Args:
+        split: "train" (never held out), "heldout" (only what the listing's own lines hold out) or "all".
+    """
+    if split not in ("train", "heldout", "all"):
+        raise ValueError(f"split: wanted train, heldout or all, got {split!r}")
+    group = rng.choice(list(WEIGHTS), p=list(WEIGHTS.values()))
+    colours = list(COLOURS)
+
+    def pick(items):
+        return items[int(rng.integers(len(items)))]
+
+    first = pick(list(KINDS)) if group == "plain" else pick(PATTERNED)
+    pattern = pick(PATTERNS)
+    relation = pick(list(RELATIONS))
+    composition = pick([key for key in _compositions() if key[1] == relation])
+    while True:  # the shape of the caption is fixed first, so that the split does not unbalance the kinds
+        if group == "pair":
+            x, _, y = composition
+            spec = Spec(x, pick(colours), "plain", relation, Spec(y, pick(colours)))
+        else:
+            spec = Spec(first, pick(colours), "plain" if group == "plain" else pattern)
+        if split == "all" or (not held_out(spec) if split == "train" else _listed(spec)):
+            return spec
+        if group == "pair":  # a whole composition may be on the other side
+            composition = pick([key for key in _compositions() if key[1] == relation])
+
+
+# --- building ---------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Solid:
+    """Concatenated parts: vertices [V, 3], faces [F, 3], sRGB colours [V, 3]."""
+
+    vertices: np.ndarray
+    faces: np.ndarray
+    colours: np.ndarray
+
+    def bounds(self) -> tuple[np.ndarray, np.ndarray]:
+        return self.vertices.min(0), self.vertices.max(0)
+
+    def fit(self, radius: float) -> _Solid:
+        """Bounding box centred at the origin, farthest vertex at `radius`."""
+        low, high = self.bounds()
+        centred = self.vertices - 0.5 * (low + high)
+        scale = radius / np.sqrt((centred**2).sum(1).max())
+        return _Solid(centred * scale, self.faces, self.colours)
+
+    def move(self, offset) -> _Solid:
+        return _Solid(self.vertices + np.asarray(offset), self.faces, self.colours)
+
+
+def _join(solids: list[_Solid]) -> _Solid:
+    starts = np.cumsum([0, *(len(s.vertices) for s in solids[:-1])])
+    return _Solid(np.concatenate([s.vertices for s in solids]),
+                  np.concatenate([s.faces + start for s, start in zip(solids, starts, strict=True)]),
+                  np.concatenate([s.colours for s in solids]))
+
+
+def _solid_of(part: Part) -> _Solid:
+    return _Solid(part.vertices, part.faces, np.broadcast_to(np.asarray(part.colour), part.vertices.shape))
+
+
+def _single(spec: Spec, rng: np.random.Generator | None) -> _Solid:
+    """One object at radius RADIUS."""
+    palette = Palette(spec.colour, rng)
+    parts = KINDS[spec.kind].make(Vary(rng), palette)
+    if spec.pattern == "plain":
+        return _join([_solid_of(p) for p in parts]).fit(RADIUS)
+    body = [p.colour is palette.main for p in parts]
+    fitted = _join([_solid_of(p) for p in parts]).fit(RADIUS)
+    solids, start = [], 0
+    for part, patterned in zip(parts, body, strict=True):
+        stop = start + len(part.vertices)
+        vertices = fitted.vertices[start:stop]
+        if patterned:
+            axis = "z" if spec.kind == "fish" else "y"
+            vertices, faces, second = apply_pattern(vertices, part.faces, spec.pattern, axis, spec.kind == "cube")
+            colours = np.empty_like(vertices)
+            colours[faces] = np.where(second[:, None, None], palette.second, palette.main)
+            solids.append(_Solid(vertices, faces, colours))
+        else:
+            solids.append(_Solid(vertices, part.faces, fitted.colours[start:stop]))
+        start = stop
+    return _join(solids)
+
+
+def _on(top: _Solid, below: _Solid, kind: str) -> _Solid:
+    """`top` resting on `below`, scaled to the place there is."""
+    low, high = below.bounds()
+    size = high - low
+    height, z, room = high[1], 0.5 * (low[2] + high[2]), 0.86 * min(size[0], size[2])
+    if kind == "chair":  # on the seat, in front of the back rest
+        seat = below.vertices[below.vertices[:, 2] > high[2] - 0.1 * size[2], 1].max()
+        height, z, room = seat, z + 0.06 * size[2], 0.84 * min(size[0], size[2])
+    elif kind == "car":  # on the roof, a little behind the middle
+        z, room = z - 0.05 * size[2], 1.0 * size[0]
+    elif kind == "table":
+        room = 1.0 * min(size[0], size[2])
+    low, high = top.bounds()
+    extent = high - low
+    scale = min(room / max(extent[0], extent[2]), 1.15 * room / extent[1])
+    centre = 0.5 * (low + high)
+    moved = (top.vertices - (centre[0], low[1], centre[2])) * scale + (0, height - 0.01 * room, z)
+    return _join([_Solid(moved, top.faces, top.colours), below])
+
+
+def _beside(left: _Solid, right: _Solid) -> _Solid:
+    """`left` at -x and `right` at +x on one floor, a narrow gap between them."""
+    (low, high), (low2, high2) = left.bounds(), right.bounds()
+    return _join([left.move((-high[0] - 0.05, -low[1], 0)), right.move((-low2[0] + 0.05, -low2[1], 0))])
+
+
+def build(spec: Spec, rng: np.random.Generator | None = None) -> Mesh:
+    """The coloured mesh of a spec, colours linear.
+
+    Args:
+        rng: varies proportions and colours a little; None gives the canonical object, the caption's ground truth.
+    Returns: closed parts, overlapping freely; bounding box centred at the origin, farthest vertex at RADIUS.
+    """
+    solids = [_single(o, rng) for o in spec.objects()]
+    if spec.relation == "on":
+        solid = _on(*solids, spec.other.kind).fit(RADIUS)
+    elif spec.relation == "next to":
+        solid = _beside(*solids).fit(RADIUS)
+    else:
+        solid = solids[0].fit(RADIUS)
+    colours = srgb_to_linear(solid.colours).astype(np.float32)
+    return Mesh(solid.vertices.astype(np.float32), solid.faces.astype(np.int32), np.ascontiguousarray(colours))
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] != ["--write-heldout"]:
+        raise SystemExit("usage: python -m stages.pocket.world --write-heldout")
+    HELDOUT_FILE.write_text("\n".join(choose_heldout()) + "\n", encoding="utf-8")
+    print(f"{HELDOUT_FILE.name}: {len(choose_heldout())} captions")
