@@ -1,0 +1,155 @@
+"""The whole configuration: settings that lie beside the code they set, composed, read from YAML and checked.
+
+Layers, each over the one before: the defaults in the code, the run named by `--from`, one YAML file of differences
+(`--config`), `key.sub=value` overrides, the command's own flags. Every value remembers where it came from, so that a
+mistake is answered with its file and line, the value, what is allowed and the nearest name, before any work is done.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
+
+from pipeline.export.settings import ExportSettings
+from pipeline.layers import Layer, from_file, from_flags, from_overrides, merge, validate
+from stages.coarse import CoarseSettings
+from stages.errors import UserError
+from stages.fine import FineSettings
+from stages.guidance.diffusion import DiffusionSettings
+from stages.guidance.reference import ReferenceSettings
+from stages.prompts import PromptSettings
+
+STAGES = ("coarse", "fine")  # the order in which they chain
+StageName = Literal["coarse", "fine"]
+
+
+def _split_commas(value: Any) -> Any:
+    return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
+
+
+class PriorSettings(BaseModel):
+    """Which diffusion prior each stage listens to."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    coarse: str = Field("pocket", min_length=1, description="pocket, reference, a diffusers folder or a hub id")
+    fine: str = Field("pocket", min_length=1, description="pocket, reference, a diffusers folder or a hub id")
+    diffusion: DiffusionSettings = Field(default_factory=DiffusionSettings)
+
+
+class Config(BaseModel):
+    """Everything a run depends on; written to the run folder as config.yaml, which can be given to --config."""
+
+    model_config = ConfigDict(extra="forbid", validate_default=True)
+
+    prompt: str = Field("a red mug", description="what to make")
+    negative: str = Field("", description="what to move away from; empty: the unconditional model")
+    seed: int = Field(0, ge=0, lt=2**31, description="same seed, same device: same bytes")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes CUDA where torch finds it")
+    stages: Annotated[list[StageName], BeforeValidator(_split_commas)] = Field(
+        ["coarse", "fine"], min_length=1, description="stages to run, in their order"
+    )
+    from_run: str | None = Field(None, description="run folder whose finished stage this run starts from")
+    force: bool = Field(False, description="run a prompt whose words the prior does not know")
+    checkpoint_every: int = Field(100, ge=1, description="steps between checkpoints")
+    preview_every: int = Field(100, ge=1, description="steps between preview pictures")
+    prior: PriorSettings = Field(default_factory=PriorSettings)
+    reference: ReferenceSettings = Field(default_factory=ReferenceSettings)
+    prompts: PromptSettings = Field(default_factory=PromptSettings)
+    coarse: CoarseSettings = Field(default_factory=CoarseSettings)
+    fine: FineSettings = Field(default_factory=FineSettings)
+    export: ExportSettings = Field(default_factory=ExportSettings)
+
+    @field_validator("prompt")
+    @classmethod
+    def _not_empty(cls, prompt: str) -> str:
+        if not prompt.strip():
+            raise ValueError("the prompt is empty")
+        return " ".join(prompt.split())
+
+    @field_validator("stages")
+    @classmethod
+    def _in_order(cls, stages: list[str]) -> list[str]:
+        if stages != sorted(set(stages), key=STAGES.index):
+            raise ValueError(f"each stage once, in the order {','.join(STAGES)}")
+        return stages
+
+
+def load_config(name: str | None, overrides: list[str], flags: dict[str, Any]) -> Config:
+    """The configuration of a new run. Raises UserError for anything that cannot be used.
+
+    Args:
+        name: a recipe's name, a YAML file, or None for configs/default.yaml.
+        overrides: `key.sub=value` words. flags: the command's own options that were given, by key.
+    """
+    upper = [from_overrides(overrides), from_flags(flags)]
+    if name is not None:
+        upper.insert(0, from_file(find_recipe(name)))
+    source = merge(upper).values.get("from_run")
+    if isinstance(source, str):
+        layers = [_inherited(Path(source)), *upper]
+    else:
+        layers = [from_file(find_recipe("default")), *upper] if name is None else upper
+    return _anchored(validate(Config, layers))
+
+
+def read_config(folder: Path) -> Config:
+    """The configuration of a run folder."""
+    return validate(Config, [from_file(folder / "config.yaml")])
+
+
+def _inherited(folder: Path) -> Layer:
+    """The settings of the run that this one starts from, but for which stages it took and where it began itself."""
+    path = folder / "config.yaml"
+    if not path.is_file():
+        raise UserError(f"--from {folder} is not a run", f"there is no {path}", "give the folder of a run")
+    layer = from_file(path)
+    for key in ("stages", "from_run", "force"):
+        layer.values.pop(key, None)
+    return layer
+
+
+def _anchored(config: Config) -> Config:
+    """Paths made absolute, so that the run can be resumed and its config.yaml fed back from anywhere."""
+    sources = {k: getattr(config.prior, k) for k in STAGES}
+    folders = {k: str(Path(v).expanduser().absolute()) for k, v in sources.items() if Path(v).expanduser().is_dir()}
+    folders = {k: v for k, v in folders.items() if sources[k] not in ("pocket", "reference")}
+    mesh, source = config.reference.mesh, config.from_run
+    return config.model_copy(
+        update={
+            "prior": config.prior.model_copy(update=folders),
+            "reference": config.reference.model_copy(
+                update={"mesh": mesh and str(Path(mesh).expanduser().absolute())}
+            ),
+            "from_run": source and str(Path(source).expanduser().absolute()),
+        }
+    )
+
+
+def recipes() -> dict[str, Path]:
+    """The recipes that come with the toolkit: configs/ of a checkout, or their copy inside an installed package."""
+    here = Path(__file__).resolve().parent
+    installed = here / "_configs"
+    folder = installed if installed.is_dir() else here.parent / "configs"
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def find_recipe(name: str) -> Path:
+    """A recipe by its name, or a YAML file by its path."""
+    known = recipes()
+    if name in known:
+        return known[name]
+    path = Path(name).expanduser()
+    if path.is_file():
+        return path
+    if path.is_dir() and (path / "config.yaml").is_file():
+        return path / "config.yaml"
+    near = difflib.get_close_matches(name, known, 1)
+    raise UserError(
+        f"--config {name}: no such recipe or file",
+        f"recipes: {', '.join(known) or 'none'}",
+        f"did you mean {near[0]}?" if near else "give one of these names, or the path of a YAML file",
+    )

@@ -1,0 +1,168 @@
+"""`pipeline doctor`: what is installed, what is missing, why, and what that costs."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+import json
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from pipeline import __version__
+from pipeline.errors import EXIT_USER_ERROR
+
+_IGNORED_LICENCE = "non-commercial licence; never needed"
+
+
+@dataclass
+class Finding:
+    """One line of the report. state: ok, missing (not there) or broken (there, and fails); detail: version or why."""
+
+    name: str
+    required: bool
+    state: str
+    detail: str
+    cost: str  # what its absence costs; shown where it is absent
+
+
+def probe(module: str, package: str | None = None) -> tuple[str, str]:
+    """State and detail of a package, by importing it: tinycudann raises OSError without CUDA, kaolin's stub anything.
+
+    Returns: ('ok', version), ('missing', hint) or ('broken', the exception it raised).
+    """
+    package = package or module
+    try:
+        found = importlib.util.find_spec(module) is not None
+    except Exception as error:
+        return "broken", _reason(error)
+    if not found:
+        return "missing", "not installed"
+    try:
+        importlib.import_module(module)
+    except Exception as error:
+        return "broken", _reason(error)
+    try:
+        return "ok", importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "ok", "version unknown"
+
+
+def _reason(error: BaseException) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
+
+
+def _cuda() -> tuple[str, str]:
+    import torch
+
+    if torch.cuda.is_available():
+        memory = torch.cuda.get_device_properties(0).total_memory / 2**30
+        return "ok", f"{torch.cuda.get_device_name(0)}, {memory:.0f} GB"
+    return "missing", "torch finds no device" if torch.version.cuda else f"torch {torch.__version__} is a CPU build"
+
+
+def _pocket(stage: str) -> Callable[[], tuple[str, str]]:
+    def check() -> tuple[str, str]:
+        from pipeline.priors import POCKET_FOLDERS, pocket_words
+
+        folder = POCKET_FOLDERS[stage]
+        if not folder.is_dir():
+            return "missing", f"no folder {folder}"
+        files = list(folder.rglob("*.safetensors"))
+        size = sum(path.stat().st_size for path in files) / 2**20
+        return ("ok" if files else "broken"), f"{size:.1f} MB, {len(pocket_words(folder))} words"
+
+    return check
+
+
+def _gltf_validator() -> tuple[str, str]:
+    node = shutil.which("node")
+    if node is None:
+        return "missing", "node is not on PATH"
+    script = "console.log(require('gltf-validator').version())"
+    root = Path(__file__).resolve().parent.parent
+    done = subprocess.run([node, "-e", script], capture_output=True, text=True, timeout=30, cwd=root)
+    if done.returncode == 0:
+        return "ok", done.stdout.strip()
+    return "missing", "node is there; install with: npm install gltf-validator"
+
+
+def _package(module: str, package: str | None = None) -> Callable[[], tuple[str, str]]:
+    return lambda: probe(module, package)
+
+
+# name, required, check, what its absence costs
+_CHECKS: list[tuple[str, bool, Callable[[], tuple[str, str]], str]] = [
+    ("torch", True, _package("torch"), "nothing runs"),
+    ("numpy", True, _package("numpy"), "nothing runs"),
+    ("numba", True, _package("numba"), "no fast CPU kernels: the plain-torch twins are 10 to 70 times slower"),
+    ("scipy", True, _package("scipy"), "no mesh cleaning"),
+    ("safetensors", True, _package("safetensors"), "no checkpoints, no weights"),
+    ("diffusers", True, _package("diffusers"), "no learned prior; the reference prior still works"),
+    ("transformers", True, _package("transformers"), "no text encoder: no learned prior"),
+    ("trimesh", True, _package("trimesh"), "no reading of meshes for the reference prior"),
+    ("pillow", True, _package("PIL", "pillow"), "no pictures"),
+    ("pydantic", True, _package("pydantic"), "no configuration"),
+    ("pyyaml", True, _package("yaml", "pyyaml"), "no configuration"),
+    ("rich", True, _package("rich"), "no progress display"),
+    ("typer", True, _package("typer"), "no command line"),
+    ("xatlas", True, _package("xatlas"), "UV charts come from the simpler unwrapper of our own: more seams"),
+    ("fast-simplification", True, _package("fast_simplification", "fast-simplification"), "our own slower decimation"),
+    ("pocket prior 64", True, _pocket("coarse"), "no default prior for the coarse stage"),
+    ("pocket prior 512", True, _pocket("fine"), "no default prior for the fine stage"),
+    ("CUDA device", False, _cuda, "runs on the CPU: the pocket prior in minutes, Stable Diffusion hardly"),
+    ("warp-lang", False, _package("warp", "warp-lang"), "no fast CUDA kernels (extra: cuda); the CPU does not use it"),
+    ("imageio-ffmpeg", False, _package("imageio_ffmpeg", "imageio-ffmpeg"), "turntable as WebP only, no mp4 (extra: video)"),
+    ("gltf-validator", False, _gltf_validator, "the test that validates mesh.glb is skipped"),
+    ("tinycudann", False, _package("tinycudann"), "nothing: our own hash grid is used; it needs a CUDA build by hand"),
+    ("nvdiffrast", False, _package("nvdiffrast"), "nothing: our own rasteriser is used; " + _IGNORED_LICENCE),
+    ("kaolin", False, _package("kaolin"), "nothing: not used; the package on PyPI is a stub that raises on import"),
+]  # fmt: skip
+
+
+def examine() -> list[Finding]:
+    """Run every check; one that fails in an unforeseen way is reported as broken, with its reason."""
+    findings = []
+    for name, required, check, cost in _CHECKS:
+        try:
+            state, detail = check()
+        except Exception as error:
+            state, detail = "broken", _reason(error)
+        findings.append(Finding(name, required, state, detail, cost))
+    return findings
+
+
+def print_report(as_json: bool) -> None:
+    """Print the report; exits with code 2 where something required is absent."""
+    findings = examine()
+    fit = all(finding.state == "ok" for finding in findings if finding.required)
+    if as_json:
+        facts = {"pipeline": __version__, "python": platform.python_version(), "platform": platform.platform()}
+        print(json.dumps(facts | {"fit": fit, "findings": [asdict(finding) for finding in findings]}, indent=2))
+    else:
+        _print_table(findings)
+        print("everything required is there" if fit else "something required is missing: see above")
+    if not fit:
+        sys.exit(EXIT_USER_ERROR)
+
+
+def _print_table(findings: list[Finding]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    print(f"pipeline {__version__}, Python {platform.python_version()}, {platform.platform()}")
+    colours = {"ok": "green", "missing": "yellow", "broken": "red"}
+    table = Table(box=None, pad_edge=False)
+    for heading in ("", "state", "version or why", "what its absence costs"):
+        table.add_column(heading, overflow="fold")
+    for finding in findings:
+        colour = "red" if finding.required and finding.state != "ok" else colours[finding.state]
+        name = finding.name if finding.required else f"{finding.name} (optional)"
+        cost = "" if finding.state == "ok" else finding.cost
+        table.add_row(name, f"[{colour}]{finding.state}[/]", finding.detail, cost)
+    Console(highlight=False).print(table)

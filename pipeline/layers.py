@@ -1,0 +1,281 @@
+"""Layers of settings with the place each value came from, checked against a pydantic model and written back.
+
+YAML is read by a safe loader that knows less than YAML 1.1 on purpose: only true and false are booleans (so a prompt
+may be `no`), 1e-3 is a number, dates are text, a repeated key is an error. Values are checked strictly: 3 is a float,
+"3" is not a number and true is not 1.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import re
+import typing
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from stages.errors import UserError
+
+Key = tuple[str | int, ...]
+Model = typing.TypeVar("Model", bound=BaseModel)
+_SHOWN = 5  # mistakes listed at once
+_PLAIN = [
+    ("bool", re.compile(r"^(?:true|false|True|False)$"), list("tTfF")),
+    ("int", re.compile(r"^[-+]?(?:0|[1-9][0-9]*)$"), list("-+0123456789")),
+    ("float", re.compile(r"^[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?$|^[-+]?\.inf$|^\.nan$"),
+     list("-+.0123456789")),
+    ("null", re.compile(r"^(?:~|null|Null|)$"), ["~", "n", "N", ""]),
+]  # fmt: skip
+
+
+class _Loader(yaml.SafeLoader):
+    yaml_implicit_resolvers: typing.ClassVar[dict] = {}
+
+
+class _Dumper(yaml.SafeDumper):
+    yaml_implicit_resolvers: typing.ClassVar[dict] = {}
+
+
+for _name, _pattern, _first in _PLAIN:
+    for _class in (_Loader, _Dumper):
+        _class.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", _pattern, _first)
+
+
+@dataclass
+class Layer:
+    """Nested values, the origin of each key ('recipe.yaml:12'), and the text of overrides before YAML read it."""
+
+    values: dict[str, Any] = field(default_factory=dict)
+    origins: dict[Key, str] = field(default_factory=dict)
+    texts: dict[Key, str] = field(default_factory=dict)
+
+
+def from_file(path: Path) -> Layer:
+    """Read one YAML file of settings. Raises UserError with file and line for anything that is not a mapping."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"cannot read {path}", f"it is not text: {error}", "give a YAML file of settings") from None
+    loader = _Loader(text)
+    layer = Layer()
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return layer
+        if not isinstance(node, yaml.MappingNode):
+            raise UserError(f"cannot read {path}", "it holds no `key: value` lines", "see configs/ for examples")
+        layer.values = _construct(loader, node, (), path, layer.origins)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = f":{mark.line + 1}" if mark is not None else ""
+        raise UserError(f"{path}{line}: not valid YAML", error.problem or str(error), "correct that line") from None
+    except (yaml.YAMLError, RecursionError) as error:
+        raise UserError(f"{path}: not valid YAML", str(error).split("\n")[0], "correct the file") from None
+    finally:
+        loader.dispose()
+    return layer
+
+
+def _construct(loader: _Loader, node: yaml.Node, key: Key, path: Path, origins: dict[Key, str]) -> Any:
+    place = f"{path}:{node.start_mark.line + 1}"
+    origins.setdefault(key, place)
+    if isinstance(node, yaml.MappingNode):
+        values: dict[str, Any] = {}
+        for key_node, value_node in node.value:
+            name = str(loader.construct_object(key_node, deep=True))
+            where = f"{path}:{key_node.start_mark.line + 1}"
+            if name in values:
+                raise UserError(f"{where}: {name} is set twice", "only one of them can count", "remove one of the lines")
+            origins[(*key, name)] = where
+            values[name] = _construct(loader, value_node, (*key, name), path, origins)
+        return values
+    if isinstance(node, yaml.SequenceNode):
+        return [_construct(loader, child, (*key, i), path, origins) for i, child in enumerate(node.value)]
+    return loader.construct_object(node, deep=True)
+
+
+def from_overrides(overrides: list[str]) -> Layer:
+    """`key.sub=value` words of the command line; the value is read as YAML: 3, 1e-3, [1, 2], true, text."""
+    layer = Layer()
+    for word in overrides:
+        name, equals, text = word.partition("=")
+        key = tuple(name.strip().split("."))
+        if not equals or not all(re.fullmatch(r"\w+", part) for part in key):
+            raise UserError(f"cannot read `{word}`", "a setting is written key.sub=value", "for example coarse.steps=300")
+        try:
+            value = yaml.load(text, _Loader)
+        except yaml.YAMLError as error:
+            problem = getattr(error, "problem", None) or str(error)
+            raise UserError(f"cannot read `{word}`", f"{text!r} is not a value: {problem}", "quote it") from None
+        _set(layer, key, value, f"command line: {word}")
+        layer.texts[key] = text
+    return layer
+
+
+def from_flags(flags: dict[str, Any]) -> Layer:
+    """Options of the command with a name of their own, as --seed; top-level keys only."""
+    layer = Layer()
+    for name, value in flags.items():
+        _set(layer, (name,), value, f"--{name.removesuffix('_run')}")
+    return layer
+
+
+def _set(layer: Layer, key: Key, value: Any, origin: str) -> None:
+    values = layer.values
+    for part in key[:-1]:
+        if not isinstance(values.setdefault(part, {}), dict):
+            values[part] = {}
+        values = values[part]
+    values[key[-1]] = value
+    layer.origins[key] = origin
+
+
+def merge(layers: list[Layer]) -> Layer:
+    """Later layers over earlier ones, key by key; lists are replaced whole."""
+    merged = Layer()
+    for layer in layers:
+        merged.values = _over(merged.values, layer.values)
+        merged.origins |= layer.origins
+        merged.texts |= layer.texts
+    return merged
+
+
+def _over(below: Any, above: Any) -> Any:
+    if not isinstance(below, dict) or not isinstance(above, dict):
+        return above
+    return below | {key: _over(below.get(key), value) for key, value in above.items()}
+
+
+def validate(model: type[Model], layers: list[Layer]) -> Model:
+    """The merged layers as a checked model. Raises UserError naming place, value, what is allowed, nearest name."""
+    layer = merge(layers)
+    for key, value in _leaves(layer.values):
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{_place(layer, key)}: {_dotted(key)} = {value}", "it must be finite", "give a number")
+    try:
+        return _check(model, layer)
+    except ValidationError as error:
+        problems = error.errors(include_url=False)
+    messages = [_explain(model, layer, problem) for problem in problems[:_SHOWN]]
+    what, why, fix = messages[0]
+    if len(messages) == 1:
+        raise UserError(what, why, fix)
+    rest = len(problems) - len(messages)
+    every = [f"{w}: {y} ({f})" for w, y, f in messages] + ([f"and {rest} more"] if rest else [])
+    raise UserError(f"{len(problems)} settings cannot be used", "\n".join(every), "correct them; nothing was started")
+
+
+def _check(model: type[Model], layer: Layer) -> Model:
+    try:
+        return model.model_validate_json(json.dumps(layer.values), strict=True)
+    except ValidationError as error:  # an override such as prompt=2026 meant the text
+        words = [e["loc"] for e in error.errors() if e["type"] == "string_type" and e["loc"] in layer.texts]
+        if not words:
+            raise
+    for key in words:
+        _set(layer, key, layer.texts[key], layer.origins[key])
+    return model.model_validate_json(json.dumps(layer.values), strict=True)
+
+
+def _leaves(values: Any, key: Key = ()) -> Iterator[tuple[Key, Any]]:
+    items = values.items() if isinstance(values, dict) else enumerate(values) if isinstance(values, list) else None
+    if items is None:
+        yield key, values
+        return
+    for name, value in items:
+        yield from _leaves(value, (*key, name))
+
+
+def _explain(model: type[BaseModel], layer: Layer, problem: ErrorDetails) -> tuple[str, str, str]:
+    key = tuple(problem["loc"])
+    parent = _model_at(model, key[:-1])
+    place, name = _place(layer, key), _dotted(key)
+    if problem["type"] == "extra_forbidden" and parent is not None:
+        allowed = sorted(parent.model_fields)
+        every = {path: path for path in _names(model)}
+        short = {path.rpartition(".")[2]: path for path in reversed(every)}
+        close = difflib.get_close_matches(str(key[-1]), allowed, 1, 0.6)
+        nearest = ".".join(map(str, (*key[:-1], close[0]))) if close else short.get(str(key[-1]))
+        nearest = nearest or next(iter(difflib.get_close_matches(name, every, 1, 0.7)), None)
+        inside = f"{_dotted(key[:-1])} knows" if len(key) > 1 else "known here"
+        return (
+            f"{place}: unknown key {name}",
+            f"{inside}: {', '.join(allowed)}",
+            f"did you mean {nearest}?" if nearest else "remove it, or choose one of these",
+        )
+    message = problem["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    given = json.dumps(problem["input"], ensure_ascii=False, default=str)
+    given = given if len(given) <= 80 else given[:77] + "..."
+    why = message if problem["type"] == "value_error" else f"wanted {message}"
+    return f"{place}: {name} = {given}", why, describe(model, key)
+
+
+def _place(layer: Layer, key: Key) -> str:
+    for length in range(len(key), 0, -1):
+        if key[:length] in layer.origins:
+            return layer.origins[key[:length]]
+    return layer.origins.get((), "defaults")
+
+
+def _dotted(key: Key) -> str:
+    return ".".join(str(part) for part in key) or "the configuration"
+
+
+def _model_at(model: type[BaseModel], key: Key) -> type[BaseModel] | None:
+    for part in key:
+        info = model.model_fields.get(str(part))
+        if info is None or not (isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel)):
+            return None
+        model = info.annotation
+    return model
+
+
+def _names(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    for name, info in model.model_fields.items():
+        yield prefix + name
+        if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
+            yield from _names(info.annotation, f"{prefix}{name}.")
+
+
+def describe(model: type[BaseModel], key: Key) -> str:
+    """One line about a setting: name, type, bounds, meaning, default."""
+    while key and (_model_at(model, key[:-1]) is None or key[-1] not in _model_at(model, key[:-1]).model_fields):
+        key = key[:-1]
+    if not key:
+        return "see configs/ for examples"
+    info = _model_at(model, key[:-1]).model_fields[key[-1]]
+    bounds = [str(m).partition("(")[2].rstrip(")") for m in info.metadata if type(m).__name__ in ("Ge", "Gt", "Le", "Lt")]
+    signs = {"ge=": ">= ", "gt=": "> ", "le=": "<= ", "lt=": "< "}
+    bounds = [signs[b[:3]] + b[3:] for b in bounds]
+    kind = re.sub(r"typing\.|<class '|'>|NoneType", lambda m: "none" if "None" in m[0] else "", str(info.annotation))
+    kind = re.sub(r"^Literal\[(.*)\]$", r"one of \1", kind).replace(" | None", " or null")
+    if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
+        kind = "a group of " + ", ".join(info.annotation.model_fields)
+    default = info.get_default(call_default_factory=True)
+    shown = "" if isinstance(default, BaseModel) else f"; default {json.dumps(default, default=str, ensure_ascii=False)}"
+    return f"{_dotted(key)}: {', '.join([kind, *bounds])}; {info.description or 'see the code'}{shown}"
+
+
+def dump(settings: BaseModel) -> str:
+    """The settings as YAML, each line with its meaning; reads back to an equal model."""
+    return "\n".join(_lines(settings, settings.model_dump(mode="json"), "")) + "\n"
+
+
+def _lines(settings: BaseModel, values: dict[str, Any], indent: str) -> Iterator[str]:
+    for name, info in type(settings).model_fields.items():
+        value = getattr(settings, name)
+        if isinstance(value, BaseModel) and type(value).model_fields:
+            yield f"{indent}{name}:"
+            yield from _lines(value, values[name], indent + "  ")
+            continue
+        text = yaml.dump(values[name], Dumper=_Dumper, default_flow_style=True, width=math.inf, allow_unicode=True)
+        comment = " ".join((info.description or "").split())
+        line = f"{indent}{name}: {text.removesuffix('...' + chr(10)).strip()}"
+        yield f"{line}  # {comment}" if comment else line

@@ -1,0 +1,135 @@
+"""Which prior each stage listens to, checked at once and built only when its stage begins.
+
+A name in `prior.coarse` / `prior.fine` means: `pocket` the weights that come with the toolkit (64x64 pixels for
+coarse, 512x512 latents for fine), `reference` the exact prior of a given mesh, anything else a diffusers folder or a
+hub id. Checks need neither torch nor diffusers' five seconds of import: a prompt of unknown words is answered at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+import textwrap
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from stages.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+    from pipeline.config import Config
+    from stages.guidance.guidance import Guidance
+    from stages.guidance.prior import Prior
+
+POCKET = Path(__file__).resolve().parent.parent / "stages" / "pocket" / "weights"
+POCKET_FOLDERS = {"coarse": POCKET / "pixel", "fine": POCKET / "latent"}
+STABLE_DIFFUSION = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+_ANOTHER_PRIOR = f"another prior: prior.coarse={STABLE_DIFFUSION} prior.fine={STABLE_DIFFUSION} (a hub id or a folder)"
+
+
+def check_priors(config: Config) -> None:
+    """Refuse, before any work, priors that cannot be built and prompts that the pocket prior cannot read."""
+    for stage in config.stages:
+        source = getattr(config.prior, stage)
+        if source == "reference":
+            _check_reference(config.reference.mesh)
+        elif source == "pocket":
+            words = pocket_words(POCKET_FOLDERS[stage])
+            if not config.force:
+                check_words(config.prompt, words)
+        else:
+            _check_folder(stage, source)
+
+
+def pocket_words(folder: Path) -> list[str]:
+    """The words that the pocket prior in `folder` was trained on."""
+    try:
+        return json.loads((folder / "pocket.json").read_text(encoding="utf-8"))["words"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"the pocket prior {folder} is not there",
+            f"{type(error).__name__}: {error}",
+            f"install the toolkit again, make it with `python -m stages.pocket.train`, or give {_ANOTHER_PRIOR}",
+        ) from None
+
+
+def unknown_words(prompt: str, known: list[str]) -> list[str]:
+    """Words of the prompt outside `known`, in order, each once."""
+    words = re.findall(r"[\w'-]+", prompt.lower())
+    return list(dict.fromkeys(word for word in words if word not in known))
+
+
+def check_words(prompt: str, known: list[str]) -> None:
+    """Raise UserError for words the pocket prior has never seen, with the known ones and the way out."""
+    unknown = unknown_words(prompt, known)
+    if not unknown:
+        return
+    shown = ", ".join(repr(word) for word in unknown)
+    near = {word: difflib.get_close_matches(word, known, 1, 0.75) for word in unknown}
+    meant = ", ".join(f"{word} -> {match[0]}" for word, match in near.items() if match)
+    raise UserError(
+        f'the pocket prior cannot read "{prompt}"',
+        f"it does not know {shown}; its {len(known)} words are:\n" + textwrap.fill(" ".join(sorted(known)), 100),
+        (f"did you mean {meant}? " if meant else "")
+        + f"use its words, or {_ANOTHER_PRIOR}; --force runs anyway, without the unknown words meaning anything",
+    )
+
+
+def _check_reference(mesh: str) -> None:
+    if not mesh:
+        raise UserError(
+            "the reference prior has no mesh",
+            "reference.mesh is not set",
+            "pipeline run --config reference reference.mesh=FILE.glb --stages coarse,fine",
+        )
+    if not Path(mesh).is_file():
+        raise UserError(f"no such file: {mesh}", "reference.mesh names it", "check the path, relative to where you stand")
+
+
+def _check_folder(stage: str, source: str) -> None:
+    """A local folder must look like a diffusers one; whether a hub id exists shows when it is loaded."""
+    from stages.guidance.folder import check_folder
+
+    path = Path(source).expanduser()
+    if path.is_dir():
+        check_folder(path)
+    elif path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", source) or source.startswith("."):
+        near = difflib.get_close_matches(source, ["pocket", "reference"], 1)
+        raise UserError(
+            f"prior.{stage} = {source}",
+            "it is neither pocket, reference, a folder nor a hub id of the form owner/name",
+            f"did you mean {near[0]}?" if near else "check the path, relative to where you stand",
+        )
+
+
+def build_prior(config: Config, stage: str, device: torch.device) -> Prior:
+    """The prior of one stage, loaded."""
+    source = getattr(config.prior, stage)
+    if source == "reference":
+        return _reference_prior(config, stage)
+    from stages.guidance.diffusion import load_prior
+
+    return load_prior(POCKET_FOLDERS[stage] if source == "pocket" else source, device, settings=config.prior.diffusion)
+
+
+def _reference_prior(config: Config, stage: str) -> Prior:
+    """Its images have the size that the stage renders at, so nothing is resized."""
+    from stages.guidance.reference import load_reference
+
+    settings = config.reference.model_copy(update={"resolution": getattr(config, stage).resolution})
+    return load_reference(settings, config.prompts)
+
+
+def build_guidance(config: Config, stage: str, device: torch.device) -> Guidance:
+    """Prior, rule and prompts of one stage; its generator is the stage's own, seeded from the run's seed."""
+    import torch
+
+    from stages.guidance.guidance import Guidance
+    from stages.prompts import ViewPrompts
+
+    settings = getattr(config, stage).guidance
+    prompts = ViewPrompts(config.prompt, config.negative, config.prompts)
+    generator = torch.Generator().manual_seed(config.seed)
+    return Guidance(build_prior(config, stage, device), settings, prompts, generator)

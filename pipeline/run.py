@@ -1,0 +1,404 @@
+"""A run from prompt to files: the chain of stages with checkpoints, in a folder that can be resumed at any moment.
+
+Every stage's state after step k is a function of the configuration and the device, so a stage restored from a
+checkpoint goes on to the same bytes. A finished stage is its checkpoint at the last step: its asset is made again by
+constructing the stage, loading and calling finish(), which is all that resume, `--from` and export need.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import math
+import shutil
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.checkpoint import atomic_write, load_checkpoint, save_checkpoint
+from pipeline.config import STAGES, Config, read_config
+from pipeline.errors import Interrupted
+from pipeline.interrupt import StopRequest
+from pipeline.layers import dump
+from pipeline.priors import build_guidance, check_priors
+from pipeline.progress import Progress, duration
+from pipeline.record import Lock, Metrics, Record, check_disk, new_folder, open_folder, write_png
+from stages.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+    from stages.stage import Asset, Stage
+
+CHECKPOINT = "checkpoint.safetensors"
+
+
+def start_run(config: Config, out: Path | None = None, progress: Progress | None = None) -> Path:
+    """Begin a run in a new folder and take it to its files; returns the folder."""
+    progress = progress or Progress()
+    device = choose_device(config.device)
+    check_priors(config)
+    inherited = _inherited(config)
+    folder = new_folder(out, config.prompt, config.seed)
+    progress.note(f"run folder {folder}")
+    with Lock(folder):
+        for name, path in inherited.items():
+            (folder / name).mkdir()
+            shutil.copyfile(path, folder / name / CHECKPOINT)
+        atomic_write(folder / "config.yaml", dump(config))
+        Run(folder, config, device, progress).go()
+    return folder
+
+
+def resume_run(folder: Path, progress: Progress | None = None) -> None:
+    """Go on with a run from its last checkpoint, or say that it is finished."""
+    progress = progress or Progress()
+    config = read_config(open_folder(folder))
+    check_disk(folder)
+    with Lock(folder):
+        record = Record(folder)
+        missing = [name for name in record.data.get("outputs", []) if not (folder / name).exists()]
+        if record.data.get("status") == "finished" and not missing:
+            progress.note(f"{folder} is finished: {', '.join(record.data['outputs'])}")
+            return
+        progress.note(f"resuming {folder}")
+        Run(folder, config, choose_device(config.device), progress).go()
+
+
+def export_run(folder: Path, formats: str, out: Path | None = None, progress: Progress | None = None) -> None:
+    """Write the result of a finished run in the named formats, comma separated, without optimising."""
+    from pipeline.export.write import FORMATS, write_formats
+
+    progress = progress or Progress()
+    names = [name.strip().lower().removeprefix(".") for name in formats.split(",")]
+    unknown = [name for name in names if name not in FORMATS]
+    if unknown:
+        raise UserError(f"cannot write {', '.join(unknown)}", f"known formats: {', '.join(FORMATS)}", "choose among them")
+    config = read_config(open_folder(folder))
+    target = out or folder
+    check_disk(target)
+    target.mkdir(parents=True, exist_ok=True)
+    with Lock(folder):
+        run = Run(folder, config, choose_device(config.device), progress)
+        last = config.stages[-1]
+        if run.saved_step(last) is None:
+            raise UserError(
+                f"{folder} has nothing to export", f"{last} has no checkpoint", f"pipeline resume {folder}"
+            )
+        with progress.announce_compilation():
+            mesh = run.finalise(run.restore(last))
+        for path in write_formats(mesh, target, names):
+            progress.note(f"wrote {path}")
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` is CUDA where torch finds it. Raises UserError where CUDA is asked for and absent."""
+    import torch
+
+    found = torch.cuda.is_available()
+    if name == "cuda" and not found:
+        why = "torch finds no CUDA device" if torch.version.cuda else f"torch {torch.__version__} is a CPU build"
+        raise UserError("device cuda is not there", why, "use --device auto (or device: auto in the run's config.yaml)")
+    return torch.device("cuda" if found and name != "cpu" else "cpu")
+
+
+def _inherited(config: Config) -> dict[str, Path]:
+    """Checkpoints of stages that this run does not take itself but its first stage needs. Raises UserError."""
+    needed = STAGES[: STAGES.index(config.stages[0])]
+    if not needed:
+        if config.from_run is not None:
+            raise UserError(
+                f"--from {config.from_run} has no use here",
+                f"the run begins with {config.stages[0]}, which starts from nothing",
+                "leave it out, or choose --stages fine",
+            )
+        return {}
+    if config.from_run is None:
+        raise UserError(
+            f"{config.stages[0]} has nothing to start from",
+            f"it refines the result of {needed[-1]}",
+            f"--stages {','.join(STAGES)}, or --from RUN with a run whose {needed[-1]} stage is finished",
+        )
+    source = open_folder(Path(config.from_run))
+    theirs = read_config(source)
+    found = {}
+    for name in needed:
+        path = source / name / CHECKPOINT
+        if not path.is_file():
+            raise UserError(
+                f"--from {source} has no finished {name} stage", f"no {path}", f"pipeline resume {source}, or another run"
+            )
+        _, meta = load_checkpoint(path)
+        if meta["step"] < meta["steps"]:
+            raise UserError(
+                f"--from {source} has no finished {name} stage",
+                f"it stands at step {meta['step']} of {meta['steps']}",
+                f"pipeline resume {source}",
+            )
+        if getattr(theirs, name) != getattr(config, name):
+            raise UserError(
+                f"{name}.* differs from {source}",
+                f"its {name} stage was made with other settings and is not made again",
+                f"leave {name}.* as in {source / 'config.yaml'}",
+            )
+        found[name] = path
+    return found
+
+
+def make_stage(name: str, settings: Any, guidance: Any, device: torch.device, seed: int, previous: Asset | None) -> Stage:
+    """The stage of that name. Weights drawn from torch's global generator are fixed by the seed as well."""
+    import torch
+
+    from stages.coarse import CoarseStage
+    from stages.fine import FineStage
+
+    torch.manual_seed(seed)
+    classes = {"coarse": CoarseStage, "fine": FineStage}
+    return classes[name](settings, guidance, device, seed, previous)
+
+
+class Run:
+    """One process's work in a run folder, whose lock it holds."""
+
+    def __init__(self, folder: Path, config: Config, device: torch.device, progress: Progress) -> None:
+        self.folder, self.config, self.device, self.progress = folder, config, device, progress
+        self.record, self.metrics = Record(folder), Metrics(folder)
+
+    def go(self) -> None:
+        """Take every stage that is not finished, then write the files."""
+        self.record.open_session(
+            _describe(self.device), prompt=self.config.prompt, seed=self.config.seed, stages_asked=self.config.stages
+        )
+        _be_deterministic()
+        stop = StopRequest(self.progress.note)
+        try:
+            with stop, self.progress.announce_compilation():
+                asset = self._before(self.config.stages[0])
+                for name in self.config.stages:
+                    asset = self.restore(name) if self._finished(name) else self._take(name, asset, stop)
+                    gc.collect()
+                self._export(asset)
+        except (KeyboardInterrupt, Interrupted) as error:
+            self.record.save(status="interrupted")
+            said = f"{error}\n" if str(error) else "stopped at once; what the last checkpoint holds is safe\n"
+            code = stop.exit_code
+            raise Interrupted(f"{said}go on with: pipeline resume {self.folder}", code) from None
+        except BaseException as error:
+            with contextlib.suppress(OSError):  # a full disk must not hide its own message
+                self.record.save(status="failed", error=f"{type(error).__name__}: {error}")
+            raise
+        self.record.data.pop("error", None)
+        self.record.save(status="finished")
+        self.progress.note(self._summary())
+
+    def saved_step(self, name: str) -> int | None:
+        """The step of a stage's checkpoint, None without one."""
+        meta = self._meta(name)
+        return meta and meta["step"]
+
+    def _meta(self, name: str) -> dict[str, Any] | None:
+        path = self.folder / name / CHECKPOINT
+        return load_checkpoint(path)[1] if path.exists() else None
+
+    def _finished(self, name: str) -> bool:
+        meta = self._meta(name)
+        return meta is not None and meta["step"] >= meta["steps"]
+
+    def _before(self, name: str) -> Asset | None:
+        index = STAGES.index(name)
+        return self.restore(STAGES[index - 1]) if index else None
+
+    def restore(self, name: str) -> Asset:
+        """The asset of a stage from its checkpoint, without its prior."""
+        state, meta = load_checkpoint(self.folder / name / CHECKPOINT)
+        if meta["step"] < meta["steps"]:
+            raise UserError(
+                f"{name} is not finished",
+                f"it stands at step {meta['step']} of {meta['steps']}",
+                f"pipeline resume {self.folder}",
+            )
+        self.progress.note(f"{name}: restoring its result")
+        if name in self.config.stages and name not in self.record.data["stages"]:  # killed before it was noted
+            self.record.data["stages"][name] = {key: meta[key] for key in ("step", "steps", "seconds", "phases")}
+        stage = make_stage(name, getattr(self.config, name), None, self.device, self.config.seed, self._before(name))
+        stage.load_state_dict(state)
+        return stage.finish()
+
+    def _take(self, name: str, previous: Asset | None, stop: StopRequest) -> Asset:
+        loop = _StageLoop(self, name, stop)
+        try:
+            return loop.take(previous)
+        finally:
+            loop.close()
+
+    def finalise(self, asset: Asset) -> Any:
+        """The mesh that leaves the toolkit: cleaned, decimated, unwrapped, baked."""
+        from pipeline.export.finalise import finalise
+
+        return finalise(asset, self.config.export)
+
+    def _export(self, asset: Asset) -> None:
+        from pipeline.export.write import write_results
+
+        started = time.perf_counter()
+        self.progress.note("export: cleaning, unwrapping and baking")
+        mesh = self.finalise(asset)
+        finalised = time.perf_counter()
+        paths = write_results(mesh, self.folder, self.config.export)
+        facts = {"finalise_s": round(finalised - started, 2), "write_s": round(time.perf_counter() - finalised, 2)}
+        facts |= {"vertices": len(mesh.vertices), "faces": len(mesh.faces)}
+        self.record.save(export=facts, outputs=[path.name for path in paths])
+
+    def _summary(self) -> str:
+        stages = self.record.data["stages"]
+        parts = [f"{name} {duration(facts['seconds'])}" for name, facts in stages.items()]
+        memory = self.record.data.get("peak_memory_mb")
+        parts += [f"peak memory {memory / 1024:.1f} GB"] if memory else []
+        return f"done: {self.folder / self.record.data['outputs'][0]}  ({', '.join(parts)})"
+
+
+class _StageLoop:
+    """Takes one stage to its last step: steps, metrics, previews, checkpoints, stopping."""
+
+    def __init__(self, run: Run, name: str, stop: StopRequest) -> None:
+        self._run, self._name, self._stop = run, name, stop
+        self._folder = run.folder / name
+        self._path = self._folder / CHECKPOINT
+        self._writer = ThreadPoolExecutor(1, "preview")
+        self._written: Future | None = None
+        self._phases: dict[str, float] = {}
+        self._seconds = 0.0
+
+    def take(self, previous: Asset | None) -> Asset:
+        run, name = self._run, self._name
+        (self._folder / "previews").mkdir(parents=True, exist_ok=True)
+        self._opened = time.perf_counter()
+        state, meta = load_checkpoint(self._path) if self._path.exists() else (None, {"step": 0})
+        self._phases, self._seconds = meta.get("phases", {}), meta.get("seconds", 0.0)
+        run.metrics.rewind(name, meta["step"], STAGES[STAGES.index(name) + 1 :])
+        guidance = None
+        if state is None or meta["step"] < meta["steps"]:
+            source = getattr(run.config.prior, name)
+            run.progress.note(f"{name}: loading the prior {source}")
+            guidance = self._timed("load_prior", lambda: build_guidance(run.config, name, run.device))
+        settings = getattr(run.config, name)
+        stage = self._timed(
+            "construct", lambda: make_stage(name, settings, guidance, run.device, run.config.seed, previous)
+        )
+        del guidance, previous
+        if state is not None:
+            stage.load_state_dict(state)
+        self._optimise(stage)
+        return self._finish(stage)
+
+    def _optimise(self, stage: Stage) -> None:
+        config = self._run.config
+        with self._run.progress.stage(self._name, stage.steps, stage.step_index) as shown:
+            self._stop.gentle = True
+            while stage.step_index < stage.steps:
+                began = time.perf_counter()
+                metrics = stage.step()
+                step = stage.step_index
+                self._check_finite(metrics, step)
+                self._run.metrics.add(self._name, step, time.perf_counter() - began, metrics)
+                shown.update(step, stage.headline(metrics))
+                if step == 1 or step % config.preview_every == 0 or step == stage.steps:
+                    self._preview(stage)
+                if self._stop.requested or step % config.checkpoint_every == 0 or step == stage.steps:
+                    self._save(stage)
+                if self._stop.requested:
+                    raise Interrupted(f"stopped at {self._name} step {step} of {stage.steps}, which is saved")
+            self._stop.gentle = False
+
+    def _finish(self, stage: Stage) -> Asset:
+        try:
+            asset = self._timed("finish", stage.finish)
+        except UserError as error:
+            pictures = self._folder / "previews"
+            raise UserError(error.what, error.why, f"{error.fix}\nthe previews are in {pictures}") from error
+        self._join()
+        self._note(stage)
+        return asset
+
+    def _check_finite(self, metrics: dict[str, float], step: int) -> None:
+        bad = [name for name, value in metrics.items() if not math.isfinite(value)]
+        if bad:
+            saved = self._run.saved_step(self._name)
+            raise UserError(
+                f"{self._name} broke down at step {step}",
+                f"{', '.join(bad)} is not a finite number",
+                "lower its learning rates or guidance scale, or keep the prior in float32; "
+                + (f"the checkpoint of step {saved} is untouched" if saved else "nothing was saved yet"),
+            )
+
+    def _preview(self, stage: Stage) -> None:
+        """Render now, since the state moves on; compress and write beside the next steps."""
+        image = self._timed("preview", stage.preview)
+        path = self._folder / "previews" / f"{stage.step_index:06d}.png"
+        self._join()
+        self._written = self._writer.submit(write_png, path, image)
+
+    def _save(self, stage: Stage) -> None:
+        self._timed("checkpoint", lambda: self._write(stage))
+        self._note(stage)
+
+    def _write(self, stage: Stage) -> None:
+        self._run.metrics.flush(durable=True)
+        seconds, phases = self._spent(stage)
+        meta = {"stage": self._name, "step": stage.step_index, "steps": stage.steps}
+        save_checkpoint(self._path, stage.state_dict(), meta | {"seconds": seconds, "phases": phases})
+
+    def _note(self, stage: Stage) -> None:
+        seconds, phases = self._spent(stage)
+        facts = {"step": stage.step_index, "steps": stage.steps, "seconds": seconds, "phases": phases}
+        self._run.record.data["stages"][self._name] = facts
+        self._run.record.save()
+
+    def _spent(self, stage: Stage) -> tuple[float, dict[str, float]]:
+        phases = dict(self._phases)
+        for phase, seconds in stage.times.items():
+            phases[phase] = phases.get(phase, 0.0) + seconds
+        seconds = self._seconds + time.perf_counter() - self._opened
+        return round(seconds, 2), {phase: round(value, 3) for phase, value in phases.items()}
+
+    def _timed(self, phase: str, call: Any) -> Any:
+        began = time.perf_counter()
+        result = call()
+        self._phases[phase] = self._phases.get(phase, 0.0) + time.perf_counter() - began
+        return result
+
+    def _join(self) -> None:
+        if self._written is not None:
+            self._written.result()
+
+    def close(self) -> None:
+        """Leave with every preview and metric written."""
+        self._stop.gentle = False
+        self._writer.shutdown()
+        self._run.metrics.flush()
+
+
+def _be_deterministic() -> None:
+    """Same seed, same device, same bytes: ask torch for its deterministic kernels where it has a choice."""
+    import torch
+
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # costs time and hides nothing here
+
+
+def _describe(device: torch.device) -> dict[str, Any]:
+    import platform
+
+    import torch
+
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor() or platform.processor()
+    return {"type": device.type, "name": name, "threads": torch.get_num_threads()}
+
+
+def _processor() -> str | None:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), None)

@@ -1,0 +1,153 @@
+"""Settings from files and the command line: what is read, what is refused and how it is said."""
+
+from pathlib import Path
+from typing import Literal
+
+import pytest
+from pydantic import BaseModel, ConfigDict, Field
+
+from pipeline.layers import dump, from_file, from_flags, from_overrides, validate
+from stages.errors import UserError
+
+
+class Optimiser(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    learning_rate: float = Field(0.01, gt=0, le=1, description="step size of Adam")
+    betas: tuple[float, float] = Field((0.9, 0.99), description="moment decay")
+
+
+class Settings(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    prompt: str = "a cat"
+    steps: int = Field(10, ge=1, description="steps to take")
+    rule: Literal["sds", "csd"] = Field("sds", description="distillation rule")
+    limit: float | None = Field(None, description="none: no limit")
+    words: dict[str, str] = Field({}, description="text by class")
+    fast: bool = False
+    optimiser: Optimiser = Field(default_factory=Optimiser)
+
+
+def read(tmp_path: Path, text: str, *overrides: str) -> Settings:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    return validate(Settings, [from_file(path), from_overrides(list(overrides))])
+
+
+def refusal(tmp_path: Path, text: str, *overrides: str) -> UserError:
+    with pytest.raises(UserError) as caught:
+        read(tmp_path, text, *overrides)
+    return caught.value
+
+
+def test_file_overrides_and_flags_lie_over_the_defaults_in_that_order(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("steps: 20\nrule: csd\noptimiser:\n  learning_rate: 1e-3\n")
+    layers = [from_file(path), from_overrides(["steps=30", "optimiser.betas=[0.5, 0.9]"]), from_flags({"steps": 40})]
+    settings = validate(Settings, layers)
+    assert (settings.steps, settings.rule, settings.prompt) == (40, "csd", "a cat")
+    assert settings.optimiser == Optimiser(learning_rate=0.001, betas=(0.5, 0.9))
+
+
+def test_unknown_key_names_file_line_and_nearest_name(tmp_path):
+    error = refusal(tmp_path, "steps: 20\noptimiser:\n  # a comment\n  lerning_rate: 0.1\n")
+    assert error.what == f"{tmp_path / 'recipe.yaml'}:4: unknown key optimiser.lerning_rate"
+    assert "betas, learning_rate" in error.why
+    assert error.fix == "did you mean optimiser.learning_rate?"
+
+
+def test_key_at_the_wrong_level_is_found_where_it_belongs(tmp_path):
+    assert refusal(tmp_path, "learning_rate: 0.1\n").fix == "did you mean optimiser.learning_rate?"
+
+
+def test_unknown_key_of_an_override_names_the_word(tmp_path):
+    error = refusal(tmp_path, "", "stepz=3")
+    assert error.what == "command line: stepz=3: unknown key stepz" and error.fix == "did you mean steps?"
+
+
+@pytest.mark.parametrize(
+    ("text", "what", "why"),
+    [
+        ("steps: 0\n", ":1: steps = 0", "wanted greater than or equal to 1"),
+        ("\nsteps: many\n", ':2: steps = "many"', "wanted a valid integer"),
+        ("steps: 1.5\n", ":1: steps = 1.5", "wanted a valid integer"),
+        ("steps: true\n", ":1: steps = true", "wanted a valid integer"),
+        ('steps: "3"\n', ':1: steps = "3"', "wanted a valid integer"),
+        ("fast: 1\n", ":1: fast = 1", "wanted a valid boolean"),
+        ("rule: sdz\n", ':1: rule = "sdz"', "wanted 'sds' or 'csd'"),
+        ("optimiser: 3\n", ":1: optimiser = 3", "wanted an object"),
+        ("optimiser:\n  betas: [0.9]\n", ":2: optimiser.betas.1", "Field required"),
+        ("limit: .nan\n", ":1: limit = nan", "it must be finite"),
+    ],
+)
+def test_wrong_values_name_place_value_and_what_is_wanted(tmp_path, text, what, why):
+    error = refusal(tmp_path, text)
+    assert what in error.what and why in error.why
+
+
+def test_refusal_says_what_the_setting_means_and_its_bounds(tmp_path):
+    fix = refusal(tmp_path, "optimiser:\n  learning_rate: 7\n").fix
+    assert fix == "optimiser.learning_rate: float, > 0, <= 1; step size of Adam; default 0.01"
+
+
+def test_several_mistakes_are_all_listed(tmp_path):
+    error = refusal(tmp_path, "steps: 0\nrule: x\n")
+    assert error.what.startswith("2 settings") and ":1: steps" in error.why and ":2: rule" in error.why
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        ("steps: [1\nrule: sds\n", ":2: not valid YAML"),
+        ("steps: 1\nsteps: 2\n", ":2: steps is set twice"),
+        ("- 1\n", "cannot read"),
+        ("steps: !!python/name:os.system\n", ":1: not valid YAML"),
+    ],
+)
+def test_damaged_files_are_refused_with_their_line(tmp_path, text, what):
+    assert what in refusal(tmp_path, text).what
+
+
+def test_file_that_is_not_text_is_refused(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_bytes(b"\xff\xfe\x00\x80")
+    with pytest.raises(UserError, match="not text"):
+        from_file(path)
+
+
+@pytest.mark.parametrize("word", ["steps", "=3", "a..b=1", "steps=[1", "st eps=1"])
+def test_malformed_override_is_refused(tmp_path, word):
+    assert word in refusal(tmp_path, "", word).what
+
+
+@pytest.mark.parametrize("text", ["no", "on", "1e3x", "2026-01-01", "12:30"])
+def test_words_that_yaml_1_1_would_convert_stay_text(tmp_path, text):
+    assert read(tmp_path, f"prompt: {text}\n").prompt == text
+
+
+def test_number_as_text_override_is_taken_as_text(tmp_path):
+    assert read(tmp_path, "", "prompt=2026").prompt == "2026"
+
+
+def test_null_clears_an_optional_value(tmp_path):
+    assert read(tmp_path, "limit: 3\n", "limit=null").limit is None
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        Settings(),
+        Settings(prompt="no", limit=1e-7, words={"side": "a: b # c"}),
+        Settings(prompt='1e-3 "quoted"', limit=3.0, fast=True),
+        Settings(prompt="zwölf Bäume\n", optimiser=Optimiser(learning_rate=0.1 + 0.2)),
+    ],
+)
+def test_dump_reads_back_to_the_same_settings_and_text(tmp_path, settings):
+    text = dump(settings)
+    again = read(tmp_path, text)
+    assert again == settings and dump(again) == text
+
+
+def test_dump_carries_each_meaning(tmp_path):
+    assert "  learning_rate: 0.01  # step size of Adam\n" in dump(Settings())
