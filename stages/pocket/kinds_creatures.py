@@ -136,14 +136,12 @@ def duck(v: Vary, c: Palette) -> list[Part]:
 
 def fish(v: Vary, c: Palette) -> list[Part]:
     """Swims towards +z: eyes and lips there, tail fin at -z."""
-    w, h, length = v(0.36, 0.12), v(0.58, 0.1), v(0.95, 0.08)
+    w, h, length = v(0.42, 0.12), v(0.58, 0.1), v(0.95, 0.08)
     fins = c.trim("flame", "orange", "white")
     parts = [
         ellipsoid((w, h, length), (0, 0, 0), c.main, sides=30),
         ellipsoid((0.15, 0.13, 0.1), (0, -0.08, length - 0.03), c.trim("rose", "red"), sides=14),
     ]
-    tail = [(-0.42, 0.0), (-0.95, -v(0.5)), (-0.78, 0.0), (-0.95, v(0.5)), (-0.42, 0.08)]
-    tail = [(x, y) for x, y in tail]
     tail = [(-0.30, -0.06), (-0.30, 0.06), (-0.95, v(0.52)), (-0.80, 0.0), (-0.95, -v(0.52))]
     dorsal = [(0.35, 0.3), (0.3, 0.62), (-0.12, 0.86), (-0.5, 0.66), (-0.45, 0.3)]
     belly = [(-0.4, -0.3), (-0.42, -0.62), (-0.1, -0.78), (0.16, -0.55), (0.1, -0.3)]
@@ -152,7 +150,7 @@ def fish(v: Vary, c: Palette) -> list[Part]:
         points = [(x * stretch - (0.55 * stretch if outline is tail else 0), y * h / 0.58) for x, y in outline]
         parts.append(prism(points, depth, fins).turn("y", -90))
     for side in (-1, 1):
-        fin = prism([(0.0, -0.06), (0.12, -0.2), (-0.3, -0.3), (-0.38, -0.08), (-0.1, 0.08)], 0.09, fins)
+        fin = prism([(-0.1, 0.08), (-0.38, -0.08), (-0.3, -0.3), (0.12, -0.2), (0.0, -0.06)], 0.09, fins)
         parts.append(fin.turn("y", -90).turn("y", -24 * side).move(side * w * 1.02, -0.08, 0.1))
         eye, pupil = _eyes(c, 0, 0, 0, 0.13)[:2]
         at = (side * w * 0.76, h * 0.22, length * 0.56)

@@ -32,7 +32,7 @@ def donut(v: Vary, c: Palette) -> list[Part]:
         angle, tilt = i * 137.5, (i * 77) % 180
         lean = np.radians((-42, 0, 42)[i % 3])
         r = 0.8 + tube_radius * np.sin(lean)
-        spot = ellipsoid((0.1, 0.042, 0.05), (0, 0, 0), trims[i % 3], sides=8).turn("z", tilt)
+        spot = ellipsoid((0.135, 0.06, 0.06), (0, 0, 0), trims[i % 3], sides=10).turn("z", tilt)
         spot = spot.move(r, 0, tube_radius * np.cos(lean)).turn("z", angle)
         parts.append(spot)
     return parts
@@ -43,7 +43,7 @@ def mug(v: Vary, c: Palette) -> list[Part]:
     r, h, wall = v(0.55, 0.12), v(1.2, 0.12), 0.09
     profile = [(0, 0), (r * 0.92, 0), (r, 0.07), (r, h), (r - wall, h), (r - wall, wall), (0, wall)]
     handle = tube(arc((v(0.36), 0.36 * h), 80, 280, (-r + 0.02, 0.52 * h, 0)), v(0.095), c.main)
-    label = panel(r - 0.03, 0.05, 0.28 * h, 0.76 * h, 76, c.second)
+    label = panel(r - 0.03, 0.05, 0.28 * h, 0.76 * h, 76, c.mark)
     return [lathe(profile, c.main, sides=36), handle, label]
 
 
@@ -56,8 +56,8 @@ def teapot(v: Vary, c: Palette) -> list[Part]:
     spout = tube(np.array(spout_path) * (v(1.0, 0.1), 1, 1), [0.24, 0.19, 0.14, 0.11, 0.10], c.main)
     handle = tube(arc((v(0.40), 0.38), 62, 298, (-w + 0.05, 0.6, 0)), 0.085, c.main)
     lid = lathe([(0, 1.06), (0.44, 1.06), (0.44, 1.12), (0.3, 1.22), (0, 1.27)], c.main)
-    knob = ellipsoid(0.13, (0, 1.34, 0), c.second, sides=16)
-    badge = ellipsoid((0.27, 0.27, 0.06), (0, 0, 0), c.second, sides=18).turn("x", -3).move(0, 0.6, w - 0.015)
+    knob = ellipsoid(0.13, (0, 1.34, 0), c.mark, sides=16)
+    badge = ellipsoid((0.27, 0.27, 0.06), (0, 0, 0), c.mark, sides=18).turn("x", -3).move(0, 0.6, w - 0.015)
     dot = ellipsoid((0.12, 0.12, 0.05), (0, 0.6, w + 0.04), c.main, sides=14)
     return [lathe(profile, c.main, sides=36), spout, handle, lid, knob, badge, dot]
 
@@ -151,15 +151,15 @@ def mushroom(v: Vary, c: Palette) -> list[Part]:
     for azimuth, up in ((0, 38), (62, 28), (118, 44), (180, 30), (236, 42), (300, 30), (90, 82)):
         a, e = np.radians(azimuth), np.radians(up)
         centre = (r * np.cos(e) * np.sin(a), 0.72 + h * np.sin(e), r * np.cos(e) * np.cos(a))
-        parts.append(ellipsoid((0.17, 0.15, 0.17), np.multiply(centre, (0.96, 0.985, 0.96)), dots, sides=12))
+        parts.append(ellipsoid((0.19, 0.15, 0.19), np.multiply(centre, (0.9, 0.96, 0.9)), dots, sides=12))
     return parts
 
 
 def tree(v: Vary, c: Palette) -> list[Part]:
     """A fir: a trunk and three tiers."""
-    base, trunk = v(0.8, 0.12), v(0.18)
-    parts = [frustum(trunk, trunk * 0.9, 0.5, (0, 0, 0), c.trim("wood", "slate"), sides=16)]
-    for i, (shrink, y) in enumerate(((1.0, 0.42), (0.8, 0.85), (0.58, 1.25))):
+    base, trunk = v(0.8, 0.12), v(0.21)
+    parts = [frustum(trunk, trunk * 0.9, 0.6, (0, 0, 0), c.trim("wood", "slate"), sides=16)]
+    for i, (shrink, y) in enumerate(((1.0, 0.5), (0.8, 0.92), (0.58, 1.32))):
         parts.append(frustum(base * shrink, 0.0, 0.85 - 0.08 * i, (0, y, 0), c.main, sides=28))
     return parts
 
@@ -167,7 +167,7 @@ def tree(v: Vary, c: Palette) -> list[Part]:
 def house(v: Vary, c: Palette) -> list[Part]:
     """Door, two windows and a round gable window on the front, a chimney at the back."""
     w, h, d, roof = v(1.3, 0.12), v(0.95, 0.12), v(1.1, 0.12), v(0.6)
-    tiles, glass = c.trim("slate", "cream"), c.trim("glass", "slate")
+    glass = c.trim("glass", "slate")
     door, frame = c.trim("wood", "cream"), c.trim("white", "dark")
     eave = 0.1
     gable = [(-w / 2, h - 0.02), (w / 2, h - 0.02), (0, h + roof)]
@@ -175,9 +175,14 @@ def house(v: Vary, c: Palette) -> list[Part]:
     slope = np.hypot(w / 2, roof)
     angle = np.degrees(np.arctan2(roof, w / 2))
     for side in (-1, 1):
-        slab = box((slope + eave, 0.1, d + 2 * eave), (-(slope + eave) / 2 + 0.04, 0.05, 0), tiles)
-        slab = slab.turn("z", angle) if side < 0 else slab.scale(1).turn("y", 180).turn("z", -angle)
-        parts.append(slab.move(0, h + roof, 0))
+        # a body-coloured slab on a slightly larger trim-coloured one: the colour shows from above, the edge all round
+        for thick, rim, colour in ((0.1, 0.0, frame), (0.135, -0.06, c.main)):
+            size = (slope + eave + rim, thick, d + 2 * eave + 2 * rim)
+            slab = box(size, (-size[0] / 2 + 0.04, thick / 2, 0), colour)
+            slab = slab.turn("z", angle) if side < 0 else slab.turn("y", 180).turn("z", -angle)
+            parts.append(slab.move(0, h + roof, 0))
+    ridge = frustum(0.085, 0.085, d + 2 * eave, (0, 0, 0), frame, sides=10).turn("x", 90)
+    parts.append(ridge.move(0, h + roof + 0.06, -d / 2 - eave))
     front = d / 2
     parts += [
         box((0.3, 0.56, 0.08), (0, 0.28, front), door, bevel=0.01),

@@ -103,7 +103,7 @@ def boat(v: Vary, c: Palette) -> list[Part]:
 
 def rocket(v: Vary, c: Palette) -> list[Part]:
     """Nose up; the porthole and a badge are on the front, one of the four fins points right at it."""
-    r, h, nose = v(0.4, 0.12), v(1.15, 0.1), v(0.62)
+    r, h, nose = v(0.4, 0.12), v(1.2, 0.1), v(0.52)
     trim, steel, glass = c.trim("white", "red"), c.trim("steel", "dark"), c.trim("glass", "slate")
     t = np.linspace(0, 1, 9)
     body = [(0, 0), *zip(r * (0.74 + 0.26 * np.sin(np.pi * (0.12 + 0.72 * t)) ** 0.8), h * t, strict=True)]

@@ -37,6 +37,7 @@ TRIM: dict[str, Colour] = {  # the natural colours of secondary parts
     "red": (0.82, 0.12, 0.12),
     "rose": (0.95, 0.50, 0.58),
 }
+DARK = ("black", "brown", "blue", "purple")  # bodies on which black features would be lost
 DISTINCT = 0.32  # least sRGB distance at which a part is told from the body behind it
 
 
@@ -57,8 +58,9 @@ class Palette:
     `main` is one tuple object: a part is a body part, and takes the pattern, if its colour `is` that object.
     """
 
-    def __init__(self, colour: str, rng: np.random.Generator | None) -> None:
+    def __init__(self, colour: str, rng: np.random.Generator | None, patterned: bool = False) -> None:
         self.name = colour
+        self.patterned = patterned
         self.main = _jitter(COLOURS[colour], rng)
 
     def trim(self, *names: str) -> Colour:
@@ -73,12 +75,17 @@ class Palette:
     @property
     def ink(self) -> Colour:
         """Face features: black, on dark bodies white."""
-        return self.trim("ink", "white")
+        return TRIM["white" if self.name in DARK else "ink"]
 
     @property
     def second(self) -> Colour:
         """The pattern's second colour: white, on light bodies black."""
         return self.trim("white", "ink")
+
+    @property
+    def mark(self) -> Colour:
+        """Labels and badges: the second colour, on patterned bodies one that the pattern does not have."""
+        return self.trim("flame", "red") if self.patterned else self.second
 
 
 def _jitter(colour: Colour, rng: np.random.Generator | None) -> Colour:

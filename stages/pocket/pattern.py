@@ -1,7 +1,8 @@
 """Stripes, spots and checks cut exactly into a surface, so that their edges stay crisp at any resolution.
 
-The surface is refined, then cut along the zero level of a scalar function of position (each crossing edge gets one
-shared new vertex, so the surface stays closed), and the faces on the two sides get the two colours.
+The surface is cut along the zero levels of functions of position (planes; for spots, on a refined surface, the
+distance to the nearest centre). Each crossing edge gets one shared new vertex, so the surface stays closed, and the
+faces between the cuts get the two colours.
 """
 
 from __future__ import annotations
@@ -9,8 +10,9 @@ from __future__ import annotations
 import numpy as np
 
 PATTERNS = ("striped", "spotted", "checkered")
-STRIPE, SPOT_RADIUS, SPOT_SPACING, CHECK = 0.17, 0.115, 0.36, 0.22  # in units of the normalised object
-AROUND = 5  # periods of the checks around the axis
+STRIPE_MAIN, STRIPE_SECOND = 0.19, 0.15  # band heights; all lengths in units of the normalised object
+SPOT_RADIUS, SPOT_SPACING, SPOT_EDGE = 0.115, 0.36, 0.13
+CHECK, AROUND = 0.22, 5  # cell height; cells of each colour around the axis
 
 
 def _edge_keys(faces: np.ndarray, count: int) -> np.ndarray:
@@ -48,83 +50,102 @@ def refine(vertices: np.ndarray, faces: np.ndarray, longest: float) -> tuple[np.
         faces = np.concatenate(out)
 
 
-def cut(vertices: np.ndarray, faces: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Insert the zero level of `values` [V] (linear along edges): afterwards no face has both signs inside."""
+def cut(vertices: np.ndarray, faces: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Insert the zero level of `values` [V] (linear along edges): afterwards no face has both signs inside.
+
+    Returns: vertices, faces and values with the new vertices (of value 0) appended.
+    """
     values = np.where(np.abs(values) < 1e-3, 1e-3, values)  # a level through a vertex would make sliver faces
     count = len(vertices)
     positive = values > 0
     number = positive[faces].sum(1)
     crossing = (number == 1) | (number == 2)
+    if not crossing.any():
+        return vertices, faces, values
     f = faces[crossing]
     lone = positive[f] == (number[crossing] == 1)[:, None]  # the corner on its own side
-    first = lone.argmax(1)
-    f = np.take_along_axis(f, (first[:, None] + np.arange(3)) % 3, 1)  # lone corner first
+    f = np.take_along_axis(f, (lone.argmax(1)[:, None] + np.arange(3)) % 3, 1)  # lone corner first
     keys = _edge_keys(f, count)[:, [0, 2]]
     unique, inverse = np.unique(keys, return_inverse=True)
     a, b = np.divmod(unique, count)
-    t = np.clip(values[a] / (values[a] - values[b]), 0.02, 0.98)[:, None]
-    vertices = np.concatenate([vertices, vertices[a] + t * (vertices[b] - vertices[a])])
+    t = (values[a] / (values[a] - values[b]))[:, None]
     m = count + inverse.reshape(keys.shape)
     pieces = [faces[~crossing], np.stack([f[:, 0], m[:, 0], m[:, 1]], 1),
               np.stack([m[:, 0], f[:, 1], f[:, 2]], 1), np.stack([m[:, 0], f[:, 2], m[:, 1]], 1)]
-    return vertices, np.concatenate(pieces)
+    vertices = np.concatenate([vertices, vertices[a] + t * (vertices[b] - vertices[a])])
+    return vertices, np.concatenate(pieces), np.concatenate([values, np.zeros(len(unique))])
 
 
-def _spots(points: np.ndarray) -> np.ndarray:
-    """Spot centres by farthest-point sampling, starting from the foremost point."""
-    centres = [points[(points @ [0.11, 0.07, 1.0]).argmax()]]
-    distance = ((points - centres[0]) ** 2).sum(1)
-    while distance.max() > SPOT_SPACING**2:
-        centres.append(points[distance.argmax()])
-        distance = np.minimum(distance, ((points - centres[-1]) ** 2).sum(1))
-    return np.stack(centres)
+def _spot_level(points: np.ndarray) -> np.ndarray:
+    """SPOT_RADIUS minus the distance to the nearest spot; centres by farthest-point sampling from the foremost."""
+    distance = np.full(len(points), np.inf)
+    centre = points[(points @ [0.11, 0.07, 1.0]).argmax()]
+    while True:
+        np.minimum(distance, ((points - centre) ** 2).sum(1), out=distance)
+        if distance.max() <= SPOT_SPACING**2:
+            return SPOT_RADIUS - np.sqrt(distance)
+        centre = points[distance.argmax()]
+
+
+def _steps(low: float, high: float, first: float, *widths: float) -> np.ndarray:
+    """Positions first, first + widths[0], first + widths[0] + widths[1], ... cyclically, inside (low, high)."""
+    period = sum(widths)
+    starts = np.cumsum([0.0, *widths[:-1]]) + first
+    turns = np.arange(np.floor((low - first) / period) - 1, np.ceil((high - first) / period) + 1)
+    every = (turns[:, None] * period + starts).reshape(-1)
+    return every[(every > low) & (every < high)]
 
 
 def apply_pattern(
-    vertices: np.ndarray, faces: np.ndarray, pattern: str, axis: str = "y", square: bool = False
+    vertices: np.ndarray, faces: np.ndarray, pattern: str, *, axis: str = "y", square: bool = False
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Cut `pattern` into a surface given in normalised coordinates.
+    """Cut `pattern` into a closed surface given in normalised coordinates.
 
     Args:
-        axis: the object's long axis: stripes follow each other along it, checks go around it.
+        axis: the object's long axis: stripes follow each other along it from its low end to its high one, checks go around it.
         square: checks in the planes of the faces (boxes) instead of around the axis.
     Returns: vertices, faces, and which faces [F] bool carry the second colour; faces of different colour share no
         vertex.
     """
-    vertices, faces = refine(vertices, faces, 0.11)
     along, across, other = {"y": (1, 0, 2), "z": (2, 0, 1)}[axis]
+    low, high = vertices.min(0), vertices.max(0)
 
-    def stripes(p: np.ndarray, width: float) -> np.ndarray:
-        return np.cos(np.pi * p / width)
-
-    def around(p: np.ndarray) -> np.ndarray:
-        return np.sin(AROUND * np.arctan2(p[:, across], p[:, other]) + 0.5 * np.pi)
+    def slice_at(k: int, positions: np.ndarray) -> None:
+        nonlocal vertices, faces
+        for position in positions:
+            vertices, faces, _ = cut(vertices, faces, vertices[:, k] - position)
 
     if pattern == "spotted":
-        centres = _spots(vertices)
-
-        def level(p: np.ndarray) -> np.ndarray:
-            squared = (p**2).sum(1)[:, None] + (centres**2).sum(1) - 2 * p @ centres.T
-            return SPOT_RADIUS - np.sqrt(np.maximum(squared.min(1), 0))
-
-        levels = [level]
+        vertices, faces = refine(vertices, faces, SPOT_EDGE)
+        vertices, faces, level = cut(vertices, faces, _spot_level(vertices))
+        second = level[faces].sum(1) > 0
     elif pattern == "striped":
-        levels = [lambda p: stripes(p[:, along], STRIPE)]
+        extent, period = high[along] - low[along], STRIPE_MAIN + STRIPE_SECOND
+        fit = extent / (max(round((extent - STRIPE_MAIN) / period), 1) * period + STRIPE_MAIN)  # main at both ends
+        first, widths = low[along] + fit * STRIPE_MAIN, (fit * STRIPE_SECOND, fit * STRIPE_MAIN)
+        slice_at(along, _steps(low[along] + 1e-6, high[along] - 1e-6, first, *widths))
+        height = np.minimum(vertices[:, along][faces].mean(1), high[along] - 1e-3)  # a flat top is in the last band
+        second = (height - first) % sum(widths) < widths[0]
     elif pattern == "checkered" and square:
-        levels = [lambda p, k=k: stripes(p[:, k], CHECK) for k in range(3)]
+        for k in range(3):
+            slice_at(k, _steps(low[k], high[k], 0.5 * CHECK, CHECK))
+        corners = vertices[faces]
+        cell = np.floor(corners.mean(1) / CHECK + 0.5).astype(int)
+        normal = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
+        cell[np.arange(len(faces)), np.abs(normal).argmax(1)] = 0
+        second = cell.sum(1) % 2 == 1
     elif pattern == "checkered":
-        levels = [lambda p: stripes(p[:, along], CHECK), around]
+        slice_at(along, _steps(low[along], high[along], 0.5 * CHECK, CHECK))
+        for angle in (np.arange(AROUND) + 0.5) * np.pi / AROUND:  # planes through the axis
+            side = vertices[:, across] * np.cos(angle) - vertices[:, other] * np.sin(angle)
+            vertices, faces, _ = cut(vertices, faces, side)
+        centre = vertices[faces].mean(1)
+        sector = np.floor(np.arctan2(centre[:, across], centre[:, other]) * AROUND / np.pi + 0.5).astype(int)
+        second = (sector + np.floor(centre[:, along] / CHECK + 0.5).astype(int)) % 2 == 1
     else:
         raise ValueError(f"pattern: wanted one of {PATTERNS}, got {pattern!r}")
-    for level in levels:
-        vertices, faces = cut(vertices, faces, level(vertices))
-    corners = vertices[faces]  # [F, 3, 3]
-    centre = corners.mean(1)
-    signs = np.stack([level(centre) > 0 for level in levels])  # [levels, F]
-    if pattern == "checkered" and square:
-        normal = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
-        signs[np.abs(normal).argmax(1), np.arange(len(faces))] = False
-    second = signs.sum(0) % 2 == 1
-    used = np.unique(np.concatenate([faces[second], faces[~second] + len(vertices)]))
-    new = np.where(second[:, None], faces, faces + len(vertices))
-    return vertices[used % len(vertices)], np.searchsorted(used, new), second
+    used = np.zeros((2, len(vertices)), dtype=bool)
+    used[1, faces[second]] = used[0, faces[~second]] = True
+    number = np.cumsum(used.reshape(-1)) - 1
+    new = number[faces + second[:, None] * len(vertices)]
+    return np.concatenate([vertices[used[0]], vertices[used[1]]]), new, second

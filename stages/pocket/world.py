@@ -307,26 +307,25 @@ def _solid_of(part: Part) -> _Solid:
 
 def _single(spec: Spec, rng: np.random.Generator | None) -> _Solid:
     """One object at radius RADIUS."""
-    palette = Palette(spec.colour, rng)
+    palette = Palette(spec.colour, rng, spec.pattern != "plain")
     parts = KINDS[spec.kind].make(Vary(rng), palette)
     if spec.pattern == "plain":
         return _join([_solid_of(p) for p in parts]).fit(RADIUS)
-    body = [p.colour is palette.main for p in parts]
     fitted = _join([_solid_of(p) for p in parts]).fit(RADIUS)
-    solids, start = [], 0
-    for part, patterned in zip(parts, body, strict=True):
-        stop = start + len(part.vertices)
-        vertices = fitted.vertices[start:stop]
-        if patterned:
-            axis = "z" if spec.kind == "fish" else "y"
-            vertices, faces, second = apply_pattern(vertices, part.faces, spec.pattern, axis, spec.kind == "cube")
-            colours = np.empty_like(vertices)
-            colours[faces] = np.where(second[:, None, None], palette.second, palette.main)
-            solids.append(_Solid(vertices, faces, colours))
-        else:
-            solids.append(_Solid(vertices, part.faces, fitted.colours[start:stop]))
-        start = stop
-    return _join(solids)
+    main = np.repeat([p.colour is palette.main for p in parts], [len(p.vertices) for p in parts])
+    body, rest = _pick(fitted, main), _pick(fitted, ~main)
+    axis = "z" if spec.kind == "fish" else "y"
+    vertices, faces, second = apply_pattern(
+        body.vertices, body.faces, spec.pattern, axis=axis, square=spec.kind == "cube")
+    colours = np.empty_like(vertices)
+    colours[faces] = np.where(second[:, None, None], palette.second, palette.main)
+    return _join([_Solid(vertices, faces, colours), rest])
+
+
+def _pick(solid: _Solid, keep: np.ndarray) -> _Solid:
+    """The parts whose vertices [V] bool are kept."""
+    number = np.cumsum(keep) - 1
+    return _Solid(solid.vertices[keep], number[solid.faces[keep[solid.faces[:, 0]]]], solid.colours[keep])
 
 
 def _on(top: _Solid, below: _Solid, kind: str) -> _Solid:
