@@ -1,0 +1,178 @@
+"""CLIP similarity of images and sentences, from any folder with a CLIPModel, its tokenizer and its processor's config.
+
+The processor's steps (resize, centre crop, normalise) are done in torch, so that scores are differentiable in the
+images and torchvision is not needed. Images are linear colour as everywhere; CLIP sees sRGB.
+Letters: B images, P texts, D the width of the joint space. Embeddings are unit vectors, scores their cosines.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from stages.cameras import linear_to_srgb
+from stages.errors import UserError, check_shape
+from stages.guidance.folder import load_part, read_json
+
+RESAMPLE = {0: "nearest", 2: "bilinear", 3: "bicubic"}  # Pillow's numbers, as processors write them
+OPENAI_MEAN, OPENAI_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """What a CLIPImageProcessor does to an sRGB image in [0, 1].
+
+    size: (height, width) to resize to, one number for the shorter side, or None for no resizing.
+    crop: (height, width) cut out of the middle, or None.
+    """
+
+    size: tuple[int, int] | int | None
+    crop: tuple[int, int] | None
+    mode: str
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    @staticmethod
+    def read(folder: Path) -> Preprocessing:
+        """From preprocessor_config.json, with CLIPImageProcessor's own defaults for absent keys."""
+        what = f"Cannot load the CLIP of {folder}"
+        config = read_json(folder / "preprocessor_config.json", what)
+        resample = config.get("resample", 3)
+        if resample not in RESAMPLE:
+            raise UserError(what, f"its processor resamples by Pillow's method {resample}", f"one of {list(RESAMPLE)}")
+        size = _size(config.get("size", {"shortest_edge": 224}), what) if config.get("do_resize", True) else None
+        crop = _size(config.get("crop_size", {"height": 224, "width": 224}), what)
+        crop = (crop, crop) if isinstance(crop, int) else crop
+        normalise = config.get("do_normalize", True)
+        return Preprocessing(
+            size=size,
+            crop=crop if config.get("do_center_crop", True) else None,
+            mode=RESAMPLE[resample],
+            mean=tuple(config.get("image_mean", OPENAI_MEAN)) if normalise else (0.0, 0.0, 0.0),
+            std=tuple(config.get("image_std", OPENAI_STD)) if normalise else (1.0, 1.0, 1.0),
+        )
+
+    def __call__(self, srgb: Tensor) -> Tensor:
+        """sRGB images [B, H, W, 3] in [0, 1] to the model's pixel values [B, 3, h, w]."""
+        x = srgb.permute(0, 3, 1, 2)
+        size = self.size
+        if isinstance(size, int):
+            h, w = x.shape[-2:]
+            size = (size, int(size * w / h)) if h <= w else (int(size * h / w), size)
+        if size is not None and size != tuple(x.shape[-2:]):
+            if self.mode == "nearest":
+                x = F.interpolate(x, size, mode="nearest-exact")
+            else:
+                x = F.interpolate(x, size, mode=self.mode, align_corners=False, antialias=True).clamp(0, 1)
+        if self.crop is not None:
+            x = _centre_crop(x, self.crop)
+        mean, std = (x.new_tensor(v).view(3, 1, 1) for v in (self.mean, self.std))
+        return (x - mean) / std
+
+
+class ClipScorer:
+    """Embeds images and texts with one CLIPModel; frozen weights, gradients to the images.
+
+    Args:
+        folder: config.json, *.safetensors, tokenizer files and preprocessor_config.json, as save_pretrained writes.
+        device: where the model lives; images are moved there.
+    Raises: UserError for a missing, damaged or foreign folder.
+    """
+
+    def __init__(self, folder: str | Path, device: torch.device | str = "cpu") -> None:
+        import transformers
+
+        folder = Path(folder).expanduser()
+        what = f"Cannot load the CLIP {folder}"
+        if not folder.is_dir():
+            raise UserError(what, "there is no such folder", "name a folder with a CLIPModel and its processor")
+        kind = read_json(folder / "config.json", what).get("model_type")
+        if kind != "clip":
+            raise UserError(what, f"its config.json says model_type {kind!r}", "use a CLIPModel folder")
+        if not any(folder.glob("*.safetensors")):
+            raise UserError(what, "it has no *.safetensors", "convert its weights, or get the folder again")
+        self.name, self.device = folder.name, torch.device(device)
+        self.preprocess = Preprocessing.read(folder)
+        model = load_part(
+            folder,
+            "CLIP model",
+            lambda: transformers.CLIPModel.from_pretrained(
+                folder, dtype=torch.float32, use_safetensors=True, local_files_only=True, output_loading_info=True
+            ),
+        )
+        self.model = model.eval().requires_grad_(False).to(self.device)
+        self.tokenizer = load_part(
+            folder,
+            "CLIP tokenizer",
+            lambda: transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True),
+        )
+        self.limit = min(self.tokenizer.model_max_length, model.config.text_config.max_position_embeddings)
+        self._texts: dict[str, Tensor] = {}
+
+    @property
+    def logit_scale(self) -> float:
+        """The learned inverse temperature that turns cosines into logits."""
+        return float(self.model.logit_scale.exp())
+
+    def embed_images(self, images: Tensor) -> Tensor:
+        """Unit embeddings [B, D] of linear images [B, H, W, 3] in [0, 1]; differentiable in them."""
+        check_shape("images", images, (None, None, None, 3))
+        return self.embed_srgb(linear_to_srgb(images))
+
+    def embed_srgb(self, images: Tensor) -> Tensor:
+        """Unit embeddings [B, D] of sRGB images [B, H, W, 3] in [0, 1]; differentiable in them."""
+        check_shape("images", images, (None, None, None, 3))
+        pixels = self.preprocess(images.to(self.device, torch.float32))
+        pooled = self.model.vision_model(pixel_values=pixels).pooler_output
+        return F.normalize(self.model.visual_projection(pooled), dim=-1)
+
+    @torch.no_grad()
+    def embed_texts(self, texts: list[str]) -> Tensor:
+        """Unit embeddings [P, D]; each text is encoded once and remembered. UserError for one that does not fit."""
+        new = list(dict.fromkeys(text for text in texts if text not in self._texts))
+        if new:
+            self._check_length(new)
+            tokens = self.tokenizer(new, padding=True, return_tensors="pt")
+            out = self.model.text_model(
+                input_ids=tokens.input_ids.to(self.device), attention_mask=tokens.attention_mask.to(self.device)
+            )
+            embeddings = F.normalize(self.model.text_projection(out.pooler_output), dim=-1)
+            self._texts.update(zip(new, embeddings, strict=True))
+        return torch.stack([self._texts[text] for text in texts])
+
+    def _check_length(self, texts: list[str]) -> None:
+        longest = max(texts, key=lambda text: len(self.tokenizer(text).input_ids))
+        length = len(self.tokenizer(longest).input_ids)
+        if length > self.limit:
+            why = f"{longest!r} is {length} tokens and it reads {self.limit}"
+            raise UserError(f"A caption is too long for the CLIP {self.name}", why, "shorten it")
+
+    def scores(self, images: Tensor, texts: list[str]) -> Tensor:
+        """Cosines [B, P] of linear images [B, H, W, 3] and texts; differentiable in the images."""
+        return self.embed_images(images) @ self.embed_texts(texts).T
+
+
+def _size(value: dict | int | list, what: str) -> tuple[int, int] | int:
+    """A processor's size entry: (height, width), or one number for the shorter side."""
+    if isinstance(value, int):
+        return value
+    if isinstance(value, dict) and "shortest_edge" in value:
+        return int(value["shortest_edge"])
+    if isinstance(value, dict) and {"height", "width"} <= value.keys():
+        return int(value["height"]), int(value["width"])
+    raise UserError(what, f"its processor's size is {value!r}", "wanted shortest_edge, or height and width")
+
+
+def _centre_crop(x: Tensor, crop: tuple[int, int]) -> Tensor:
+    """The middle of [B, C, H, W]; black where the crop is larger, as transformers pads."""
+    height, width = x.shape[-2:]
+    top, left = (height - crop[0]) // 2, (width - crop[1]) // 2
+    if top < 0 or left < 0:
+        up, side = max(0, -top), max(0, -left)
+        x = F.pad(x, (side, max(0, crop[1] - width) - side, up, max(0, crop[0] - height) - up))
+        top, left = max(0, top), max(0, left)
+    return x[..., top : top + crop[0], left : left + crop[1]]
