@@ -15,9 +15,8 @@ import math
 import numpy as np
 from numba import njit, prange
 
-W_MIN = 1e-6  # a vertex nearer to the eye plane than this makes its triangles undrawable
-PIXELS_MAX = 1e12  # so does one that projects this far out: its edges would be off by more than 1e-4 pixels
-AREA_MIN = 1e-8  # square pixels; slimmer triangles hold no pixel centre that their neighbours do not hold too
+from stages.kernels.reference_raster import AREA_MIN, PIXELS_MAX, W_MIN
+
 BAND = 64  # rows a task owns; 64 rows of 512 columns with depth and id stay in a 0.5 MB cache
 
 
@@ -120,8 +119,8 @@ def _fill_band(screen, triangles, rows, y_lo, y_hi, width, depth, ids):
 
 
 @njit(cache=True, nogil=True, inline="always")
-def _areas(clip, a, b, c, fx, fy):
-    """Twice the signed areas that the pixel's ray cuts off at vertices 0, 1, 2 (homogeneous, so perspective-exact)."""
+def _about_pixel(clip, a, b, c, fx, fy):
+    """Clip x and y of the three corners with the pixel's ray moved to the origin: homogeneous, perspective-exact."""
     aw, bw, cw = np.float64(clip[a, 3]), np.float64(clip[b, 3]), np.float64(clip[c, 3])
     ax, ay = clip[a, 0] - fx * aw, clip[a, 1] - fy * aw
     bx, by = clip[b, 0] - fx * bw, clip[b, 1] - fy * bw
@@ -139,7 +138,7 @@ def _resolve_band(clip, triangles, y_lo, height, width, depth, ids, rast):
                 rast[y + y_lo, x, 0] = rast[y + y_lo, x, 1] = rast[y + y_lo, x, 2] = rast[y + y_lo, x, 3] = 0.0
                 continue
             fx = 2.0 * (x + 0.5) / width - 1.0
-            ax, ay, bx, by, cx, cy = _areas(clip, triangles[f, 0], triangles[f, 1], triangles[f, 2], fx, fy)
+            ax, ay, bx, by, cx, cy = _about_pixel(clip, triangles[f, 0], triangles[f, 1], triangles[f, 2], fx, fy)
             d0, d1, d2 = bx * cy - by * cx, cx * ay - cy * ax, ax * by - ay * bx
             scale = 1.0 / (d0 + d1 + d2)
             rast[y + y_lo, x, 0] = d0 * scale
@@ -172,29 +171,151 @@ def rasterise_forward(clip, triangles, rast):
         _raster_band(clip[b], screen[b], triangles, rows[b], task % bands, height, width, rast[b])
 
 
+def private_copies(owners: int, pixels: int) -> int:
+    """How many accumulators a scatter gets, a multiple of the outputs it has; by shape alone, so bytes repeat."""
+    return owners * max(1, -(-4 // owners)) if pixels >= 1 << 16 else owners
+
+
+@njit(cache=True, nogil=True, inline="always")
+def _share(task, tasks, batch, height):
+    """Rows [start, stop) of the batch's stacked rows that belong to a task."""
+    return task * batch * height // tasks, (task + 1) * batch * height // tasks
+
+
+@njit(cache=True, nogil=True, parallel=True)
+def _reduce(private, out):
+    """out [O, V, C] = sums of private [P, V, C] in order, P / O of them each."""
+    owners, vertices, channels = out.shape
+    each = private.shape[0] // owners
+    for v in prange(vertices):
+        for o in range(owners):
+            for k in range(channels):
+                total = 0.0
+                for p in range(o * each, (o + 1) * each):
+                    total += private[p, v, k]
+                out[o, v, k] = total
+
+
 @njit(cache=True, nogil=True)
-def _interpolate_rows(attributes, rast, triangles, out):
-    channels = attributes.shape[1]
-    for y in range(rast.shape[0]):
-        for x in range(rast.shape[1]):
-            f = np.int64(rast[y, x, 3]) - 1
+def _rasterise_backward_rows(clip, triangles, rast, grad, start, stop, out):
+    height, width = rast.shape[1], rast.shape[2]
+    for row in range(start, stop):
+        b, y = row // height, row % height
+        fy = 1.0 - 2.0 * (y + 0.5) / height
+        for x in range(width):
+            f = np.int64(rast[b, y, x, 3]) - 1
+            gu, gv = np.float64(grad[b, y, x, 0]), np.float64(grad[b, y, x, 1])
+            if f < 0 or (gu == 0.0 and gv == 0.0):
+                continue
+            fx = 2.0 * (x + 0.5) / width - 1.0
+            i, j, k = triangles[f, 0], triangles[f, 1], triangles[f, 2]
+            ax, ay, bx, by, cx, cy = _about_pixel(clip[b], i, j, k, fx, fy)
+            d0, d1, d2 = bx * cy - by * cx, cx * ay - cy * ax, ax * by - ay * bx
+            scale = 1.0 / (d0 + d1 + d2)
+            mean = (gu * d0 + gv * d1) * scale
+            h0, h1, h2 = (gu - mean) * scale, (gv - mean) * scale, -mean * scale
+            gax, gay = h2 * by - h1 * cy, h1 * cx - h2 * bx
+            gbx, gby = h0 * cy - h2 * ay, h2 * ax - h0 * cx
+            gcx, gcy = h1 * ay - h0 * by, h0 * bx - h1 * ax
+            out[i, 0] += gax
+            out[i, 1] += gay
+            out[i, 3] -= fx * gax + fy * gay
+            out[j, 0] += gbx
+            out[j, 1] += gby
+            out[j, 3] -= fx * gbx + fy * gby
+            out[k, 0] += gcx
+            out[k, 1] += gcy
+            out[k, 3] -= fx * gcx + fy * gcy
+
+
+@njit(cache=True, nogil=True, parallel=True)
+def _rasterise_backward(clip, triangles, rast, grad, private):
+    batch, height = rast.shape[0], rast.shape[1]
+    tasks = private.shape[0]
+    for task in prange(tasks):
+        start, stop = _share(task, tasks, batch, height)
+        _rasterise_backward_rows(clip, triangles, rast, grad, start, stop, private[task])
+
+
+def rasterise_backward(clip, triangles, rast, grad):
+    """Gradient [B, V, 4] of clip from that of rast [B, H, W, 4], of which u and v count."""
+    copies = private_copies(clip.shape[0], rast.size // 4)
+    private = np.zeros((copies, *clip.shape[1:]), np.float64)
+    _rasterise_backward(clip, triangles, rast, grad, private)
+    out = np.empty(clip.shape, np.float32)
+    _reduce(private, out)
+    return out
+
+
+@njit(cache=True, nogil=True)
+def _interpolate_rows(attributes, rast, triangles, start, stop, out):
+    height, channels = rast.shape[1], attributes.shape[2]
+    for row in range(start, stop):
+        n, y = row // height, row % height
+        source = attributes[n if attributes.shape[0] > 1 else 0]
+        for x in range(rast.shape[2]):
+            f = np.int64(rast[n, y, x, 3]) - 1
             if f < 0:
                 for k in range(channels):
-                    out[y, x, k] = 0.0
+                    out[n, y, x, k] = 0.0
                 continue
-            u, v = rast[y, x, 0], rast[y, x, 1]
+            u, v = rast[n, y, x, 0], rast[n, y, x, 1]
             w = np.float32(1.0) - u - v
             a, b, c = triangles[f, 0], triangles[f, 1], triangles[f, 2]
             for k in range(channels):
-                out[y, x, k] = u * attributes[a, k] + v * attributes[b, k] + w * attributes[c, k]
+                out[n, y, x, k] = u * source[a, k] + v * source[b, k] + w * source[c, k]
 
 
 @njit(cache=True, nogil=True, parallel=True)
 def interpolate_forward(attributes, rast, triangles, out):
     """out [B, H, W, C] from attributes [1 or B, V, C]."""
     batch, height = rast.shape[0], rast.shape[1]
-    bands = (height + BAND - 1) // BAND
-    for task in prange(batch * bands):
-        b, y = task // bands, (task % bands) * BAND
-        source = attributes[b if attributes.shape[0] > 1 else 0]
-        _interpolate_rows(source, rast[b, y : y + BAND], triangles, out[b, y : y + BAND])
+    tasks = (batch * height + BAND - 1) // BAND
+    for task in prange(tasks):
+        start, stop = _share(task, tasks, batch, height)
+        _interpolate_rows(attributes, rast, triangles, start, stop, out)
+
+
+@njit(cache=True, nogil=True)
+def _interpolate_backward_rows(attributes, rast, triangles, grad, start, stop, out, grad_rast):
+    height, channels = rast.shape[1], attributes.shape[2]
+    for row in range(start, stop):
+        n, y = row // height, row % height
+        source = attributes[n if attributes.shape[0] > 1 else 0]
+        for x in range(rast.shape[2]):
+            grad_rast[n, y, x, :] = 0.0
+            f = np.int64(rast[n, y, x, 3]) - 1
+            if f < 0:
+                continue
+            u, v = rast[n, y, x, 0], rast[n, y, x, 1]
+            w = np.float32(1.0) - u - v
+            a, b, c = triangles[f, 0], triangles[f, 1], triangles[f, 2]
+            gu = gv = 0.0
+            for k in range(channels):
+                g = grad[n, y, x, k]
+                out[a, k] += u * g
+                out[b, k] += v * g
+                out[c, k] += w * g
+                gu += g * (source[a, k] - source[c, k])
+                gv += g * (source[b, k] - source[c, k])
+            grad_rast[n, y, x, 0], grad_rast[n, y, x, 1] = gu, gv
+
+
+@njit(cache=True, nogil=True, parallel=True)
+def _interpolate_backward(attributes, rast, triangles, grad, private, grad_rast):
+    batch, height = rast.shape[0], rast.shape[1]
+    tasks = private.shape[0]
+    for task in prange(tasks):
+        start, stop = _share(task, tasks, batch, height)
+        _interpolate_backward_rows(attributes, rast, triangles, grad, start, stop, private[task], grad_rast)
+
+
+def interpolate_backward(attributes, rast, triangles, grad):
+    """Gradients of attributes [1 or B, V, C] and of rast [B, H, W, 4]."""
+    copies = private_copies(attributes.shape[0], rast.size // 4)
+    private = np.zeros((copies, *attributes.shape[1:]), np.float64)
+    grad_rast = np.empty(rast.shape, np.float32)
+    _interpolate_backward(attributes, rast, triangles, grad, private, grad_rast)
+    out = np.empty(attributes.shape, np.float32)
+    _reduce(private, out)
+    return out, grad_rast

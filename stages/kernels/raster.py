@@ -1,4 +1,4 @@
-"""Rasterisation as differentiable ops: rasterise, interpolate.
+"""Rasterisation as differentiable ops: rasterise, interpolate, antialias, texture, and vertex normals.
 
 The layout is nvdiffrast's (Laine et al. 2020, "Modular primitives for high-performance differentiable rendering",
 sec. 3), with ROW 0 AT THE TOP. Letters: B views, V vertices, F triangles, H rows, W columns, C channels.
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from stages.errors import check_shape
+from stages.kernels import reference_antialias
 from stages.kernels import reference_raster as twin
 from stages.kernels.backend import choose_backend
 
@@ -59,6 +60,89 @@ def interpolate(attributes: Tensor, rast: Tensor, triangles: Tensor, *, backend:
     return _Interpolate.apply(batched, rast, triangles)
 
 
+def edge_topology(triangles: Tensor, vertices: int, *, backend: str = "auto") -> Tensor:
+    """Which half-edges belong together, for antialias; once per topology (3 ms for 82k triangles).
+
+    Args:
+        triangles: [F, 3] int32 into `vertices` vertices.
+    Returns: [F, 3] int32; half-edge 3 f + k lies opposite corner k of triangle f. -1 where no other triangle or more
+        than one shares the edge. Vertices at one place under two indices are two vertices.
+    """
+    _check_triangles(triangles, vertices)
+    if choose_backend(backend, triangles.new_empty(0, dtype=torch.float32)) == "torch":
+        return reference_antialias.edge_topology(triangles, vertices)
+    from stages.kernels import cpu_antialias
+
+    return torch.from_numpy(cpu_antialias.edge_topology(_array(triangles), vertices))
+
+
+def antialias(
+    colour: Tensor, rast: Tensor, clip: Tensor, triangles: Tensor, topology: Tensor, *, backend: str = "auto"
+) -> Tensor:
+    """Blend neighbouring pixels across silhouette edges by where the edge crosses between their centres.
+
+    nvdiffrast's analytic antialiasing (Laine et al. 2020, sec. 3.6) with one addition: from the nearer pixel's
+    triangle the silhouette is sought over the neighbouring triangles too, so it is found on meshes whose triangles
+    are smaller than a pixel. A pair side by side answers to edges steeper than 45 degrees on screen, a pair one above
+    the other to the rest, so the summed coverage of a straight edge, and its gradient, is that of the exact area.
+
+    Args:
+        colour: [B, H, W, C]. rast: [B, H, W, 4] of these clip [B, V, 4] and triangles [F, 3] int32.
+        topology: edge_topology(triangles, V).
+    Returns: [B, H, W, C]. Differentiable in colour and in clip; this is where silhouette gradients come from.
+        A silhouette is an edge with one triangle, with more than two, or between a front and a back face; surfaces
+        that cut through each other away from any edge stay jagged and have no gradient there.
+    Raises: ValueError naming argument, wanted and got.
+    """
+    batch, vertices = clip.shape[0], clip.shape[1]
+    check_shape("clip", clip, (None, None, 4))
+    check_shape("colour", colour, (batch, None, None, None))
+    check_shape("rast", rast, (*colour.shape[:3], 4))
+    check_shape("topology", topology, (len(triangles), 3))
+    for name, tensor in (("colour", colour), ("rast", rast), ("clip", clip)):
+        _check_float(name, tensor)
+    _check_triangles(triangles, vertices)
+    if topology.dtype != torch.int32:
+        raise ValueError(f"topology: wanted dtype int32, got {str(topology.dtype).removeprefix('torch.')}")
+    if choose_backend(backend, colour, rast, clip) == "torch":
+        return reference_antialias.antialias(colour, rast, clip, triangles, topology)
+    return _Antialias.apply(colour, rast, clip, triangles, topology)
+
+
+def texture(image: Tensor, uv: Tensor, *, backend: str = "auto") -> Tensor:
+    """Bilinear texture look-up, clamped at the border.
+
+    Args:
+        image: [TH, TW, C], row 0 at the top (v = 1). uv: [..., 2], u right and v up; not finite counts as the corner.
+    Returns: [..., C]. Differentiable in image and, inside the outermost texel centres, in uv.
+    Raises: ValueError naming argument, wanted and got.
+    """
+    check_shape("image", image, (None, None, None))
+    check_shape("uv", uv, (*uv.shape[:-1], 2) if uv.ndim else (2,))
+    if 0 in image.shape[:2]:
+        raise ValueError(f"image: wanted at least one texel, got shape {list(image.shape)}")
+    _check_float("image", image)
+    _check_float("uv", uv)
+    if choose_backend(backend, image, uv) == "torch":
+        return twin.texture(image, uv)
+    return _Texture.apply(image, uv.reshape(-1, 2)).reshape(*uv.shape[:-1], image.shape[2])
+
+
+def vertex_normals(vertices: Tensor, triangles: Tensor, *, backend: str = "auto") -> Tensor:
+    """Area-weighted unit vertex normals: the normalised sum of the cross products of a vertex's triangles.
+
+    Args:
+        vertices: [V, 3]. triangles: [F, 3] int32, counter-clockwise seen from outside.
+    Returns: [V, 3]; +y, without gradient, at a vertex whose triangles have no area or cancel.
+    """
+    check_shape("vertices", vertices, (None, 3))
+    _check_float("vertices", vertices)
+    _check_triangles(triangles, len(vertices))
+    if choose_backend(backend, vertices) == "torch":
+        return twin.vertex_normals(vertices, triangles)
+    return _VertexNormals.apply(vertices, triangles)
+
+
 def _check_triangles(triangles: Tensor, vertices: int) -> None:
     check_shape("triangles", triangles, (None, 3))
     if triangles.dtype != torch.int32:
@@ -88,8 +172,15 @@ class _Rasterise(torch.autograd.Function):
 
         rast = torch.empty(clip.shape[0], height, width, 4)
         cpu_raster.rasterise_forward(_array(clip), _array(triangles), rast.numpy())
-        ctx.mark_non_differentiable(rast)
+        ctx.save_for_backward(clip, triangles, rast)
         return rast
+
+    @staticmethod
+    def backward(ctx, grad):
+        from stages.kernels import cpu_raster
+
+        clip, triangles, rast = (_array(t) for t in ctx.saved_tensors)
+        return torch.from_numpy(cpu_raster.rasterise_backward(clip, triangles, rast, _array(grad))), None, None, None
 
 
 class _Interpolate(torch.autograd.Function):
@@ -99,5 +190,71 @@ class _Interpolate(torch.autograd.Function):
 
         out = torch.empty(*rast.shape[:3], attributes.shape[-1])
         cpu_raster.interpolate_forward(_array(attributes), _array(rast), _array(triangles), out.numpy())
-        ctx.mark_non_differentiable(out)
+        ctx.save_for_backward(attributes, rast, triangles)
         return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        from stages.kernels import cpu_raster
+
+        attributes, rast, triangles = (_array(t) for t in ctx.saved_tensors)
+        grads = cpu_raster.interpolate_backward(attributes, rast, triangles, _array(grad))
+        return *(torch.from_numpy(g) for g in grads), None
+
+
+class _Antialias(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, colour, rast, clip, triangles, topology):
+        from stages.kernels import cpu_antialias
+
+        arrays = (_array(t) for t in (colour, rast, clip, triangles, topology))
+        out, ctx.crossings = cpu_antialias.antialias_forward(*arrays)
+        ctx.save_for_backward(colour, clip)
+        return torch.from_numpy(out)
+
+    @staticmethod
+    def backward(ctx, grad):
+        from stages.kernels import cpu_antialias
+
+        colour, clip = (_array(t) for t in ctx.saved_tensors)
+        grads = cpu_antialias.antialias_backward(colour, clip, ctx.crossings, _array(grad))
+        grad_colour, grad_clip = (torch.from_numpy(g) for g in grads)
+        return grad_colour, None, grad_clip, None, None
+
+
+class _Texture(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, image, uv):
+        from stages.kernels import cpu_texture
+
+        out = torch.empty(len(uv), image.shape[2])
+        cpu_texture.texture_forward(_array(image), _array(uv), out.numpy())
+        ctx.save_for_backward(image, uv)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        from stages.kernels import cpu_texture
+
+        image, uv = (_array(t) for t in ctx.saved_tensors)
+        return tuple(torch.from_numpy(g) for g in cpu_texture.texture_backward(image, uv, _array(grad)))
+
+
+class _VertexNormals(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, vertices, triangles):
+        from stages.kernels import cpu_normals
+
+        normals, length = torch.empty(len(vertices), 3), torch.empty(len(vertices), dtype=torch.float64)
+        cpu_normals.normals_forward(_array(vertices), _array(triangles), normals.numpy(), length.numpy())
+        ctx.save_for_backward(vertices, triangles, normals, length)
+        return normals
+
+    @staticmethod
+    def backward(ctx, grad):
+        from stages.kernels import cpu_normals
+
+        vertices, triangles, normals, length = (_array(t) for t in ctx.saved_tensors)
+        out = torch.zeros(vertices.shape, dtype=torch.float64)
+        cpu_normals.normals_backward(vertices, triangles, normals, length, _array(grad), out.numpy())
+        return out.float(), None

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 W_MIN = 1e-6  # a vertex nearer to the eye plane than this makes its triangles undrawable
-PIXELS_MAX = 1e12  # so does one that projects this far out
-AREA_MIN = 1e-8  # square pixels; slimmer triangles are left out
+PIXELS_MAX = 1e12  # so does one that projects this far out: its edges would be off by more than 1e-4 pixels
+AREA_MIN = 1e-8  # square pixels; slimmer triangles hold no pixel centre that their neighbours do not hold too
+NORMAL_SQUARE_MIN = 1e-24  # squared length of an area-weighted normal that still gives a direction
 PAIRS = 1 << 22  # (triangle, pixel) pairs tested at once
 
 
@@ -23,16 +24,24 @@ def rasterise(clip: Tensor, triangles: Tensor, height: int, width: int) -> Tenso
     return torch.stack([u, v, depth.to(clip.dtype), (ids + 1).to(clip.dtype)], -1)
 
 
+def screen(clip: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
+    """Screen coordinates [..., 3] (x right, y down in pixels, z/w) and whether a vertex can be drawn [...]."""
+    w = clip[..., 3]
+    x = (clip[..., 0] / w * 0.5 + 0.5) * width
+    y = (0.5 - clip[..., 1] / w * 0.5) * height
+    z = clip[..., 2] / w
+    drawable = (w > W_MIN) & (x.abs() < PIXELS_MAX) & (y.abs() < PIXELS_MAX) & ~z.isnan()
+    return torch.stack([x, y, z], -1), drawable
+
+
 def _nearest(clip: Tensor, triangles: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
     """Triangle index (-1: none) and z/w, both [H, W], by testing every pixel of every triangle's bounding box."""
     device = clip.device
     depth = torch.full((height * width,), torch.inf, dtype=torch.float64, device=device)
     ids = torch.full((height * width,), -1, dtype=torch.long, device=device)
-    x = (clip[:, 0] / clip[:, 3] * 0.5 + 0.5) * width
-    y = (0.5 - clip[:, 1] / clip[:, 3] * 0.5) * height
-    drawable = (clip[:, 3] > W_MIN) & (x.abs() < PIXELS_MAX) & (y.abs() < PIXELS_MAX)
+    points, drawable = screen(clip, height, width)
     kept = drawable[triangles].all(1).nonzero()[:, 0]
-    x, y, z = (s[triangles[kept]] for s in (x, y, clip[:, 2] / clip[:, 3]))  # [K, 3]
+    x, y, z = points[triangles[kept]].unbind(-1)  # [K, 3]
     left = (x.amin(1).clamp(0, width) - 0.5).ceil().long()
     right = (x.amax(1).clamp(0, width) - 0.5).floor().long() + 1
     top = (y.amin(1).clamp(0, height) - 0.5).ceil().long()
@@ -44,9 +53,8 @@ def _nearest(clip: Tensor, triangles: Tensor, height: int, width: int) -> tuple[
     edges = edges * area.sign()[:, None, None]
     for part in _chunks(count):
         owner = torch.repeat_interleave(part, count[part])  # [P] which kept triangle
-        rank = torch.arange(len(owner), device=device) - torch.repeat_interleave(
-            count[part].cumsum(0) - count[part], count[part]
-        )
+        before = count[part].cumsum(0) - count[part]
+        rank = torch.arange(len(owner), device=device) - torch.repeat_interleave(before, count[part])
         column, row = left[owner] + rank % columns[owner], top[owner] + rank // columns[owner]
         weight = edges[owner, :, 0] * (column + 0.5)[:, None] + (
             edges[owner, :, 1] * (row + 0.5)[:, None] + edges[owner, :, 2]
@@ -92,7 +100,7 @@ def barycentrics(clip: Tensor, triangles: Tensor, ids: Tensor) -> tuple[Tensor, 
     fx = (2 * (column.double() + 0.5) / width - 1)[:, None]
     fy = (1 - 2 * (row.double() + 0.5) / height)[:, None]
     x, y = p[..., 0] - fx * p[..., 3], p[..., 1] - fy * p[..., 3]  # [N, 3]
-    d = torch.stack([x[:, (k + 1) % 3] * y[:, (k + 2) % 3] - y[:, (k + 1) % 3] * x[:, (k + 2) % 3] for k in range(3)], 1)
+    d = x.roll(-1, 1) * y.roll(-2, 1) - y.roll(-1, 1) * x.roll(-2, 1)  # [N, 3]
     uv = (d[:, :2] / d.sum(1, keepdim=True)).to(clip.dtype)
     planes = torch.zeros(*ids.shape, 2, dtype=clip.dtype, device=clip.device)
     planes = planes.index_put((view, row, column), uv)
@@ -109,3 +117,28 @@ def interpolate(attributes: Tensor, rast: Tensor, triangles: Tensor) -> Tensor:
     weight = torch.stack([at[:, 0], at[:, 1], 1 - at[:, 0] - at[:, 1]], 1)
     out = torch.zeros(*rast.shape[:3], attributes.shape[-1], dtype=attributes.dtype, device=attributes.device)
     return out.index_put((view, row, column), (weight[..., None] * source).sum(1))
+
+
+def texture(image: Tensor, uv: Tensor) -> Tensor:
+    """Bilinear look-up [..., C] in image [H, W, C] at uv [..., 2], v up, clamped to the edge texels' centres."""
+    height, width, _ = image.shape
+    x = (uv[..., 0].double() * width - 0.5).nan_to_num(0.0).clamp(0, width - 1)
+    y = ((1 - uv[..., 1].double()) * height - 0.5).nan_to_num(0.0).clamp(0, height - 1)
+    x0, y0 = x.detach().long().clamp(0, max(width - 2, 0)), y.detach().long().clamp(0, max(height - 2, 0))
+    x1, y1 = (x0 + 1).clamp_max(width - 1), (y0 + 1).clamp_max(height - 1)
+    sx, sy = (x - x0)[..., None], (y - y0)[..., None]
+    top = image[y0, x0] * (1 - sx) + image[y0, x1] * sx
+    bottom = image[y1, x0] * (1 - sx) + image[y1, x1] * sx
+    return (top * (1 - sy) + bottom * sy).to(image.dtype)
+
+
+def vertex_normals(vertices: Tensor, triangles: Tensor) -> Tensor:
+    """Area-weighted unit normals [V, 3]; +y, without gradient, where there is none."""
+    corners = triangles.long().T.reshape(-1)  # [3 F]
+    a, b, c = vertices.double().index_select(0, corners).reshape(3, -1, 3)
+    face = torch.linalg.cross(b - a, c - a)
+    total = torch.zeros_like(vertices, dtype=torch.float64).index_add(0, corners, face.repeat(3, 1))
+    square = total.square().sum(-1, keepdim=True)
+    found = square > NORMAL_SQUARE_MIN
+    up = torch.tensor([0.0, 1.0, 0.0], dtype=torch.float64, device=vertices.device)
+    return torch.where(found, total * torch.where(found, square, 1).rsqrt(), up).to(vertices.dtype)

@@ -1,0 +1,75 @@
+"""numba kernels behind texture of stages/kernels/raster.py: bilinear look-up, forward and backward."""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit, prange
+
+from stages.kernels.cpu_raster import _reduce, private_copies
+
+
+@njit(cache=True, nogil=True, inline="always")
+def _cell(coordinate, size):
+    """Lower texel, share of the upper one, and 1 where the coordinate is inside (0 where it is clamped or not finite)."""
+    at = np.float64(coordinate) * size - 0.5
+    if not at > 0.0:
+        return 0, 0.0, 0.0
+    if at >= size - 1:
+        return max(size - 2, 0), (1.0 if size > 1 else 0.0), 0.0
+    low = np.int64(at)
+    return low, at - low, 1.0
+
+
+@njit(cache=True, nogil=True, parallel=True)
+def texture_forward(image, uv, out):
+    """out [N, C] from image [H, W, C] at uv [N, 2], v up."""
+    height, width, channels = image.shape
+    tasks = (len(uv) + 4095) // 4096
+    for task in prange(tasks):
+        for n in range(task * 4096, min((task + 1) * 4096, len(uv))):
+            x, sx, _ = _cell(uv[n, 0], width)
+            y, sy, _ = _cell(np.float64(1.0) - uv[n, 1], height)
+            x1, y1 = min(x + 1, width - 1), min(y + 1, height - 1)
+            for k in range(channels):
+                top = image[y, x, k] * (1.0 - sx) + image[y, x1, k] * sx
+                bottom = image[y1, x, k] * (1.0 - sx) + image[y1, x1, k] * sx
+                out[n, k] = top * (1.0 - sy) + bottom * sy
+
+
+@njit(cache=True, nogil=True)
+def _texture_backward_part(image, uv, grad, start, stop, private, grad_uv):
+    height, width, channels = image.shape
+    for n in range(start, stop):
+        x, sx, free_x = _cell(uv[n, 0], width)
+        y, sy, free_y = _cell(np.float64(1.0) - uv[n, 1], height)
+        x1, y1 = min(x + 1, width - 1), min(y + 1, height - 1)
+        gx = gy = 0.0
+        for k in range(channels):
+            g = np.float64(grad[n, k])
+            a, b, c, d = image[y, x, k], image[y, x1, k], image[y1, x, k], image[y1, x1, k]
+            private[y * width + x, k] += g * (1.0 - sx) * (1.0 - sy)
+            private[y * width + x1, k] += g * sx * (1.0 - sy)
+            private[y1 * width + x, k] += g * (1.0 - sx) * sy
+            private[y1 * width + x1, k] += g * sx * sy
+            gx += g * ((b - a) * (1.0 - sy) + (d - c) * sy)
+            gy += g * ((c - a) * (1.0 - sx) + (d - b) * sx)
+        grad_uv[n, 0], grad_uv[n, 1] = gx * width * free_x, -gy * height * free_y
+
+
+@njit(cache=True, nogil=True, parallel=True)
+def _texture_backward(image, uv, grad, private, grad_uv):
+    tasks = private.shape[0]
+    for t in prange(tasks):
+        start, stop = t * len(uv) // tasks, (t + 1) * len(uv) // tasks
+        _texture_backward_part(image, uv, grad, start, stop, private[t], grad_uv)
+
+
+def texture_backward(image, uv, grad):
+    """Gradients of image [H, W, C] and uv [N, 2]."""
+    height, width, channels = image.shape
+    private = np.zeros((private_copies(1, len(uv)), height * width, channels), np.float64)
+    grad_uv = np.empty(uv.shape, np.float32)
+    _texture_backward(image, uv, grad, private, grad_uv)
+    out = np.empty((1, height * width, channels), np.float32)
+    _reduce(private, out)
+    return out.reshape(image.shape), grad_uv

@@ -1,0 +1,162 @@
+"""Multiresolution hash encoding and its spatial gradient (Instant NGP), one public op each.
+
+Letters: N points, L levels, F features per level, T table rows over all levels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from stages.errors import check_shape
+from stages.kernels import reference_hashgrid
+from stages.kernels.backend import choose_backend
+
+
+@dataclass(frozen=True)
+class HashGridSpec:
+    """Shape of a hash grid: cells a side grow geometrically from `base` to `finest`.
+
+    Levels whose (cells + 1)^3 vertices fit into 2^log2_table rows are stored densely, the others are hashed.
+    The default suits 64x64 renders: 256 cells over the box are finer than a pixel of any training view.
+    """
+
+    levels: int = 16
+    features: int = 2
+    log2_table: int = 15
+    base: int = 16
+    finest: int = 256
+
+    def __post_init__(self) -> None:
+        for name, low, high in (("levels", 1, 32), ("features", 1, 8), ("log2_table", 4, 24), ("base", 1, 1 << 14)):
+            if not low <= getattr(self, name) <= high:
+                raise ValueError(f"{name}: wanted {low} .. {high}, got {getattr(self, name)}")
+        if not self.base <= self.finest <= 1 << 16:
+            raise ValueError(f"finest: wanted base = {self.base} .. 65536, got {self.finest}")
+
+    @cached_property
+    def resolutions(self) -> tuple[int, ...]:
+        """Cells a side of each level."""
+        growth = (self.finest / self.base) ** (1 / max(self.levels - 1, 1))
+        return tuple(round(self.base * growth**level) for level in range(self.levels))
+
+    @cached_property
+    def dense(self) -> tuple[bool, ...]:
+        """Whether each level has one row per vertex."""
+        return tuple((r + 1) ** 3 <= 1 << self.log2_table for r in self.resolutions)
+
+    @cached_property
+    def offsets(self) -> tuple[int, ...]:
+        """First row of each level, and the number of rows as the last entry; L + 1 values."""
+        total = [0]
+        for resolution, dense in zip(self.resolutions, self.dense, strict=True):
+            total.append(total[-1] + ((resolution + 1) ** 3 if dense else 1 << self.log2_table))
+        return tuple(total)
+
+    @property
+    def rows(self) -> int:
+        """T."""
+        return self.offsets[-1]
+
+    @property
+    def width(self) -> int:
+        """L * F, the length of an encoding."""
+        return self.levels * self.features
+
+    def initial_table(self, generator: torch.Generator, scale: float = 1e-4) -> Tensor:
+        """Table [T, F] uniform in +-scale (tiny-cuda-nn's 1e-4: a field starts as its bias, not as noise)."""
+        return scale * (2 * torch.rand(self.rows, self.features, generator=generator) - 1)
+
+
+def hash_encode(
+    points: Tensor, table: Tensor, spec: HashGridSpec, *, known: Tensor | None = None, backend: str = "auto"
+) -> Tensor:
+    """Trilinear multiresolution hash encoding; Instant NGP sec. 3.
+
+    Args:
+        points: [N, 3] float32 in [0, 1]; values outside are clamped and get no gradient.
+        table: [T, F] float32.
+        known: [N, L * F], the result for these very points and table where a pass without gradients already has it;
+            it is returned as it is, and only the derivative is added. The torch twin computes it again.
+        backend: "auto", "torch" or "numba" (CPU, F = 2).
+    Returns: [N, L * F], level-major. Differentiable in points and table.
+    """
+    backend = _check(points, table, spec, backend)
+    if backend == "numba":
+        return _Encode.apply(points, table, spec, known)
+    return reference_hashgrid.hash_encode(points, table, spec)
+
+
+def hash_gradient(points: Tensor, table: Tensor, spec: HashGridSpec, g: Tensor, *, backend: str = "auto") -> Tensor:
+    """Derivative of the encoding with respect to the points, contracted with g: J(points)^T g.
+
+    It gives analytic normals of a field whose derivative by the features is g, with gradients that reach the table.
+    Args:
+        points: [N, 3] in [0, 1]. table: [T, F]. g: [N, L * F].
+    Returns: [N, 3]. Differentiable in table and g. Not differentiable in: points.
+    """
+    backend = _check(points, table, spec, backend)
+    check_shape("g", g, (points.shape[0], spec.width))
+    if backend == "numba":
+        return _Gradient.apply(points, table, g, spec)
+    return reference_hashgrid.hash_gradient(points, table, spec, g)
+
+
+def _check(points: Tensor, table: Tensor, spec: HashGridSpec, backend: str) -> str:
+    check_shape("points", points, (None, 3))
+    check_shape("table", table, (spec.rows, spec.features))
+    chosen = choose_backend(backend, points, table)
+    if chosen == "numba" and spec.features != 2:
+        if backend == "numba":
+            raise ValueError(f"backend: 'numba' is written for 2 features a level, got {spec.features}")
+        return "torch"
+    return chosen
+
+
+class _Encode(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, points: Tensor, table: Tensor, spec: HashGridSpec, known: Tensor | None) -> Tensor:
+        from stages.kernels import cpu_hashgrid
+
+        ctx.save_for_backward(points, table)
+        ctx.spec = spec
+        return cpu_hashgrid.encode(points, table, spec) if known is None else known.view_as(known)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor):
+        from stages.kernels import cpu_hashgrid
+
+        points, table = ctx.saved_tensors
+        grad_points = grad_table = None
+        if ctx.needs_input_grad[0]:
+            grad_points = cpu_hashgrid.gradient(points, table, ctx.spec, grad)
+        if ctx.needs_input_grad[1]:
+            grad_table = cpu_hashgrid.encode_backward(points, ctx.spec, grad)
+        return grad_points, grad_table, None, None
+
+
+class _Gradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, points: Tensor, table: Tensor, g: Tensor, spec: HashGridSpec) -> Tensor:
+        from stages.kernels import cpu_hashgrid
+
+        ctx.save_for_backward(points, table, g)
+        ctx.spec = spec
+        return cpu_hashgrid.gradient(points, table, spec, g)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor):
+        from stages.kernels import cpu_hashgrid
+
+        points, table, g = ctx.saved_tensors
+        grad_table = grad_g = None
+        if ctx.needs_input_grad[1]:
+            grad_table = cpu_hashgrid.gradient_backward_table(points, ctx.spec, g, grad)
+        if ctx.needs_input_grad[2]:
+            grad_g = cpu_hashgrid.directional(points, table, ctx.spec, grad)
+        return None, grad_table, grad_g, None
