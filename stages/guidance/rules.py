@@ -1,0 +1,94 @@
+"""Distillation rules: pure functions from noise predictions to the residual that a step pushes against.
+
+Letters: eps_y, eps_0, eps_n predictions under the prompt, the empty (or negative) prompt and a negative prompt;
+    eps the added noise; s the guidance scale; all [B, C, h, w]. The gradient on x is w_t * residual.
+
+The scale is s in eps_0 + s (eps_y - eps_0), as in diffusers; the papers' (1 + w) eps_y - w eps_0 has s = 1 + w,
+so DreamFusion's w = 100 is s = 101 and s = 1 is the plain conditional model.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from stages.guidance.prior import eps_from_x0, per_sample, x0_from_eps
+
+
+def guided(eps_y: Tensor, eps_0: Tensor | None, scale: float) -> Tensor:
+    """Classifier-free guidance, Ho & Salimans 2022 eq. 6 with s = 1 + w; eps_0 is not needed at s = 1."""
+    if eps_0 is None:
+        if scale != 1:
+            raise ValueError(f"scale: wanted 1 without an unconditional prediction, got {scale}")
+        return eps_y
+    return eps_0 + scale * (eps_y - eps_0)
+
+
+def rescaled(eps_hat: Tensor, eps_y: Tensor, z_t: Tensor, alpha_bar: Tensor, phi: float) -> Tensor:
+    """CFG rescale: x0 gets back the standard deviation of the conditional x0, blended by phi in [0, 1].
+
+    Lin et al. 2023 (arXiv 2305.08891) eq. 15-16, applied to x0 as in MVDream; phi = 0 changes nothing.
+    """
+    if phi == 0:
+        return eps_hat
+    x0, x0_y = x0_from_eps(eps_hat, z_t, alpha_bar), x0_from_eps(eps_y, z_t, alpha_bar)
+    axes = tuple(range(1, x0.dim()))
+    ratio = x0_y.std(axes, keepdim=True) / x0.std(axes, keepdim=True).clamp_min(1e-6)
+    return eps_from_x0(x0 * (phi * ratio + 1 - phi), z_t, alpha_bar)
+
+
+def sds(eps_hat: Tensor, eps: Tensor) -> Tensor:
+    """Score distillation sampling, DreamFusion eq. 3: eps_hat - eps."""
+    return eps_hat - eps
+
+
+def sjc(eps_hat: Tensor) -> Tensor:
+    """Score Jacobian chaining without SDS's variance reduction (arXiv 2212.00774 eq. 14): -(D - z)/sigma = eps_hat.
+
+    Its variance-reduced form -(D - x)/sigma is :func:`sds` exactly.
+    """
+    return eps_hat
+
+
+def csd(eps_y: Tensor, eps_0: Tensor, eps_n: Tensor | None = None, negative: float = 0.0) -> Tensor:
+    """Classifier score distillation (arXiv 2310.19415 eq. 8 and 12): eps_y - eps_0, no added noise in it.
+
+    With a negative prompt the reference point moves from eps_0 to eps_n as `negative` goes from 0 to 1.
+    """
+    if eps_n is None or negative == 0:
+        return eps_y - eps_0
+    return eps_y - negative * eps_n - (1 - negative) * eps_0
+
+
+def nfsd(eps_y: Tensor, eps_0: Tensor, eps_n: Tensor, scale: float, low_noise: Tensor) -> Tensor:
+    """Noise-free score distillation (arXiv 2310.17590 eq. 8): delta_D + s delta_C.
+
+    delta_C = eps_y - eps_0; delta_D = eps_0 where `low_noise` [B] bool (t < 200 of 1000), else eps_0 - eps_n.
+    """
+    delta_d = torch.where(per_sample(low_noise, eps_0).bool(), eps_0, eps_0 - eps_n)
+    return delta_d + scale * (eps_y - eps_0)
+
+
+def ism(eps_hat_t: Tensor, eps_0_s: Tensor) -> Tensor:
+    """Interval score matching (LucidDreamer, arXiv 2311.11284 eq. 14): eps_hat(z_t, y) - eps_0(z_s), s < t inverted."""
+    return eps_hat_t - eps_0_s
+
+
+def ddim_step(z: Tensor, eps: Tensor, alpha_bar: Tensor, alpha_bar_next: Tensor) -> Tensor:
+    """Deterministic DDIM move (Song et al. 2021 eq. 12, eta 0) between noise levels, either way; all alpha_bar [B]."""
+    x0 = x0_from_eps(eps, z, alpha_bar)
+    return per_sample(alpha_bar_next.sqrt(), z) * x0 + per_sample((1 - alpha_bar_next).sqrt(), z) * eps
+
+
+def clipped(gradient: Tensor, limit: float | None) -> Tensor:
+    """D-SDS's clamp of each entry of the gradient to [-limit, limit] (arXiv 2303.15413 sec. 4.1)."""
+    return gradient if limit is None else gradient.clamp(-limit, limit)
+
+
+def surrogate(x: Tensor, gradient: Tensor) -> Tensor:
+    """A scalar whose gradient in x is `gradient` / B: 0.5 ||x - stopgrad(x - gradient)||^2 summed over C, h, w.
+
+    Its value is half the squared length of the gradient and says nothing about progress.
+    """
+    target = (x - gradient).detach()
+    return 0.5 * ((x - target) ** 2).sum() / x.shape[0]

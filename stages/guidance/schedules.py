@@ -1,0 +1,92 @@
+"""Which timestep a step looks at, and how much it counts.
+
+Fractions are of the schedule: t = 0.02 is timestep 20 of 1000. `progress` in [0, 1] is the share of the stage done.
+A timestep schedule is a function (progress, low, high, u [B] in [0, 1), alphas_cumprod [T]) -> t [B] as fractions;
+a weighting is a function alpha_bar [B] -> w_t [B]. Both are chosen by name from a dict.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+TimestepSchedule = Callable[[float, float, float, Tensor, Tensor], Tensor]
+
+
+def anneal(start: float, end: float | None, span: tuple[float, float], progress: float) -> float:
+    """Linear from `start` to `end` while progress crosses `span`, constant outside; `start` if there is no end."""
+    if end is None:
+        return start
+    first, last = span
+    share = 1.0 if progress >= last else max(0.0, (progress - first) / max(last - first, 1e-9))
+    return start + (end - start) * share
+
+
+def stratified(batch: int, generator: torch.Generator) -> Tensor:
+    """One uniform draw in each of `batch` equal parts of [0, 1), in random order, float64 [batch]."""
+    u = torch.rand(batch, generator=generator, dtype=torch.float64)
+    return (torch.randperm(batch, generator=generator) + u) / batch
+
+
+def _uniform(progress: float, low: float, high: float, u: Tensor, alphas_cumprod: Tensor) -> Tensor:
+    """t ~ U(low, high), DreamFusion sec. 3.2.3."""
+    return low + (high - low) * u
+
+
+def _linear(progress: float, low: float, high: float, u: Tensor, alphas_cumprod: Tensor) -> Tensor:
+    """One t for the batch, falling linearly from high to low (DreamGaussian)."""
+    return torch.full_like(u, high - (high - low) * progress)
+
+
+def _sqrt(progress: float, low: float, high: float, u: Tensor, alphas_cumprod: Tensor) -> Tensor:
+    """One t for the batch, falling with the square root of progress (HiFA eq. 8)."""
+    return torch.full_like(u, high - (high - low) * math.sqrt(progress))
+
+
+def dreamtime_table(alphas_cumprod: Tensor, low: float, high: float) -> Tensor:
+    """DreamTime's share of the run spent at or above each timestep, float64 [T] from 1 at the lowest to ~0.
+
+    W(t) = sqrt((1 - alpha_bar) / alpha_bar) * exp(-(t - m)^2 / (2 s^2)) outside [m2, m1], plain in between, with
+    m1 800, m2 500, s1 300, s2 100 of 1000 (arXiv 2306.12422 sec. 4.2 as the project's fact sheet reads it).
+    """
+    steps = alphas_cumprod.shape[0]
+    t = torch.arange(steps, dtype=torch.float64) * (1000 / steps)
+    alpha_bar = alphas_cumprod.double().clamp(1e-6, 1 - 1e-6)
+    w = ((1 - alpha_bar) / alpha_bar).sqrt()
+    w = torch.where(t > 800, w * torch.exp(-((t - 800) ** 2) / (2 * 300**2)), w)
+    w = torch.where(t < 500, w * torch.exp(-((t - 500) ** 2) / (2 * 100**2)), w)
+    fraction = torch.arange(steps, dtype=torch.float64) / steps
+    w = torch.where((fraction >= low) & (fraction <= high), w, torch.zeros_like(w))
+    tail = w.flip(0).cumsum(0).flip(0)
+    return tail / tail[0]
+
+
+def _dreamtime(progress: float, low: float, high: float, u: Tensor, alphas_cumprod: Tensor) -> Tensor:
+    """One t for the batch: the largest t above which DreamTime would have spent `progress` of the run."""
+    share = dreamtime_table(alphas_cumprod, low, high)
+    reached = torch.nonzero(share >= progress).max().item() / share.shape[0]
+    return torch.full_like(u, min(max(reached, low), high))
+
+
+TIMESTEPS: dict[str, TimestepSchedule] = {
+    "uniform": _uniform,
+    "linear": _linear,
+    "sqrt": _sqrt,
+    "dreamtime": _dreamtime,
+}
+
+WEIGHTINGS: dict[str, Callable[[Tensor], Tensor]] = {
+    "sds": lambda alpha_bar: 1 - alpha_bar,  # sigma_t^2, DreamFusion
+    "uniform": torch.ones_like,
+    "fantasia3d": lambda alpha_bar: alpha_bar.sqrt() * (1 - alpha_bar),
+}
+
+
+def to_index(fraction: Tensor, low: float, high: float, steps: int) -> Tensor:
+    """Integer timesteps [B] of fractions, kept within the ones that lie in [low, high]."""
+    first = min(math.ceil(low * steps - 1e-9), steps - 1)
+    last = max(first, min(math.floor(high * steps + 1e-9), steps - 1))
+    return (fraction * steps).round().long().clamp(first, last)

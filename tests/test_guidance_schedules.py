@@ -1,0 +1,69 @@
+"""Timestep ranges, schedules and weightings."""
+
+import math
+
+import pytest
+import torch
+
+from stages.guidance.prior import scaled_linear_alphas_cumprod
+from stages.guidance.schedules import TIMESTEPS, WEIGHTINGS, anneal, dreamtime_table, stratified, to_index
+
+ALPHAS = scaled_linear_alphas_cumprod()
+
+
+def test_annealing_is_linear_between_its_shares_and_constant_outside():
+    assert anneal(0.98, 0.5, (0.2, 0.6), 0.1) == 0.98
+    assert anneal(0.98, 0.5, (0.2, 0.6), 0.4) == pytest.approx(0.74)
+    assert anneal(0.98, 0.5, (0.2, 0.6), 0.9) == pytest.approx(0.5)
+    assert anneal(0.98, None, (0.0, 0.5), 1.0) == 0.98
+    assert anneal(1.0, 2.0, (0.5, 0.5), 0.5) == 2.0
+    assert anneal(1.0, 2.0, (0.5, 0.5), 0.49) == 1.0
+
+
+def test_stratified_draws_put_one_in_each_part_in_random_order():
+    generator = torch.Generator().manual_seed(0)
+    draws = [stratified(8, generator) for _ in range(50)]
+    for u in draws:
+        assert sorted((u * 8).floor().tolist()) == list(range(8))
+    assert len({tuple((u * 8).floor().tolist()) for u in draws}) > 40
+    assert torch.cat(draws).mean() == pytest.approx(0.5, abs=0.02)
+
+
+def test_timesteps_stay_inside_the_range_and_reach_both_ends():
+    u = torch.linspace(0, 1 - 1e-9, 10001, dtype=torch.float64)
+    t = to_index(TIMESTEPS["uniform"](0.0, 0.02, 0.98, u, ALPHAS), 0.02, 0.98, 1000)
+    assert (t.min(), t.max()) == (20, 980)
+    assert to_index(torch.ones(1), 0.5, 1.0, 1000).item() == 999
+    assert to_index(torch.zeros(1), 0.5, 0.5, 1000).item() == 500
+
+
+@pytest.mark.parametrize("name", ["linear", "sqrt", "dreamtime"])
+def test_deterministic_schedules_fall_from_the_top_to_the_bottom_with_one_t_for_the_batch(name):
+    u = torch.rand(3, dtype=torch.float64)
+    values = [TIMESTEPS[name](p, 0.1, 0.9, u, ALPHAS) for p in torch.linspace(0, 1, 21).tolist()]
+    assert all((v == v[0]).all() for v in values)
+    series = [v[0].item() for v in values]
+    assert series[0] == pytest.approx(0.9, abs=2e-3) and series[-1] == pytest.approx(0.1, abs=2e-3)
+    assert all(a >= b for a, b in zip(series, series[1:], strict=False))
+
+
+def test_sqrt_schedule_falls_faster_at_first_than_linear():
+    u = torch.rand(1, dtype=torch.float64)
+    assert TIMESTEPS["sqrt"](0.25, 0.0, 1.0, u, ALPHAS).item() == pytest.approx(0.5)
+    assert TIMESTEPS["linear"](0.25, 0.0, 1.0, u, ALPHAS).item() == pytest.approx(0.75)
+
+
+def test_dreamtime_spends_its_run_in_proportion_to_its_weight():
+    share = dreamtime_table(ALPHAS, 0.0, 1.0)
+    spent = share[:-1] - share[1:]  # share of the run at each timestep
+    weight = ((1 - ALPHAS.double()) / ALPHAS.double()).sqrt()
+    assert spent[650] / spent[550] == pytest.approx((weight[650] / weight[550]).item(), rel=1e-6)
+    bell = math.exp(-((400 - 500) ** 2) / (2 * 100**2))
+    assert spent[400] / spent[550] == pytest.approx((bell * weight[400] / weight[550]).item(), rel=1e-6)
+
+
+def test_weightings_are_the_named_functions_of_alpha_bar():
+    alpha_bar = torch.tensor([0.25, 1.0])
+    assert WEIGHTINGS["sds"](alpha_bar).tolist() == [0.75, 0.0]
+    assert WEIGHTINGS["uniform"](alpha_bar).tolist() == [1.0, 1.0]
+    assert WEIGHTINGS["fantasia3d"](alpha_bar).tolist() == [0.375, 0.0]
