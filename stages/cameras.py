@@ -28,7 +28,7 @@ class CameraSettings(BaseModel):
 
     distance: tuple[float, float] = Field((2.8, 3.2), description="camera distance from the look-at point")
     fov_deg: tuple[float, float] = Field((34.0, 42.0), description="vertical field of view in degrees")
-    elevation_deg: tuple[float, float] = Field((-10.0, 75.0), description="elevation range in degrees")
+    elevation_deg: tuple[float, float] = Field((-10.0, 65.0), description="elevation range in degrees")
     area_uniform: float = Field(0.5, ge=0, le=1, description="probability of sampling elevation uniformly in area")
     jitter_position: float = Field(0.05, ge=0, description="half width of the uniform position jitter, per axis")
     jitter_target: float = Field(0.03, ge=0, description="standard deviation of the look-at point, per axis")

@@ -1,0 +1,123 @@
+"""Training renders of the pocket world: captioned images in the stages' own camera, light and background terms.
+
+A pool is a folder: images.npy [N, S, S, 3] uint8 sRGB and records.json (caption, view words, kind of shading).
+It is a function of (size, count, seed), written once, read by memory map.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import multiprocessing
+import os
+from concurrent.futures import ProcessPoolExecutor
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from torch import Tensor
+
+from stages.cameras import CameraSettings, Views, linear_to_srgb, sample_views, srgb_to_linear
+from stages.mesh.mesh import Mesh
+from stages.pocket import world
+from stages.prompts import PromptSettings, view_class
+from stages.render.raster import render_mesh, render_vertex_colours
+from stages.render.shade import Shading
+
+COARSE_CAMERAS = CameraSettings()
+FINE_CAMERAS = CameraSettings(fov_deg=(28.0, 34.0))
+VIEWS_PER_MESH = 4
+SRGB = (linear_to_srgb(torch.linspace(0, 1, 2**14)) * 255).round().byte()  # linear to sRGB byte, by table
+BACKGROUND = (0.35, 1.0)  # sRGB grey of the backgrounds the priors know; the stages draw from the same range
+TINT = 0.02
+SIDES = PromptSettings(sides=True)
+TEXTURELESS = 0.15  # share of textureless renders, captioned ', clay render'
+ALBEDO = 0.4  # share of unshaded renders
+
+
+def background(generator: np.random.Generator) -> np.ndarray:
+    """One nearly neutral background, linear RGB [3]."""
+    srgb = generator.uniform(*BACKGROUND) + generator.uniform(-TINT, TINT, 3)
+    return srgb_to_linear(torch.from_numpy(srgb.clip(0, 1))).numpy()
+
+
+def make_pool(folder: Path, *, size: int, count: int, seed: int, cameras: CameraSettings = COARSE_CAMERAS) -> Path:
+    """Render a pool of `count` training images of `size` pixels into `folder`, unless it is there already.
+
+    One single-threaded process a core: small renders gain nothing from threads and lose much to waiting for them.
+    """
+    done = folder / "records.json"
+    if done.exists():
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    part = folder / "images.npy.part"
+    np.lib.format.open_memmap(part, "w+", np.uint8, (count, size, size, 3)).flush()
+    workers = min(os.cpu_count() or 1, 8)
+    bounds = np.linspace(0, math.ceil(count / VIEWS_PER_MESH), 4 * workers + 1).astype(int)
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_one_thread) as executor:
+        jobs = [
+            executor.submit(_render_meshes, part, int(low), int(high), size, seed, cameras)
+            for low, high in pairwise(bounds)
+        ]
+        records = [record for job in jobs for record in job.result()]
+    os.replace(part, folder / "images.npy")
+    done.write_text(json.dumps(records))
+    return folder
+
+
+def _one_thread() -> None:
+    import numba
+
+    torch.set_num_threads(1)
+    numba.set_num_threads(1)
+
+
+def _render_meshes(part: Path, first: int, last: int, size: int, seed: int, cameras: CameraSettings) -> list[dict]:
+    """Render meshes first..last of a pool into its file; returns their records."""
+    images = np.load(part, mmap_mode="r+")
+    records = []
+    for m in range(first, last):
+        rng = np.random.default_rng([seed, m])
+        spec = world.sample_spec(rng, split="train")
+        mesh = world.build(spec, rng)
+        views = sample_views(cameras, VIEWS_PER_MESH, torch.Generator().manual_seed(int(rng.integers(2**62))))
+        for v in range(min(VIEWS_PER_MESH, len(images) - m * VIEWS_PER_MESH)):
+            kind = rng.choice(["textureless", "albedo", "lambert"], p=[TEXTURELESS, ALBEDO, 1 - TEXTURELESS - ALBEDO])
+            ambient = 1.0 if kind == "albedo" else float(rng.uniform(0.3, 0.7))
+            shading = Shading(ambient, 1 - ambient, bool(kind == "textureless"))
+            under = torch.from_numpy(background(rng)).float()
+            images[m * VIEWS_PER_MESH + v] = render(mesh, views[v], size, shading, under)
+            view = view_class(float(views.azimuth_deg[v]), float(views.elevation_deg[v]), SIDES)
+            records.append({"caption": world.caption(spec), "view": view, "shading": str(kind)})
+    images.flush()
+    return records
+
+
+@torch.no_grad()
+def render(mesh: Mesh, views: Views, size: int, shading: Shading, under: Tensor) -> np.ndarray:
+    """One picture, uint8 sRGB [size, size, 3]: supersampled when small, antialiased as the fine stage's when large."""
+    if size < 256:
+        image = render_vertex_colours(mesh, views, size, shading, under)[0]
+    else:
+        vertices, faces, colours = (torch.from_numpy(a) for a in (mesh.vertices, mesh.faces, mesh.colours))
+        image = render_mesh(vertices, faces, colours, views, size, size, shading=shading, background=under).colour[0]
+    return SRGB[(image * (len(SRGB) - 1)).round().clamp(0, len(SRGB) - 1).long()].numpy()
+
+
+def load_pool(folder: Path) -> tuple[np.ndarray, list[dict]]:
+    """Images (memory-mapped) and records of a pool."""
+    return np.load(folder / "images.npy", mmap_mode="r"), json.loads((folder / "records.json").read_text())
+
+
+def training_caption(record: dict, rng: np.random.Generator) -> str:
+    """The caption a model trains on: view words nearly always, left / right half of the time, clay words always."""
+    text = record["caption"]
+    if rng.random() < 0.9:
+        view = "side" if record["view"].endswith("side") and rng.random() < 0.5 else record["view"]
+        text += f", {view} view"
+    if record["shading"] == "textureless":
+        text += ", clay render"
+    return text
