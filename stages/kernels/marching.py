@@ -1,0 +1,97 @@
+"""Marching tetrahedra on an indexed band of tetrahedra, and the edges of the surface that comes out.
+
+Letters: N lattice vertices, E lattice edges, T tetrahedra; V vertices, F faces, M edges of the surface.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from stages.errors import check_shape
+from stages.kernels import reference_marching
+from stages.kernels.backend import choose_backend
+
+
+def marching_tetrahedra(
+    positions: Tensor,
+    sdf: Tensor,
+    edges: Tensor,
+    tets: Tensor,
+    tet_edges: Tensor,
+    *,
+    guard: float,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The zero level set of a piecewise linear function, one vertex per crossing edge; DMTet (Shen et al. 2021) eq. 1.
+
+    A vertex is inside where sdf < 0, so an exact zero is outside. The crossing of an edge (a, b) lies at
+    t = (|s_a| + guard) / (|s_a| + |s_b| + 2 guard) from a: equal to s_a / (s_a - s_b) up to guard, never a division by
+    zero, never exactly at an end (no face without area), and with a gradient that is bounded by 1 / guard and never 0.
+    Where the tetrahedra around every crossing edge are present, the surface is closed, manifold and oriented outwards.
+
+    Args:
+        positions: [N, 3]. sdf: [N], finite, same unit as guard.
+        edges: [E, 2], tets: [T, 4] positively oriented, tet_edges: [T, 6] in the order 01 02 03 12 13 23; all int32.
+        guard: smallest distance a vertex counts for, > 0; a thousandth of a cell is far below what can be seen.
+        backend: "auto", "torch" or "numba".
+    Returns: vertices [V, 3], faces [F, 3] int32 counter-clockwise from outside, and the lattice edge [V] int32 of each
+        vertex, ascending. Differentiable in positions and sdf. Not differentiable in: faces, that is in topology.
+    """
+    check_shape("positions", positions, (None, 3))
+    check_shape("sdf", sdf, (positions.shape[0],))
+    check_shape("edges", edges, (None, 2))
+    check_shape("tets", tets, (None, 4))
+    check_shape("tet_edges", tet_edges, (tets.shape[0], 6))
+    if not guard > 0:
+        raise ValueError(f"guard: wanted > 0, got {guard}")
+    if choose_backend(backend, positions, sdf) == "numba":
+        return _March.apply(positions, sdf, edges, tets, tet_edges, guard)
+    return reference_marching.march(positions, sdf, edges, tets, tet_edges, guard)
+
+
+def mesh_edges(faces: Tensor, vertices: int, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
+    """The undirected edges of a closed oriented triangle surface and the two faces at each.
+
+    Args:
+        faces: [F, 3] int32 indices below `vertices`.
+    Returns: edges [M, 2] int32, lower vertex first, sorted; sides [M, 2] int32, first the face that runs from the lower
+        to the higher vertex.
+    Raises: ValueError unless every edge has exactly two half edges of opposite direction.
+    """
+    check_shape("faces", faces, (None, 3))
+    if backend == "auto":
+        backend = "numba" if faces.device.type == "cpu" else "torch"
+    if choose_backend(backend, torch.empty(0, device=faces.device)) == "torch":
+        return reference_marching.mesh_edges(faces, vertices)
+    from stages.kernels import cpu_marching
+
+    found = cpu_marching.mesh_edges(faces.int().contiguous().numpy(), vertices)
+    if found is None:
+        raise ValueError("faces: wanted a closed oriented surface, got an edge without exactly two opposite half edges")
+    return torch.from_numpy(found[0]), torch.from_numpy(found[1])
+
+
+class _March(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, positions, sdf, edges, tets, tet_edges, guard):
+        from stages.kernels import cpu_marching
+
+        arrays = [x.detach().contiguous().numpy() for x in (positions, sdf)]
+        arrays += [x.int().contiguous().numpy() for x in (edges, tets, tet_edges)]
+        vertices, faces, crossing = (torch.from_numpy(x) for x in cpu_marching.march(*arrays, guard))
+        ctx.save_for_backward(positions, sdf, edges, crossing)
+        ctx.guard = guard
+        ctx.mark_non_differentiable(faces, crossing)
+        return vertices, faces, crossing
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad, *_):
+        from stages.kernels import cpu_marching
+
+        positions, sdf, edges, crossing = ctx.saved_tensors
+        arrays = [x.detach().contiguous().numpy() for x in (positions, sdf)]
+        arrays += [x.int().contiguous().numpy() for x in (edges, crossing)]
+        grads = cpu_marching.crossing_backward(*arrays, ctx.guard, grad.contiguous().numpy())
+        return *(torch.from_numpy(g) for g in grads), None, None, None, None
