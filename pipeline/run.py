@@ -29,6 +29,8 @@ from stages.errors import UserError
 if TYPE_CHECKING:
     import torch
 
+    from pipeline.export.settings import ExportSettings
+    from stages.mesh.mesh import Mesh
     from stages.stage import Asset, Stage
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -87,7 +89,7 @@ def export_run(folder: Path, formats: str, out: Path | None = None, progress: Pr
                 f"{folder} has nothing to export", f"{last} has no checkpoint", f"pipeline resume {folder}"
             )
         with progress.announce_compilation():
-            mesh = run.finalise(run.restore(last))
+            mesh = finalise(run.restore(last), config.export)
         for path in write_formats(mesh, target, names):
             progress.note(f"wrote {path}")
 
@@ -156,6 +158,13 @@ def make_stage(name: str, settings: Any, guidance: Any, device: torch.device, se
     torch.manual_seed(seed)
     classes = {"coarse": CoarseStage, "fine": FineStage}
     return classes[name](settings, guidance, device, seed, previous)
+
+
+def finalise(asset: Asset, settings: ExportSettings) -> Mesh:
+    """The mesh that leaves the toolkit: cleaned, decimated, unwrapped, baked."""
+    from pipeline.export import finalise as module
+
+    return module.finalise(asset, settings)
 
 
 class Run:
@@ -232,18 +241,12 @@ class Run:
         finally:
             loop.close()
 
-    def finalise(self, asset: Asset) -> Any:
-        """The mesh that leaves the toolkit: cleaned, decimated, unwrapped, baked."""
-        from pipeline.export.finalise import finalise
-
-        return finalise(asset, self.config.export)
-
     def _export(self, asset: Asset) -> None:
         from pipeline.export.write import write_results
 
         started = time.perf_counter()
         self.progress.note("export: cleaning, unwrapping and baking")
-        mesh = self.finalise(asset)
+        mesh = finalise(asset, self.config.export)
         finalised = time.perf_counter()
         paths = write_results(mesh, self.folder, self.config.export)
         facts = {"finalise_s": round(finalised - started, 2), "write_s": round(time.perf_counter() - finalised, 2)}

@@ -1,0 +1,336 @@
+"""Runs with toy stages: what lies in the folder, stopping and resuming, refusals that lose nothing."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from pipeline.checkpoint import load_checkpoint
+from pipeline.cli import main
+from pipeline.config import load_config, read_config
+from stages.errors import UserError
+from tests import toy_pipeline
+
+SCRIPT = Path(__file__).parent / "toy_pipeline.py"
+SMALL = ["coarse.steps=12", "fine.steps=9", "checkpoint_every=4", "preview_every=5"]
+
+
+def toy(*arguments: object, cwd: Path, **environment: str) -> subprocess.Popen:
+    command = [sys.executable, str(SCRIPT), *map(str, arguments)]
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=cwd, env=os.environ | environment, **streams)
+
+
+def finish(process: subprocess.Popen) -> tuple[int, str, str]:
+    out, err = process.communicate(timeout=60)
+    return process.returncode, out, err
+
+
+def lines(folder: Path) -> list[dict]:
+    path = folder / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def without_times(folder: Path) -> list[dict]:
+    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines(folder)]
+
+
+def wait_for_checkpoint(process: subprocess.Popen, path: Path, step: int) -> None:
+    """Until the checkpoint at `path` has reached `step`; it is whole whenever it exists."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        assert process.poll() is None, finish(process)
+        if path.exists() and load_checkpoint(path)[1]["step"] >= step:
+            return
+        time.sleep(0.005)
+    raise AssertionError(f"{path} never reached step {step}")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    code, out, err = finish(toy("run", "--out", "run", "--seed", 3, *SMALL, cwd=folder))
+    assert code == 0, err
+    assert "done: run/mesh.glb" in out
+    return folder / "run"
+
+
+@pytest.fixture
+def in_process(monkeypatch, tmp_path):
+    """pipeline.run with the toys installed, in this process, standing in tmp_path."""
+    import pipeline.run
+
+    for name in ("check_priors", "build_guidance", "make_stage", "finalise"):
+        monkeypatch.setattr(pipeline.run, name, getattr(pipeline.run, name))
+    toy_pipeline.install()
+    monkeypatch.chdir(tmp_path)
+    return pipeline.run
+
+
+def load(*overrides: str, **flags):
+    return load_config(None, [*SMALL, *overrides], flags)
+
+
+def test_run_folder_holds_everything_a_run_leaves(uninterrupted):
+    names = {str(path.relative_to(uninterrupted)) for path in uninterrupted.rglob("*") if path.is_file()}
+    wanted = {"config.yaml", "run.json", "metrics.jsonl", "mesh.glb"}
+    wanted |= {f"coarse/previews/{step:06d}.png" for step in (1, 5, 10, 12)} | {"coarse/checkpoint.safetensors"}
+    wanted |= {f"fine/previews/{step:06d}.png" for step in (1, 5, 9)} | {"fine/checkpoint.safetensors"}
+    assert wanted <= names
+    assert not [name for name in names if ".part" in name]
+
+
+def test_run_json_tells_machine_times_and_status(uninterrupted):
+    run = json.loads((uninterrupted / "run.json").read_text())
+    assert run["status"] == "finished" and run["seed"] == 3 and run["prompt"] == "a red mug"
+    assert run["peak_memory_mb"] > 50
+    session = run["sessions"][0]
+    assert session["versions"]["torch"] and session["device"]["type"] == "cpu" and session["device"]["threads"] >= 1
+    assert list(run["stages"]) == ["coarse", "fine"]
+    coarse = run["stages"]["coarse"]
+    assert coarse["step"] == coarse["steps"] == 12 and coarse["seconds"] > 0
+    assert {"render", "preview", "checkpoint", "load_prior", "finish"} <= set(coarse["phases"])
+
+
+def test_metrics_have_one_line_per_step_in_order(uninterrupted):
+    expected = [("coarse", k) for k in range(1, 13)] + [("fine", k) for k in range(1, 10)]
+    assert [(line["stage"], line["step"]) for line in lines(uninterrupted)] == expected
+
+
+def test_config_yaml_feeds_back_to_the_same_bytes(in_process, uninterrupted, tmp_path):
+    in_process.start_run(load_config(str(uninterrupted / "config.yaml"), [], {}), Path("again"))
+    for name in ("config.yaml", "mesh.glb"):
+        assert (tmp_path / "again" / name).read_bytes() == (uninterrupted / name).read_bytes()
+
+
+@pytest.mark.parametrize(("stage", "step"), [("coarse", 0), ("coarse", 4), ("coarse", 12), ("fine", 4), ("fine", 9)])
+def test_killed_and_resumed_equals_uninterrupted(in_process, uninterrupted, tmp_path, stage, step):
+    process = toy("run", "--out", "run", "--seed", 3, *SMALL, cwd=tmp_path, TOY_STEP_S="0.02")
+    folder = tmp_path / "run"
+    if step:
+        wait_for_checkpoint(process, folder / stage / "checkpoint.safetensors", step)
+    else:
+        while not lines(folder):
+            time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert finish(process)[0] == -signal.SIGKILL
+    in_process.resume_run(folder)
+    assert (folder / "mesh.glb").read_bytes() == (uninterrupted / "mesh.glb").read_bytes()
+    assert without_times(folder) == without_times(uninterrupted)
+    assert not list(folder.rglob("*.part*"))
+    assert len(json.loads((folder / "run.json").read_text())["sessions"]) == 2
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interrupt_saves_the_step_it_stops_at_and_says_how_to_go_on(in_process, uninterrupted, tmp_path, number, code):
+    process = toy("run", "--out", "run", "--seed", 3, *SMALL, "checkpoint_every=1000", cwd=tmp_path, TOY_STEP_S="0.2")
+    folder = tmp_path / "run"
+    while not (folder / "coarse" / "previews" / "000001.png").exists():
+        time.sleep(0.01)
+    process.send_signal(number)
+    got, _, err = finish(process)
+    assert got == code
+    assert "pipeline resume run" in err and "Traceback" not in err
+    saved = load_checkpoint(folder / "coarse" / "checkpoint.safetensors")[1]["step"]
+    assert 1 <= saved < 12 and f"coarse step {saved} of 12" in err
+    assert json.loads((folder / "run.json").read_text())["status"] == "interrupted"
+    in_process.resume_run(folder)
+    assert (folder / "mesh.glb").read_bytes() == (uninterrupted / "mesh.glb").read_bytes()
+    assert without_times(folder) == without_times(uninterrupted)
+
+
+def test_second_interrupt_stops_at_once(tmp_path):
+    process = toy("run", "--out", "run", *SMALL, cwd=tmp_path, TOY_STEP_S="1")
+    while not (tmp_path / "run" / "coarse" / "previews" / "000001.png").exists():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    code, _, err = finish(process)
+    assert code == 130 and "pipeline resume run" in err and "Traceback" not in err
+    assert not (tmp_path / "run" / "coarse" / "checkpoint.safetensors").exists()
+
+
+def test_resuming_a_finished_run_says_so_and_changes_nothing(in_process, uninterrupted, tmp_path, capsys):
+    shutil.copytree(uninterrupted, tmp_path / "run")
+    before = contents(tmp_path / "run")
+    in_process.resume_run(Path("run"))
+    assert "run is finished: mesh.glb" in capsys.readouterr().out
+    assert contents(tmp_path / "run") == before
+
+
+def test_fine_from_a_finished_coarse_run_equals_the_chain(in_process, uninterrupted, tmp_path):
+    in_process.start_run(load(seed=3, stages="coarse"), Path("coarse"))
+    folder = in_process.start_run(load(stages="fine", from_run="coarse"), Path("fine"))
+    shutil.rmtree(tmp_path / "coarse")  # the new run stands on its own
+    assert (folder / "mesh.glb").read_bytes() == (uninterrupted / "mesh.glb").read_bytes()
+    in_process.export_run(folder, "stl,ply")
+    assert (folder / "mesh.stl").stat().st_size > 0
+
+
+def test_export_writes_the_same_mesh_again(in_process, uninterrupted, tmp_path, capsys):
+    shutil.copytree(uninterrupted, tmp_path / "run")
+    in_process.export_run(Path("run"), "glb,ply", Path("files"))
+    assert (tmp_path / "files" / "mesh.glb").read_bytes() == (uninterrupted / "mesh.glb").read_bytes()
+    assert "files/mesh.ply" in capsys.readouterr().out
+    with pytest.raises(UserError, match="cannot write fbx"):
+        in_process.export_run(Path("run"), "glb,fbx")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "what", "fix"),
+    [
+        (["--stages", "fine"], "fine has nothing to start from", "--from RUN"),
+        (["--stages", "fine,coarse"], "stages", "order"),
+        (["--stages", "coarse,coarse"], "stages", "once"),
+        (["--stages", "cores"], "stages", "'coarse' or 'fine'"),
+        (["--stages", ""], "stages", "stages"),
+        (["--prompt", "  "], "prompt", "empty"),
+        (["--seed", "-1"], "seed = -1", ">= 0"),
+        (["--seed", "many"], "cannot read the command line", "--help"),
+        (["--device", "gpu"], "device", "'auto', 'cpu' or 'cuda'"),
+        (["--config", "defualt"], "no such recipe", "did you mean default?"),
+        (["coarse.stepz=3"], "unknown key coarse.stepz", "coarse.steps"),
+        (["coarse.steps=0"], "coarse.steps = 0", ">= 1"),
+        (["--from", "nowhere", "--stages", "fine"], "--from nowhere is not a run", "folder of a run"),
+    ],
+)
+def test_bad_command_lines_end_in_three_lines_before_any_work(in_process, capsys, tmp_path, arguments, what, fix):
+    with pytest.raises(SystemExit) as stopped:
+        main(["run", *arguments])
+    out, err = capsys.readouterr()
+    assert stopped.value.code == 2 and not out and "Traceback" not in err
+    assert err.startswith("what: ") and "\nwhy:  " in err and "\nfix:  " in err
+    assert what in err and fix in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_folder_with_another_run_is_refused_and_untouched(in_process, uninterrupted, tmp_path):
+    shutil.copytree(uninterrupted, tmp_path / "run")
+    before = contents(tmp_path / "run")
+    with pytest.raises(UserError, match="already holds a run") as caught:
+        in_process.start_run(load(), tmp_path / "run")
+    assert "pipeline resume" in caught.value.fix
+    assert contents(tmp_path / "run") == before
+
+
+def test_default_folders_are_named_after_prompt_and_seed_and_never_shared(in_process):
+    first = in_process.start_run(load(prompt="A Red  Mug, très chic!", seed=7))
+    second = in_process.start_run(load(prompt="A Red  Mug, très chic!", seed=7))
+    assert (str(first), str(second)) == ("runs/a-red-mug-tres-chic-7", "runs/a-red-mug-tres-chic-7-2")
+
+
+def test_run_in_use_is_refused(in_process, tmp_path):
+    from pipeline.record import Lock
+
+    folder = in_process.start_run(load(), tmp_path / "run")
+    with Lock(folder), pytest.raises(UserError, match="in use"):
+        in_process.resume_run(folder)
+
+
+@pytest.mark.parametrize("damage", ["cut", "flip", "empty"])
+def test_damaged_checkpoint_is_named_with_a_way_out(in_process, uninterrupted, tmp_path, damage):
+    folder = shutil.copytree(uninterrupted, tmp_path / "run")
+    (folder / "mesh.glb").unlink()
+    path = folder / "fine" / "checkpoint.safetensors"
+    data = path.read_bytes()
+    flipped = data[:-1] + bytes([data[-1] ^ 1])
+    path.write_bytes({"cut": data[:-20], "flip": flipped, "empty": b""}[damage])
+    with pytest.raises(UserError, match="damaged checkpoint") as caught:
+        in_process.resume_run(folder)
+    assert str(path) in caught.value.what and "remove it" in caught.value.fix
+    path.unlink()  # what the message says
+    in_process.resume_run(folder)
+    assert (folder / "mesh.glb").read_bytes() == (uninterrupted / "mesh.glb").read_bytes()
+
+
+@pytest.mark.parametrize(("name", "what"), [("run.json", "damaged file"), ("config.yaml", "not valid YAML")])
+def test_damaged_text_files_are_named(in_process, uninterrupted, tmp_path, name, what):
+    folder = shutil.copytree(uninterrupted, tmp_path / "run")
+    (folder / name).write_text((folder / name).read_text()[:40] + "\n{[")
+    with pytest.raises(UserError, match=what):
+        in_process.resume_run(folder)
+
+
+def test_resume_of_something_else_lists_the_runs(in_process, tmp_path):
+    in_process.start_run(load())
+    with pytest.raises(UserError, match="is not a run") as caught:
+        in_process.resume_run(Path("runs/a-red-mug"))
+    assert "a-red-mug-0" in caught.value.fix
+
+
+def test_from_needs_a_finished_stage_with_the_same_settings(in_process, tmp_path):
+    source = in_process.start_run(load(stages="coarse"), tmp_path / "source")
+    with pytest.raises(UserError, match=r"coarse.\* differs"):
+        in_process.start_run(load("coarse.steps=13", stages="fine", from_run=str(source)))
+    (source / "coarse" / "checkpoint.safetensors").unlink()
+    with pytest.raises(UserError, match="no finished coarse stage"):
+        in_process.start_run(load(stages="fine", from_run=str(source)))
+    assert not (tmp_path / "runs").exists()
+
+
+def test_number_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(in_process, monkeypatch, tmp_path):
+    monkeypatch.setenv("TOY_NAN_AT", "6")
+    with pytest.raises(UserError, match="coarse broke down at step 6") as caught:
+        in_process.start_run(load(), tmp_path / "run")
+    assert "checkpoint of step 4" in caught.value.fix
+    assert load_checkpoint(tmp_path / "run" / "coarse" / "checkpoint.safetensors")[1]["step"] == 4
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "failed"
+
+
+def test_stage_without_an_object_points_at_its_previews(in_process, monkeypatch, tmp_path):
+    monkeypatch.setenv("TOY_EMPTY", "coarse")
+    with pytest.raises(UserError, match="coarse made no object") as caught:
+        in_process.start_run(load(), tmp_path / "run")
+    assert str(tmp_path / "run" / "coarse" / "previews") in caught.value.fix
+    assert (tmp_path / "run" / "coarse" / "previews" / "000012.png").exists()
+
+
+def test_full_disk_during_a_run_keeps_the_last_checkpoint(in_process, monkeypatch, tmp_path):
+    import errno
+
+    import safetensors.torch
+
+    real, calls = safetensors.torch.save_file, []
+
+    def failing(tensors, path, metadata=None):
+        calls.append(path)
+        if len(calls) == 2:
+            Path(path).write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(tensors, path, metadata=metadata)
+
+    monkeypatch.setattr(safetensors.torch, "save_file", failing)
+    from pipeline.errors import explain
+
+    with pytest.raises(OSError) as caught:
+        in_process.start_run(load(), tmp_path / "run")
+    assert explain(caught.value).why == "the disk is full"
+    assert load_checkpoint(tmp_path / "run" / "coarse" / "checkpoint.safetensors")[1]["step"] == 4
+    assert not list((tmp_path / "run").rglob("*.part*"))
+
+
+def test_full_disk_before_a_run_is_refused(in_process, monkeypatch, tmp_path):
+    import pipeline.record
+
+    monkeypatch.setattr(pipeline.record, "MIN_FREE_MB", 10**12)
+    with pytest.raises(UserError, match="not enough room"):
+        in_process.start_run(load(), tmp_path / "deep" / "run")
+    assert not list(tmp_path.iterdir())
+
+
+def test_resolved_config_of_a_run_is_the_config(in_process, tmp_path):
+    config = load("prior.fine=reference", "reference.mesh=some/mesh.glb", seed=5)
+    folder = in_process.start_run(config, tmp_path / "run")
+    assert read_config(folder) == config
+    assert config.reference.mesh == str(tmp_path / "some/mesh.glb")

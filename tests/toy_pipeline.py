@@ -1,0 +1,88 @@
+"""The `pipeline` command with toy stages: the real configuration, loop, checkpoints and files, no optimisation.
+
+Run as a script it takes the command's own arguments, so that tests can kill it. TOY_STEP_S makes each step last.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+import torch
+
+from stages.errors import UserError
+from stages.mesh.mesh import Mesh
+from stages.stage import Asset
+
+_CORNERS = 0.5 * np.array([[1, 0, 0], [-1, 0, 0], [0, 1, 0], [0, -1, 0], [0, 0, 1], [0, 0, -1]], np.float32)
+_FACES = np.array(
+    [[0, 2, 4], [2, 1, 4], [1, 3, 4], [3, 0, 4], [2, 0, 5], [1, 2, 5], [3, 1, 5], [0, 3, 5]], np.int32
+)
+
+
+class ToyStage:
+    """A random walk of an octahedron's corners; every step depends on all before it and on the generator."""
+
+    def __init__(self, name: str, steps: int, seed: int, previous: Asset | None) -> None:
+        self.name, self.steps, self.step_index = name, steps, 0
+        self.times = {"render": 0.0}
+        self.generator = torch.Generator().manual_seed(seed)
+        self.walk = torch.zeros(6, 3)
+        if previous is not None:
+            self.walk += torch.from_numpy(previous.mesh.vertices - _CORNERS)
+
+    def step(self) -> dict[str, float]:
+        time.sleep(float(os.environ.get("TOY_STEP_S", "0")))
+        self.walk = 0.9 * self.walk + 0.01 * torch.randn(6, 3, generator=self.generator)
+        self.step_index += 1
+        self.times["render"] += 0.001
+        size = float(self.walk.abs().mean())
+        return {"size": float("nan") if os.environ.get("TOY_NAN_AT") == str(self.step_index) else size}
+
+    def headline(self, metrics: dict[str, float]) -> str:
+        return f"size {metrics['size']:.3f} [m]"
+
+    def preview(self) -> np.ndarray:
+        return np.full((8, 8, 3), self.step_index % 256, np.uint8)
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return {
+            "walk": self.walk,
+            "twin": self.walk,
+            "generator": self.generator.get_state(),
+            "step": torch.tensor(self.step_index),
+        }
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        self.walk = state["walk"]
+        self.generator.set_state(state["generator"])
+        self.step_index = int(state["step"])
+
+    def finish(self) -> Asset:
+        if os.environ.get("TOY_EMPTY") == self.name:
+            raise UserError(f"{self.name} made no object", "the volume is empty", "try another seed")
+        return Asset(mesh=Mesh(_CORNERS + self.walk.numpy(), _FACES, np.full((6, 3), 0.5, np.float32)))
+
+
+def install() -> None:
+    """Put the toys where the real stages, priors and mesh cleaning are called."""
+    import pipeline.run as run
+
+    run.check_priors = lambda config: None
+    run.build_guidance = lambda config, stage, device: None
+    run.make_stage = lambda name, settings, guidance, device, seed, previous: ToyStage(
+        name, settings.steps, seed, previous
+    )
+    run.finalise = lambda asset, settings: asset.mesh
+
+
+if __name__ == "__main__":
+    install()
+    from pipeline.cli import main
+
+    main()
