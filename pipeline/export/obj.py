@@ -1,0 +1,74 @@
+"""Wavefront OBJ with its MTL and PNG beside it; vertex colours on the `v` lines where there is no texture.
+
+Texture coordinates have v up, as in Mesh. Numbers are written with the fewest digits that read back as the same
+float32.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.export.files import write_whole
+from pipeline.export.surface import GENERATOR, png_bytes, textured
+from stages.cameras import linear_to_srgb
+from stages.mesh.clean import check_mesh
+from stages.mesh.mesh import Mesh
+
+
+def _lines(keyword: str, rows: np.ndarray) -> str:
+    return "".join(f"{keyword} {' '.join(map(str, row))}\n" for row in rows.astype(np.float32).astype(object))
+
+
+def obj_text(mesh: Mesh, material_file: str | None) -> str:
+    """The OBJ file's text; `material_file` is named in it if the mesh has a texture."""
+    check_mesh(mesh)
+    vertices = mesh.vertices.astype(np.float32)
+    parts = [f"# {GENERATOR}\n"]
+    with_texture = textured(mesh) and material_file is not None
+    if with_texture:
+        parts.append(f"mtllib {material_file}\n")
+    elif mesh.colours is not None:
+        import torch
+
+        srgb = linear_to_srgb(torch.from_numpy(mesh.colours.astype(np.float32))).numpy()
+        vertices = np.concatenate([vertices, np.round(srgb, 4)], axis=1)
+    parts += ["o mesh\n", _lines("v", vertices)]
+    if with_texture:
+        parts.append(_lines("vt", mesh.uv))
+    parts.append(_lines("vn", np.round(mesh.vertex_normals(), 5)))
+    corners = mesh.faces.astype(np.int64) + 1
+    if with_texture:
+        parts.append("usemtl material\n")
+        triples = np.stack([corners, mesh.uv_faces.astype(np.int64) + 1, corners], -1).reshape(-1, 9).tolist()
+        parts += ["f {}/{}/{} {}/{}/{} {}/{}/{}\n".format(*row) for row in triples]
+    else:
+        pairs = np.stack([corners, corners], -1).reshape(-1, 6).tolist()
+        parts += ["f {}//{} {}//{} {}//{}\n".format(*row) for row in pairs]
+    return "".join(parts)
+
+
+def mtl_text(texture_file: str) -> str:
+    """A matt white material that takes its colour from the texture."""
+    return (
+        f"# {GENERATOR}\nnewmtl material\nKa 0 0 0\nKd 1 1 1\nKs 0 0 0\nd 1\nillum 1\n"
+        f"Pr 0.9\nPm 0\nmap_Kd {texture_file}\n"
+    )
+
+
+def write_obj(mesh: Mesh, path: str | Path) -> list[Path]:
+    """Write PATH.obj and, with a texture, PATH.mtl and PATH.png beside it; returns the paths.
+
+    The OBJ comes last, so it never names files that are not there. Blanks in the name become underscores in the side
+    files' names, since readers split at blanks.
+    """
+    path = Path(path)
+    if not textured(mesh):
+        return [write_whole(path, obj_text(mesh, None).encode())]
+    stem = "_".join(path.stem.split())
+    material, picture = path.with_name(f"{stem}.mtl"), path.with_name(f"{stem}.png")
+    text = obj_text(mesh, material.name).encode()
+    write_whole(picture, png_bytes(mesh.texture))
+    write_whole(material, mtl_text(picture.name).encode())
+    return [write_whole(path, text), material, picture]

@@ -1,0 +1,26 @@
+"""STL, binary: bare triangles with their normals, for printing; no colour, y stays up."""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.export.files import write_whole
+from pipeline.export.surface import GENERATOR
+from stages.mesh.clean import check_mesh
+from stages.mesh.mesh import Mesh
+
+
+def stl_bytes(mesh: Mesh) -> bytes:
+    """The mesh as a binary STL file."""
+    check_mesh(mesh)
+    rows = np.zeros(len(mesh.faces), dtype=[("normal", "<f4", 3), ("corners", "<f4", (3, 3)), ("attribute", "<u2")])
+    rows["normal"], rows["corners"] = mesh.face_normals(), mesh.vertices[mesh.faces]
+    return GENERATOR.encode().ljust(80, b" ") + struct.pack("<I", len(rows)) + rows.tobytes()
+
+
+def write_stl(mesh: Mesh, path: str | Path) -> list[Path]:
+    """Write a binary STL file; returns its path."""
+    return [write_whole(path, stl_bytes(mesh))]
