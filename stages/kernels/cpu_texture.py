@@ -10,7 +10,7 @@ from stages.kernels.cpu_raster import _reduce, private_copies
 
 @njit(cache=True, nogil=True, inline="always")
 def _cell(coordinate, size):
-    """Lower texel, share of the upper one, and 1 where the coordinate is inside (0 where it is clamped or not finite)."""
+    """Lower texel, share of the upper one, and 1.0 inside, 0.0 where the coordinate is clamped or not finite."""
     at = np.float64(coordinate) * size - 0.5
     if not at > 0.0:
         return 0, 0.0, 0.0

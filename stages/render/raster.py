@@ -14,9 +14,13 @@ from torch import Tensor
 
 from stages.cameras import Views, to_clip
 from stages.errors import check_shape
-from stages.kernels.raster import interpolate, rasterise
+from stages.kernels.backend import choose_backend
+from stages.kernels.raster import antialias, edge_topology, interpolate, rasterise, vertex_normals
 from stages.mesh.mesh import Mesh
-from stages.render.shade import ALBEDO, LAMBERT, Shading, shade
+from stages.render.shade import ALBEDO, LAMBERT, TEXTURELESS_ALBEDO, Shading, shade
+
+NORMAL_MIN = 1e-3  # an interpolated normal shorter than this stays short, so its gradient stays below 1 / NORMAL_MIN
+PLAIN = 0.8  # albedo of a mesh without colours
 
 
 @dataclass(frozen=True)
@@ -24,22 +28,10 @@ class MeshImages:
     """What a mesh looks like; zeros where it is not, except colour, which shows the background there."""
 
     colour: Tensor  # [B, H, W, 3] linear
-    mask: Tensor  # [B, H, W, 1] coverage in [0, 1]
+    mask: Tensor  # [B, H, W, 1] coverage in [0, 1], antialiased
     normal: Tensor  # [B, H, W, 3] unit, world
     depth: Tensor  # [B, H, W, 1] distance from the camera along the pixel's ray
     rast: Tensor  # [B, H, W, 4] see stages.kernels.raster.rasterise
-
-
-def vertex_normals(vertices: Tensor, triangles: Tensor) -> Tensor:
-    """Area-weighted unit vertex normals [V, 3]; +y, without gradient, at a vertex that no face gives one."""
-    corners = triangles.long().T.reshape(-1)  # [3 F]
-    a, b, c = vertices.index_select(0, corners).reshape(3, -1, 3)
-    face = torch.linalg.cross(b - a, c - a)
-    total = torch.zeros_like(vertices).index_add(0, corners, face.repeat(3, 1))
-    square = total.square().sum(-1, keepdim=True)
-    found = square > 1e-24
-    up = torch.tensor([0.0, 1.0, 0.0], dtype=vertices.dtype, device=vertices.device)
-    return torch.where(found, total * torch.where(found, square, 1).rsqrt(), up)
 
 
 def render_mesh(
@@ -52,6 +44,7 @@ def render_mesh(
     *,
     shading: Shading = ALBEDO,
     background: Tensor | None = None,
+    topology: Tensor | None = None,
     backend: str = "auto",
 ) -> MeshImages:
     """Render one mesh from every view.
@@ -62,7 +55,10 @@ def render_mesh(
             (not at all when there are none), or one linear colour per vertex [V, 3].
         views: B views. height, width: pixels.
         background: linear, [3] or [B, H, W, 3]; None is black.
-    Returns: MeshImages.
+        topology: edge_topology(triangles, V) where it is known already.
+    Returns: MeshImages; colour and mask are antialiased, the rest is that of the pixel centre. Differentiable in
+        vertices (inside through positions and normals, at silhouettes through colour and mask), in what `albedo`
+        depends on, and in background.
     """
     check_shape("vertices", vertices, (None, 3))
     views = views.to(vertices.device)
@@ -70,29 +66,32 @@ def render_mesh(
     if background is None:
         background = vertices.new_zeros(3)
     check_shape("background", background, (3,) if background.ndim == 1 else (batch, height, width, 3))
-    attributes = [vertices, vertex_normals(vertices, triangles)]
+    if topology is None:
+        topology = edge_topology(triangles, len(vertices), backend=backend)
+    attributes = [vertices, vertex_normals(vertices, triangles, backend=backend)]
     if isinstance(albedo, Tensor):
         check_shape("albedo", albedo, (len(vertices), 3))
         attributes.append(albedo)
     clip = to_clip(vertices, views, width / height)
     rast = rasterise(clip, triangles, height, width, backend=backend)
     covered = (rast[..., 3] > 0).reshape(-1).nonzero()[:, 0]  # [N]
-    planes = interpolate(torch.cat(attributes, -1), rast, triangles, backend=backend)
-    points, normals, *colours = planes.flatten(0, 2).index_select(0, covered).split(3, -1)  # [N, 3]
-    normals = torch.nn.functional.normalize(normals, dim=-1)
+    planes = interpolate(torch.cat(attributes, -1), rast, triangles, backend=backend).flatten(0, 2)
+    points, normals, *colours = planes.index_select(0, covered).split(3, -1)  # [N, 3]
+    normals = torch.nn.functional.normalize(normals, dim=-1, eps=NORMAL_MIN)
     view = covered // (height * width)
-    if len(covered) and not isinstance(albedo, Tensor):
-        colours = [albedo(points)]
-    shaded = shade(colours[0], normals, points, views.light[view], shading) if colours else points
+    if callable(albedo):
+        colours = [albedo(points) if len(covered) else points]
+    shaded = shade(colours[0], normals, points, views.light.index_select(0, view), shading)
+    distance = torch.linalg.vector_norm(points - views.position.index_select(0, view), dim=-1, keepdim=True)
 
     def image(values: Tensor, under: Tensor) -> Tensor:
         return under.reshape(-1, values.shape[-1]).index_copy(0, covered, values).view(batch, height, width, -1)
 
-    colour = image(shaded, background.expand(batch, height, width, 3))
-    empty = vertices.new_zeros(batch, height, width, 3)
-    distance = torch.linalg.vector_norm(points - views.position[view], dim=-1, keepdim=True)
-    mask = (rast[..., 3:] > 0).to(vertices.dtype)
-    return MeshImages(colour, mask, image(normals, empty), image(distance, empty[..., :1]), rast)
+    empty = vertices.new_zeros(batch, height, width, 4)
+    under = torch.cat([background.expand(batch, height, width, 3), empty[..., :1]], -1)
+    hard = image(torch.cat([shaded, torch.ones_like(distance)], -1), under)
+    colour, mask = antialias(hard, rast, clip, triangles, topology, backend=backend).split([3, 1], -1)
+    return MeshImages(colour, mask, image(normals, empty[..., :3]), image(distance, empty[..., :1]), rast)
 
 
 @torch.no_grad()
@@ -116,25 +115,31 @@ def render_vertex_colours(
     Returns: [B, size, size, 3] linear.
     """
     vertices, triangles = torch.from_numpy(mesh.vertices).float(), torch.from_numpy(mesh.faces).int()
+    colours = torch.full_like(vertices, PLAIN) if mesh.colours is None else torch.from_numpy(mesh.colours).float()
+    if shading.textureless:
+        colours = torch.full_like(vertices, TEXTURELESS_ALBEDO)
+    if not smooth:  # every triangle gets corners of its own
+        corners = triangles.reshape(-1).long()
+        vertices, colours = vertices[corners], colours[corners]
+        triangles = torch.arange(len(corners), dtype=torch.int32).view(-1, 3)
+    normals = vertex_normals(vertices, triangles, backend=backend)
+    under = (torch.zeros(3) if background is None else background).expand(len(views), size, size, 3)
     fine = size * supersample
     rast = rasterise(to_clip(vertices, views), triangles, fine, fine, backend=backend)
-    attributes = [torch.full_like(vertices, 0.8) if mesh.colours is None else torch.from_numpy(mesh.colours).float()]
-    if shading.diffuse:
-        attributes.append(vertices)
-        if smooth:
-            attributes.append(vertex_normals(vertices, triangles))
-    planes = interpolate(torch.cat(attributes, -1), rast, triangles, backend=backend)
-    mask = (rast[..., 3:] > 0).float()
-    colour, *rest = planes.split(3, -1)
-    if shading.diffuse and not smooth:
-        faces = torch.from_numpy(mesh.face_normals()).float()
-        rest.append(torch.cat([faces.new_zeros(1, 3), faces]).index_select(0, rast[..., 3].reshape(-1).long()))
-        rest[1] = rest[1].view_as(colour)
-    if shading.diffuse:
-        normals = torch.nn.functional.normalize(rest[1], dim=-1)
-        colour = shade(colour, normals, rest[0], views.light[:, None, None], shading)
-    else:
-        colour = shade(colour, colour, colour, colour, shading)
-    pooled = torch.cat([colour * mask, mask], -1).view(len(views), size, supersample, size, supersample, 4).mean((2, 4))
-    under = torch.zeros(3) if background is None else background
+    if choose_backend(backend, vertices) == "numba":
+        from stages.kernels.cpu_picture import picture
+
+        out = torch.empty(len(views), size, size, 3)
+        tensors = (rast, triangles, vertices, colours, normals, views.light)
+        arrays = [t.contiguous().numpy() for t in tensors]
+        picture(*arrays, shading.ambient, shading.diffuse, under.contiguous().numpy(), out.numpy())
+        return out
+    planes = interpolate(torch.cat([vertices, normals, colours], -1), rast, triangles, backend=backend)
+    points, normals, colours = planes.split(3, -1)
+    normals = torch.nn.functional.normalize(normals, dim=-1)
+    plain = Shading(shading.ambient, shading.diffuse)
+    colour = shade(colours, normals, points, views.light[:, None, None], plain)
+    mask = (rast[..., 3:] > 0).to(colour.dtype)
+    samples = torch.cat([colour * mask, mask], -1).view(len(views), size, supersample, size, supersample, 4)
+    pooled = samples.mean((2, 4))
     return pooled[..., :3] + (1 - pooled[..., 3:]) * under
