@@ -16,7 +16,7 @@ def _eyes(c: Palette, x: float, y: float, z: float, size: float, iris: Colour | 
             parts.append(ellipsoid((size, size, size * 0.6), (side * x, y, z), iris, sides=12))
             continue
         parts.append(ellipsoid((size, size * 1.1, size * 0.6), (side * x, y, z), c.trim("white", "slate"), sides=14))
-        pupil = c.trim("ink", "ink") if c.name != "white" else (0.94, 0.94, 0.94)
+        pupil = c.trim("ink") if c.name != "white" else (0.94, 0.94, 0.94)
         parts.append(ellipsoid((size * 0.55, size * 0.62, size * 0.4), (side * x, y, z + size * 0.42), pupil, sides=10))
     return parts
 
@@ -35,7 +35,7 @@ def snowman(v: Vary, c: Palette) -> list[Part]:
         frustum(0.085, 0.0, 0.4, (0, 0, 0), c.trim("orange", "flame", "white"), sides=14).turn("x", 90)
         .move(0, y3 - 0.02, r3 - 0.04),
         ring(r3 * 0.78, 0.1, scarf, sides=24, flat=0.8).move(0, y3 - r3 * 0.78, 0),
-        box((0.16, 0.42, 0.1), (0.14, y3 - r3 * 0.78 - 0.2, r2 * 0.86), scarf, bevel=0.03).turn("x", 0),
+        box((0.16, 0.42, 0.1), (0.14, y3 - r3 * 0.78 - 0.2, r2 * 0.86), scarf, bevel=0.03),
         lathe([(0, 0), (r3 * 1.15, 0), (r3 * 1.15, 0.07), (r3 * 0.76, 0.08), (r3 * 0.74, 0.42), (0, 0.42)], hat)
         .move(0, y3 + r3 * 0.68, 0),
     ]
@@ -68,11 +68,11 @@ def robot(v: Vary, c: Palette) -> list[Part]:
         box((w * 0.62, h * 0.46, 0.07), (0, leg + h * 0.57, front), c.trim("white", "dark"), bevel=0.02),
     ]
     for side, colour in ((-1, "red"), (0, "flame"), (1, "ink")):
-        button = ellipsoid((0.075, 0.075, 0.05), (side * w * 0.18, leg + h * 0.64, front + 0.04), c.trim(colour, "red"), 12)
-        parts.append(button)
+        at = (side * w * 0.18, leg + h * 0.64, front + 0.04)
+        parts.append(ellipsoid((0.075, 0.075, 0.05), at, c.trim(colour, "red"), sides=12))
     for side in (-1, 1):
-        eye = c.trim("white", "slate") if c.name != "grey" else c.trim("white")
-        parts.append(ellipsoid((0.11, 0.11, 0.06), (side * hw * 0.24, hy + hh * 0.12, 0.24), eye, sides=14))
+        at = (side * hw * 0.24, hy + hh * 0.12, 0.24)
+        parts.append(ellipsoid((0.11, 0.11, 0.06), at, c.trim("white", "slate"), sides=14))
         pupil = c.trim("ink", "white") if c.name != "white" else (0.94, 0.94, 0.94)
         parts.append(ellipsoid((0.055, 0.055, 0.05), (side * hw * 0.24, hy + hh * 0.12, 0.285), pupil, sides=10))
         ear = frustum(0.1, 0.1, 0.1, (0, 0, 0), steel, sides=14).turn("z", -90 * side)
@@ -126,8 +126,9 @@ def duck(v: Vary, c: Palette) -> list[Part]:
         ellipsoid((0.17, 0.06, 0.18), (0, hy - 0.12, hz + head + 0.02), beak, sides=16),
     ]
     eyes = []
+    at = (head * 0.52, hy + head * 0.3, hz + head * 0.76)
     for part in _eyes(c, 0.0, 0.0, 0.0, 0.09)[:2]:
-        eyes += [part.turn("y", side * 32).move(side * head * 0.52, hy + head * 0.3, hz + head * 0.76) for side in (-1, 1)]
+        eyes += [part.turn("y", side * 32).move(side * at[0], *at[1:]) for side in (-1, 1)]
     for side in (-1, 1):
         wing = ellipsoid((0.12, 0.25, 0.44), (0, 0, 0), c.main, sides=18).turn("x", 14)
         parts.append(wing.move(side * body * 0.94, 0.56, -0.08))

@@ -13,8 +13,8 @@ def _wheels(c: Palette, x: float, zs: tuple[float, ...], radius: float, width: f
     parts = []
     for z in zs:
         for side in (-1, 1):
-            profile = [(0, 0), (radius * 0.9, 0), (radius, 0.04), (radius, width - 0.04), (radius * 0.9, width), (0, width)]
-            wheel = lathe(profile, tyre, sides=20).move(0, -width / 2, 0).turn("z", 90)
+            half = [(0, 0), (radius * 0.9, 0), (radius, 0.04)]
+            wheel = lathe([*half, *((r, width - y) for r, y in reversed(half))], tyre, sides=20).move(0, -width / 2, 0).turn("z", 90)
             parts.append(wheel.move(side * x, radius, z))
             cap = ellipsoid((0.05, radius * 0.5, radius * 0.5), (side * (x + width / 2), radius, z), hub, sides=12)
             parts.append(cap)

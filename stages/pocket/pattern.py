@@ -124,7 +124,7 @@ def apply_pattern(
         fit = extent / (max(round((extent - STRIPE_MAIN) / period), 1) * period + STRIPE_MAIN)  # main at both ends
         first, widths = low[along] + fit * STRIPE_MAIN, (fit * STRIPE_SECOND, fit * STRIPE_MAIN)
         slice_at(along, _steps(low[along] + 1e-6, high[along] - 1e-6, first, *widths))
-        height = np.minimum(vertices[:, along][faces].mean(1), high[along] - 1e-3)  # a flat top is in the last band
+        height = np.minimum(vertices[:, along][faces].mean(1), high[along] - 1e-3)  # a flat top: last band
         second = (height - first) % sum(widths) < widths[0]
     elif pattern == "checkered" and square:
         for k in range(3):

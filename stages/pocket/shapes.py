@@ -138,8 +138,8 @@ def _box_topology() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
                 axes.append(axis)
             sides += [(start, start + 1, start + 2), (start, start + 2, start + 3)]
     signs, axes = np.array(signs, dtype=np.float64), np.array(axes)
-    index = {(tuple(s), a): i for i, (s, a) in enumerate(zip(signs.astype(int).tolist(), axes.tolist(), strict=True))
-             for s in [tuple(s)]}
+    corners = zip(map(tuple, signs.astype(int).tolist()), axes.tolist(), strict=True)
+    index = {corner_axis: i for i, corner_axis in enumerate(corners)}
     bevels = []
 
     def add(triangle: tuple[int, int, int]) -> None:
