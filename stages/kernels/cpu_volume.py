@@ -1,0 +1,173 @@
+"""Ray marching and compositing on the CPU (numba), one pass per ray; definitions in reference_volume.py."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numba import njit, prange
+from torch import Tensor
+
+CHUNK = 256  # rays per task
+
+
+@njit(inline="always")
+def _crossings(o, d):
+    near, far = np.float32(0), np.float32(np.inf)
+    one = np.float32(1)
+    for axis in range(3):
+        di = d[axis]
+        if abs(di) < np.float32(1e-12):
+            di = np.float32(1e-12)
+        inverse = one / di
+        a, b = (-one - o[axis]) * inverse, (one - o[axis]) * inverse
+        near, far = max(near, min(a, b)), min(far, max(a, b))
+    return near, far
+
+
+@njit(inline="always")
+def _cell(position, half, grid):
+    return min(max(np.int64(np.floor((position + np.float32(1)) * half)), 0), grid - 1)
+
+
+@njit(parallel=True, cache=True)
+def _march(rays_o, rays_d, occupancy, low, high, step_size, jitter, offsets, t_out, write):
+    """Counts into offsets[r + 1], or writes t_out from offsets[r]; [low, high] bounds the occupied cells per axis."""
+    grid = occupancy.shape[0]
+    half = np.float32(0.5 * grid)
+    rays = rays_o.shape[0]
+    for chunk in prange((rays + CHUNK - 1) // CHUNK):
+        for r in range(chunk * CHUNK, min(rays, (chunk + 1) * CHUNK)):
+            near, far = _crossings(rays_o[r], rays_d[r])
+            ox, oy, oz = rays_o[r, 0], rays_o[r, 1], rays_o[r, 2]
+            dx, dy, dz = rays_d[r, 0], rays_d[r, 1], rays_d[r, 2]
+            count, k, j = 0, 0, jitter[r]
+            while True:
+                t = near + (np.float32(k) + j) * step_size
+                if not t < far:
+                    break
+                k += 1
+                x = _cell(ox + t * dx, half, grid)
+                if x < low[0] or x > high[0]:
+                    continue
+                y = _cell(oy + t * dy, half, grid)
+                if y < low[1] or y > high[1]:
+                    continue
+                z = _cell(oz + t * dz, half, grid)
+                if occupancy[x, y, z] != 0:
+                    if write:
+                        t_out[offsets[r] + count] = t
+                    count += 1
+            if not write:
+                offsets[r + 1] = count
+
+
+@njit(parallel=True, cache=True)
+def _composite(sigmas, values, t, delta, offsets, out, weights, opacity, depth):
+    rays, channels = out.shape
+    one = np.float32(1)
+    for chunk in prange((rays + CHUNK - 1) // CHUNK):
+        for r in range(chunk * CHUNK, min(rays, (chunk + 1) * CHUNK)):
+            light, total, distance = one, np.float32(0), np.float32(0)
+            for i in range(offsets[r], offsets[r + 1]):
+                rest = np.exp(-sigmas[i] * delta[i])
+                w = light * (one - rest)
+                light *= rest
+                weights[i] = w
+                total += w
+                distance += w * t[i]
+                for c in range(channels):
+                    out[r, c] += w * values[i, c]
+            opacity[r], depth[r] = total, distance
+
+
+@njit(parallel=True, cache=True)
+def _composite_backward(sigmas, values, t, delta, offsets, g_out, g_weights, g_opacity, g_depth, g_sigmas, g_values):
+    """d L / d w_i = a_i gives d L / d sigma_k = delta_k (T_{k+1} a_k - sum_{i>k} w_i a_i), walked from the far end."""
+    rays, channels = g_out.shape
+    one = np.float32(1)
+    for chunk in prange((rays + CHUNK - 1) // CHUNK):
+        for r in range(chunk * CHUNK, min(rays, (chunk + 1) * CHUNK)):
+            light = one
+            for i in range(offsets[r], offsets[r + 1]):
+                rest = np.exp(-sigmas[i] * delta[i])
+                w = light * (one - rest)
+                light *= rest
+                a = g_weights[i] + g_opacity[r] + g_depth[r] * t[i]
+                for c in range(channels):
+                    a += g_out[r, c] * values[i, c]
+                    g_values[i, c] = w * g_out[r, c]
+                g_sigmas[i] = light * a  # the first term; w a is kept in place of the light until the way back
+                g_weights[i] = w * a
+            behind = np.float32(0)
+            for i in range(offsets[r + 1] - 1, offsets[r] - 1, -1):
+                g_sigmas[i] = delta[i] * (g_sigmas[i] - behind)
+                behind += g_weights[i]
+
+
+@njit(parallel=True, cache=True)
+def _visible(sigmas, delta, offsets, threshold, counts):
+    rays = counts.shape[0]
+    for chunk in prange((rays + CHUNK - 1) // CHUNK):
+        for r in range(chunk * CHUNK, min(rays, (chunk + 1) * CHUNK)):
+            depth, count = np.float32(0), 0
+            for i in range(offsets[r], offsets[r + 1]):
+                if np.exp(-depth) < threshold:
+                    break
+                depth += sigmas[i] * delta[i]
+                count += 1
+            counts[r] = count
+
+
+def _array(tensor: Tensor) -> np.ndarray:
+    return tensor.detach().contiguous().numpy()
+
+
+def march(
+    rays_o: Tensor, rays_d: Tensor, occupancy: Tensor, step_size: float, jitter: Tensor
+) -> tuple[Tensor, Tensor]:
+    """t [N] and ray_offsets [R + 1]."""
+    cells = _array(occupancy.to(torch.uint8))
+    used = [np.flatnonzero(cells.any(axis=axes)) for axes in ((1, 2), (0, 2), (0, 1))]
+    offsets = np.zeros(rays_o.shape[0] + 1, dtype=np.int64)
+    if not used[0].size:
+        return torch.zeros(0), torch.from_numpy(offsets)
+    low, high = (np.array([u[k] for u in used], dtype=np.int64) for k in (0, -1))
+    arguments = (_array(rays_o), _array(rays_d), cells, low, high, np.float32(step_size), _array(jitter), offsets)
+    _march(*arguments, np.zeros(0, dtype=np.float32), False)
+    np.cumsum(offsets, out=offsets)
+    t = torch.empty(int(offsets[-1]))
+    _march(*arguments, t.numpy(), True)
+    return t, torch.from_numpy(offsets)
+
+
+def composite(sigmas: Tensor, values: Tensor, t: Tensor, delta: Tensor, ray_offsets: Tensor) -> tuple[Tensor, ...]:
+    """out [R, C], weights [N], opacity [R], depth [R]."""
+    rays = ray_offsets.shape[0] - 1
+    out, weights = torch.zeros(rays, values.shape[1]), torch.empty_like(t)
+    opacity, depth = torch.empty(rays), torch.empty(rays)
+    inputs = (_array(v) for v in (sigmas, values, t, delta, ray_offsets))
+    _composite(*inputs, *(v.numpy() for v in (out, weights, opacity, depth)))
+    return out, weights, opacity, depth
+
+
+def composite_backward(
+    sigmas: Tensor, values: Tensor, t: Tensor, delta: Tensor, ray_offsets: Tensor, g_out, g_weights, g_opacity, g_depth
+) -> tuple[Tensor, Tensor]:
+    """Gradients in sigmas and values; any of the four upstream gradients may be None."""
+    rays = ray_offsets.shape[0] - 1
+    g_sigmas, g_values = torch.empty_like(t), torch.empty(values.shape)
+    g_out = torch.zeros(rays, values.shape[1]) if g_out is None else g_out
+    g_weights = torch.zeros_like(t) if g_weights is None else g_weights.clone()  # the kernel writes into it
+    g_opacity = torch.zeros(rays) if g_opacity is None else g_opacity
+    g_depth = torch.zeros(rays) if g_depth is None else g_depth
+    inputs = (sigmas, values, t, delta, ray_offsets, g_out, g_weights, g_opacity, g_depth)
+    _composite_backward(*(_array(v) for v in inputs), g_sigmas.numpy(), g_values.numpy())
+    return g_sigmas, g_values
+
+
+def visible_counts(sigmas: Tensor, delta: Tensor, ray_offsets: Tensor, threshold: float) -> Tensor:
+    """Samples of each ray [R] that at least `threshold` of the light reaches."""
+    counts = torch.empty(ray_offsets.shape[0] - 1, dtype=torch.int64)
+    inputs = (_array(v) for v in (sigmas, delta, ray_offsets))
+    _visible(*inputs, np.float32(threshold), counts.numpy())
+    return counts

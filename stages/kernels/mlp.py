@@ -1,0 +1,72 @@
+"""A perceptron with one ReLU layer, and the derivative of its first output by its input, as one op.
+
+Letters: N points, I inputs, H hidden units, O outputs. out = w2 relu(w1 x + b1) + b2; slope = d out[:, 0] / d x.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from stages.errors import check_shape
+from stages.kernels.backend import choose_backend
+
+
+def mlp(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, *, backend: str = "auto") -> Tensor:
+    """One-hidden-layer ReLU perceptron; differentiable in every argument.
+
+    Args: x [N, I]; w1 [H, I]; b1 [H]; w2 [O, H]; b2 [O]; backend "auto", "torch" or "numba".
+    Returns: [N, O].
+    """
+    if _check(x, w1, b1, w2, b2, backend) == "numba":
+        return _Mlp.apply(x, w1, b1, w2, b2, False)[0]
+    return torch.addmm(b2, torch.addmm(b1, x, w1.T).relu(), w2.T)
+
+
+def mlp_with_slope(
+    x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, *, backend: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """The perceptron and the derivative of its first output by its input, w1^T (w2[0] * [hidden > 0]).
+
+    The slope is piecewise constant in x and b1, so it sends gradients to w1 and w2 only, which is what ordinary
+    differentiation of this expression gives: no double backward is needed for a loss on normals.
+    Returns: out [N, O] and slope [N, I].
+    """
+    if _check(x, w1, b1, w2, b2, backend) == "numba":
+        return _Mlp.apply(x, w1, b1, w2, b2, True)
+    hidden = torch.addmm(b1, x, w1.T)  # [N, H]
+    slope = (w2[0] * (hidden > 0).to(x.dtype)) @ w1
+    return torch.addmm(b2, hidden.relu(), w2.T), slope
+
+
+def _check(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, backend: str) -> str:
+    check_shape("w1", w1, (None, x.shape[-1]))
+    check_shape("b1", b1, (w1.shape[0],))
+    check_shape("w2", w2, (None, w1.shape[0]))
+    check_shape("b2", b2, (w2.shape[0],))
+    check_shape("x", x, (None, w1.shape[1]))
+    return choose_backend(backend, x, w1, b1, w2, b2)
+
+
+class _Mlp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, with_slope: bool):
+        from stages.kernels import cpu_mlp
+
+        ctx.save_for_backward(x, w1, b1, w2)
+        ctx.with_slope = with_slope
+        ctx.set_materialize_grads(False)
+        return cpu_mlp.forward(x, w1, b1, w2, b2, with_slope)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_out: Tensor | None, grad_slope: Tensor | None):
+        from stages.kernels import cpu_mlp
+
+        x, w1, b1, w2 = ctx.saved_tensors
+        if grad_out is None and grad_slope is None:
+            return None, None, None, None, None, None
+        if grad_out is None:
+            grad_out = torch.zeros(x.shape[0], w2.shape[0])
+        gradients = cpu_mlp.backward(x, w1, b1, w2, grad_out, grad_slope if ctx.with_slope else None)
+        return (*gradients, None)

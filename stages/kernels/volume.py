@@ -1,0 +1,134 @@
+"""Packed ray marching through an occupancy grid, and emission-absorption compositing.
+
+Letters: R rays, N samples of all rays behind one another; ray r owns samples ray_offsets[r] .. ray_offsets[r + 1].
+Optics (Max 1995; Mildenhall et al. 2020, eq. 3): alpha_i = 1 - exp(-sigma_i delta_i), T_i = prod_{j<i} (1 - alpha_j),
+weight_i = T_i alpha_i, out = sum w_i value_i, opacity = sum w_i, depth = sum w_i t_i (not divided by the opacity).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from stages.errors import check_shape
+from stages.kernels import reference_volume
+from stages.kernels.backend import choose_backend
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Samples of R rays in ray order, near to far within a ray.
+
+    t [N] distance along the unit ray of the interval's sample; delta [N] interval length; ray_offsets [R + 1] int64.
+    """
+
+    t: Tensor
+    delta: Tensor
+    ray_offsets: Tensor
+
+    def __len__(self) -> int:
+        return self.t.shape[0]
+
+    @property
+    def counts(self) -> Tensor:
+        """Samples of each ray [R]."""
+        return self.ray_offsets.diff()
+
+    @property
+    def rays(self) -> Tensor:
+        """Index of the ray of each sample [N]."""
+        index = torch.arange(self.ray_offsets.shape[0] - 1, device=self.t.device)
+        return torch.repeat_interleave(index, self.counts, output_size=len(self))
+
+
+def march(
+    rays_o: Tensor,
+    rays_d: Tensor,
+    occupancy: Tensor,
+    step_size: float,
+    jitter: Tensor,
+    *,
+    backend: str = "auto",
+) -> Samples:
+    """Samples at distances near + (k + jitter) step_size, k = 0, 1, ..., where they fall into occupied cells.
+
+    Args:
+        rays_o, rays_d: [R, 3], unit directions. near and far are the ray's crossings of the box [-1, 1]^3 (near >= 0).
+        occupancy: [G, G, G] bool or uint8, indexed [x, y, z], over the box.
+        step_size: world length of every interval. jitter: [R] in [0, 1).
+    Returns: packed samples. Not differentiable in: anything.
+    """
+    check_shape("rays_o", rays_o, (None, 3))
+    check_shape("rays_d", rays_d, (rays_o.shape[0], 3))
+    check_shape("jitter", jitter, (rays_o.shape[0],))
+    check_shape("occupancy", occupancy, (occupancy.shape[0],) * 3)
+    if not 0 < step_size < float("inf"):
+        raise ValueError(f"step_size: wanted a positive length, got {step_size}")
+    chosen = choose_backend(backend, rays_o, rays_d, jitter)
+    if chosen == "numba":
+        from stages.kernels import cpu_volume
+
+        t, ray_offsets = cpu_volume.march(rays_o, rays_d, occupancy, step_size, jitter)
+    else:
+        t, ray_offsets = reference_volume.march(rays_o.detach(), rays_d.detach(), occupancy, step_size, jitter)
+    return Samples(t, torch.full_like(t, step_size), ray_offsets)
+
+
+def composite(
+    sigmas: Tensor, values: Tensor, samples: Samples, *, backend: str = "auto"
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Emission-absorption compositing of packed samples, one pass per ray with the running transmittance.
+
+    Args: sigmas [N] >= 0; values [N, C].
+    Returns: out [R, C], weights [N], opacity [R], depth [R]; all differentiable in sigmas and (out) in values.
+    Not differentiable in: samples.
+    """
+    n = len(samples)
+    check_shape("sigmas", sigmas, (n,))
+    check_shape("values", values, (n, None))
+    if choose_backend(backend, sigmas, values) == "numba":
+        return _Composite.apply(sigmas, values, samples.t, samples.delta, samples.ray_offsets)
+    return reference_volume.composite(sigmas, values, samples.t, samples.delta, samples.ray_offsets)
+
+
+def visible(sigmas: Tensor, samples: Samples, threshold: float, *, backend: str = "auto") -> tuple[Tensor, Samples]:
+    """Drop the samples that the light reaching them has been absorbed before: transmittance below `threshold`.
+
+    Early termination for a field whose density is known from a cheap pass without gradients.
+    Args: sigmas [N]; threshold in [0, 1), 0 keeps everything.
+    Returns: indices [M] of the samples kept, and those samples. Not differentiable in: anything.
+    """
+    check_shape("sigmas", sigmas, (len(samples),))
+    if choose_backend(backend, sigmas) == "numba":
+        from stages.kernels import cpu_volume
+
+        counts = cpu_volume.visible_counts(sigmas, samples.delta, samples.ray_offsets, threshold)
+    else:
+        counts = reference_volume.visible_counts(sigmas.detach(), samples.delta, samples.ray_offsets, threshold)
+    offsets = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+    shift = samples.ray_offsets[:-1] - offsets[:-1]  # a ray keeps its first samples, so one shift per ray
+    index = torch.arange(int(offsets[-1]), device=sigmas.device)
+    index = index + torch.repeat_interleave(shift, counts, output_size=index.shape[0])
+    return index, Samples(samples.t[index], samples.delta[index], offsets)
+
+
+class _Composite(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, sigmas: Tensor, values: Tensor, t: Tensor, delta: Tensor, ray_offsets: Tensor):
+        from stages.kernels import cpu_volume
+
+        out, weights, opacity, depth = cpu_volume.composite(sigmas, values, t, delta, ray_offsets)
+        ctx.save_for_backward(sigmas, values, t, delta, ray_offsets)
+        ctx.set_materialize_grads(False)
+        return out, weights, opacity, depth
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g_out, g_weights, g_opacity, g_depth):
+        from stages.kernels import cpu_volume
+
+        saved = ctx.saved_tensors
+        grad_sigmas, grad_values = cpu_volume.composite_backward(*saved, g_out, g_weights, g_opacity, g_depth)
+        return grad_sigmas, grad_values, None, None, None
