@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 
 Unwrapper = Literal["auto", "xatlas", "boxes"]
 
+WORKER = Path(__file__).with_name("uv_worker.py")
 # A layout may give at most this share of the surface less than a tenth of its fair share of texels.
 STARVED = 0.01
 # A layout may cover at most this share of its texels twice (xatlas leaves one or two on rough meshes).
@@ -93,13 +94,12 @@ def unwrap_by_xatlas(mesh: Mesh, size: int, padding: int, time_limit_s: float) -
     with tempfile.TemporaryDirectory(prefix="unwrap-") as folder:
         source, target = Path(folder) / "mesh.safetensors", Path(folder) / "atlas.safetensors"
         save_file({"vertices": mesh.vertices.astype(np.float32), "faces": mesh.faces.astype(np.int32)}, source)
-        worker = str(Path(__file__).with_name("uv_worker.py"))
         # xatlas takes the resolution as a wish and often makes a quarter more; the padding must survive the scaling.
         arguments = [str(source), str(target), str(size), str(int(np.ceil(1.4 * padding)))]
         try:
             # -P: the worker's own folder stays off the import path.
             child = subprocess.run(
-                [sys.executable, "-P", worker, *arguments], capture_output=True, timeout=time_limit_s, check=False
+                [sys.executable, "-P", str(WORKER), *arguments], capture_output=True, timeout=time_limit_s, check=False
             )
         except subprocess.TimeoutExpired:
             raise LayoutError(f"xatlas took longer than {time_limit_s:g} s") from None

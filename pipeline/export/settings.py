@@ -1,0 +1,24 @@
+"""What an export writes: the mesh's own settings, the file formats and the turntable."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field
+
+from stages.mesh.finalise import ExportSettings as MeshSettings
+
+
+def _split_commas(value: Any) -> Any:
+    return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
+
+
+class ExportSettings(MeshSettings):
+    """Settings of the files at the end of a run."""
+
+    formats: Annotated[list[Literal["glb", "obj", "ply", "stl"]], BeforeValidator(_split_commas)] = Field(
+        ["glb", "obj"], description="mesh files to write at the end of a run"
+    )
+    turntable_frames: int = Field(36, ge=0, le=720, description="pictures in a turn; 0 writes no turntable")
+    turntable_size: int = Field(384, ge=16, le=2048, multiple_of=2, description="side of the turntable in pixels")
+    mp4: bool = Field(True, description="write the turntable as .mp4 as well, where imageio-ffmpeg is installed")

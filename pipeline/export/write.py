@@ -1,0 +1,46 @@
+"""Mesh file formats by name, and everything a run leaves behind."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+
+from pipeline.export.glb import write_glb
+from pipeline.export.obj import write_obj
+from pipeline.export.ply import write_ply
+from pipeline.export.settings import ExportSettings
+from pipeline.export.stl import write_stl
+from stages.errors import UserError
+from stages.mesh.mesh import Mesh
+
+FORMATS = {"glb": write_glb, "obj": write_obj, "ply": write_ply, "stl": write_stl}
+
+
+def write_formats(mesh: Mesh, folder: str | Path, names: Sequence[str], *, stem: str = "mesh") -> list[Path]:
+    """Write the mesh as FOLDER/STEM.FORMAT in every format named.
+
+    Returns: all files written, side files included.
+    Raises: UserError for an unknown format (before anything is written), a damaged mesh, or a failed write.
+    """
+    for name in names:
+        if name not in FORMATS:
+            raise UserError(f"Cannot write {name!r}", "there is no such format", f"choose among {', '.join(FORMATS)}")
+    return [path for name in names for path in FORMATS[name](mesh, Path(folder) / f"{stem}.{name}")]
+
+
+def write_results(mesh: Mesh, folder: str | Path, settings: ExportSettings) -> list[Path]:
+    """Write a run's results: its mesh files and the turntable.
+
+    Returns: all files written; an .mp4 among them only where imageio-ffmpeg is installed.
+    """
+    paths = write_formats(mesh, folder, settings.formats)
+    if settings.turntable_frames:
+        from pipeline.export.video import turntable
+
+        kinds = [".webp"]
+        if settings.mp4 and importlib.util.find_spec("imageio_ffmpeg") is not None:
+            kinds.append(".mp4")
+        shape = {"frames": settings.turntable_frames, "size": settings.turntable_size}
+        paths += [turntable(mesh, Path(folder) / f"turntable{kind}", **shape) for kind in kinds]
+    return paths
