@@ -22,7 +22,7 @@ from stages.pocket import data, models, world
 from stages.pocket.training import Training
 
 UNCONDITIONAL = 0.1  # share of training captions replaced by "" for classifier-free guidance
-MIN_SNR = 5.0  # Hang et al. 2023
+SNR_RANGE = (0.3, 5.0)  # min-SNR weighting (Hang et al. 2023), with a floor: words are learnt at high noise
 GRID_PROMPTS = (
     "a red mug, front view",
     "a blue car, left side view",
@@ -41,7 +41,7 @@ def to_tensor(images: np.ndarray) -> Tensor:
 
 
 def diffusion_loss(unet, alphas_cumprod: Tensor, x0: Tensor, text: Tensor, generator: torch.Generator) -> Tensor:
-    """v-prediction loss with min-SNR weighting on x0 [B, C, h, w]; bf16 inside the network."""
+    """v-prediction loss with clamped-SNR weighting on x0 [B, C, h, w]; bf16 inside the network."""
     batch = x0.shape[0]
     t = ((torch.rand(1, generator=generator) + torch.arange(batch) / batch) % 1 * len(alphas_cumprod)).long()
     noise = torch.randn(x0.shape, generator=generator)
@@ -50,8 +50,8 @@ def diffusion_loss(unet, alphas_cumprod: Tensor, x0: Tensor, text: Tensor, gener
     with torch.autocast(x0.device.type, torch.bfloat16):
         out = unet(x_t.to(memory_format=torch.channels_last), t, text).sample
     snr = a / (1 - a)
-    weight = snr.clamp(max=MIN_SNR) / (snr + 1)
-    return (weight * (out.float() - v) ** 2).mean() / 0.3
+    weight = snr.clamp(*SNR_RANGE) / (snr + 1)
+    return (weight * (out.float() - v) ** 2).mean() / 0.4
 
 
 def encode_text(tokenizer, text_encoder, captions: list[str]) -> Tensor:

@@ -37,7 +37,7 @@ class Training:
         lr: float,
         steps: int | None = None,
         minutes: float | None = None,
-        ema: float = 0.998,
+        ema: float = 0.995,
         weight_decay: float = 0.01,
         warmup: int = 200,
     ) -> None:
