@@ -98,12 +98,14 @@ def _project(
     """
     count = int(charts.max()) + 1
     mean = np.stack([np.bincount(charts, areas * normals[:, k], count) for k in range(3)], -1)
-    mean /= np.maximum(np.linalg.norm(mean, axis=1, keepdims=True), 1e-30)
+    length = np.linalg.norm(mean, axis=1, keepdims=True)  # 0 where all faces are degenerate
+    mean /= np.maximum(length, 1e-30)
     flat = np.linalg.norm(normals, axis=1) < 0.5
     cosine = np.where(flat, 1.0, np.einsum("ij,ij->i", normals, mean[charts]))
     own_axis = np.zeros((count, 3))
     own_axis[charts] = AXES[axis]
-    direction = np.where((_minimum_by(charts, cosine, count) > MIN_COS)[:, None], mean, own_axis)
+    usable = (_minimum_by(charts, cosine, count) > MIN_COS) & (length[:, 0] > 0)
+    direction = np.where(usable[:, None], mean, own_axis)
     helper = np.eye(3)[np.abs(direction).argmin(axis=1)]
     right = np.cross(helper, direction)
     right /= np.linalg.norm(right, axis=1, keepdims=True)

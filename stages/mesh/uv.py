@@ -66,14 +66,16 @@ def check_layout(mesh: Mesh, uv: np.ndarray, uv_faces: np.ndarray, size: int) ->
     if not np.isfinite(uv).all() or uv.min() < 0 or uv.max() > 1:
         raise LayoutError("its coordinates are not all within [0, 1]")
     corners = texel_corners(uv, uv_faces, size)
-    double, covered = double_covered(corners)
-    if len(double) > DOUBLE * max(covered, 1):
-        raise LayoutError(f"it covers {len(double)} of {covered} texels twice")
-    areas = face_areas(mesh.vertices, mesh.faces)
     edge1, edge2 = corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0]
     texels = np.abs(edge1[:, 0] * edge2[:, 1] - edge1[:, 1] * edge2[:, 0]) / 2
     if texels.sum() <= 0:
         raise LayoutError("it gives the surface no texels")
+    if texels.sum() > 1.01 * size**2:  # before looking at each of them
+        raise LayoutError(f"its faces overlap: together they are {texels.sum() / size**2:.1f} times the texture")
+    double, covered = double_covered(corners)
+    if len(double) > DOUBLE * max(covered, 1):
+        raise LayoutError(f"it covers {len(double)} of {covered} texels twice")
+    areas = face_areas(mesh.vertices, mesh.faces)
     fair = texels >= 0.1 * areas * (texels.sum() / areas.sum())
     starved = areas[~fair].sum() / areas.sum()
     if starved > STARVED:
