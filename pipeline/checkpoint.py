@@ -1,82 +1,30 @@
-"""Files that are whole or absent: atomic writes, and checkpoints in safetensors with their own checksum.
-
-A file is written under a temporary name in the same folder, flushed to the disk and renamed over the old one, so a
-kill at any moment leaves either the old file or the new one. Only safetensors and JSON are read back.
-"""
+"""Checkpoints: safetensors with their own checksum, whole or absent. Only safetensors and JSON are read back."""
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import tempfile
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.export.files import write_whole
 from stages.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-_TEMPORARY = ".part"
 _META = "pipeline"  # the one metadata entry of a checkpoint: JSON
-
-
-@contextlib.contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path`, renamed to it when the block ends well and removed when it does not.
-
-    The temporary keeps the suffix, since writers choose the format by it.
-    """
-    handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=_TEMPORARY + path.suffix, dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        temporary.chmod(0o666 & ~_umask())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    _sync_folder(path.parent)
-
-
-def atomic_write(path: Path, data: bytes | str) -> None:
-    """Replace `path` by `data`, whole or not at all."""
-    with atomic_path(path) as temporary:
-        temporary.write_bytes(data.encode() if isinstance(data, str) else data)
 
 
 def remove_temporaries(folder: Path) -> None:
     """Delete what a killed process left half written below `folder`."""
-    for path in folder.rglob(f".*{_TEMPORARY}*"):
+    for path in folder.rglob(".*.part"):
         path.unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename durable; only POSIX can open a folder."""
-    if os.name != "posix":
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def save_checkpoint(path: Path, state: dict[str, Tensor], meta: dict[str, Any]) -> None:
     """Write a flat state and JSON-able meta to `path`, atomically, with a checksum over the tensors."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     seen: set[int] = set()
@@ -85,8 +33,7 @@ def save_checkpoint(path: Path, state: dict[str, Tensor], meta: dict[str, Any]) 
             tensors[name] = tensor.clone()
         seen.add(tensor.data_ptr())
     meta = meta | {"crc32": _checksum(tensors)}
-    with atomic_path(path) as temporary:
-        save_file(tensors, temporary, metadata={_META: json.dumps(meta)})
+    write_whole(path, save(tensors, metadata={_META: json.dumps(meta)}))
 
 
 def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

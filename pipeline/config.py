@@ -19,6 +19,7 @@ from stages.coarse import CoarseSettings
 from stages.errors import UserError
 from stages.fine import FineSettings
 from stages.guidance.diffusion import DiffusionSettings
+from stages.guidance.guidance import GuidanceSettings
 from stages.guidance.reference import ReferenceSettings
 from stages.prompts import PromptSettings
 
@@ -40,6 +41,17 @@ class PriorSettings(BaseModel):
     diffusion: DiffusionSettings = Field(default_factory=DiffusionSettings)
 
 
+class StageGuidance(BaseModel):
+    """How each stage is guided."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    coarse: GuidanceSettings = Field(default_factory=GuidanceSettings)
+    fine: GuidanceSettings = Field(  # a finished shape needs no large t: it would be made anew (Magic3D sec. 4.2)
+        default_factory=lambda: GuidanceSettings(t_range=(0.02, 0.5), t_max_end=None)
+    )
+
+
 class Config(BaseModel):
     """Everything a run depends on; written to the run folder as config.yaml, which can be given to --config."""
 
@@ -58,6 +70,7 @@ class Config(BaseModel):
     preview_every: int = Field(100, ge=1, description="steps between preview pictures")
     prior: PriorSettings = Field(default_factory=PriorSettings)
     reference: ReferenceSettings = Field(default_factory=ReferenceSettings)
+    guidance: StageGuidance = Field(default_factory=StageGuidance)
     prompts: PromptSettings = Field(default_factory=PromptSettings)
     coarse: CoarseSettings = Field(default_factory=CoarseSettings)
     fine: FineSettings = Field(default_factory=FineSettings)

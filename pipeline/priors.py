@@ -129,7 +129,7 @@ def build_guidance(config: Config, stage: str, device: torch.device) -> Guidance
     from stages.guidance.guidance import Guidance
     from stages.prompts import ViewPrompts
 
-    settings = getattr(config, stage).guidance
+    settings = getattr(config.guidance, stage)
     prompts = ViewPrompts(config.prompt, config.negative, config.prompts)
     generator = torch.Generator().manual_seed(config.seed)
     return Guidance(build_prior(config, stage, device), settings, prompts, generator)

@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from pipeline import __version__
-from pipeline.checkpoint import atomic_path, atomic_write, read_json, remove_temporaries
+from pipeline.checkpoint import read_json, remove_temporaries
+from pipeline.export.files import write_whole
 from stages.errors import UserError
 
 MIN_FREE_MB = 300  # checkpoints of both stages with a 128^3 grid, written beside their predecessors, and the exports
@@ -142,7 +143,7 @@ class Record:
         peaks = [s.get("peak_memory_mb") or 0 for s in self.data["sessions"][:-1]]
         self.data["sessions"][-1]["peak_memory_mb"] = peak_memory_mb()
         self.data["peak_memory_mb"] = max([*peaks, peak_memory_mb() or 0]) or None
-        atomic_write(self._path, json.dumps(self.data, indent=2, ensure_ascii=False) + "\n")
+        write_whole(self._path, (json.dumps(self.data, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 class Metrics:
@@ -169,7 +170,7 @@ class Metrics:
             if entry.get("stage") in later or (entry.get("stage") == stage and entry.get("step", 0) > step):
                 continue
             kept.append(line)
-        atomic_write(self._path, "".join(line + "\n" for line in kept))
+        write_whole(self._path, "".join(line + "\n" for line in kept).encode())
 
     def add(self, stage: str, step: int, seconds: float, metrics: dict[str, float]) -> None:
         line = {"stage": stage, "step": step, "seconds": round(seconds, 4)}
@@ -185,14 +186,6 @@ class Metrics:
                 os.fsync(file.fileno())
         self._lines.clear()
         self._flushed = time.monotonic()
-
-
-def write_png(path: Path, image: Any) -> None:
-    """An uint8 sRGB picture [H, W, 3] to a PNG, whole or not at all."""
-    from PIL import Image
-
-    with atomic_path(path) as temporary:
-        Image.fromarray(image).save(temporary, format="PNG", compress_level=4)
 
 
 def memory_mb() -> float | None:

@@ -1,5 +1,6 @@
 """Runs with toy stages: what lies in the folder, stopping and resuming, refusals that lose nothing."""
 
+import errno
 import json
 import os
 import shutil
@@ -11,6 +12,9 @@ from pathlib import Path
 
 import pytest
 
+if os.name != "posix":
+    pytest.skip("kills and forks", allow_module_level=True)
+
 from pipeline.checkpoint import load_checkpoint
 from pipeline.cli import main
 from pipeline.config import load_config, read_config
@@ -18,18 +22,38 @@ from stages.errors import UserError
 from tests import toy_pipeline
 
 SCRIPT = Path(__file__).parent / "toy_pipeline.py"
-SMALL = ["coarse.steps=12", "fine.steps=9", "checkpoint_every=4", "preview_every=5"]
+SMALL = ["coarse.steps=12", "fine.steps=9", "checkpoint_every=4", "preview_every=5", "export.turntable_frames=0"]
 
 
-def toy(*arguments: object, cwd: Path, **environment: str) -> subprocess.Popen:
-    command = [sys.executable, str(SCRIPT), *map(str, arguments)]
-    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, cwd=cwd, env=os.environ | environment, **streams)
+class ToyRun:
+    """A `pipeline` process with toy stages, working in `folder`."""
+
+    def __init__(self, server: subprocess.Popen, folder: Path, arguments: tuple, environment: dict[str, str]) -> None:
+        self.server, self.folder, self.code = server, folder, None
+        request = {"arguments": [str(a) for a in arguments], "folder": str(folder), "environment": environment}
+        self.pid = self._ask(request)
+
+    def _ask(self, request: dict) -> int:
+        self.server.stdin.write(json.dumps(request) + "\n")
+        self.server.stdin.flush()
+        return int(self.server.stdout.readline())
+
+    def finish(self) -> tuple[int, str, str]:
+        """Exit code, standard output and error."""
+        code = self._ask({"wait": self.pid})
+        return code, (self.folder / "out.txt").read_text(), (self.folder / "err.txt").read_text()
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
 
 
-def finish(process: subprocess.Popen) -> tuple[int, str, str]:
-    out, err = process.communicate(timeout=60)
-    return process.returncode, out, err
+@pytest.fixture(scope="module")
+def toy():
+    """toy(*arguments, cwd=..., **environment) -> ToyRun"""
+    server = subprocess.Popen([sys.executable, str(SCRIPT)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    yield lambda *arguments, cwd, **environment: ToyRun(server, cwd, arguments, environment)
+    server.stdin.close()
+    server.wait(timeout=60)
 
 
 def lines(folder: Path) -> list[dict]:
@@ -45,21 +69,23 @@ def without_times(folder: Path) -> list[dict]:
     return [{key: value for key, value in line.items() if key != "seconds"} for line in lines(folder)]
 
 
-def wait_for_checkpoint(process: subprocess.Popen, path: Path, step: int) -> None:
-    """Until the checkpoint at `path` has reached `step`; it is whole whenever it exists."""
+def wait_until(true, run: ToyRun) -> None:
+    """Poll a condition that a live run will meet."""
     deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        assert process.poll() is None, finish(process)
-        if path.exists() and load_checkpoint(path)[1]["step"] >= step:
-            return
+    while not true():
+        assert time.monotonic() < deadline, run.finish()
         time.sleep(0.005)
-    raise AssertionError(f"{path} never reached step {step}")
+
+
+def reached(path: Path, step: int) -> bool:
+    """Whether the checkpoint at `path` has come to `step`; it is whole whenever it exists."""
+    return path.exists() and load_checkpoint(path)[1]["step"] >= step
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory) -> Path:
+def uninterrupted(toy, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("uninterrupted")
-    code, out, err = finish(toy("run", "--out", "run", "--seed", 3, *SMALL, cwd=folder))
+    code, out, err = toy("run", "--out", "run", "--seed", 3, *SMALL, cwd=folder).finish()
     assert code == 0, err
     assert "done: run/mesh.glb" in out
     return folder / "run"
@@ -68,10 +94,12 @@ def uninterrupted(tmp_path_factory) -> Path:
 @pytest.fixture
 def in_process(monkeypatch, tmp_path):
     """pipeline.run with the toys installed, in this process, standing in tmp_path."""
+    import pipeline.loop
     import pipeline.run
 
-    for name in ("check_priors", "build_guidance", "make_stage", "finalise"):
-        monkeypatch.setattr(pipeline.run, name, getattr(pipeline.run, name))
+    replaced = [(pipeline.run, name) for name in ("check_priors", "make_stage", "finished_mesh")]
+    for module, name in [*replaced, (pipeline.loop, "make_stage"), (pipeline.loop, "build_guidance")]:
+        monkeypatch.setattr(module, name, getattr(module, name))
     toy_pipeline.install()
     monkeypatch.chdir(tmp_path)
     return pipeline.run
@@ -114,16 +142,13 @@ def test_config_yaml_feeds_back_to_the_same_bytes(in_process, uninterrupted, tmp
 
 
 @pytest.mark.parametrize(("stage", "step"), [("coarse", 0), ("coarse", 4), ("coarse", 12), ("fine", 4), ("fine", 9)])
-def test_killed_and_resumed_equals_uninterrupted(in_process, uninterrupted, tmp_path, stage, step):
+def test_killed_and_resumed_equals_uninterrupted(toy, in_process, uninterrupted, tmp_path, stage, step):
     process = toy("run", "--out", "run", "--seed", 3, *SMALL, cwd=tmp_path, TOY_STEP_S="0.02")
     folder = tmp_path / "run"
-    if step:
-        wait_for_checkpoint(process, folder / stage / "checkpoint.safetensors", step)
-    else:
-        while not lines(folder):
-            time.sleep(0.01)
+    checkpoint = folder / stage / "checkpoint.safetensors"
+    wait_until(lambda: reached(checkpoint, step) if step else (folder / stage / "previews").exists(), process)
     process.send_signal(signal.SIGKILL)
-    assert finish(process)[0] == -signal.SIGKILL
+    assert process.finish()[0] == -signal.SIGKILL
     in_process.resume_run(folder)
     assert (folder / "mesh.glb").read_bytes() == (uninterrupted / "mesh.glb").read_bytes()
     assert without_times(folder) == without_times(uninterrupted)
@@ -132,13 +157,12 @@ def test_killed_and_resumed_equals_uninterrupted(in_process, uninterrupted, tmp_
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_interrupt_saves_the_step_it_stops_at_and_says_how_to_go_on(in_process, uninterrupted, tmp_path, number, code):
+def test_interrupt_saves_the_step_it_stops_at_and_says_how_to_go_on(toy, in_process, uninterrupted, tmp_path, number, code):
     process = toy("run", "--out", "run", "--seed", 3, *SMALL, "checkpoint_every=1000", cwd=tmp_path, TOY_STEP_S="0.2")
     folder = tmp_path / "run"
-    while not (folder / "coarse" / "previews" / "000001.png").exists():
-        time.sleep(0.01)
+    wait_until((folder / "coarse" / "previews" / "000001.png").exists, process)
     process.send_signal(number)
-    got, _, err = finish(process)
+    got, _, err = process.finish()
     assert got == code
     assert "pipeline resume run" in err and "Traceback" not in err
     saved = load_checkpoint(folder / "coarse" / "checkpoint.safetensors")[1]["step"]
@@ -149,14 +173,13 @@ def test_interrupt_saves_the_step_it_stops_at_and_says_how_to_go_on(in_process, 
     assert without_times(folder) == without_times(uninterrupted)
 
 
-def test_second_interrupt_stops_at_once(tmp_path):
+def test_second_interrupt_stops_at_once(toy, tmp_path):
     process = toy("run", "--out", "run", *SMALL, cwd=tmp_path, TOY_STEP_S="1")
-    while not (tmp_path / "run" / "coarse" / "previews" / "000001.png").exists():
-        time.sleep(0.01)
+    wait_until((tmp_path / "run" / "coarse" / "previews" / "000001.png").exists, process)
     process.send_signal(signal.SIGINT)
     time.sleep(0.2)
     process.send_signal(signal.SIGINT)
-    code, _, err = finish(process)
+    code, _, err = process.finish()
     assert code == 130 and "pipeline resume run" in err and "Traceback" not in err
     assert not (tmp_path / "run" / "coarse" / "checkpoint.safetensors").exists()
 
@@ -297,27 +320,27 @@ def test_stage_without_an_object_points_at_its_previews(in_process, monkeypatch,
 
 
 def test_full_disk_during_a_run_keeps_the_last_checkpoint(in_process, monkeypatch, tmp_path):
-    import errno
+    import pipeline.checkpoint
 
-    import safetensors.torch
+    real, calls = pipeline.checkpoint.write_whole, []
 
-    real, calls = safetensors.torch.save_file, []
-
-    def failing(tensors, path, metadata=None):
+    def full(path, data):
         calls.append(path)
-        if len(calls) == 2:
-            Path(path).write_bytes(b"half")
+        if len(calls) < 2:
+            return real(path, data)
+
+        def refuse(_):
             raise OSError(errno.ENOSPC, "No space left on device")
-        real(tensors, path, metadata=metadata)
 
-    monkeypatch.setattr(safetensors.torch, "save_file", failing)
-    from pipeline.errors import explain
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", refuse)
+            return real(path, data)
 
-    with pytest.raises(OSError) as caught:
+    monkeypatch.setattr(pipeline.checkpoint, "write_whole", full)
+    with pytest.raises(UserError, match="No space left on device"):
         in_process.start_run(load(), tmp_path / "run")
-    assert explain(caught.value).why == "the disk is full"
     assert load_checkpoint(tmp_path / "run" / "coarse" / "checkpoint.safetensors")[1]["step"] == 4
-    assert not list((tmp_path / "run").rglob("*.part*"))
+    assert not list((tmp_path / "run").rglob("*.part"))
 
 
 def test_full_disk_before_a_run_is_refused(in_process, monkeypatch, tmp_path):
