@@ -62,7 +62,7 @@ def sphere(radius: float = 0.7, n: int = 48, m: int = 24) -> Mesh:
 
 
 def isosurface(sdf, resolution: int) -> Mesh:
-    """Marching tetrahedra of `sdf` ([N, 3] -> [N], negative inside) over [-1, 1]^3: closed, oriented, full of slivers."""
+    """Marching tetrahedra of `sdf` ([N, 3] -> [N], negative inside) over [-1, 1]^3: closed, full of slivers."""
     n = resolution + 1
     axis = np.linspace(-1, 1, n)
     grid = np.stack(np.meshgrid(axis, axis, axis, indexing="ij"), -1).transpose(2, 1, 0, 3).reshape(-1, 3)

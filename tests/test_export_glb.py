@@ -64,7 +64,8 @@ def node_modules() -> str:
     if not (modules / "gltf-validator" / "index.js").exists():
         if given or shutil.which("npm") is None:
             pytest.skip(f"gltf-validator is not in {modules} and npm cannot fetch it")
-        command = ["npm", "install", "--no-audit", "--no-fund", "--prefix", str(folder), "gltf-validator@2.0.0-dev.3.10"]
+        command = ["npm", "install", "--no-audit", "--no-fund", "--prefix", str(folder)]
+        command.append("gltf-validator@2.0.0-dev.3.10")
         try:
             done = subprocess.run(command, capture_output=True, timeout=90, text=True)
         except subprocess.TimeoutExpired:

@@ -54,7 +54,8 @@ def surface_samples(mesh: Mesh, count: int = 20_000) -> tuple[np.ndarray, np.nda
     areas = face_areas(mesh.vertices, mesh.faces)
     face = random.choice(len(areas), count, p=areas / areas.sum())
     w = random.dirichlet((1, 1, 1), count)
-    return tuple(np.einsum("nc,nck->nk", w, a[i[face]]) for a, i in ((mesh.vertices, mesh.faces), (mesh.uv, mesh.uv_faces)))
+    corners = mesh.vertices[mesh.faces[face]], mesh.uv[mesh.uv_faces[face]]
+    return tuple(np.einsum("nc,nck->nk", w, values) for values in corners)
 
 
 @pytest.mark.parametrize("mesh", [torus(), sphere(), box(), noisy_blob(20)], ids=["torus", "sphere", "box", "blob"])

@@ -5,14 +5,13 @@ from __future__ import annotations
 import torch
 
 from stages.errors import UserError
-from stages.mesh.finalise import ExportSettings, finalise as finalise_mesh
+from stages.mesh.finalise import ExportSettings
+from stages.mesh.finalise import finalise as finalise_mesh
 from stages.mesh.mesh import Mesh
 from stages.stage import Asset
 
 
-def finalise(
-    asset: Asset, settings: ExportSettings, *, notes: dict[str, object] | None = None
-) -> Mesh:
+def finalise(asset: Asset, settings: ExportSettings, *, notes: dict[str, object] | None = None) -> Mesh:
     """The asset's mesh cleaned, decimated, unwrapped and baked with the asset's colour.
 
     Args:

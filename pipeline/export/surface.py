@@ -48,9 +48,7 @@ def split_seams(mesh: Mesh) -> Surface:
         source, faces = np.unique(mesh.faces, return_inverse=True)
         uv = None
     colours = None if mesh.colours is None else mesh.colours[source]
-    return Surface(
-        mesh.vertices[source].astype(np.float32), normals[source], uv, colours, faces.reshape(-1, 3), source
-    )
+    return Surface(mesh.vertices[source].astype(np.float32), normals[source], uv, colours, faces.reshape(-1, 3), source)
 
 
 def vertex_colours(mesh: Mesh) -> np.ndarray | None:

@@ -6,9 +6,11 @@ The pictures show the exported texture, shaded by a lamp that goes round with th
 from __future__ import annotations
 
 import io
+import math
 import os
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -30,9 +32,7 @@ FRAMES_PER_S = 18
 FOV_DEG = 30.0
 
 
-def _base_colours(
-    mesh: Mesh, albedo: Callable[[Tensor], Tensor] | None
-) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+def _base_colours(mesh: Mesh, albedo: Callable[[Tensor], Tensor] | None) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     """A function of rast [1, H, W, 4], covered pixels [N] and their points [N, 3] to linear colours [N, 3]."""
     if albedo is not None:
         return lambda rast, covered, points: albedo(points)
@@ -98,7 +98,7 @@ def turntable(
     """Write one turn around the mesh, front first; the suffix chooses the format: .webp, .gif or .mp4.
 
     Args:
-        mesh: about the origin; the camera's distance fits it. frames: pictures in a turn. size: pixels a side (even for .mp4).
+        mesh: about the origin, of any size. frames: pictures in a turn. size: pixels a side (even for .mp4).
         albedo: linear colour at world points, instead of the mesh's own texture.
     Raises: UserError for an unknown suffix, a missing encoder, a damaged mesh or a failed write.
     """
@@ -107,11 +107,13 @@ def turntable(
     if path.suffix.lower() not in writers:
         raise UserError(f"Cannot write {path.name}", "the suffix names no video format", "use .webp, .gif or .mp4")
     check_mesh(mesh)
+    # Scaled to the unit sphere, so that the whole turn fits the picture, with a margin of 5 %, at any size.
     radius = float(np.linalg.norm(mesh.vertices[np.unique(mesh.faces)], axis=1).max())
-    # The whole sphere in the picture, with a margin of 5 %, and the camera outside of it.
-    distance = max(1.05 * radius / np.sin(np.radians(FOV_DEG / 2)), 0.3)
-    views = orbit_views(torch.arange(frames) * (360 / frames), elevation_deg, float(distance), FOV_DEG)
-    return writers[path.suffix.lower()](render_frames(mesh, views, size, albedo=albedo), path)
+    mesh = replace(mesh, vertices=(mesh.vertices / radius).astype(np.float32))
+    field = None if albedo is None else lambda points: albedo(points * radius)
+    distance = 1.05 / math.sin(math.radians(FOV_DEG / 2))
+    views = orbit_views(torch.arange(frames) * (360 / frames), elevation_deg, distance, FOV_DEG)
+    return writers[path.suffix.lower()](render_frames(mesh, views, size, albedo=field), path)
 
 
 def _write_animation(pictures: Iterator[np.ndarray], path: Path) -> Path:
@@ -129,9 +131,7 @@ def _write_animation(pictures: Iterator[np.ndarray], path: Path) -> Path:
     options = {"quality": 85, "method": 4} if kind == "WEBP" else {"disposal": 1}
     buffer = io.BytesIO()
     duration = round(1000 / FRAMES_PER_S / 10) * 10  # GIF counts in hundredths of a second
-    images[0].save(
-        buffer, format=kind, save_all=True, append_images=images[1:], duration=duration, loop=0, **options
-    )
+    images[0].save(buffer, format=kind, save_all=True, append_images=images[1:], duration=duration, loop=0, **options)
     return write_whole(path, buffer.getvalue())
 
 

@@ -133,7 +133,8 @@ def _project(
     ordered = turned.reshape(-1, 2)[order]
     extent = np.maximum.reduceat(ordered, starts) - np.minimum.reduceat(ordered, starts)
     tall = (extent[:, 1] > extent[:, 0])[charts][:, None]
-    turned = np.stack([np.where(tall, turned[..., 1], turned[..., 0]), np.where(tall, -turned[..., 0], turned[..., 1])], -1)
+    x, y = turned[..., 0], turned[..., 1]
+    turned = np.stack([np.where(tall, y, x), np.where(tall, -x, y)], -1)
     ordered = turned.reshape(-1, 2)[order]
     low, high = np.minimum.reduceat(ordered, starts), np.maximum.reduceat(ordered, starts)
     return turned - low[charts][:, None], high - low

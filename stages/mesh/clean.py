@@ -21,8 +21,9 @@ ADVICE = "run the stage for more steps, or start it again with another seed"
 
 def check_mesh(mesh: Mesh) -> None:
     """Raise UserError unless the mesh has faces, finite positions and colours, and indices in range."""
-    if mesh.vertices.ndim != 2 or mesh.vertices.shape[1] != 3 or mesh.faces.ndim != 2 or mesh.faces.shape[1] != 3:
-        why = f"vertices have shape {list(mesh.vertices.shape)} and faces {list(mesh.faces.shape)}, wanted [V, 3] and [F, 3]"
+    shapes = mesh.vertices.shape, mesh.faces.shape
+    if any(len(shape) != 2 or shape[1] != 3 for shape in shapes):
+        why = f"vertices have shape {list(shapes[0])} and faces {list(shapes[1])}, wanted [V, 3] and [F, 3]"
         raise UserError("The mesh cannot be used", why, "triangulate it and give one row of three to each")
     if len(mesh.faces) == 0 or len(mesh.vertices) == 0:
         raise UserError("The mesh is empty", "it has no faces", ADVICE)
@@ -150,10 +151,8 @@ def decimate(mesh: Mesh, faces: int) -> Mesh:
     points, triangles = mesh.vertices.astype(np.float64), mesh.faces.astype(np.int64)
     colours = np.zeros((len(points), 0)) if mesh.colours is None else mesh.colours.astype(np.float64)
     alive = collapse_edges(points, triangles, colours, border, faces)
-    smaller = Mesh(
-        points.astype(np.float32), triangles, None if mesh.colours is None else np.clip(colours, 0, 1).astype(np.float32)
-    )
-    result = _select(smaller, triangles[alive])
+    colours = None if mesh.colours is None else np.clip(colours, 0, 1).astype(np.float32)
+    result = _select(Mesh(points.astype(np.float32), triangles, colours), triangles[alive])
     before, after = measure(mesh), measure(result)
     if before.solid and not (after.solid and after.euler_number == before.euler_number):
         log.warning("decimation would have broken the surface; it keeps its %d faces", len(mesh.faces))
