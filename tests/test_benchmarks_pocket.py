@@ -1,0 +1,87 @@
+"""The measurement of the pocket models: captions, distractors, sampling, and the command on tiny random folders."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from benchmarks import metrics, pocket
+from stages.pocket import world
+from tests.tiny_clip import pocket_like
+from tests.tiny_folders import pocket_latent, pocket_pixel
+
+
+def test_every_listed_caption_is_held_out_and_parses():
+    captions = pocket.held_out_captions()
+    lines = [line for line in world.HELDOUT_FILE.read_text().split("\n") if line]
+    assert len(captions) == len(set(captions)) == len(lines)
+    assert all(world.held_out(world.parse(caption)) for caption in captions)
+
+
+@pytest.mark.parametrize("textureless", [False, True])
+def test_candidates_are_of_different_meaning_and_every_caption_is_among_them(textureless):
+    captions = pocket.held_out_captions()
+    texts = pocket.with_distractors(captions, textureless)
+    assert len({metrics.meaning(text) for text in texts}) == len(texts) == (85 if textureless else 100)
+    truth = metrics.truth_of(captions, texts, textureless)
+    wanted = [metrics.geometry_text(c) if textureless else c for c in captions]
+    assert [metrics.meaning(texts[k]) for k in truth] == [metrics.meaning(w) for w in wanted]
+    assert texts == pocket.with_distractors(captions, textureless)
+
+
+class PointPrior:
+    """A prior whose data are two points, -1/2 under "low" and +1/2 under anything else: its denoiser is exact."""
+
+    resolution = 4
+    alphas_cumprod = torch.linspace(0.9999, 0.001, 200)
+
+    def embed(self, prompts):
+        return torch.tensor([-0.5 if p == "low" else 0.5 for p in prompts])
+
+    def encode(self, images, generator):
+        return images.permute(0, 3, 1, 2) * 2 - 1
+
+    def decode(self, x):
+        return (x.permute(0, 2, 3, 1) + 1) / 2
+
+    def predict_noise(self, z, t, embedding, context=None):
+        a = self.alphas_cumprod[t].view(-1, 1, 1, 1)
+        return (z - a.sqrt() * embedding.view(-1, 1, 1, 1)) / (1 - a).sqrt()
+
+
+def test_ddim_samples_of_an_exact_denoiser_are_its_data():
+    samples = pocket.ddim_samples(PointPrior(), ["low", "high", "low"], scale=1.0, steps=12, seed=0, batch=2)
+    assert samples.shape == (3, 4, 4, 3)
+    assert torch.allclose(samples.mean((1, 2, 3)), torch.tensor([0.25, 0.75, 0.25]), atol=1e-3)
+    assert samples.std((1, 2, 3)).max() < 1e-3
+
+
+def test_ddim_samples_repeat_with_their_seed():
+    first, second, other = (
+        pocket.ddim_samples(PointPrior(), ["low"], scale=2.0, steps=3, seed=s) for s in (0, 0, 1)
+    )
+    assert torch.equal(first, second)
+    assert not torch.equal(first, other)
+
+
+def test_the_command_measures_and_writes_pictures_and_one_line(tmp_path, capsys):
+    clip = pocket_like(tmp_path / "clip")
+    words = ["--clip", str(clip), "--pixel", str(pocket_pixel(tmp_path / "pixel")),
+             "--latent", str(pocket_latent(tmp_path / "latent")), "--steps", "2", "--limit", "3"]
+    assert pocket.main([*words, "--out", str(tmp_path / "out")]) == 0
+    (line,) = [json.loads(text) for text in (tmp_path / "out" / "pocket.jsonl").read_text().splitlines()]
+    assert line["settings"]["candidates"] == 100
+    assert [line["truth"][look]["candidates"] for look in ("colour", "textureless")] == [100, 85]
+    for name in ("pixel", "latent"):
+        assert 0 <= line[name]["r_precision"] <= 100
+        assert line[name]["samples"] == 3
+        assert (tmp_path / "out" / f"pocket_{name}_samples.png").stat().st_size > 1000
+    assert "pixel:" in capsys.readouterr().out
+
+
+def test_a_missing_model_is_said_without_a_traceback(tmp_path, capsys):
+    assert pocket.main(["--clip", str(tmp_path / "none"), "--out", str(tmp_path)]) == 2
+    assert "no such folder" in capsys.readouterr().out
+    assert not (tmp_path / "pocket.jsonl").exists()
