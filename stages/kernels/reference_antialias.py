@@ -121,4 +121,4 @@ def antialias(colour: Tensor, rast: Tensor, clip: Tensor, triangles: Tensor, opp
         share = weights.abs().to(c.dtype)[:, None]
         change = share * (flat.index_select(0, other) - flat.index_select(0, to))
         views.append(flat.index_add(0, to, change).reshape(c.shape))
-    return torch.stack(views)
+    return torch.stack(views) if views else colour

@@ -18,8 +18,10 @@ PAIRS = 1 << 22  # (triangle, pixel) pairs tested at once
 
 def rasterise(clip: Tensor, triangles: Tensor, height: int, width: int) -> Tensor:
     """Nearest triangle, perspective-correct barycentrics and z/w at each pixel centre; see kernels/raster.py."""
-    planes = [_nearest(c.detach().double(), triangles.long(), height, width) for c in clip]
-    ids, depth = (torch.stack(p) for p in zip(*planes, strict=True))  # [B, H, W]
+    ids = torch.empty(len(clip), height, width, dtype=torch.long, device=clip.device)
+    depth = torch.empty_like(ids, dtype=torch.float64)
+    for b, view in enumerate(clip.detach().double()):
+        ids[b], depth[b] = _nearest(view, triangles.long(), height, width)
     u, v = barycentrics(clip, triangles, ids)
     return torch.stack([u, v, depth.to(clip.dtype), (ids + 1).to(clip.dtype)], -1)
 
