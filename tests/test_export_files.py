@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 import trimesh
 from mesh_shapes import box, make, torus
 from pydantic import ValidationError
@@ -115,8 +116,6 @@ def test_our_own_reader_gets_the_colours_back(name, tmp_path):
 
 
 def _texture_at_corners(mesh):
-    import torch
-
     u, v = mesh.uv[mesh.uv_faces.reshape(-1)].T
     return torch.from_numpy(mesh.texture[((1 - v) * 64).astype(int), (u * 64).astype(int)] / 255.0).float()
 
@@ -178,7 +177,18 @@ def test_settings_refuse_what_they_do_not_know():
             ExportSettings(**bad)
 
 
-def test_asset_without_a_mesh_is_refused_with_advice():
+def test_density_becomes_a_mesh_where_no_mesh_stage_ran():
+    asset = Asset(density=lambda p: 40 * torch.sigmoid(200 * (0.5 - p.norm(dim=-1))), albedo=lambda p: p * 0 + 0.2)
+    settings = ExportSettings(tets=24, faces=1200, texture_size=64, unwrap="boxes")
+    notes: dict = {}
+    mesh = finalise(asset, settings, notes=notes)
+    report = notes["report"]
+    assert report.solid and report.euler_number == 2 and report.faces <= 1200
+    assert report.volume == pytest.approx(4 / 3 * np.pi * 0.5**3, rel=0.15)
+    assert (mesh.texture == 124).all()  # linear 0.2
+
+
+def test_asset_without_a_surface_is_refused_with_advice():
     with pytest.raises(UserError, match="no mesh") as caught:
         finalise(Asset(), ExportSettings())
     assert "fine" in caught.value.fix

@@ -19,6 +19,7 @@ class ExportSettings(MeshSettings):
     formats: Annotated[list[Literal["glb", "obj", "ply", "stl"]], BeforeValidator(_split_commas)] = Field(
         ["glb", "obj"], description="mesh files to write at the end of a run"
     )
+    tets: int = Field(96, ge=16, le=256, description="lattice cells a side for a mesh straight from a density field")
     turntable_frames: int = Field(36, ge=0, le=720, description="pictures in a turn; 0 writes no turntable")
     turntable_size: int = Field(384, ge=16, le=2048, multiple_of=2, description="side of the turntable in pixels")
     mp4: bool = Field(True, description="write the turntable as .mp4 as well, where imageio-ffmpeg is installed")
