@@ -1,0 +1,166 @@
+"""The coarse scene: a hash-grid radiance field with one small head for density and one for albedo.
+
+Source: Magic3D's coarse field (arXiv 2211.10440) in threestudio's open form, with analytic normals.
+    raw(p)     = head_density(features(p)) + blob(p),    blob(p) = blob_scale (1 - |p| / blob_radius)
+    sigma(p)   = density_scale softplus(raw(p))          density per world length, on [-1, 1]^3
+    normal(p)  = - grad sigma / |grad sigma|             = - grad raw / |grad raw|, since softplus' > 0
+    albedo(p)  = sigmoid(head_albedo(features(p)))       linear RGB
+grad raw is the blob's gradient plus J(p)^T d head / d features (stages/kernels/hashgrid.py), written out, so that a loss
+on normals reaches table and head by ordinary differentiation, without a second derivative of the network.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import Tensor, nn
+
+from stages.errors import check_shape
+from stages.kernels.hashgrid import HashGridSpec, hash_encode, hash_gradient
+from stages.kernels.mlp import mlp, mlp_with_slope
+
+
+class FieldSettings(BaseModel):
+    """Shape of the hash-grid field; lengths in world units of the box [-1, 1]^3."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    levels: int = Field(16, ge=1, le=32, description="levels of the hash grid, two features each")
+    log2_table: int = Field(15, ge=10, le=22, description="log2 of the rows a level may have")
+    base: int = Field(16, ge=2, le=512, description="cells a side of the coarsest level")
+    finest: int = Field(256, ge=2, le=8192, description="cells a side of the finest level; 256 is below a 64x64 pixel")
+    hidden: int = Field(32, ge=4, le=256, description="hidden units of each head")
+    density_scale: float = Field(2.0, gt=0, description="factor on the density; published recipes have a box twice ours")
+    blob_scale: float = Field(10.0, ge=0, description="raw density added at the centre (Magic3D: 10)")
+    blob_radius: float = Field(0.5, gt=0, le=2, description="radius at which the blob's bias crosses zero")
+    bands_start: int = Field(16, ge=1, le=32, description="levels switched on at the start; all of them: no annealing")
+    bands_until: float = Field(0.3, gt=0, le=1, description="share of the stage at which all levels are on")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> FieldSettings:
+        if self.finest < self.base:
+            raise ValueError(f"finest: wanted at least base = {self.base}, got {self.finest}")
+        return self
+
+    def spec(self) -> HashGridSpec:
+        return HashGridSpec(levels=self.levels, log2_table=self.log2_table, base=self.base, finest=self.finest)
+
+
+class Head(nn.Module):
+    """One-hidden-layer perceptron; uniform initialisation in +-1 / sqrt(fan in), drawn from the generator."""
+
+    def __init__(self, inputs: int, hidden: int, outputs: int, generator: torch.Generator) -> None:
+        super().__init__()
+
+        def uniform(*shape: int, fan_in: int) -> nn.Parameter:
+            return nn.Parameter((2 * torch.rand(*shape, generator=generator) - 1) / math.sqrt(fan_in))
+
+        self.w1, self.b1 = uniform(hidden, inputs, fan_in=inputs), nn.Parameter(torch.zeros(hidden))
+        self.w2, self.b2 = uniform(outputs, hidden, fan_in=hidden), nn.Parameter(torch.zeros(outputs))
+
+    def weights(self, mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Arguments of the mlp op; a mask [I] switches inputs off by scaling the first layer's columns."""
+        return (self.w1 if mask is None else self.w1 * mask), self.b1, self.w2, self.b2
+
+    def widened(self, inputs: int) -> Head:
+        """The same function with `inputs` more inputs, which it ignores until trained (zero columns)."""
+        wide = Head(1, 1, 1, torch.Generator())
+        wide.w1 = nn.Parameter(torch.nn.functional.pad(self.w1.detach(), (0, inputs)))
+        wide.b1, wide.w2, wide.b2 = (nn.Parameter(v.detach().clone()) for v in (self.b1, self.w2, self.b2))
+        return wide
+
+
+class HashField(nn.Module):
+    """Density, normals and albedo at world points [N, 3] in [-1, 1]^3.
+
+    Args: settings; generator: a CPU generator that all initial values are drawn from.
+    """
+
+    def __init__(self, settings: FieldSettings, generator: torch.Generator) -> None:
+        super().__init__()
+        self.settings, self.spec = settings, settings.spec()
+        self.table = nn.Parameter(self.spec.initial_table(generator))
+        self.density_head = Head(self.spec.width, settings.hidden, 1, generator)
+        self.albedo_head = Head(self.spec.width, settings.hidden, 3, generator)
+        self.register_buffer("bands", torch.ones(self.spec.width))
+        self.detail_spec: HashGridSpec | None = None
+        self.detail: nn.Parameter | None = None
+        self.set_progress(0.0)
+
+    def set_progress(self, progress: float) -> None:
+        """Switch finer levels on one after another, each fading in, until `bands_until` (coarse-to-fine training)."""
+        start = min(self.settings.bands_start, self.spec.levels)
+        share = min(max(progress / self.settings.bands_until, 0.0), 1.0)
+        on = start + share * (self.spec.levels - start)
+        levels = (on - torch.arange(self.spec.levels)).clamp(0, 1)
+        self.bands.copy_(levels.repeat_interleave(self.spec.features))
+        self._annealed = on < self.spec.levels
+
+    @property
+    def _mask(self) -> Tensor | None:
+        return self.bands if self._annealed else None
+
+    def features(self, points: Tensor, known: Tensor | None = None) -> Tensor:
+        """Hash features [N, W]; `known` are those of a pass without gradients over the same points."""
+        check_shape("points", points, (None, 3))
+        return hash_encode(0.5 * (points + 1), self.table, self.spec, known=known)
+
+    def density(self, points: Tensor, features: Tensor | None = None) -> Tensor:
+        """sigma [N]."""
+        features = self.features(points) if features is None else features
+        raw = mlp(features, *self.density_head.weights(self._mask))[:, 0]
+        return self._activated(raw, points)
+
+    def albedo(self, points: Tensor, features: Tensor | None = None) -> Tensor:
+        """Linear albedo [N, 3]; does not evaluate the density."""
+        features = self.features(points) if features is None else features
+        mask = self._mask
+        if self.detail is not None:
+            features = torch.cat([features, hash_encode(0.5 * (points + 1), self.detail, self.detail_spec)], -1)
+            mask = None if mask is None else nn.functional.pad(mask, (0, self.detail_spec.width), value=1.0)
+        return torch.sigmoid(mlp(features, *self.albedo_head.weights(mask)))
+
+    def forward(self, points: Tensor, features: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """sigma [N] and albedo [N, 3]."""
+        features = self.features(points) if features is None else features
+        return self.density(points, features), self.albedo(points, features)
+
+    def density_and_normal(self, points: Tensor, features: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """sigma [N], unit normals [N, 3] pointing out of the density, albedo [N, 3].
+
+        Not differentiable in: points, through the normals. A normal shrinks to zero where the gradient vanishes.
+        """
+        features = self.features(points) if features is None else features
+        raw, slope = mlp_with_slope(features, *self.density_head.weights(self._mask))
+        gradient = 0.5 * hash_gradient(0.5 * (points + 1), self.table, self.spec, slope)  # [N, 3] per world length
+        radius = points.norm(dim=-1, keepdim=True).clamp_min(1e-6)
+        gradient = gradient - (self.settings.blob_scale / self.settings.blob_radius) * points / radius
+        normal = -gradient * torch.rsqrt(gradient.square().sum(-1, keepdim=True) + 1e-6)
+        return self._activated(raw[:, 0], points), normal, self.albedo(points, features)
+
+    def _activated(self, raw: Tensor, points: Tensor) -> Tensor:
+        s = self.settings
+        blob = s.blob_scale * (1 - points.norm(dim=-1) / s.blob_radius)
+        return s.density_scale * nn.functional.softplus(raw + blob)
+
+    def albedo_parameters(self) -> list[nn.Parameter]:
+        """What a stage trains that refines colour alone: table, albedo head, and the detail table if there is one.
+
+        The table also carries the density, so train a deep copy whose density is no longer asked for.
+        """
+        return [self.table, *self.albedo_head.parameters(), *([] if self.detail is None else [self.detail])]
+
+    def add_detail(self, generator: torch.Generator, levels: int = 4, log2_table: int = 17, finest: int = 1024) -> None:
+        """Give albedo finer hash levels of its own (twice `finest` of the field up to `finest` cells a side).
+
+        The head gets zero weights for them, so the colours do not change until they are trained.
+        """
+        if self.detail is not None:
+            raise ValueError("detail: the field already has a detail table")
+        self.detail_spec = HashGridSpec(
+            levels=levels, log2_table=log2_table, base=min(2 * self.spec.finest, finest), finest=finest
+        )
+        self.detail = nn.Parameter(self.detail_spec.initial_table(generator, scale=1e-2).to(self.table.device))
+        self.albedo_head = self.albedo_head.widened(self.detail_spec.width)

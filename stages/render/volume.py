@@ -1,0 +1,132 @@
+"""Volume rendering of a field over a background: march -> early termination -> evaluate -> shade -> composite.
+
+Letters: B views, R = B H W rays, N samples of all rays. Shading is applied per sample, before compositing
+(DreamFusion sec. 3.1), so colours, normals and depths of one ray may come from several surfaces.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from stages.cameras import Views, rays
+from stages.kernels.volume import composite, march, visible
+from stages.render.shade import Shading, shade
+
+STEP_SIZE = 2 * math.sqrt(3) / 128  # world length: 128 samples along the box's diagonal
+
+
+class RadianceField(Protocol):
+    """What the renderer asks of a field; features are whatever the field reuses between two looks at the same points."""
+
+    def features(self, points: Tensor, known: Tensor | None = None) -> Tensor: ...
+
+    def density(self, points: Tensor, features: Tensor | None = None) -> Tensor: ...
+
+    def forward(self, points: Tensor, features: Tensor | None = None) -> tuple[Tensor, Tensor]: ...
+
+    def density_and_normal(
+        self, points: Tensor, features: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
+
+
+@dataclass
+class VolumeImages:
+    """Renders of B views.
+
+    colour [B, H, W, 3] linear over the background; opacity [B, H, W, 1]; depth [B, H, W, 1] = sum w t;
+    normal [B, H, W, 3] = sum w n, not unit, or None; background [B, H, W, 3] as composited;
+    orientation: Ref-NeRF's penalty on samples that face away (0 without normals), sum over samples of
+        stopgrad(w) max(0, n . d)^2 divided by the number of rays that hit something;
+    samples: how many were evaluated with gradients.
+    """
+
+    colour: Tensor
+    opacity: Tensor
+    depth: Tensor
+    normal: Tensor | None
+    background: Tensor
+    orientation: Tensor
+    samples: int
+
+
+def render_field(
+    field: RadianceField,
+    background: Tensor | Callable[[Tensor], Tensor],
+    occupancy: Tensor,
+    views: Views,
+    height: int,
+    width: int,
+    *,
+    shading: Shading = Shading(),
+    generator: torch.Generator | None = None,
+    step_size: float = STEP_SIZE,
+    normals: bool = False,
+    early_stop: float = 1e-3,
+) -> VolumeImages:
+    """Render `field` from every view.
+
+    Args:
+        background: linear colour broadcastable to [B, H, W, 3], or a function of unit directions [R, 3] -> [R, 3].
+        occupancy: [G, G, G] uint8 or bool, indexed [x, y, z]. views: on the field's device.
+        shading: one for all views; a diffuse part needs normals and computes them.
+        generator: CPU; offsets each ray's samples by a random part of a step. None: by half a step.
+        normals: also composite normals and the orientation penalty (costs about as much again).
+        early_stop: samples that less than this share of the light reaches are left out.
+    """
+    rays_o, rays_d = (v.reshape(-1, 3) for v in rays(views, height, width))
+    device, count = rays_o.device, rays_o.shape[0]
+    jitter = torch.full((count,), 0.5) if generator is None else torch.rand(count, generator=generator)
+    samples = march(rays_o, rays_d, occupancy, step_size, jitter.to(device))
+    points = _points(rays_o, rays_d, samples)
+    with torch.no_grad():
+        features = field.features(points)
+        keep, samples = visible(field.density(points, features), samples, early_stop)
+        points, features = points[keep], features[keep]
+
+    directions = rays_d[samples.rays]  # [N, 3]
+    features = field.features(points, known=features)
+    normals = normals or shading.diffuse != 0
+    normal = None
+    if normals:
+        sigma, normal, albedo = field.density_and_normal(points, features)
+    else:
+        sigma, albedo = field.forward(points, features)
+    if shading.diffuse != 0:
+        light = views.light[samples.rays // (height * width)]
+        colour = shade(albedo, normal, points, light, shading)
+    else:
+        colour = shade(albedo, points, points, points, shading)  # neither normals nor light enter
+    values = colour if normal is None else torch.cat([colour, normal], -1)
+    out, weights, opacity, depth = composite(sigma, values, samples)
+
+    shape = (len(views), height, width)
+    if callable(background):
+        backdrop = background(rays_d).reshape(*shape, 3)
+    else:
+        backdrop = background.to(device).expand(*shape, 3)
+    image = out[:, :3].reshape(*shape, 3) + (1 - opacity).reshape(*shape, 1) * backdrop
+    orientation = torch.zeros((), device=device)
+    if normal is not None:
+        facing = (normal * directions).sum(-1).clamp_min(0).square()
+        orientation = (weights.detach() * facing).sum() / (opacity > 0).sum().clamp_min(1)
+    return VolumeImages(
+        colour=image,
+        opacity=opacity.reshape(*shape, 1),
+        depth=depth.reshape(*shape, 1),
+        normal=None if normal is None else out[:, 3:].reshape(*shape, 3),
+        background=backdrop,
+        orientation=orientation,
+        samples=len(samples),
+    )
+
+
+def _points(rays_o: Tensor, rays_d: Tensor, samples) -> Tensor:
+    """World positions [N, 3] of the samples."""
+    index = samples.rays
+    return torch.addcmul(rays_o[index], samples.t[:, None], rays_d[index])
