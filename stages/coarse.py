@@ -1,0 +1,303 @@
+"""The coarse stage: score distillation of a text-to-image prior into a hash-grid radiance field (DreamFusion, Magic3D).
+
+One step, top to bottom in :meth:`CoarseStage.step`:
+    views, shading, background  <- random
+    images                      <- volume render of the field over the background
+    loss = guidance(images) + orientation + opacity + entropy
+    Adam on field and environment
+
+Loss convention: the guidance loss is SUMMED over an image's pixels and channels and averaged over the views (12,288
+terms at 64x64x3); the other terms are means over rays, and their weights are tuned to that (threestudio's convention).
+Never mix them with weights for averaged losses, which are about 1e4 smaller.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+from torch import Tensor, nn
+
+from stages.cameras import CameraSettings, Views, linear_to_srgb, orbit_views, sample_views
+from stages.errors import UserError
+from stages.fields.background import Background, BackgroundSettings, random_background
+from stages.fields.check import check_object
+from stages.fields.hashfield import FieldSettings, HashField
+from stages.fields.occupancy import OccupancyGrid, OccupancySettings
+from stages.render.shade import ALBEDO, LAMBERT, ShadingSettings, sample_shading
+from stages.render.volume import VolumeImages, render_field
+from stages.stage import Asset
+
+
+class CoarseSettings(BaseModel):
+    """Everything the coarse stage does, but for its guidance."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    steps: int = Field(800, ge=1, description="optimisation steps")
+    resolution: int = Field(64, ge=16, le=512, description="side of a training render in pixels")
+    views_per_step: int = Field(4, ge=1, description="views of one optimiser step")
+    accumulate: int = Field(1, ge=1, description="parts that a step's views are rendered in, to bound memory")
+    samples: int = Field(128, ge=16, le=2048, description="sampling steps along the diagonal of the box")
+    early_stop: float = Field(1e-3, ge=0, lt=1, description="light below which the samples of a ray are left out")
+
+    cameras: CameraSettings = Field(default_factory=CameraSettings, description="distribution of views and lights")
+    field: FieldSettings = Field(default_factory=FieldSettings, description="the radiance field")
+    occupancy: OccupancySettings = Field(default_factory=OccupancySettings, description="empty-space skipping")
+    shading: ShadingSettings = Field(
+        default_factory=lambda: ShadingSettings(albedo_steps=150), description="mix of shadings"
+    )
+    background: BackgroundSettings = Field(default_factory=BackgroundSettings, description="what is behind the object")
+
+    orientation: tuple[float, float, float] = Field(
+        (10.0, 1000.0, 0.5), description="weight at the start, weight at the end, share of the stage of the ramp"
+    )
+    orientation_always: bool = Field(False, description="also on albedo steps, which then compute normals (slower)")
+    opacity: float = Field(1.0, ge=0, description="weight of mean sqrt(opacity^2 + 0.01), which keeps space empty")
+    entropy: float = Field(0.0, ge=0, description="weight of the mean entropy of opacity, which decides half-open rays")
+
+    lr: float = Field(0.01, gt=0, description="Adam learning rate of table and heads")
+    lr_background: float = Field(0.001, gt=0, description="Adam learning rate of the environment")
+    lr_end: float = Field(0.1, gt=0, le=1, description="factor on both at the end of the stage, approached as a cosine")
+    betas: tuple[float, float] = Field((0.9, 0.99), description="Adam's decay rates")
+    max_skipped: int = Field(20, ge=1, description="non-finite gradients in a row after which the stage gives up")
+
+    preview_size: int = Field(112, ge=16, le=512, description="side of one preview picture in pixels")
+
+    @field_validator("orientation")
+    @classmethod
+    def _ramp(cls, ramp: tuple[float, float, float]) -> tuple[float, float, float]:
+        if min(ramp) < 0 or not 0 < ramp[2] <= 1:
+            raise ValueError(f"wanted weights >= 0 and a share in (0, 1], got {list(ramp)}")
+        return ramp
+
+
+class CoarseStage:
+    """A Stage (stages/stage.py). Deterministic in its constructor arguments; resumes bitwise from state_dict().
+
+    Args:
+        settings, guidance (see stages/guidance/guidance.py), device, seed.
+        previous: ignored, this is the first stage.
+    """
+
+    name = "coarse"
+
+    def __init__(
+        self,
+        settings: CoarseSettings,
+        guidance: Callable[..., Any],
+        device: torch.device,
+        seed: int,
+        previous: Asset | None = None,
+    ) -> None:
+        if settings.views_per_step % settings.accumulate:
+            raise UserError(
+                "coarse.accumulate does not divide coarse.views_per_step",
+                f"{settings.views_per_step} views cannot be rendered in {settings.accumulate} equal parts",
+                f"set coarse.accumulate to a divisor of {settings.views_per_step}",
+            )
+        self.settings, self.guidance, self.device = settings, guidance, torch.device(device)
+        self.steps, self.step_index, self.times = settings.steps, 0, {}
+        self.generator = torch.Generator().manual_seed(seed)
+        self.field = HashField(settings.field, self.generator).to(self.device)
+        self.background = Background(settings.background, self.generator).to(self.device)
+        self.occupancy = OccupancyGrid(settings.occupancy).to(self.device)
+        self.step_size = 2 * math.sqrt(3) / settings.samples
+        self.occupancy.update(self.field.density, 0, self.generator, self.step_size)  # previews before the first step
+        self.skipped = 0
+        groups = [
+            {"params": list(self.field.parameters()), "lr": settings.lr},
+            {"params": list(self.background.parameters()), "lr": settings.lr_background},
+        ]
+        self.optimiser = torch.optim.Adam(groups, betas=settings.betas, eps=1e-15, fused=True)
+
+    def step(self) -> dict[str, float]:
+        """One optimisation step over `views_per_step` views; returns metrics."""
+        s, progress = self.settings, self.step_index / self.steps
+        self._start()
+        self.field.set_progress(progress)
+        self.occupancy.update(self.field.density, self.step_index, self.generator, self.step_size)
+        self._lap("occupancy")
+        views = sample_views(s.cameras, s.views_per_step, self.generator).to(self.device)
+        shading = sample_shading(s.shading, self.step_index, self.generator)
+        backdrop = random_background(s.background, s.views_per_step, self.generator)
+
+        totals: dict[str, float] = {}
+        part = s.views_per_step // s.accumulate
+        for low in range(0, s.views_per_step, part):
+            chosen = slice(low, low + part)
+            images = render_field(
+                self.field,
+                self.background if backdrop is None else backdrop[chosen],
+                self.occupancy.cells,
+                views[chosen],
+                s.resolution,
+                s.resolution,
+                shading=shading,
+                generator=self.generator,
+                step_size=self.step_size,
+                normals=s.orientation_always,
+                early_stop=s.early_stop,
+            )
+            self._lap("render")
+            guided = self.guidance(
+                images.colour,
+                views[chosen],
+                progress,
+                shading.textureless,
+                background=images.background.detach(),
+                shading=shading,
+            )
+            loss, metrics = self._regularised(guided.loss, images, progress)
+            self._lap("guidance")
+            (loss / s.accumulate).backward()
+            self._lap("backward")
+            for name, value in (guided.metrics | metrics).items():
+                totals[name] = totals.get(name, 0.0) + value / s.accumulate
+
+        totals["grad_norm"] = self._update(progress)
+        self._lap("optimiser")
+        self.step_index += 1
+        return totals
+
+    def _regularised(self, loss: Tensor, images: VolumeImages, progress: float) -> tuple[Tensor, dict[str, float]]:
+        """The guidance loss plus the stage's own terms, and the metrics of these renders."""
+        s = self.settings
+        opacity = images.opacity
+        first, last, until = s.orientation
+        weight = first + (last - first) * min(progress / until, 1.0)
+        loss = loss + weight * images.orientation
+        loss = loss + s.opacity * (opacity.square() + 0.01).sqrt().mean()
+        if s.entropy > 0:
+            sure = opacity.clamp(1e-3, 1 - 1e-3)
+            loss = loss + s.entropy * nn.functional.binary_cross_entropy(sure, sure)
+        metrics = {"cover": float(opacity.detach().mean()), "samples": float(images.samples)}
+        if images.normal is not None:
+            metrics["orientation"] = float(images.orientation.detach())
+        return loss, metrics
+
+    def _update(self, progress: float) -> float:
+        """Take the optimiser step and return the gradient's norm; a non-finite gradient skips the step."""
+        s = self.settings
+        grads = [p.grad for p in self._named_parameters().values() if p.grad is not None]
+        squares = [g.square().sum(dtype=torch.float64) for g in grads]
+        norm = float(torch.stack(squares).sum().sqrt()) if squares else 0.0
+        if math.isfinite(norm):
+            self.skipped = 0
+            factor = s.lr_end + (1 - s.lr_end) * 0.5 * (1 + math.cos(math.pi * progress))
+            for group, lr in zip(self.optimiser.param_groups, (s.lr, s.lr_background), strict=True):
+                group["lr"] = lr * factor
+            self.optimiser.step()
+        else:
+            self.skipped += 1
+            if self.skipped >= s.max_skipped:
+                raise UserError(
+                    "The coarse stage diverged",
+                    f"the gradient was not finite in {self.skipped} steps in a row, last at step {self.step_index}",
+                    "lower coarse.lr or the guidance scale; for a half-precision prior set its dtype to float32",
+                )
+            norm = -1.0  # metrics are finite floats; -1 marks a skipped step
+        self.optimiser.zero_grad(set_to_none=True)
+        return norm
+
+    def headline(self, metrics: dict[str, float]) -> str:
+        """Mean opacity, and how near the renders are to what the prior would draw."""
+        text = f"cover {100 * metrics['cover']:.0f} %"
+        if "agreement_db" in metrics:
+            text += f", agreement {metrics['agreement_db']:.1f} dB"
+        return text
+
+    @torch.no_grad()
+    def preview(self) -> np.ndarray:
+        """Six views around the object at 20 deg elevation: albedo above, shaded below; uint8 sRGB."""
+        size = self.settings.preview_size
+        views = orbit_views([0.0, 60.0, 120.0, 180.0, 240.0, 300.0], 20.0).to(self.device)
+        rows = []
+        for shading in (ALBEDO, LAMBERT):
+            colour = self.render(views, size, shading=shading).colour
+            rows.append(torch.cat(list(linear_to_srgb(colour)), dim=1))  # [size, 6 size, 3]
+        sheet = torch.cat(rows).mul(255).round().to(torch.uint8)
+        return sheet.cpu().numpy()
+
+    @torch.no_grad()
+    def render(self, views: Views, size: int, *, shading=ALBEDO, backdrop: Tensor | None = None) -> VolumeImages:
+        """Renders without randomness or gradients; `backdrop` is a linear colour, by default the environment."""
+        background = self.background if backdrop is None else backdrop
+        return render_field(
+            self.field,
+            background,
+            self.occupancy.cells,
+            views,
+            size,
+            size,
+            shading=shading,
+            step_size=min(self.step_size, 2.0 / size),
+        )
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Parameters, Adam moments, grids, generators and counters; flat and ready for safetensors."""
+        state = {"step_index": torch.tensor(self.step_index), "skipped": torch.tensor(self.skipped)}
+        state["generator"] = self.generator.get_state()
+        for name, module in self._modules().items():
+            state |= {f"{name}.{key}": value.detach().clone() for key, value in module.state_dict().items()}
+        for key, value in self._moments().items():
+            state[f"adam.{key}"] = value.clone()
+        if hasattr(self.guidance, "state_dict"):
+            state |= {f"guidance.{key}": value for key, value in self.guidance.state_dict().items()}
+        return state
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Inverse of state_dict; the stage must be freshly constructed with the same settings."""
+
+        def below(prefix: str) -> dict[str, Tensor]:
+            return {k.removeprefix(f"{prefix}."): v for k, v in state.items() if k.startswith(f"{prefix}.")}
+
+        self.step_index, self.skipped = int(state["step_index"]), int(state["skipped"])
+        self.generator.set_state(state["generator"].cpu())
+        for name, module in self._modules().items():
+            module.load_state_dict(below(name))
+        self.field.set_progress(self.step_index / self.steps)
+        moments = below("adam")
+        for name, parameter in self._named_parameters().items():
+            if f"{name}.step" in moments:
+                names = ("step", "exp_avg", "exp_avg_sq")
+                self.optimiser.state[parameter] = {k: moments[f"{name}.{k}"].to(self.device).clone() for k in names}
+        if hasattr(self.guidance, "load_state_dict"):
+            self.guidance.load_state_dict(below("guidance"))
+
+    def finish(self) -> Asset:
+        """Check that there is one finite object of sensible size and hand it on."""
+        self.field.set_progress(1.0)
+        check_object(self.field.density, self.device)
+        return Asset(density=self._without_gradient(self.field.density), albedo=self.field.albedo, field=self.field)
+
+    @staticmethod
+    def _without_gradient(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        def call(points: Tensor) -> Tensor:
+            with torch.no_grad():
+                return torch.cat([function(part) for part in points.split(1 << 17)])
+
+        return call
+
+    def _modules(self) -> dict[str, nn.Module]:
+        return {"field": self.field, "background": self.background, "occupancy": self.occupancy}
+
+    def _named_parameters(self) -> dict[str, nn.Parameter]:
+        return {f"{m}.{k}": p for m in ("field", "background") for k, p in getattr(self, m).named_parameters()}
+
+    def _moments(self) -> dict[str, Tensor]:
+        named = self._named_parameters()
+        return {f"{n}.{k}": v for n, p in named.items() for k, v in self.optimiser.state.get(p, {}).items()}
+
+    def _start(self) -> None:
+        self._since = time.perf_counter()
+
+    def _lap(self, phase: str) -> None:
+        now = time.perf_counter()
+        self.times[phase] = self.times.get(phase, 0.0) + now - self._since
+        self._since = now
