@@ -5,8 +5,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -20,40 +18,16 @@ from pipeline.cli import main
 from pipeline.config import load_config, read_config
 from stages.errors import UserError
 from tests import toy_pipeline
+from tests.fork_server import forking
 
-SCRIPT = Path(__file__).parent / "toy_pipeline.py"
 SMALL = ["coarse.steps=12", "fine.steps=9", "checkpoint_every=4", "preview_every=5", "export.turntable_frames=0"]
-
-
-class ToyRun:
-    """A `pipeline` process with toy stages, working in `folder`."""
-
-    def __init__(self, server: subprocess.Popen, folder: Path, arguments: tuple, environment: dict[str, str]) -> None:
-        self.server, self.folder, self.code = server, folder, None
-        request = {"arguments": [str(a) for a in arguments], "folder": str(folder), "environment": environment}
-        self.pid = self._ask(request)
-
-    def _ask(self, request: dict) -> int:
-        self.server.stdin.write(json.dumps(request) + "\n")
-        self.server.stdin.flush()
-        return int(self.server.stdout.readline())
-
-    def finish(self) -> tuple[int, str, str]:
-        """Exit code, standard output and error."""
-        code = self._ask({"wait": self.pid})
-        return code, (self.folder / "out.txt").read_text(), (self.folder / "err.txt").read_text()
-
-    def send_signal(self, number: int) -> None:
-        os.kill(self.pid, number)
 
 
 @pytest.fixture(scope="module")
 def toy():
-    """toy(*arguments, cwd=..., **environment) -> ToyRun"""
-    server = subprocess.Popen([sys.executable, str(SCRIPT)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    yield lambda *arguments, cwd, **environment: ToyRun(server, cwd, arguments, environment)
-    server.stdin.close()
-    server.wait(timeout=60)
+    """toy(*arguments, cwd=..., **environment) starts a `pipeline` process with toy stages."""
+    with forking(toy=True) as start:
+        yield start
 
 
 def lines(folder: Path) -> list[dict]:
@@ -67,14 +41,6 @@ def contents(folder: Path) -> dict[Path, bytes]:
 
 def without_times(folder: Path) -> list[dict]:
     return [{key: value for key, value in line.items() if key != "seconds"} for line in lines(folder)]
-
-
-def wait_until(true, run: ToyRun) -> None:
-    """Poll a condition that a live run will meet."""
-    deadline = time.monotonic() + 60
-    while not true():
-        assert time.monotonic() < deadline, run.finish()
-        time.sleep(0.005)
 
 
 def reached(path: Path, step: int) -> bool:
@@ -146,7 +112,7 @@ def test_killed_and_resumed_equals_uninterrupted(toy, in_process, uninterrupted,
     process = toy("run", "--out", "run", "--seed", 3, *SMALL, cwd=tmp_path, TOY_STEP_S="0.02")
     folder = tmp_path / "run"
     checkpoint = folder / stage / "checkpoint.safetensors"
-    wait_until(lambda: reached(checkpoint, step) if step else (folder / stage / "previews").exists(), process)
+    process.wait_until(lambda: reached(checkpoint, step) if step else (folder / stage / "previews").exists())
     process.send_signal(signal.SIGKILL)
     assert process.finish()[0] == -signal.SIGKILL
     in_process.resume_run(folder)
@@ -160,7 +126,7 @@ def test_killed_and_resumed_equals_uninterrupted(toy, in_process, uninterrupted,
 def test_interrupt_saves_the_step_it_stops_at_and_says_how_to_go_on(toy, in_process, uninterrupted, tmp_path, number, code):
     process = toy("run", "--out", "run", "--seed", 3, *SMALL, "checkpoint_every=1000", cwd=tmp_path, TOY_STEP_S="0.2")
     folder = tmp_path / "run"
-    wait_until((folder / "coarse" / "previews" / "000001.png").exists, process)
+    process.wait_until((folder / "coarse" / "previews" / "000001.png").exists)
     process.send_signal(number)
     got, _, err = process.finish()
     assert got == code
@@ -175,7 +141,7 @@ def test_interrupt_saves_the_step_it_stops_at_and_says_how_to_go_on(toy, in_proc
 
 def test_second_interrupt_stops_at_once(toy, tmp_path):
     process = toy("run", "--out", "run", *SMALL, cwd=tmp_path, TOY_STEP_S="1")
-    wait_until((tmp_path / "run" / "coarse" / "previews" / "000001.png").exists, process)
+    process.wait_until((tmp_path / "run" / "coarse" / "previews" / "000001.png").exists)
     process.send_signal(signal.SIGINT)
     time.sleep(0.2)
     process.send_signal(signal.SIGINT)

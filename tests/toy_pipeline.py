@@ -1,20 +1,12 @@
-"""The `pipeline` command with toy stages: the real configuration, loop, checkpoints and files, no optimisation.
+"""Toy stages for the `pipeline` command: the real configuration, loop, checkpoints and files, no optimisation.
 
-As a script it is a server that forks one process per command line, so that tests can kill many runs and import torch
-once: a JSON line {"arguments", "folder", "environment"} starts one and answers its pid, {"wait": pid} answers its exit
-code. Output goes to FOLDER/out.txt and FOLDER/err.txt. TOY_STEP_S makes each step last.
+TOY_STEP_S makes each step last, TOY_NAN_AT breaks one, TOY_EMPTY names a stage that ends without an object.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import sys
 import time
-import traceback
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 import torch
@@ -84,45 +76,3 @@ def install() -> None:
         name, settings.steps, seed, previous
     )
     run.finished_mesh = lambda asset, settings, device, facts: asset.mesh
-
-
-def _child(request: dict) -> None:
-    os.chdir(request["folder"])
-    os.environ.update(request["environment"])
-    for number, name in ((1, "out.txt"), (2, "err.txt")):
-        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-    from pipeline.cli import main
-
-    main(request["arguments"])
-
-
-def serve() -> None:
-    """Answer requests until stdin closes. Nothing is computed before the forks, so no thread pool is lost in them."""
-    import numba.core.event  # noqa: F401 (both are only to be loaded before the forks)
-
-    import pipeline.export.write  # noqa: F401
-
-    install()
-    for line in sys.stdin:
-        request = json.loads(line)
-        if "wait" in request:
-            _, status = os.waitpid(request["wait"], 0)
-            print(os.waitstatus_to_exitcode(status), flush=True)
-            continue
-        pid = os.fork()
-        if pid == 0:
-            code = 1
-            try:
-                _child(request)
-            except SystemExit as stop:
-                code = stop.code or 0
-            except BaseException:
-                traceback.print_exc()
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
-        print(pid, flush=True)
-
-
-if __name__ == "__main__":
-    serve()
