@@ -1,0 +1,212 @@
+"""The coarse stage with small stand-in guidances: it fits posed images, resumes bitwise, and refuses what failed."""
+
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from stages.cameras import CameraSettings, linear_to_srgb, orbit_views, rays
+from stages.coarse import CoarseSettings, CoarseStage
+from stages.errors import UserError
+from stages.fields.background import BackgroundSettings
+from stages.fields.hashfield import FieldSettings
+from stages.fields.occupancy import OccupancySettings
+from stages.render.shade import ALBEDO, ShadingSettings, shade
+
+RADIUS = 0.55
+
+
+def ball_albedo(points):
+    return 0.5 + 0.35 * torch.sin(5 * points)
+
+
+def ball_images(views, size, background, shading=ALBEDO):
+    """Exact renders of a coloured ball, antialiased over 2x2 rays per pixel."""
+    o, d = rays(views, 2 * size, 2 * size)
+    half = (o * d).sum(-1)
+    root = half.square() - o.square().sum(-1) + RADIUS**2
+    t = -half - root.clamp_min(0).sqrt()
+    points = o + t[..., None] * d
+    light = views.light[:, None, None]
+    colour = shade(ball_albedo(points), points / RADIUS, points, light, shading)
+    big = background.repeat_interleave(2, 1).repeat_interleave(2, 2)
+    image = torch.where((root > 0)[..., None], colour, big)
+    return image.reshape(len(views), size, 2, size, 2, 3).mean((2, 4))
+
+
+class PosedImages:
+    """Guidance towards exact renders: squared error, summed over pixels and channels, averaged over views."""
+
+    def __call__(self, images, views, progress, textureless=False, *, background, shading):
+        assert textureless == shading.textureless and 0 <= progress < 1
+        target = ball_images(views, images.shape[1], background, shading)
+        error = (linear_to_srgb(images) - linear_to_srgb(target)).square()
+        return SimpleNamespace(loss=0.5 * error.sum() / len(views), metrics={"mse": float(error.detach().mean())})
+
+
+class Noisy:
+    """Guidance with a generator of its own, whose state must travel with the stage's."""
+
+    def __init__(self):
+        self.generator = torch.Generator().manual_seed(7)
+
+    def __call__(self, images, views, progress, textureless=False, *, background, shading):
+        noise = torch.randn(images.shape, generator=self.generator)
+        loss = ((images - 0.4 + 0.1 * noise) * (1 + progress)).square().sum() / len(views)
+        return SimpleNamespace(loss=loss, metrics={"agreement_db": 12.3})
+
+    def state_dict(self):
+        return {"generator": self.generator.get_state()}
+
+    def load_state_dict(self, state):
+        self.generator.set_state(state["generator"])
+
+
+def small(**changes) -> CoarseSettings:
+    values = {
+        "steps": 12,
+        "resolution": 16,
+        "views_per_step": 2,
+        "samples": 48,
+        "field": FieldSettings(levels=6, log2_table=11, base=4, finest=32, hidden=16),
+        "occupancy": OccupancySettings(resolution=16, every=3, warmup=6),
+        "shading": ShadingSettings(albedo_steps=2),
+        "background": BackgroundSettings(random_probability=0.5),
+        "preview_size": 24,
+    }
+    return CoarseSettings(**(values | changes))
+
+
+def run(stage, steps):
+    return [stage.step() for _ in range(steps)]
+
+
+def test_a_coloured_ball_is_rebuilt_from_its_posed_images():
+    settings = CoarseSettings(
+        steps=130,
+        resolution=40,
+        views_per_step=4,
+        samples=96,
+        cameras=CameraSettings(elevation_deg=(-40.0, 70.0)),
+        field=FieldSettings(levels=8, log2_table=14, base=8, finest=96),
+        shading=ShadingSettings(albedo_steps=80, textureless_probability=0.3),
+        lr=0.02,
+    )
+    stage = CoarseStage(settings, PosedImages(), torch.device("cpu"), 0, None)
+    metrics = run(stage, settings.steps)
+    views = orbit_views([10.0, 100.0, 190.0, 280.0], [33.0, 5.0, -20.0, 55.0])
+    grey = torch.full((3,), 0.5)
+    seen = stage.render(views, 64, backdrop=grey)
+    target = ball_images(views, 64, grey.expand(4, 64, 64, 3))
+    mse = (linear_to_srgb(seen.colour) - linear_to_srgb(target)).square().mean()
+    assert -10 * math.log10(float(mse)) > 25
+    assert {"cover", "grad_norm", "mse", "orientation"} <= set().union(*metrics)
+    asset = stage.finish()
+    points = torch.nn.functional.normalize(torch.randn(500, 3, generator=torch.Generator().manual_seed(1)), dim=-1)
+    assert asset.density(0.8 * RADIUS * points).median() > 10 * asset.density(1.3 * RADIUS * points).median()
+    error = (asset.albedo(0.97 * RADIUS * points).detach() - ball_albedo(0.97 * RADIUS * points)).abs()
+    assert float(error.median()) < 0.08
+    assert asset.field is stage.field and not asset.density(points).requires_grad
+
+
+def test_resumed_run_has_the_same_bytes_as_an_uninterrupted_one():
+    settings = small()
+    straight = CoarseStage(settings, Noisy(), torch.device("cpu"), 3, None)
+    wanted = run(straight, 12)
+    for stop in (1, 7):  # before and after the first shaded step, the warm-up, an environment step
+        first = CoarseStage(settings, Noisy(), torch.device("cpu"), 3, None)
+        got = run(first, stop)
+        state = {k: v.clone() for k, v in first.state_dict().items()}
+        second = CoarseStage(settings, Noisy(), torch.device("cpu"), 99, None)
+        second.load_state_dict(state)
+        second.preview()  # looking does not change the run
+        got += run(second, 12 - stop)
+        assert got == wanted
+        final, reference = second.state_dict(), straight.state_dict()
+        assert final.keys() == reference.keys()
+        assert all(torch.equal(final[k], reference[k]) for k in final)
+    assert all(isinstance(v, torch.Tensor) and v.is_contiguous() for v in reference.values())
+    assert {"field.table", "adam.field.table.exp_avg", "occupancy.cells", "generator", "guidance.generator"} <= set(final)
+
+
+def test_another_seed_is_another_run_and_the_same_seed_the_same():
+    first, again, other = (CoarseStage(small(), Noisy(), torch.device("cpu"), s, None) for s in (1, 1, 2))
+    a, b, c = (run(stage, 3) for stage in (first, again, other))
+    assert a == b and a != c
+
+
+def test_rendering_in_parts_gives_the_step_of_the_whole():
+    norms = []
+    for accumulate in (1, 2, 4):
+        settings = small(views_per_step=4, accumulate=accumulate, opacity=0.5)
+        stage = CoarseStage(settings, PosedImages(), torch.device("cpu"), 0, None)
+        norms.append([m["grad_norm"] for m in run(stage, 2)])
+    assert np.allclose(norms[0], norms[1], rtol=2e-3) and np.allclose(norms[0], norms[2], rtol=2e-3)
+
+
+def test_accumulate_must_divide_the_views():
+    with pytest.raises(UserError, match="divisor of 4"):
+        CoarseStage(small(views_per_step=4, accumulate=3), Noisy(), torch.device("cpu"), 0, None)
+
+
+def test_non_finite_gradients_skip_the_step_and_give_up_after_some():
+    class Broken(Noisy):
+        def __call__(self, images, *args, **kwargs):
+            return SimpleNamespace(loss=(images * torch.nan).sum(), metrics={})
+
+    stage = CoarseStage(small(max_skipped=3), Broken(), torch.device("cpu"), 0, None)
+    before = stage.field.table.detach().clone()
+    assert [m["grad_norm"] for m in run(stage, 2)] == [-1.0, -1.0]
+    assert torch.equal(stage.field.table, before) and stage.step_index == 2
+    with pytest.raises(UserError, match="diverged"):
+        stage.step()
+
+
+def test_regularisers_alone_empty_the_box_and_finish_says_so():
+    class Nothing:
+        def __call__(self, images, *args, **kwargs):
+            return SimpleNamespace(loss=0 * images.sum(), metrics={})
+
+    stage = CoarseStage(small(steps=40, opacity=100.0, lr=0.1), Nothing(), torch.device("cpu"), 0, None)
+    covers = [m["cover"] for m in run(stage, 40)]
+    assert covers[-1] < 0.1 * covers[0]
+    with pytest.raises(UserError, match="empty box"):
+        stage.finish()
+
+
+def test_entropy_pushes_opacities_to_the_ends():
+    class Nothing:
+        def __call__(self, images, *args, **kwargs):
+            return SimpleNamespace(loss=0 * images.sum(), metrics={})
+
+    half_open = []
+    for entropy in (0.0, 30.0):
+        settings = small(steps=40, opacity=0.0, entropy=entropy, lr=0.03)
+        stage = CoarseStage(settings, Nothing(), torch.device("cpu"), 0, None)
+        run(stage, 40)
+        opacity = stage.render(orbit_views([0.0, 90.0], 20.0), 32).opacity
+        half_open.append(float(((opacity > 0.1) & (opacity < 0.9)).float().mean()))
+    assert half_open[1] < 0.5 * half_open[0]
+
+
+def test_preview_is_a_contact_sheet_of_albedo_over_shaded_views():
+    stage = CoarseStage(small(), Noisy(), torch.device("cpu"), 0, None)
+    sheet = stage.preview()
+    assert sheet.shape == (48, 6 * 24, 3) and sheet.dtype == np.uint8
+    assert np.array_equal(sheet, stage.preview())
+    assert not np.array_equal(sheet[:24], sheet[24:])
+
+
+def test_headline_names_cover_and_agreement():
+    stage = CoarseStage(small(), Noisy(), torch.device("cpu"), 0, None)
+    assert stage.headline({"cover": 0.314}) == "cover 31 %"
+    assert stage.headline({"cover": 0.314, "agreement_db": 12.34}) == "cover 31 %, agreement 12.3 dB"
+
+
+def test_times_by_phase_add_up_and_metrics_are_finite():
+    stage = CoarseStage(small(), Noisy(), torch.device("cpu"), 0, None)
+    metrics = run(stage, 4)
+    assert all(isinstance(v, float) and math.isfinite(v) for m in metrics for v in m.values())
+    assert {"render", "guidance", "backward", "optimiser"} <= set(stage.times) and min(stage.times.values()) >= 0
