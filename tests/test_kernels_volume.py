@@ -136,10 +136,20 @@ def test_visible_keeps_the_samples_in_front_of_the_point_where_light_runs_out(ba
     assert (composite(20 * sigmas[index], values[index], kept)[0] - full).abs().max() < 1e-2
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_visible_drops_faint_samples_wherever_they_are(backend):
+    sigmas = torch.tensor([0.001, 2.0, 0.0, 0.5, 0.002, 3.0])
+    samples = Samples(torch.arange(6.0), torch.full((6,), 0.1), torch.tensor([0, 4, 4, 6]))
+    index, kept = visible(sigmas, samples, 0.0, 1e-3, backend=backend)
+    assert index.tolist() == [1, 3, 5] and kept.ray_offsets.tolist() == [0, 2, 2, 3]
+    assert kept.rays.tolist() == [0, 0, 2]
+
+
 def test_no_samples_at_all_composite_to_zero():
     empty = Samples(torch.zeros(0), torch.zeros(0), torch.zeros(4, dtype=torch.int64))
     for backend in BACKENDS:
         sigmas = torch.zeros(0, requires_grad=True)
         out, _, opacity, _ = composite(sigmas, torch.zeros(0, 3), empty, backend=backend)
         (out.sum() + opacity.sum()).backward()
+        assert visible(sigmas, empty, 1e-3, backend=backend)[0].shape == (0,)
         assert out.shape == (3, 3) and not opacity.any() and sigmas.grad.shape == (0,)

@@ -86,7 +86,7 @@ def test_skipping_and_early_stop_change_nothing_that_can_be_seen():
     axis = (torch.arange(32) + 0.5) / 16 - 1
     cells[(f.density(torch.cartesian_prod(axis, axis, axis)) > 1e-3).reshape(32, 32, 32)] = 1
     with torch.no_grad():
-        exact = render_field(f, torch.ones(3), FULL, views, 24, 24, early_stop=0.0)
+        exact = render_field(f, torch.ones(3), FULL, views, 24, 24, early_stop=0.0, faint=0.0)
         fast = render_field(f, torch.ones(3), cells, views, 24, 24, early_stop=1e-3)
     assert fast.samples < 0.7 * exact.samples
     assert (exact.colour - fast.colour).abs().max() < 5e-3
@@ -95,10 +95,10 @@ def test_skipping_and_early_stop_change_nothing_that_can_be_seen():
 def test_gradients_with_and_without_shortcuts_agree():
     views = orbit_views([20.0, 120.0], 30.0)
     gradients = []
-    for early_stop in (0.0, 1e-5):
+    for cut in (0.0, 1e-5):
         f = field()
         images = render_field(
-            f, torch.ones(3), FULL, views, 16, 16, shading=LAMBERT, early_stop=early_stop, normals=True
+            f, torch.ones(3), FULL, views, 16, 16, shading=LAMBERT, early_stop=cut, faint=cut, normals=True
         )
         (images.colour.square().mean() + images.orientation + images.opacity.mean()).backward()
         gradients.append(f.table.grad)

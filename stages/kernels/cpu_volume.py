@@ -105,17 +105,23 @@ def _composite_backward(sigmas, values, t, delta, offsets, g_out, g_weights, g_o
 
 
 @njit(parallel=True, cache=True)
-def _visible(sigmas, delta, offsets, threshold, counts):
-    rays = counts.shape[0]
+def _visible(sigmas, delta, offsets, threshold, faint, kept, index, write):
+    """Counts into kept[r + 1], or writes index from kept[r]."""
+    rays = offsets.shape[0] - 1
     for chunk in prange((rays + CHUNK - 1) // CHUNK):
         for r in range(chunk * CHUNK, min(rays, (chunk + 1) * CHUNK)):
             depth, count = np.float32(0), 0
             for i in range(offsets[r], offsets[r + 1]):
                 if np.exp(-depth) < threshold:
                     break
-                depth += sigmas[i] * delta[i]
-                count += 1
-            counts[r] = count
+                own = sigmas[i] * delta[i]
+                depth += own
+                if own >= faint:
+                    if write:
+                        index[kept[r] + count] = i
+                    count += 1
+            if not write:
+                kept[r + 1] = count
 
 
 def _array(tensor: Tensor) -> np.ndarray:
@@ -165,9 +171,14 @@ def composite_backward(
     return g_sigmas, g_values
 
 
-def visible_counts(sigmas: Tensor, delta: Tensor, ray_offsets: Tensor, threshold: float) -> Tensor:
-    """Samples of each ray [R] that at least `threshold` of the light reaches."""
-    counts = torch.empty(ray_offsets.shape[0] - 1, dtype=torch.int64)
-    inputs = (_array(v) for v in (sigmas, delta, ray_offsets))
-    _visible(*inputs, np.float32(threshold), counts.numpy())
-    return counts
+def visible(
+    sigmas: Tensor, delta: Tensor, ray_offsets: Tensor, threshold: float, faint: float
+) -> tuple[Tensor, Tensor]:
+    """Indices [M] of the samples to keep, and their ray_offsets [R + 1]."""
+    kept = np.zeros(ray_offsets.shape[0], dtype=np.int64)
+    inputs = (*(_array(v) for v in (sigmas, delta, ray_offsets)), np.float32(threshold), np.float32(faint), kept)
+    _visible(*inputs, np.zeros(0, dtype=np.int64), False)
+    np.cumsum(kept, out=kept)
+    index = torch.empty(int(kept[-1]), dtype=torch.int64)
+    _visible(*inputs, index.numpy(), True)
+    return index, torch.from_numpy(kept)

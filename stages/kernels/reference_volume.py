@@ -62,8 +62,12 @@ def composite(
     return out, weights, opacity, depth
 
 
-def visible_counts(sigmas: Tensor, delta: Tensor, ray_offsets: Tensor, threshold: float) -> Tensor:
-    """How many samples of each ray [R] are reached by at least `threshold` of the light."""
+def visible(
+    sigmas: Tensor, delta: Tensor, ray_offsets: Tensor, threshold: float, faint: float
+) -> tuple[Tensor, Tensor]:
+    """Indices [M] of the samples to keep, and their ray_offsets [R + 1]."""
     light, _, rays = _transmittance(sigmas, delta, ray_offsets)
-    keep = (light >= threshold).to(torch.int64)
-    return torch.zeros(ray_offsets.shape[0] - 1, dtype=torch.int64, device=sigmas.device).index_add(0, rays, keep)
+    keep = (light >= threshold) & (sigmas * delta >= faint)
+    counts = torch.zeros(ray_offsets.shape[0] - 1, dtype=torch.int64, device=sigmas.device)
+    counts = counts.index_add(0, rays, keep.to(torch.int64))
+    return keep.nonzero()[:, 0], torch.nn.functional.pad(counts.cumsum(0), (1, 0))

@@ -8,6 +8,7 @@ weight_i = T_i alpha_i, out = sum w_i value_i, opacity = sum w_i, depth = sum w_
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -36,7 +37,7 @@ class Samples:
         """Samples of each ray [R]."""
         return self.ray_offsets.diff()
 
-    @property
+    @cached_property
     def rays(self) -> Tensor:
         """Index of the ray of each sample [N]."""
         index = torch.arange(self.ray_offsets.shape[0] - 1, device=self.t.device)
@@ -93,24 +94,21 @@ def composite(
     return reference_volume.composite(sigmas, values, samples.t, samples.delta, samples.ray_offsets)
 
 
-def visible(sigmas: Tensor, samples: Samples, threshold: float, *, backend: str = "auto") -> tuple[Tensor, Samples]:
-    """Drop the samples that the light reaching them has been absorbed before: transmittance below `threshold`.
+def visible(
+    sigmas: Tensor, samples: Samples, threshold: float, faint: float = 0.0, *, backend: str = "auto"
+) -> tuple[Tensor, Samples]:
+    """Drop samples that cannot matter, for a field whose density is known from a cheap pass without gradients.
 
-    Early termination for a field whose density is known from a cheap pass without gradients.
-    Args: sigmas [N]; threshold in [0, 1), 0 keeps everything.
-    Returns: indices [M] of the samples kept, and those samples. Not differentiable in: anything.
+    Left out are those that less than `threshold` of the light reaches (early termination), and those whose own optical
+    depth sigma delta is below `faint`.
+    Args: sigmas [N]; threshold in [0, 1); faint >= 0; zeros keep everything.
+    Returns: indices [M] of the samples kept, ascending, and those samples. Not differentiable in: anything.
     """
     check_shape("sigmas", sigmas, (len(samples),))
+    module = reference_volume
     if choose_backend(backend, sigmas) == "numba":
-        from stages.kernels import cpu_volume
-
-        counts = cpu_volume.visible_counts(sigmas, samples.delta, samples.ray_offsets, threshold)
-    else:
-        counts = reference_volume.visible_counts(sigmas.detach(), samples.delta, samples.ray_offsets, threshold)
-    offsets = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
-    shift = samples.ray_offsets[:-1] - offsets[:-1]  # a ray keeps its first samples, so one shift per ray
-    index = torch.arange(int(offsets[-1]), device=sigmas.device)
-    index = index + torch.repeat_interleave(shift, counts, output_size=index.shape[0])
+        from stages.kernels import cpu_volume as module
+    index, offsets = module.visible(sigmas.detach(), samples.delta, samples.ray_offsets, threshold, faint)
     return index, Samples(samples.t[index], samples.delta[index], offsets)
 
 

@@ -68,6 +68,7 @@ def render_field(
     step_size: float = STEP_SIZE,
     normals: bool = False,
     early_stop: float = 1e-3,
+    faint: float = 1e-3,
 ) -> VolumeImages:
     """Render `field` from every view.
 
@@ -78,6 +79,7 @@ def render_field(
         generator: CPU; offsets each ray's samples by a random part of a step. None: by half a step.
         normals: also composite normals and the orientation penalty (costs about as much again).
         early_stop: samples that less than this share of the light reaches are left out.
+        faint: samples with less optical depth than this are left out (behind a softplus they hardly have a gradient).
     """
     rays_o, rays_d = (v.reshape(-1, 3) for v in rays(views, height, width))
     device, count = rays_o.device, rays_o.shape[0]
@@ -86,7 +88,7 @@ def render_field(
     points = _points(rays_o, rays_d, samples)
     with torch.no_grad():
         features = field.features(points)
-        keep, samples = visible(field.density(points, features), samples, early_stop)
+        keep, samples = visible(field.density(points, features), samples, early_stop, faint)
         points, features = points[keep], features[keep]
 
     directions = rays_d[samples.rays]  # [N, 3]
