@@ -115,11 +115,11 @@ def build_prior(config: Config, stage: str, device: torch.device) -> Prior:
 
 
 def _reference_prior(config: Config, stage: str) -> Prior:
-    """Its images have the size that the stage renders at, so nothing is resized."""
+    """Its images have the size that the stage renders at unless another is asked for, so nothing is resized."""
     from stages.guidance.reference import load_reference
 
-    settings = config.reference.model_copy(update={"resolution": getattr(config, stage).resolution})
-    return load_reference(settings, config.prompts)
+    resolution = config.reference.resolution or getattr(config, stage).resolution
+    return load_reference(config.reference.model_copy(update={"resolution": resolution}), config.prompts)
 
 
 def build_guidance(config: Config, stage: str, device: torch.device) -> Guidance:

@@ -38,7 +38,9 @@ class ReferenceSettings(BaseModel):
 
     mesh: str = Field("", description="mesh file to rebuild; moved and scaled only if it leaves the scene's sphere")
     pose: Literal["exact", "class"] = Field("exact", description="one image at the asked view, or its whole class")
-    resolution: int = Field(64, ge=8, le=2048, description="side of the images in pixels")
+    resolution: int | None = Field(
+        None, ge=8, le=2048, description="side of the images in pixels; null: what the stage renders at, 64 without one"
+    )
     std: float = Field(0.0, ge=0, le=1, description="blur of the image set: standard deviation about each image")
     supersample: int = Field(2, ge=1, le=8, description="samples a pixel side in the target renders")
     class_azimuths: int = Field(8, ge=1, le=64, description="pose class: views around, within the class")
@@ -78,7 +80,7 @@ class ReferencePrior:
 
     def __init__(self, mesh: Mesh, settings: ReferenceSettings, prompts: PromptSettings | None = None) -> None:
         self.mesh, self.settings, self.prompts = mesh, settings, prompts or PromptSettings()
-        self.resolution = settings.resolution
+        self.resolution = settings.resolution or 64
         self.alphas_cumprod = scaled_linear_alphas_cumprod()
         self._corners = _corners(mesh)
 
