@@ -38,7 +38,7 @@ def soup(vertices=60, triangles=80, seed=0):
 MESHES = {
     "sphere": (*sphere(3), orbit_views([13.0, 200.0], 20.0)),
     "fine sphere": (*sphere(5), orbit_views([40.0], -20.0)),
-    "torus": (*tensors(trimesh.creation.torus(0.5, 0.2, major_sections=24, minor_sections=12)), orbit_views([10.0, 100.0], 50.0)),
+    "torus": (*tensors(trimesh.creation.torus(0.5, 0.2, 24, 12)), orbit_views([10.0, 100.0], 50.0)),
     "box": (*tensors(trimesh.creation.box()), orbit_views([10.0, 45.0], 30.0)),
     "soup around the camera": (*soup(), orbit_views([0.0, 90.0], 10.0, distance=1.0)),
 }
@@ -213,7 +213,8 @@ def test_tensors_need_not_be_contiguous(backend):
     assert torch.equal(rasterise(strided, transposed, 16, 16, backend=backend), rast)
     attributes = torch.rand(2, len(vertices)).T
     want = interpolate(attributes.contiguous(), rast, triangles, backend=backend)
-    got = interpolate(attributes, rast.permute(0, 2, 1, 3).contiguous().permute(0, 2, 1, 3), transposed, backend=backend)
+    columns_first = rast.permute(0, 2, 1, 3).contiguous().permute(0, 2, 1, 3)
+    got = interpolate(attributes, columns_first, transposed, backend=backend)
     assert torch.equal(got, want)
     topology = edge_topology(transposed, len(vertices), backend=backend)
     smooth = antialias(want, rast, clip, triangles, topology, backend=backend)
