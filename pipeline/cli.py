@@ -115,6 +115,8 @@ def main(arguments: list[str] | None = None) -> None:
     command = typer.main.get_command(app)
     try:
         code = command.main(arguments, prog_name="pipeline", standalone_mode=False)
+        if code == EXIT_INTERRUPTED:  # typer turns KeyboardInterrupt into this code
+            raise KeyboardInterrupt
         sys.exit(code if isinstance(code, int) else 0)
     except Interrupted as stop:
         print(f"\n{stop}", file=sys.stderr)
@@ -126,6 +128,9 @@ def main(arguments: list[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # keep the interpreter's last flush quiet
         sys.exit(1)
     except Exception as error:
+        if type(error).__name__ == "Abort":  # older typer's KeyboardInterrupt
+            print("\nstopped; no file is half written", file=sys.stderr)
+            sys.exit(EXIT_INTERRUPTED)
         user_error = _usage_error(error) if hasattr(error, "format_message") else explain(error)
         if user_error is None or os.environ.get("PIPELINE_TRACEBACK"):
             raise

@@ -154,8 +154,13 @@ def _over(below: Any, above: Any) -> Any:
 
 
 def validate(model: type[Model], layers: list[Layer]) -> Model:
-    """The merged layers as a checked model. Raises UserError naming place, value, what is allowed, nearest name."""
-    layer = merge(layers)
+    """The merged layers over the model's defaults, checked; every field of the model must have a default.
+
+    The defaults are a layer too: a group whose default differs from its class's own (the fine stage's cameras) keeps
+    the rest of that default when one of its keys is set.
+    Raises: UserError naming place, value, what is allowed, nearest name.
+    """
+    layer = merge([Layer(model().model_dump(mode="json")), *layers])
     for key, value in _leaves(layer.values):
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{_place(layer, key)}: {_dotted(key)} = {value}", "it must be finite", "give a number")

@@ -57,7 +57,7 @@ def pocket_words(folder: Path) -> list[str]:
 
 def unknown_words(prompt: str, known: list[str]) -> list[str]:
     """Words of the prompt outside `known`, in order, each once."""
-    words = re.findall(r"[\w'-]+", prompt.lower())
+    words = re.findall(r"\w+", prompt.lower())
     return list(dict.fromkeys(word for word in words if word not in known))
 
 
@@ -67,7 +67,7 @@ def check_words(prompt: str, known: list[str]) -> None:
     if not unknown:
         return
     shown = ", ".join(repr(word) for word in unknown)
-    near = {word: difflib.get_close_matches(word, known, 1, 0.75) for word in unknown}
+    near = {word: difflib.get_close_matches(word, known, 1, 0.66) for word in unknown}
     meant = ", ".join(f"{word} -> {match[0]}" for word, match in near.items() if match)
     raise UserError(
         f'the pocket prior cannot read "{prompt}"',

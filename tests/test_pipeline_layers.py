@@ -17,6 +17,12 @@ class Optimiser(BaseModel):
     betas: tuple[float, float] = Field((0.9, 0.99), description="moment decay")
 
 
+class Special(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    optimiser: Optimiser = Field(default_factory=lambda: Optimiser(learning_rate=0.5))
+
+
 class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
@@ -48,6 +54,11 @@ def test_file_overrides_and_flags_lie_over_the_defaults_in_that_order(tmp_path):
     settings = validate(Settings, layers)
     assert (settings.steps, settings.rule, settings.prompt) == (40, "csd", "a cat")
     assert settings.optimiser == Optimiser(learning_rate=0.001, betas=(0.5, 0.9))
+
+
+def test_group_keeps_the_rest_of_its_own_default_when_one_key_is_set():
+    settings = validate(Special, [from_overrides(["optimiser.betas=[0, 0.5]"])])
+    assert settings.optimiser == Optimiser(learning_rate=0.5, betas=(0.0, 0.5))
 
 
 def test_unknown_key_names_file_line_and_nearest_name(tmp_path):

@@ -21,6 +21,11 @@ _FACES = np.array(
 )
 
 
+def octahedron() -> Mesh:
+    """A closed grey mesh inside the scene."""
+    return Mesh(_CORNERS.copy(), _FACES, np.full((6, 3), 0.5, np.float32))
+
+
 class ToyStage:
     """A random walk of an octahedron's corners; every step depends on all before it and on the generator."""
 
@@ -62,7 +67,9 @@ class ToyStage:
     def finish(self) -> Asset:
         if os.environ.get("TOY_EMPTY") == self.name:
             raise UserError(f"{self.name} made no object", "the volume is empty", "try another seed")
-        return Asset(mesh=Mesh(_CORNERS + self.walk.numpy(), _FACES, np.full((6, 3), 0.5, np.float32)))
+        mesh = octahedron()
+        mesh.vertices += self.walk.numpy()
+        return Asset(mesh=mesh)
 
 
 def install() -> None:

@@ -1,0 +1,66 @@
+"""The root configuration: recipes, what `--from` inherits, the round trip."""
+
+import pytest
+
+from pipeline.config import Config, find_recipe, load_config, read_config, recipes
+from pipeline.layers import dump
+from stages.errors import UserError
+
+
+def test_default_recipe_has_a_prompt_and_both_stages():
+    config = load_config(None, [], {})
+    assert config.prompt == "a red mug" and config.stages == ["coarse", "fine"]
+
+
+@pytest.mark.parametrize("name", sorted(recipes()))
+def test_recipe_is_short_valid_and_a_set_of_differences(name):
+    path = find_recipe(name)
+    lines = [line for line in path.read_text().splitlines() if line.strip() and not line.lstrip().startswith("#")]
+    assert 1 <= len(lines) <= 40
+    config = load_config(name, [], {})
+    assert config != load_config(None, [], {}) or name == "default"
+
+
+@pytest.mark.parametrize("name", sorted(recipes()))
+def test_dumped_recipe_reads_back_to_the_same_config(tmp_path, name):
+    config = load_config(name, ["coarse.lr=3e-4", "guidance.fine.grad_clip=[1, 0.5]"], {"seed": 11})
+    (tmp_path / "config.yaml").write_text(dump(config))
+    assert read_config(tmp_path) == config
+    assert dump(read_config(tmp_path)) == dump(config)
+    assert load_config(str(tmp_path), [], {}) == config  # a run folder may be named where a file may
+
+
+def test_every_setting_says_what_it_means():
+    silent = [line for line in dump(Config()).splitlines() if "  # " not in line and not line.endswith(":")]
+    assert silent == []
+
+
+def test_stages_may_be_a_list_or_text():
+    assert load_config(None, ["stages=[coarse]"], {}) == load_config(None, [], {"stages": "coarse"})
+
+
+@pytest.mark.parametrize("stages", ["fine,coarse", "coarse,coarse", "coarse,", "", "points"])
+def test_unknown_repeated_or_misordered_stages_are_refused(stages):
+    with pytest.raises(UserError):
+        load_config(None, [], {"stages": stages})
+
+
+def test_prompt_is_trimmed_and_never_empty():
+    assert load_config(None, [], {"prompt": "  a  red mug \n"}).prompt == "a red mug"
+    with pytest.raises(UserError, match="the prompt is empty"):
+        load_config(None, [], {"prompt": " \t"})
+
+
+def test_from_inherits_the_settings_of_that_run_under_the_new_ones(tmp_path):
+    (tmp_path / "config.yaml").write_text(dump(load_config(None, ["coarse.lr=0.02"], {"prompt": "a blue car", "seed": 4})))
+    config = load_config(None, ["fine.steps=7"], {"from_run": str(tmp_path), "stages": "fine", "seed": 5})
+    assert (config.prompt, config.seed, config.coarse.lr, config.fine.steps) == ("a blue car", 5, 0.02, 7)
+    assert config.stages == ["fine"] and config.from_run == str(tmp_path)
+
+
+def test_error_in_a_recipe_names_its_line(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("seed: 3\nfine:\n  lr_sfd: 1e-3\n")
+    with pytest.raises(UserError) as caught:
+        load_config(str(path), [], {})
+    assert caught.value.what == f"{path}:3: unknown key fine.lr_sfd" and "fine.lr_sdf" in caught.value.fix
