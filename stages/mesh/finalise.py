@@ -29,7 +29,7 @@ class ExportSettings(BaseModel):
     texture_size: int = Field(1024, ge=16, le=8192, description="side of the texture in texels")
     padding: int = Field(4, ge=2, le=64, description="least distance between UV charts in texels")
     unwrap: Unwrapper = Field("auto", description="auto: xatlas, and our own box charts where it fails; or one of them")
-    unwrap_limit_s: float = Field(120, gt=0, description="seconds xatlas may take before our own charts step in")
+    unwrap_limit_s: float = Field(60, gt=0, description="computing time of xatlas before our own charts step in, s")
 
 
 def finalise(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import signal
 import subprocess
 import sys
 import tempfile
@@ -86,6 +87,9 @@ def check_layout(mesh: Mesh, uv: np.ndarray, uv_faces: np.ndarray, size: int) ->
 def unwrap_by_xatlas(mesh: Mesh, size: int, padding: int, time_limit_s: float) -> tuple[np.ndarray, np.ndarray, int]:
     """UV coordinates by xatlas in a child process.
 
+    The limit is on computing time, so the result does not depend on how busy the machine is; ten times as long on the
+    clock is the backstop (and the only limit on Windows).
+
     Returns: uv [T, 2], uv_faces [F, 3], the number of charts; texels are square.
     Raises: LayoutError with the reason: not installed, too slow, crashed, or an unusable result.
     """
@@ -97,14 +101,18 @@ def unwrap_by_xatlas(mesh: Mesh, size: int, padding: int, time_limit_s: float) -
         source, target = Path(folder) / "mesh.safetensors", Path(folder) / "atlas.safetensors"
         save_file({"vertices": mesh.vertices.astype(np.float32), "faces": mesh.faces.astype(np.int32)}, source)
         # xatlas takes the resolution as a wish and often makes a quarter more; the padding must survive the scaling.
-        arguments = [str(source), str(target), str(size), str(int(np.ceil(1.4 * padding)))]
+        numbers = [size, int(np.ceil(1.4 * padding)), int(np.ceil(time_limit_s))]
+        # -P: the worker's own folder stays off the import path.
+        command = [sys.executable, "-P", str(WORKER), str(source), str(target), *map(str, numbers)]
         try:
-            # -P: the worker's own folder stays off the import path.
+            # A session of its own: Ctrl-C in the terminal is ours to answer and must not push us into the fallback.
             child = subprocess.run(
-                [sys.executable, "-P", str(WORKER), *arguments], capture_output=True, timeout=time_limit_s, check=False
+                command, capture_output=True, timeout=10 * time_limit_s, check=False, start_new_session=True
             )
         except subprocess.TimeoutExpired:
-            raise LayoutError(f"xatlas took longer than {time_limit_s:g} s") from None
+            raise LayoutError(f"xatlas took longer than {10 * time_limit_s:g} s on the clock") from None
+        if child.returncode == -getattr(signal, "SIGXCPU", 0) != 0:
+            raise LayoutError(f"xatlas took longer than {time_limit_s:g} s")
         if child.returncode != 0:
             lines = child.stderr.decode(errors="replace").strip().splitlines()
             reason = f"signal {-child.returncode}" if child.returncode < 0 else (lines[-1] if lines else "no message")
@@ -123,7 +131,7 @@ def unwrap(mesh: Mesh, size: int, *, padding: int = 4, method: Unwrapper = "auto
     Args:
         mesh: a triangle mesh with faces; best below about 40,000 of them. size: texture side in texels.
         padding: least distance between charts in texels. method: `auto` tries xatlas and falls back to `boxes`.
-        time_limit_s: for xatlas.
+        time_limit_s: computing time for xatlas.
     Raises: UserError if the chosen method fails, or nothing fits into the texture.
     """
     note = ""

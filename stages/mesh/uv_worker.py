@@ -1,4 +1,4 @@
-"""The child process around xatlas: `python uv_worker.py IN OUT SIZE PADDING`, safetensors in and out.
+"""The child process around xatlas: `python uv_worker.py IN OUT SIZE PADDING CPU_SECONDS`, safetensors in and out.
 
 Alone in its process because xatlas 0.0.11 can crash or run for an hour (facts: threestudio #511); imports nothing of
 ours, so a crash costs nothing and the start is quick.
@@ -9,6 +9,16 @@ import sys
 import numpy as np
 import xatlas
 from safetensors.numpy import load_file, save_file
+
+
+def limit_cpu(seconds: int) -> None:
+    """Let the system end this process after so much computing; a busy machine must not change the result."""
+    try:
+        import resource
+    except ImportError:  # Windows: the parent's limit on the clock is all there is
+        return
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
 
 
 def main(source: str, target: str, size: int, padding: int) -> None:
@@ -28,4 +38,5 @@ def main(source: str, target: str, size: int, padding: int) -> None:
 
 
 if __name__ == "__main__":
+    limit_cpu(int(sys.argv[5]))
     main(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
