@@ -38,17 +38,27 @@ def save_checkpoint(path: Path, state: dict[str, Tensor], meta: dict[str, Any]) 
 
 def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read what save_checkpoint wrote. Raises UserError where the file is cut short, altered or something else."""
+    state, meta = _read(path, tensors=True)
+    if meta.get("crc32") != _checksum(state):
+        raise _damaged(path, "its checksum does not match its contents")
+    return state, meta
+
+
+def read_meta(path: Path) -> dict[str, Any]:
+    """The meta of a checkpoint alone: step, steps, seconds, phases."""
+    return _read(path, tensors=False)[1]
+
+
+def _read(path: Path, tensors: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="pt") as file:
             meta = json.loads((file.metadata() or {})[_META])
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            names = file.keys() if tensors else []
+            return {name: file.get_tensor(name) for name in names}, meta
     except (SafetensorError, KeyError, ValueError) as error:
         raise _damaged(path, str(error) or type(error).__name__) from None
-    if meta.get("crc32") != _checksum(state):
-        raise _damaged(path, "its checksum does not match its contents")
-    return state, meta
 
 
 def _damaged(path: Path, why: str) -> UserError:

@@ -60,11 +60,8 @@ class StageLoop:
         state, meta = load_checkpoint(self._path) if self._path.exists() else (None, {"step": 0})
         self._phases, self._seconds = meta.get("phases", {}), meta.get("seconds", 0.0)
         run.metrics.rewind(name, meta["step"], STAGES[STAGES.index(name) + 1 :])
-        guidance = None
-        if state is None or meta["step"] < meta["steps"]:
-            source = getattr(run.config.prior, name)
-            run.progress.note(f"{name}: loading the prior {source}")
-            guidance = self._timed("load_prior", lambda: build_guidance(run.config, name, run.device))
+        run.progress.note(f"{name}: loading the prior {getattr(run.config.prior, name)}")
+        guidance = self._timed("load_prior", lambda: build_guidance(run.config, name, run.device))
         settings = getattr(run.config, name)
         stage = self._timed(
             "construct", lambda: make_stage(name, settings, guidance, run.device, run.config.seed, previous)
@@ -88,9 +85,10 @@ class StageLoop:
                 shown.update(step, stage.headline(metrics))
                 if step == 1 or step % config.preview_every == 0 or step == stage.steps:
                     self._preview(stage)
-                if self._stop.requested or step % config.checkpoint_every == 0 or step == stage.steps:
+                stopping = self._stop.requested  # asked once: a signal between two looks must not skip the saving
+                if stopping or step % config.checkpoint_every == 0 or step == stage.steps:
                     self._save(stage)
-                if self._stop.requested:
+                if stopping:
                     raise Interrupted(f"stopped at {self._name} step {step} of {stage.steps}, which is saved")
             self._stop.gentle = False
 

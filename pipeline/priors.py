@@ -84,8 +84,9 @@ def _check_reference(mesh: str) -> None:
             "reference.mesh is not set",
             "pipeline run --config reference reference.mesh=FILE.glb --stages coarse,fine",
         )
-    if not Path(mesh).is_file():
-        raise UserError(f"no such file: {mesh}", "reference.mesh names it", "check the path, relative to where you stand")
+    from stages.mesh.read import read_mesh
+
+    read_mesh(mesh)
 
 
 def _check_folder(stage: str, source: str) -> None:

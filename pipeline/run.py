@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.checkpoint import load_checkpoint
+from pipeline.checkpoint import load_checkpoint, read_meta
 from pipeline.config import STAGES, Config, read_config
 from pipeline.errors import Interrupted
 from pipeline.export.files import write_whole
@@ -77,13 +77,8 @@ def export_run(folder: Path, formats: str, out: Path | None = None, progress: Pr
     target.mkdir(parents=True, exist_ok=True)
     with Lock(folder):
         run = Run(folder, config, choose_device(config.device), progress)
-        last = config.stages[-1]
-        if run.saved_step(last) is None:
-            raise UserError(
-                f"{folder} has nothing to export", f"{last} has no checkpoint", f"pipeline resume {folder}"
-            )
         with progress.announce_compilation():
-            mesh = finished_mesh(run.restore(last), config.export, run.device, {})
+            mesh = finished_mesh(run.restore(config.stages[-1]), config.export, run.device, {})
         for path in write_formats(mesh, target, names):
             progress.note(f"wrote {path}")
 
@@ -125,7 +120,7 @@ def _inherited(config: Config) -> dict[str, Path]:
             raise UserError(
                 f"--from {source} has no finished {name} stage", f"no {path}", f"pipeline resume {source}, or another run"
             )
-        _, meta = load_checkpoint(path)
+        meta = read_meta(path)
         if meta["step"] < meta["steps"]:
             raise UserError(
                 f"--from {source} has no finished {name} stage",
@@ -160,7 +155,7 @@ class Run:
             with stop, self.progress.announce_compilation():
                 asset = self._before(self.config.stages[0])
                 for name in self.config.stages:
-                    asset = self.restore(name) if self._finished(name) else self._take(name, asset, stop)
+                    asset = self.restore(name) if self.finished(name) else self._take(name, asset, stop)
                     gc.collect()
                 self._export(asset)
         except (KeyboardInterrupt, Interrupted) as error:
@@ -171,6 +166,8 @@ class Run:
         except BaseException as error:
             with contextlib.suppress(OSError, UserError):  # a full disk must not hide its own message
                 self.record.save(status="failed", error=f"{type(error).__name__}: {error}")
+            if self.record.data["stages"]:
+                self.progress.note(f"what was done is kept; to go on after mending: pipeline resume {self.folder}")
             raise
         self.record.data.pop("error", None)
         self.record.save(status="finished")
@@ -178,16 +175,13 @@ class Run:
 
     def saved_step(self, name: str) -> int | None:
         """The step of a stage's checkpoint, None without one."""
-        meta = self._meta(name)
-        return meta and meta["step"]
-
-    def _meta(self, name: str) -> dict[str, Any] | None:
         path = self.folder / name / CHECKPOINT
-        return load_checkpoint(path)[1] if path.exists() else None
+        return read_meta(path)["step"] if path.exists() else None
 
-    def _finished(self, name: str) -> bool:
-        meta = self._meta(name)
-        return meta is not None and meta["step"] >= meta["steps"]
+    def finished(self, name: str) -> bool:
+        """Whether the stage's checkpoint has come to the last step of the configuration."""
+        step = self.saved_step(name)
+        return step is not None and step >= getattr(self.config, name).steps
 
     def _before(self, name: str) -> Asset | None:
         index = STAGES.index(name)
@@ -195,13 +189,14 @@ class Run:
 
     def restore(self, name: str) -> Asset:
         """The asset of a stage from its checkpoint, without its prior."""
-        state, meta = load_checkpoint(self.folder / name / CHECKPOINT)
-        if meta["step"] < meta["steps"]:
+        if not self.finished(name):
+            wanted = getattr(self.config, name).steps
             raise UserError(
-                f"{name} is not finished",
-                f"it stands at step {meta['step']} of {meta['steps']}",
+                f"{name} is not finished in {self.folder}",
+                f"it stands at step {self.saved_step(name) or 0} of {wanted}",
                 f"pipeline resume {self.folder}",
             )
+        state, meta = load_checkpoint(self.folder / name / CHECKPOINT)
         self.progress.note(f"{name}: restoring its result")
         if name in self.config.stages and name not in self.record.data["stages"]:  # killed before it was noted
             self.record.data["stages"][name] = {key: meta[key] for key in ("step", "steps", "seconds", "phases")}

@@ -8,6 +8,7 @@ to FOLDER/out.txt and FOLDER/err.txt. Nothing is computed before the forks, so n
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import subprocess
@@ -92,6 +93,7 @@ def _serve() -> None:
     import stages.kernels.cpu_hashgrid
     import tests.toy_pipeline  # noqa: F401
 
+    gc.freeze()  # a child's collection would otherwise copy every page of the parent
     for line in sys.stdin:
         request = json.loads(line)
         if "wait" in request:

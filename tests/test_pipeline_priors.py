@@ -67,8 +67,14 @@ def test_reference_without_a_mesh_says_how_to_name_one():
 
 
 def test_reference_with_a_missing_mesh_names_it(tmp_path):
-    with pytest.raises(UserError, match="no such file: .*gone.glb"):
+    with pytest.raises(UserError, match="Cannot read the mesh .*gone.glb"):
         priors.check_priors(config("prior.coarse=reference", f"reference.mesh={tmp_path / 'gone.glb'}"))
+
+
+def test_reference_with_a_damaged_mesh_is_refused_before_any_work(tmp_path):
+    (tmp_path / "cut.glb").write_bytes(b"glTF\x02\x00")
+    with pytest.raises(UserError, match="Cannot read the mesh .*cut.glb"):
+        priors.check_priors(config("prior.coarse=reference", f"reference.mesh={tmp_path / 'cut.glb'}"))
 
 
 @pytest.mark.parametrize("source", ["pockte", "no/such/folder", "./folder"])

@@ -13,7 +13,7 @@ import pytest
 if os.name != "posix":
     pytest.skip("kills and forks", allow_module_level=True)
 
-from pipeline.checkpoint import load_checkpoint
+from pipeline.checkpoint import load_checkpoint, read_meta
 from pipeline.cli import main
 from pipeline.config import load_config, read_config
 from stages.errors import UserError
@@ -45,7 +45,7 @@ def without_times(folder: Path) -> list[dict]:
 
 def reached(path: Path, step: int) -> bool:
     """Whether the checkpoint at `path` has come to `step`; it is whole whenever it exists."""
-    return path.exists() and load_checkpoint(path)[1]["step"] >= step
+    return path.exists() and read_meta(path)["step"] >= step
 
 
 @pytest.fixture(scope="module")
@@ -174,6 +174,18 @@ def test_export_writes_the_same_mesh_again(in_process, uninterrupted, tmp_path, 
     assert "files/mesh.ply" in capsys.readouterr().out
     with pytest.raises(UserError, match="cannot write fbx"):
         in_process.export_run(Path("run"), "glb,fbx")
+    (tmp_path / "run" / "fine" / "checkpoint.safetensors").unlink()
+    with pytest.raises(UserError, match="fine is not finished"):
+        in_process.export_run(Path("run"), "glb")
+
+
+def test_resume_after_more_steps_were_asked_for_goes_on_to_them(in_process, uninterrupted, tmp_path):
+    folder = shutil.copytree(uninterrupted, tmp_path / "run")
+    text = (folder / "config.yaml").read_text()
+    (folder / "config.yaml").write_text(text.replace("  steps: 9", "  steps: 11"))
+    (folder / "mesh.glb").unlink()
+    in_process.resume_run(folder)
+    assert [line["step"] for line in lines(folder) if line["stage"] == "fine"] == list(range(1, 12))
 
 
 @pytest.mark.parametrize(
