@@ -135,8 +135,7 @@ def test_state_round_trip_continues_with_the_same_bytes():
     for _ in range(6):
         step(first, g, 0.05)
         first.step_done([])
-    second = from_function(Lattice(12), ball(0.7))
-    second.load_state_dict({k: v.clone() for k, v in first.state_dict().items()})
+    second = DMTet.from_state(Lattice(12), {k: v.clone() for k, v in first.state_dict().items()})
     for dmtet, h in ((first, g), (second, torch.Generator())):
         if dmtet is second:
             h.set_state(saved)

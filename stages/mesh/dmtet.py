@@ -147,14 +147,17 @@ class DMTet:
         ids = torch.from_numpy(self.band.ids)
         return {"ids": ids, "sdf": self.sdf.detach(), "offset": self.offset.detach(), "rim_sign": self._rim_sign}
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Inverse of state_dict, on a DMTet of the same lattice."""
-        ids = state["ids"].cpu().numpy()
-        self.sdf.data = state["sdf"].to(self.device).clone()
-        self.offset.data = state["offset"].to(self.device).clone()
-        self.sdf.grad = self.offset.grad = None
-        self._lay(build_band(self.lattice, ids))
-        self._rim_sign = state["rim_sign"].to(self.device).clone()
+    @classmethod
+    def from_state(
+        cls, lattice: Lattice, state: dict[str, Tensor], *, deformation: float = 0.24, device="cpu"
+    ) -> DMTet:
+        """Inverse of state_dict; the same lattice and deformation give the same bytes."""
+        dmtet = cls(lattice, state["ids"].cpu().numpy(), state["sdf"].cpu().numpy(), deformation=deformation, device=device)
+        with torch.no_grad():
+            dmtet.sdf.copy_(state["sdf"])
+            dmtet.offset.copy_(state["offset"])
+            dmtet._rim_sign.copy_(state["rim_sign"])
+        return dmtet
 
 
 def extend(lattice: Lattice, ids: np.ndarray, sdf: np.ndarray, known: np.ndarray) -> np.ndarray:

@@ -1,0 +1,401 @@
+"""The fine stage: score distillation of a latent prior at 512x512 into a DMTet mesh with a colour field (Magic3D).
+
+One step, top to bottom in :meth:`FineStage.step`:
+    surface                    <- marching tetrahedra of the signed distances, closed and oriented
+    views, shading, background <- random
+    images                     <- mesh render, colour from the field that the coarse stage trained
+    loss = guidance(images) + normal consistency + Laplacian
+    Adam on signed distances, offsets and colour, each with its own learning rate; then the band follows the surface
+
+Loss convention: the guidance loss is SUMMED over the prior's pixels and channels and averaged over the views (16,384
+terms at 64x64x4). The smoothness terms are means over the mesh; their weights are tuned to that sum (threestudio: 1e4).
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from stages.cameras import CameraSettings, Views, linear_to_srgb, orbit_views, sample_views
+from stages.errors import UserError
+from stages.fields.background import BackgroundSettings, random_background
+from stages.fields.hashfield import FieldSettings, HashField
+from stages.mesh.clean import drop_floaters
+from stages.mesh.dmtet import DMTet, Surface, from_function
+from stages.mesh.initialise import InitialiseSettings, dmtet_from_density
+from stages.mesh.measure import measure
+from stages.mesh.mesh import Mesh
+from stages.mesh.regularise import laplacian, normal_consistency
+from stages.mesh.tetrahedra import SAFE_MOVE, Lattice
+from stages.render.raster import MeshImages, render_mesh
+from stages.render.shade import ALBEDO, LAMBERT, Shading, ShadingSettings, sample_shading
+from stages.stage import Asset
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class DetailSettings(BaseModel):
+    """Finer hash levels that the colour field gets for this stage."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    levels: int = Field(4, ge=0, le=16, description="levels added, from twice the coarse field's finest; 0: none")
+    log2_table: int = Field(17, ge=10, le=22, description="log2 of the rows a level may have")
+    finest: int = Field(1024, ge=16, le=8192, description="cells a side of the finest level")
+
+
+class FineSettings(BaseModel):
+    """Everything the fine stage does, but for its guidance."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    steps: int = Field(300, ge=1, description="optimisation steps")
+    resolution: int = Field(512, ge=16, le=2048, description="side of a training render in pixels")
+    views_per_step: int = Field(1, ge=1, description="views of one optimiser step")
+    accumulate: int = Field(1, ge=1, description="parts that a step's views are rendered in, to bound memory")
+
+    geometry: Literal["dmtet", "locked"] = Field("dmtet", description="optimise the surface, or its colour alone")
+    tets: int = Field(64, ge=8, le=512, description="cells of the tetrahedral lattice along a side of the box")
+    deformation: float = Field(0.24, ge=0, lt=SAFE_MOVE, description="largest move of a lattice vertex in cells")
+    initialise: InitialiseSettings = Field(default_factory=InitialiseSettings, description="from density to surface")
+    sphere: float = Field(0.6, gt=0.05, lt=0.95, description="radius of the start where there is no coarse stage")
+
+    cameras: CameraSettings = Field(
+        default_factory=lambda: CameraSettings(fov_deg=(28.0, 34.0)), description="distribution of views and lights"
+    )
+    shading: ShadingSettings = Field(
+        default_factory=lambda: ShadingSettings(albedo_steps=0, diffuse_probability=0.5, textureless_probability=0.3),
+        description="mix of shadings; shaded from the start",
+    )
+    background: BackgroundSettings = Field(
+        default_factory=lambda: BackgroundSettings(random_probability=1.0), description="flat greys behind the object; there is no learned environment here"
+    )
+    field: FieldSettings = Field(default_factory=FieldSettings, description="colour field where there is no coarse one")
+    detail: DetailSettings = Field(default_factory=DetailSettings, description="finer levels of the colour field")
+
+    normal_consistency: float = Field(1000.0, ge=0, description="weight of mean 1 - cos across edges")
+    normal_kind: Literal["face", "vertex"] = Field("face", description="normals compared: of faces, or of vertices")
+    laplacian: float = Field(1000.0, ge=0, description="weight of the mean squared umbrella vector, in edge lengths")
+
+    lr_sdf: float = Field(1e-3, gt=0, description="Adam learning rate of the signed distances, world units")
+    lr_offset: float = Field(1e-2, gt=0, description="Adam learning rate of the offsets, in shares of their bound")
+    lr_texture: float = Field(1e-2, gt=0, description="Adam learning rate of the colour field")
+    lr_end: float = Field(0.1, gt=0, le=1, description="factor on all three at the end, approached as a cosine")
+    betas: tuple[float, float] = Field((0.9, 0.99), description="Adam's decay rates")
+    max_skipped: int = Field(20, ge=1, description="non-finite gradients in a row after which the stage gives up")
+
+    keep: float = Field(0.05, ge=0, le=1, description="at the end, drop parts below this share of the largest's area")
+    preview_size: int = Field(256, ge=16, le=1024, description="side of one preview picture in pixels")
+
+
+class FineStage:
+    """A Stage (stages/stage.py). Deterministic in its constructor arguments; resumes bitwise from state_dict().
+
+    Args:
+        settings, guidance (see stages/guidance/guidance.py), device, seed.
+        previous: the coarse stage's asset: its density becomes the surface, its field the colour. None starts from a
+            sphere of no particular colour. With a mesh and no density, geometry must be "locked".
+    """
+
+    name = "fine"
+
+    def __init__(
+        self,
+        settings: FineSettings,
+        guidance: Callable[..., Any],
+        device: torch.device,
+        seed: int,
+        previous: Asset | None = None,
+    ) -> None:
+        if settings.views_per_step % settings.accumulate:
+            raise UserError(
+                "fine.accumulate does not divide fine.views_per_step",
+                f"{settings.views_per_step} views cannot be rendered in {settings.accumulate} equal parts",
+                f"set fine.accumulate to a divisor of {settings.views_per_step}",
+            )
+        self.settings, self.guidance, self.device, self.previous = settings, guidance, torch.device(device), previous
+        self.steps, self.step_index, self.skipped, self.times = settings.steps, 0, 0, {}
+        self.generator = torch.Generator().manual_seed(seed)
+        self.field = self._inherited_field()
+        self.dmtet: DMTet | None = None  # made by _prepare, or loaded: a resumed stage does not convert again
+        self.locked: Surface | None = None
+        self.optimiser: torch.optim.Adam | None = None
+        self._since = time.perf_counter()
+
+    def _inherited_field(self) -> HashField:
+        s = self.settings
+        if self.previous is not None and self.previous.field is not None:
+            field = copy.deepcopy(self.previous.field)
+        else:
+            field = HashField(s.field, self.generator)
+        field = field.to(self.device)
+        field.set_progress(1.0)
+        if s.detail.levels and field.detail is None and s.detail.finest > field.spec.finest:
+            field.add_detail(self.generator, s.detail.levels, s.detail.log2_table, s.detail.finest)
+        field.requires_grad_(False)
+        for parameter in field.albedo_parameters():
+            parameter.requires_grad_(True)
+        return field
+
+    def _prepare(self) -> None:
+        """Make the first surface, unless there is one."""
+        if self.dmtet is not None or self.locked is not None:
+            return
+        self._start()
+        s, previous = self.settings, self.previous
+        options = {"deformation": s.deformation, "device": self.device}
+        if s.geometry == "locked" and previous is not None and previous.mesh is not None:
+            self._lock(torch.from_numpy(previous.mesh.vertices), torch.from_numpy(previous.mesh.faces))
+        elif previous is None:
+            self.dmtet = from_function(Lattice(s.tets), lambda p: p.norm(dim=-1) - s.sphere, **options)
+        elif previous.density is not None:
+            self.dmtet, _ = dmtet_from_density(previous.density, Lattice(s.tets), s.initialise, **options)
+        else:
+            raise UserError(
+                "The fine stage has nothing to refine",
+                "what it was given has a mesh but no density",
+                "set fine.geometry=locked to paint the mesh, or start from a coarse stage",
+            )
+        if s.geometry == "locked" and self.locked is None:
+            with torch.no_grad():
+                surface = self.dmtet.surface()
+            self.dmtet = None
+            self._lock(surface.vertices, surface.faces)
+        self._optimise()
+        self._lap("initialise")
+
+    def _lock(self, vertices: Tensor, faces: Tensor) -> None:
+        none = torch.zeros(0, 2, dtype=torch.int32, device=self.device)  # smoothness terms are not asked for
+        self.locked = Surface(vertices.float().to(self.device), faces.int().to(self.device), none, none)
+
+    def _optimise(self) -> None:
+        groups = [{"params": self.field.albedo_parameters()}]
+        if self.dmtet is not None:
+            groups += [{"params": [self.dmtet.sdf]}, {"params": [self.dmtet.offset]}]
+        self.optimiser = torch.optim.Adam(groups, lr=1.0, betas=self.settings.betas, eps=1e-15, fused=True)
+
+    def surface(self) -> Surface:
+        """The present surface, differentiable in the DMTet's parameters."""
+        self._prepare()
+        return self.dmtet.surface() if self.dmtet is not None else self.locked
+
+    def step(self) -> dict[str, float]:
+        """One optimisation step over `views_per_step` views; returns metrics."""
+        self._prepare()
+        s, progress = self.settings, self.step_index / self.steps
+        self._start()
+        surface = self.surface()
+        leaf = surface.vertices.detach().requires_grad_(self.dmtet is not None)
+        self._lap("surface")
+        views = sample_views(s.cameras, s.views_per_step, self.generator).to(self.device)
+        shading = sample_shading(s.shading, self.step_index, self.generator)
+        backdrop = random_background(s.background, s.views_per_step, self.generator)
+        backdrop = (backdrop if backdrop is not None else torch.full((s.views_per_step, 1, 1, 3), 0.5)).to(self.device)
+
+        totals: dict[str, float] = {}
+        part = s.views_per_step // s.accumulate
+        for low in range(0, s.views_per_step, part):
+            chosen = slice(low, low + part)
+            images = self._render(leaf, surface.faces, views[chosen], s.resolution, shading, backdrop[chosen])
+            self._lap("render")
+            guided = self.guidance(
+                images.colour,
+                views[chosen],
+                progress,
+                shading.textureless,
+                background=backdrop[chosen].expand(-1, s.resolution, s.resolution, 3),
+                shading=shading,
+            )
+            self._lap("guidance")
+            if guided.loss.requires_grad:  # a textureless view of a locked mesh has nothing to learn from
+                (guided.loss / s.accumulate).backward()
+            self._lap("backward")
+            for name, value in (guided.metrics | {"cover": float(images.mask.detach().mean())}).items():
+                totals[name] = totals.get(name, 0.0) + value / s.accumulate
+        totals |= self._smooth(leaf, surface)
+        if leaf.grad is not None:
+            surface.vertices.backward(leaf.grad)
+        self._lap("backward")
+        totals["grad_norm"] = self._update(progress)
+        self._lap("optimiser")
+        self.step_index += 1
+        return totals
+
+    def _render(
+        self, vertices: Tensor, faces: Tensor, views: Views, size: int, shading: Shading, backdrop: Tensor
+    ) -> MeshImages:
+        background = backdrop.expand(len(views), size, size, 3)
+        return render_mesh(vertices, faces, self.field.albedo, views, size, size, shading=shading, background=background)
+
+    def _smooth(self, leaf: Tensor, surface: Surface) -> dict[str, float]:
+        """Add the gradient of the smoothness terms to the vertices; returns the surface's metrics."""
+        s = self.settings
+        with torch.no_grad():
+            a, b, c = leaf[surface.faces.long()].unbind(1)
+            volume = float((a * torch.linalg.cross(b, c)).sum(dtype=torch.float64) / 6)
+        metrics = {"faces": float(len(surface.faces)), "volume": volume}
+        if self.dmtet is None:
+            return metrics
+        loss = leaf.new_zeros(())
+        if s.normal_consistency:
+            bend = normal_consistency(leaf, surface.faces, surface.edges, surface.sides, kind=s.normal_kind)
+            loss, metrics["bend"] = loss + s.normal_consistency * bend, float(bend.detach())
+        if s.laplacian:
+            rough = laplacian(leaf, surface.faces, surface.edges)
+            loss, metrics["rough"] = loss + s.laplacian * rough, float(rough.detach())
+        if loss.requires_grad:
+            loss.backward()
+        return metrics
+
+    def _update(self, progress: float) -> float:
+        """Take the optimiser step and return the gradient's norm; a non-finite gradient skips the step."""
+        s = self.settings
+        gradients = [p.grad for group in self.optimiser.param_groups for p in group["params"] if p.grad is not None]
+        norm = math.sqrt(sum(float(g.double().square().sum()) for g in gradients))
+        if math.isfinite(norm):
+            self.skipped = 0
+            factor = s.lr_end + (1 - s.lr_end) * 0.5 * (1 + math.cos(math.pi * progress))
+            for group, lr in zip(self.optimiser.param_groups, (s.lr_texture, s.lr_sdf, s.lr_offset)):
+                group["lr"] = lr * factor
+            self.optimiser.step()
+        else:
+            self.skipped += 1
+            if self.skipped >= s.max_skipped:
+                raise UserError(
+                    "The fine stage diverged",
+                    f"the gradient was not finite in {self.skipped} steps in a row, last at step {self.step_index}",
+                    "lower fine.lr_sdf or the guidance scale; for a half-precision prior set its dtype to float32",
+                )
+            norm = -1.0  # metrics are finite floats; -1 marks a skipped step
+        self.optimiser.zero_grad(set_to_none=True)
+        if self.dmtet is not None:
+            self._follow()
+        return norm
+
+    def _follow(self) -> None:
+        """Let the band follow the surface; Adam's moments go with their vertices."""
+        states = [self.optimiser.state.get(p, {}) for p in (self.dmtet.sdf, self.dmtet.offset)]
+        slots = [(state, name) for state in states for name in MOMENTS if name in state]
+        carried = self.dmtet.step_done([state[name] for state, name in slots])
+        if carried is not None:
+            for (state, name), value in zip(slots, carried, strict=True):
+                state[name] = value
+
+    def headline(self, metrics: dict[str, float]) -> str:
+        """Size of the mesh, and how near the renders are to what the prior would draw."""
+        text = f"{metrics['faces'] / 1000:.0f}k faces"
+        if "agreement_db" in metrics:
+            text += f", agreement {metrics['agreement_db']:.1f} dB"
+        return text
+
+    @torch.no_grad()
+    def preview(self) -> np.ndarray:
+        """Four views at 20 deg elevation: albedo, shaded and normals in three rows; uint8 sRGB."""
+        size = self.settings.preview_size
+        views = orbit_views([0.0, 90.0, 180.0, 270.0], 20.0).to(self.device)
+        surface, grey = self.surface(), torch.full((4, 1, 1, 3), 0.5, device=self.device)
+        albedo = self._render(surface.vertices, surface.faces, views, size, ALBEDO, grey)
+        shaded = self._render(surface.vertices, surface.faces, views, size, LAMBERT, grey)
+        normal = torch.lerp(torch.full_like(albedo.normal, 0.5), albedo.normal * 0.5 + 0.5, albedo.mask)
+        rows = [linear_to_srgb(albedo.colour), linear_to_srgb(shaded.colour), normal.clamp(0, 1)]
+        sheet = torch.cat([torch.cat(list(row), dim=1) for row in rows])  # [3 size, 4 size, 3]
+        return sheet.mul(255).round().to(torch.uint8).cpu().numpy()
+
+    @torch.no_grad()
+    def render(self, views: Views, size: int, *, shading: Shading = ALBEDO, backdrop: Tensor | None = None) -> MeshImages:
+        """Renders without randomness or gradients on a linear colour [3], by default mid grey."""
+        surface = self.surface()
+        grey = torch.full((3,), 0.5) if backdrop is None else backdrop
+        return self._render(surface.vertices, surface.faces, views, size, shading, grey.to(self.device))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Colour field, surface, Adam moments, generators and counters; flat and ready for safetensors."""
+        self._prepare()
+        state = {"step_index": torch.tensor(self.step_index), "skipped": torch.tensor(self.skipped)}
+        state["generator"] = self.generator.get_state()
+        state |= {f"field.{k}": v.detach().clone() for k, v in self.field.state_dict().items()}
+        if self.dmtet is not None:
+            state |= {f"dmtet.{k}": v.clone() for k, v in self.dmtet.state_dict().items()}
+        else:
+            state |= {"locked.vertices": self.locked.vertices.clone(), "locked.faces": self.locked.faces.clone()}
+        for name, parameter in self._parameters().items():
+            for key, value in self.optimiser.state.get(parameter, {}).items():
+                state[f"adam.{name}.{key}"] = value.clone()
+        if hasattr(self.guidance, "state_dict"):
+            state |= {f"guidance.{key}": value for key, value in self.guidance.state_dict().items()}
+        return state
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Inverse of state_dict; the stage must be freshly constructed with the same settings."""
+
+        def below(prefix: str) -> dict[str, Tensor]:
+            return {k.removeprefix(f"{prefix}."): v for k, v in state.items() if k.startswith(f"{prefix}.")}
+
+        s = self.settings
+        self.step_index, self.skipped = int(state["step_index"]), int(state["skipped"])
+        self.generator.set_state(state["generator"].cpu())
+        self.field.load_state_dict(below("field"))
+        self.dmtet = self.locked = None
+        if "locked.faces" in state:
+            self._lock(state["locked.vertices"].clone(), state["locked.faces"].clone())
+        else:
+            self.dmtet = DMTet.from_state(Lattice(s.tets), below("dmtet"), deformation=s.deformation, device=self.device)
+        self._optimise()
+        moments = below("adam")
+        for name, parameter in self._parameters().items():
+            if f"{name}.step" in moments:
+                found = {key: moments[f"{name}.{key}"].to(self.device).clone() for key in ("step", *MOMENTS)}
+                self.optimiser.state[parameter] = found
+        if hasattr(self.guidance, "load_state_dict"):
+            self.guidance.load_state_dict(below("guidance"))
+
+    def _parameters(self) -> dict[str, torch.nn.Parameter]:
+        named = {f"field.{k}": p for k, p in self.field.named_parameters() if p.requires_grad}
+        if self.dmtet is not None:
+            named |= {"dmtet.sdf": self.dmtet.sdf, "dmtet.offset": self.dmtet.offset}
+        return named
+
+    @torch.no_grad()
+    def finish(self) -> Asset:
+        """Drop floaters, check that the surface bounds a body, and hand it on with its colours."""
+        surface = self.surface()
+        mesh = Mesh(surface.vertices.detach().cpu().numpy().copy(), surface.faces.cpu().numpy().copy())
+        if self.dmtet is not None:
+            mesh = drop_floaters(mesh, self.settings.keep)
+            found = measure(mesh)
+            if not found.solid:
+                raise UserError(
+                    "The fine stage ended with a broken surface",
+                    f"{found.boundary_edges} open edges, {found.nonmanifold_edges} edges of more than two faces, "
+                    f"volume {found.volume:.2g}",
+                    "lower fine.lr_sdf, or raise fine.normal_consistency",
+                )
+        colours = [self.field.albedo(p) for p in torch.from_numpy(mesh.vertices).to(self.device).split(1 << 17)]
+        mesh.colours = torch.cat(colours).float().cpu().numpy()
+        if not np.isfinite(mesh.colours).all():
+            raise UserError(
+                "The fine stage ended with broken colours",
+                f"{100 * (1 - np.isfinite(mesh.colours).mean()):.1f} % of them are not numbers",
+                "lower fine.lr_texture; for a half-precision prior set its dtype to float32",
+            )
+        return Asset(albedo=self._albedo, field=self.field, mesh=mesh)
+
+    @torch.no_grad()
+    def _albedo(self, points: Tensor) -> Tensor:
+        return torch.cat([self.field.albedo(part) for part in points.split(1 << 17)])
+
+    def _start(self) -> None:
+        self._since = time.perf_counter()
+
+    def _lap(self, phase: str) -> None:
+        now = time.perf_counter()
+        self.times[phase] = self.times.get(phase, 0.0) + now - self._since
+        self._since = now
