@@ -67,7 +67,7 @@ class Config(BaseModel):
     from_run: str | None = Field(None, description="run folder whose finished stage this run starts from")
     force: bool = Field(False, description="run a prompt whose words the prior does not know")
     checkpoint_every: int = Field(100, ge=1, description="steps between checkpoints")
-    preview_every: int = Field(100, ge=1, description="steps between preview pictures")
+    preview_every: int = Field(200, ge=1, description="steps between preview pictures")
     prior: PriorSettings = Field(default_factory=PriorSettings)
     reference: ReferenceSettings = Field(default_factory=ReferenceSettings)
     guidance: StageGuidance = Field(default_factory=StageGuidance)

@@ -83,7 +83,7 @@ class StageLoop:
                 self._check_finite(metrics, step)
                 self._run.metrics.add(self._name, step, time.perf_counter() - began, metrics)
                 shown.update(step, stage.headline(metrics))
-                if step == 1 or step % config.preview_every == 0 or step == stage.steps:
+                if step % config.preview_every == 0 or step == stage.steps:
                     self._preview(stage)
                 stopping = self._stop.requested  # asked once: a signal between two looks must not skip the saving
                 if stopping or step % config.checkpoint_every == 0 or step == stage.steps:

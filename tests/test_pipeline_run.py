@@ -78,8 +78,8 @@ def load(*overrides: str, **flags):
 def test_run_folder_holds_everything_a_run_leaves(uninterrupted):
     names = {str(path.relative_to(uninterrupted)) for path in uninterrupted.rglob("*") if path.is_file()}
     wanted = {"config.yaml", "run.json", "metrics.jsonl", "mesh.glb"}
-    wanted |= {f"coarse/previews/{step:06d}.png" for step in (1, 5, 10, 12)} | {"coarse/checkpoint.safetensors"}
-    wanted |= {f"fine/previews/{step:06d}.png" for step in (1, 5, 9)} | {"fine/checkpoint.safetensors"}
+    wanted |= {f"coarse/previews/{step:06d}.png" for step in (5, 10, 12)} | {"coarse/checkpoint.safetensors"}
+    wanted |= {f"fine/previews/{step:06d}.png" for step in (5, 9)} | {"fine/checkpoint.safetensors"}
     assert wanted <= names
     assert not [name for name in names if ".part" in name]
 
@@ -126,7 +126,7 @@ def test_killed_and_resumed_equals_uninterrupted(toy, in_process, uninterrupted,
 def test_interrupt_saves_the_step_it_stops_at_and_says_how_to_go_on(toy, in_process, uninterrupted, tmp_path, number, code):
     process = toy("run", "--out", "run", "--seed", 3, *SMALL, "checkpoint_every=1000", cwd=tmp_path, TOY_STEP_S="0.2")
     folder = tmp_path / "run"
-    process.wait_until((folder / "coarse" / "previews" / "000001.png").exists)
+    process.wait_until((folder / "coarse" / "previews" / "000005.png").exists)
     process.send_signal(number)
     got, _, err = process.finish()
     assert got == code
@@ -140,7 +140,7 @@ def test_interrupt_saves_the_step_it_stops_at_and_says_how_to_go_on(toy, in_proc
 
 
 def test_second_interrupt_stops_at_once(toy, tmp_path):
-    process = toy("run", "--out", "run", *SMALL, cwd=tmp_path, TOY_STEP_S="1")
+    process = toy("run", "--out", "run", *SMALL, "preview_every=1", cwd=tmp_path, TOY_STEP_S="1")
     process.wait_until((tmp_path / "run" / "coarse" / "previews" / "000001.png").exists)
     process.send_signal(signal.SIGINT)
     time.sleep(0.2)
