@@ -85,13 +85,13 @@ def run(stage, steps):
 
 def test_a_coloured_ball_is_rebuilt_from_its_posed_images():
     settings = CoarseSettings(
-        steps=130,
-        resolution=40,
+        steps=100,
+        resolution=32,
         views_per_step=4,
-        samples=96,
+        samples=80,
         cameras=CameraSettings(elevation_deg=(-40.0, 70.0)),
-        field=FieldSettings(levels=8, log2_table=14, base=8, finest=96),
-        shading=ShadingSettings(albedo_steps=80, textureless_probability=0.3),
+        field=FieldSettings(levels=6, log2_table=14, base=8, finest=64),
+        shading=ShadingSettings(albedo_steps=60, textureless_probability=0.3),
         lr=0.02,
     )
     stage = CoarseStage(settings, PosedImages(), torch.device("cpu"), 0, None)
@@ -169,8 +169,8 @@ def test_regularisers_alone_empty_the_box_and_finish_says_so():
         def __call__(self, images, *args, **kwargs):
             return SimpleNamespace(loss=0 * images.sum(), metrics={})
 
-    stage = CoarseStage(small(steps=40, opacity=100.0, lr=0.1), Nothing(), torch.device("cpu"), 0, None)
-    covers = [m["cover"] for m in run(stage, 40)]
+    stage = CoarseStage(small(steps=25, opacity=100.0, lr=0.2), Nothing(), torch.device("cpu"), 0, None)
+    covers = [m["cover"] for m in run(stage, 25)]
     assert covers[-1] < 0.1 * covers[0]
     with pytest.raises(UserError, match="empty box"):
         stage.finish()
@@ -183,9 +183,9 @@ def test_entropy_pushes_opacities_to_the_ends():
 
     half_open = []
     for entropy in (0.0, 30.0):
-        settings = small(steps=40, opacity=0.0, entropy=entropy, lr=0.03)
+        settings = small(steps=25, opacity=0.0, entropy=entropy, lr=0.05)
         stage = CoarseStage(settings, Nothing(), torch.device("cpu"), 0, None)
-        run(stage, 40)
+        run(stage, 25)
         opacity = stage.render(orbit_views([0.0, 90.0], 20.0), 32).opacity
         half_open.append(float(((opacity > 0.1) & (opacity < 0.9)).float().mean()))
     assert half_open[1] < 0.5 * half_open[0]

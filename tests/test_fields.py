@@ -92,7 +92,7 @@ def test_parts_agree_with_the_whole_and_known_features_change_nothing():
     features = field.features(points)
     assert torch.equal(sigma, field.density(points)) and torch.equal(albedo, field.albedo(points))
     assert torch.equal(sigma, field.density(points, field.features(points, known=features)))
-    normal_sigma, _, normal_albedo = field.density_and_normal(points, features)
+    normal_sigma, _, normal_albedo = field.density_and_normal(points, features.detach())
     assert torch.allclose(sigma, normal_sigma) and torch.allclose(albedo, normal_albedo)
 
 

@@ -4,6 +4,7 @@ differences in float64."""
 import pytest
 import torch
 
+from stages.kernels.density import hash_density
 from stages.kernels.hashgrid import HashGridSpec, hash_encode, hash_gradient
 from stages.kernels.mlp import mlp, mlp_with_slope
 
@@ -152,3 +153,20 @@ def test_perceptron_slope_is_the_derivative_of_its_first_output():
     (wanted,) = torch.autograd.grad(out[:, 0].sum(), x)
     assert torch.allclose(slope, wanted)
     assert torch.autograd.gradcheck(lambda *a: mlp_with_slope(*a), (x, *weights))
+
+
+def test_density_op_is_its_parts_in_values_and_gradients():
+    points, table, g, up = problem(SMALL, 400)
+    _, *weights = perceptron(1, torch.float32, SMALL.width, 16, 1)
+    raw_gradient = torch.randn(400, generator=torch.Generator().manual_seed(8))
+    for use in ((1, 1, 1), (0, 1, 1), (0, 0, 1), (0, 1, 0)):  # which outputs a loss looks at
+        results = []
+        for backend, known in (("torch", None), ("numba", None), ("numba", hash_encode(points, table, SMALL))):
+            t, w = table.clone().requires_grad_(), [v.detach().clone().requires_grad_() for v in weights]
+            outputs = hash_density(points, t, SMALL, tuple(w), known=known, backend=backend)
+            loss = sum((o * f).sum() for o, f, on in zip(outputs, (g, raw_gradient, up), use, strict=True) if on)
+            gradients = torch.autograd.grad(loss, (t, *w), allow_unused=True)
+            results.append([*outputs, *(torch.zeros(()) if v is None else v for v in gradients)])
+        for other in results[1:]:
+            for a, b in zip(results[0], other, strict=True):
+                assert torch.allclose(a, b, rtol=1e-4, atol=2e-5 * max(float(a.detach().abs().max()), 1.0))

@@ -18,8 +18,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
 from stages.errors import check_shape
-from stages.kernels.hashgrid import HashGridSpec, hash_encode, hash_gradient
-from stages.kernels.mlp import mlp, mlp_with_slope
+from stages.kernels.density import hash_density
+from stages.kernels.hashgrid import HashGridSpec, hash_encode
+from stages.kernels.mlp import mlp
 
 
 class FieldSettings(BaseModel):
@@ -122,23 +123,24 @@ class HashField(nn.Module):
             mask = None if mask is None else nn.functional.pad(mask, (0, self.detail_spec.width), value=1.0)
         return torch.sigmoid(mlp(features, *self.albedo_head.weights(mask)))
 
-    def forward(self, points: Tensor, features: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """sigma [N] and albedo [N, 3]."""
-        features = self.features(points) if features is None else features
+    def forward(self, points: Tensor, known: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """sigma [N] and albedo [N, 3]; `known` features as in :meth:`features`."""
+        features = self.features(points, known)
         return self.density(points, features), self.albedo(points, features)
 
-    def density_and_normal(self, points: Tensor, features: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """sigma [N], unit normals [N, 3] pointing out of the density, albedo [N, 3].
+    def density_and_normal(self, points: Tensor, known: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """sigma [N], unit normals [N, 3] pointing out of the density, albedo [N, 3]; `known` as in :meth:`features`.
 
-        Not differentiable in: points, through the normals. A normal shrinks to zero where the gradient vanishes.
+        Not differentiable in: points. A normal shrinks to zero where the gradient vanishes.
         """
-        features = self.features(points) if features is None else features
-        raw, slope = mlp_with_slope(features, *self.density_head.weights(self._mask))
-        gradient = 0.5 * hash_gradient(0.5 * (points + 1), self.table, self.spec, slope)  # [N, 3] per world length
+        check_shape("points", points, (None, 3))
+        weights = self.density_head.weights(self._mask)
+        features, raw, gradient = hash_density(0.5 * (points + 1), self.table, self.spec, weights, known=known)
+        gradient = 0.5 * gradient  # [N, 3] per world length
         radius = points.norm(dim=-1, keepdim=True).clamp_min(1e-6)
         gradient = gradient - (self.settings.blob_scale / self.settings.blob_radius) * points / radius
         normal = -gradient * torch.rsqrt(gradient.square().sum(-1, keepdim=True) + 1e-6)
-        return self._activated(raw[:, 0], points), normal, self.albedo(points, features)
+        return self._activated(raw, points), normal, self.albedo(points, features)
 
     def _activated(self, raw: Tensor, points: Tensor) -> Tensor:
         s = self.settings

@@ -22,17 +22,19 @@ STEP_SIZE = 2 * math.sqrt(3) / 128  # world length: 128 samples along the box's 
 
 
 class RadianceField(Protocol):
-    """What the renderer asks of a field; features are whatever the field reuses between two looks at the same points."""
+    """What the renderer asks of a field.
 
-    def features(self, points: Tensor, known: Tensor | None = None) -> Tensor: ...
+    `features` and `density` serve the first look without gradients; the rows of those features that are kept come back
+    to the other two as `known`, which return sigma, (normal) and albedo with gradients all the same.
+    """
+
+    def features(self, points: Tensor) -> Tensor: ...
 
     def density(self, points: Tensor, features: Tensor | None = None) -> Tensor: ...
 
-    def forward(self, points: Tensor, features: Tensor | None = None) -> tuple[Tensor, Tensor]: ...
+    def forward(self, points: Tensor, known: Tensor | None = None) -> tuple[Tensor, Tensor]: ...
 
-    def density_and_normal(
-        self, points: Tensor, features: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]: ...
+    def density_and_normal(self, points: Tensor, known: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]: ...
 
 
 @dataclass
@@ -42,7 +44,7 @@ class VolumeImages:
     colour [B, H, W, 3] linear over the background; opacity [B, H, W, 1]; depth [B, H, W, 1] = sum w t;
     normal [B, H, W, 3] = sum w n, not unit, or None; background [B, H, W, 3] as composited;
     orientation: Ref-NeRF's penalty on samples that face away (0 without normals), sum over samples of
-        stopgrad(w) max(0, n . d)^2 divided by the number of rays that hit something;
+        stopgrad(w) max(0, n . d)^2 divided by the number of rays that hit something (opacity > 0.01);
     samples: how many were evaluated with gradients.
     """
 
@@ -68,7 +70,7 @@ def render_field(
     step_size: float = STEP_SIZE,
     normals: bool = False,
     early_stop: float = 1e-3,
-    faint: float = 1e-3,
+    faint: float = 3e-4,
 ) -> VolumeImages:
     """Render `field` from every view.
 
@@ -92,7 +94,6 @@ def render_field(
         points, features = points[keep], features[keep]
 
     directions = rays_d[samples.rays]  # [N, 3]
-    features = field.features(points, known=features)
     normals = normals or shading.diffuse != 0
     normal = None
     if normals:
@@ -116,7 +117,7 @@ def render_field(
     orientation = torch.zeros((), device=device)
     if normal is not None:
         facing = (normal * directions).sum(-1).clamp_min(0).square()
-        orientation = (weights.detach() * facing).sum() / (opacity > 0).sum().clamp_min(1)
+        orientation = (weights.detach() * facing).sum() / (opacity > 0.01).sum().clamp_min(1)
     return VolumeImages(
         colour=image,
         opacity=opacity.reshape(*shape, 1),

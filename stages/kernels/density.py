@@ -1,0 +1,67 @@
+"""Hash grid and perceptron as one scalar field with its spatial gradient: the op behind analytic normals.
+
+raw(p) = mlp(encode(p)) and grad raw(p) = J(p)^T slope(encode(p)), see hashgrid.py and mlp.py. Composing those two ops
+gives the same; one op for all of it walks the table once instead of twice on the way back.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from stages.kernels.backend import choose_backend
+from stages.kernels.hashgrid import HashGridSpec, hash_encode, hash_gradient
+from stages.kernels.mlp import mlp_with_slope
+
+Weights = tuple[Tensor, Tensor, Tensor, Tensor]  # w1 [H, W], b1 [H], w2 [1, H], b2 [1], as mlp takes them
+
+
+def hash_density(
+    points: Tensor,
+    table: Tensor,
+    spec: HashGridSpec,
+    weights: Weights,
+    *,
+    known: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A scalar field and its gradient by position.
+
+    Args: points [N, 3] in [0, 1]; table [T, F]; weights of a one-output perceptron; known and backend as in hash_encode.
+    Returns: features [N, L * F], raw [N], gradient [N, 3]; differentiable in table and weights.
+    Not differentiable in: points.
+    """
+    points = points.detach()
+    if choose_backend(backend, points, table, *weights) == "numba" and spec.features == 2:
+        return _Density.apply(points, table, *weights, spec, known)
+    features = hash_encode(points, table, spec, known=known, backend=backend)
+    raw, slope = mlp_with_slope(features, *weights, backend=backend)
+    return features, raw[:, 0], hash_gradient(points, table, spec, slope, backend=backend)
+
+
+class _Density(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, points, table, w1, b1, w2, b2, spec, known):
+        from stages.kernels import cpu_hashgrid, cpu_mlp
+
+        features = cpu_hashgrid.encode(points, table, spec) if known is None else known.view_as(known)
+        raw, slope = cpu_mlp.forward(features, w1, b1, w2, b2, True)
+        ctx.save_for_backward(points, table, features, slope, w1, b1, w2)
+        ctx.spec = spec
+        ctx.set_materialize_grads(False)
+        return features, raw[:, 0], cpu_hashgrid.gradient(points, table, spec, slope)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g_features, g_raw, g_gradient):
+        from stages.kernels import cpu_hashgrid, cpu_mlp
+
+        points, table, features, slope, w1, b1, w2 = ctx.saved_tensors
+        g_slope = None if g_gradient is None else cpu_hashgrid.directional(points, table, ctx.spec, g_gradient)
+        g_raw = points.new_zeros(points.shape[0]) if g_raw is None else g_raw
+        g_encoded, *g_weights = cpu_mlp.backward(features, w1, b1, w2, g_raw[:, None], g_slope)
+        if g_features is not None:
+            g_encoded = g_encoded.add_(g_features)
+        up = None if g_gradient is None else slope
+        g_table = cpu_hashgrid.scatter(points, ctx.spec, g_encoded, up, g_gradient)
+        return None, g_table, *g_weights, None, None
