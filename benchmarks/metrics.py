@@ -69,7 +69,7 @@ def meaning(text: str) -> str:
 
 
 def candidates(prompts: list[str], distractors: list[str], textureless: bool, most: int | None = None) -> list[str]:
-    """The captions that assets are judged against: prompts first, then distractors, each meaning once, at most `most`."""
+    """The captions that assets are judged against: prompts, then distractors, each meaning once, at most `most`."""
     texts = [geometry_text(text) if textureless else text for text in [*prompts, *distractors]]
     unique: dict[str, str] = {}
     for text in texts:
@@ -136,7 +136,9 @@ def _blur(images: Tensor, sigma: float) -> Tensor:
 JANUS_STEP = 15.0  # degrees between the views around an object
 JANUS_FRONT = 45.0  # a view of the truth within this of azimuth 0 shows the front
 JANUS_BEHIND = 90.0  # an asset's views beyond this must not
-JANUS_SHARE = 0.3  # share of them that makes an asset two-faced; a mirrored front half gives 0.54, a mere variation < 0.25
+JANUS_SHARE = (
+    0.3  # share of them that makes an asset two-faced; a mirrored front half gives 0.54, a mere variation < 0.25
+)
 
 
 def janus_azimuths() -> list[float]:

@@ -75,7 +75,9 @@ def with_distractors(captions: list[str], textureless: bool = False, seed: int =
 # --- the three measurements -------------------------------------------------------------------------------------
 
 
-def judge_truth(scorer: ClipScorer, captions: list[str], options: dict[str, list[str]], views: int = 8) -> dict[str, Any]:
+def judge_truth(
+    scorer: ClipScorer, captions: list[str], options: dict[str, list[str]], views: int = 8
+) -> dict[str, Any]:
     """R-Precision of the captions' own meshes (not their varied training forms), in percent.
 
     Args:

@@ -48,7 +48,9 @@ def test_textureless_candidates_lose_colours_and_patterns_and_repeat_nothing():
 
 def test_colour_candidates_keep_their_words_and_merge_mirrored_pairs():
     prompts = ["a red cone next to a blue ball", "a red mug"]
-    texts = metrics.candidates(prompts, ["a blue ball next to a red cone", "a red mug", "a red ball"], textureless=False)
+    texts = metrics.candidates(
+        prompts, ["a blue ball next to a red cone", "a red mug", "a red ball"], textureless=False
+    )
     assert texts == [*prompts, "a red ball"]
     assert metrics.truth_of(["a blue ball next to a red cone"], texts, textureless=False) == [0]
 
@@ -68,9 +70,12 @@ def test_saturation_and_brightness_of_a_known_colour():
 
 def test_scaling_colours_by_1_3_scales_saturation_and_brightness_by_1_3():
     mesh = world.build(world.parse("a green mug"))
-    mesh.colours = srgb_to_linear(torch.from_numpy(0.7 * linear_to_srgb(torch.from_numpy(mesh.colours)).numpy())).numpy()
-    brighter = Mesh(mesh.vertices, mesh.faces,
-                    srgb_to_linear(1.3 * linear_to_srgb(torch.from_numpy(mesh.colours))).numpy())
+    mesh.colours = srgb_to_linear(
+        torch.from_numpy(0.7 * linear_to_srgb(torch.from_numpy(mesh.colours)).numpy())
+    ).numpy()
+    brighter = Mesh(
+        mesh.vertices, mesh.faces, srgb_to_linear(1.3 * linear_to_srgb(torch.from_numpy(mesh.colours))).numpy()
+    )
     views = ring(4)
     chroma, brightness = metrics.saturation_brightness(*albedo_of(Subject.of(mesh), views, 64))
     more, lighter = metrics.saturation_brightness(*albedo_of(Subject.of(brighter), views, 64))
@@ -115,9 +120,13 @@ def test_a_seam_in_the_texture_does_not_show_in_the_shading():
 
     ball = trimesh.creation.icosphere(3, 0.7)
     vertices, faces = ball.vertices.astype(np.float32), ball.faces.astype(np.int32)
-    split = Mesh(vertices[faces].reshape(-1, 3), np.arange(faces.size, dtype=np.int32).reshape(-1, 3),
-                 uv=np.full((1, 2), 0.5, np.float32), uv_faces=np.zeros_like(faces),
-                 texture=np.full((1, 1, 3), 200, np.uint8))
+    split = Mesh(
+        vertices[faces].reshape(-1, 3),
+        np.arange(faces.size, dtype=np.int32).reshape(-1, 3),
+        uv=np.full((1, 2), 0.5, np.float32),
+        uv_faces=np.zeros_like(faces),
+        texture=np.full((1, 1, 3), 200, np.uint8),
+    )
     whole = Mesh(vertices, faces, np.full_like(vertices, float(srgb_to_linear(torch.tensor(200 / 255)))))
     first, second = (shoot(Subject.of(m), ring(2), 48)[0] for m in (split, whole))
     assert torch.allclose(first, second, atol=1e-4)

@@ -59,17 +59,25 @@ def test_ddim_samples_of_an_exact_denoiser_are_its_data():
 
 
 def test_ddim_samples_repeat_with_their_seed():
-    first, second, other = (
-        pocket.ddim_samples(PointPrior(), ["low"], scale=2.0, steps=3, seed=s) for s in (0, 0, 1)
-    )
+    first, second, other = (pocket.ddim_samples(PointPrior(), ["low"], scale=2.0, steps=3, seed=s) for s in (0, 0, 1))
     assert torch.equal(first, second)
     assert not torch.equal(first, other)
 
 
 def test_the_command_measures_and_writes_pictures_and_one_line(tmp_path, capsys):
     clip = pocket_like(tmp_path / "clip")
-    words = ["--clip", str(clip), "--pixel", str(pocket_pixel(tmp_path / "pixel")),
-             "--latent", str(pocket_latent(tmp_path / "latent")), "--steps", "2", "--limit", "3"]
+    words = [
+        "--clip",
+        str(clip),
+        "--pixel",
+        str(pocket_pixel(tmp_path / "pixel")),
+        "--latent",
+        str(pocket_latent(tmp_path / "latent")),
+        "--steps",
+        "2",
+        "--limit",
+        "3",
+    ]
     assert pocket.main([*words, "--out", str(tmp_path / "out")]) == 0
     (line,) = [json.loads(text) for text in (tmp_path / "out" / "pocket.jsonl").read_text().splitlines()]
     assert line["settings"]["candidates"] == 100

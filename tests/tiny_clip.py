@@ -33,11 +33,25 @@ def openai_like(folder: Path, seed: int = 0) -> Path:
 
     torch.manual_seed(seed)
     tokenizer = byte_tokenizer(folder)
-    text = {"vocab_size": 514, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
-            "num_attention_heads": 4, "max_position_embeddings": 40,
-            "pad_token_id": 513, "bos_token_id": 512, "eos_token_id": 513}
-    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-              "image_size": 48, "patch_size": 16}
+    text = {
+        "vocab_size": 514,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 40,
+        "pad_token_id": 513,
+        "bos_token_id": 512,
+        "eos_token_id": 513,
+    }
+    vision = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "image_size": 48,
+        "patch_size": 16,
+    }
     clip = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=24))
     with torch.no_grad():
         clip.text_model.embeddings.token_embedding.weight.mul_(50)

@@ -1,0 +1,221 @@
+"""From the cells' results to the numbers that are reported: scores under every CLIP, intervals, comparisons."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import metrics
+from benchmarks.statistics import bootstrap, compare
+from benchmarks.suite import Suite
+
+LOOKS = ("colour", "textureless")
+Line = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One column of the tables.
+
+    better: +1 more is better, -1 less is better, 0 neither. scale: what the value is multiplied by for display.
+    value: of a cell's line and its scores under the first CLIP; None where it was not measured.
+    failed: what a run without an object counts as; None leaves it out.
+    """
+
+    label: str
+    better: int
+    value: Callable[[Line, dict], float | None]
+    failed: float | None = None
+    digits: int = 1
+
+
+def _score(look: str, name: str) -> Callable[[Line, dict], float | None]:
+    return lambda line, scores: scores.get(look, {}).get(name)
+
+
+def _at(*keys: str, scale: float = 1.0) -> Callable[[Line, dict], float | None]:
+    def value(line: Line, scores: dict) -> float | None:
+        found: Any = line
+        for key in keys:
+            found = None if found is None else found.get(key)
+        return None if found is None else scale * float(found)
+
+    return value
+
+
+def _size(*keys: str) -> Callable[[Line, dict], float | None]:
+    get = _at(*keys)
+    return lambda line, scores: None if (v := get(line, scores)) is None else abs(v)
+
+
+METRICS: dict[str, Metric] = {
+    "r_precision_colour": Metric("R-Precision, colour, %", 1, _score("colour", "hit"), 0.0),
+    "r_precision_textureless": Metric("R-Precision, textureless, %", 1, _score("textureless", "hit"), 0.0),
+    "clip_colour": Metric("CLIP score, colour", 1, _score("colour", "score")),
+    "clip_textureless": Metric("CLIP score, textureless", 1, _score("textureless", "score")),
+    "janus": Metric("two-faced, %", -1, _at("janus", "two_faced", scale=100.0), digits=0),
+    "saturation_error": Metric("saturation error", -1, _size("colour", "saturation_error"), digits=3),
+    "brightness_error": Metric("brightness error", -1, _size("colour", "brightness_error"), digits=3),
+    "detail_ratio": Metric("detail / truth", 0, _at("colour", "detail_ratio"), digits=2),
+    "chamfer": Metric("Chamfer, % of diagonal", -1, _at("geometry", "chamfer", scale=100.0), digits=2),
+    "normal_consistency": Metric("normal consistency", 1, _at("geometry", "normal_consistency"), 0.0, 3),
+    "f_score": Metric("F-score at 2 %", 1, _at("geometry", "f_score", scale=100.0), 0.0),
+    "volume_iou": Metric("volume IoU", 1, _at("geometry", "volume_iou"), 0.0, 3),
+    "solid": Metric("closed and manifold, %", 1, _at("mesh", "solid", scale=100.0), 0.0, 0),
+    "components": Metric("components", 0, _at("mesh", "components")),
+    "faces": Metric("faces", 0, _at("mesh", "faces"), digits=0),
+    "self_intersections": Metric("self-intersections", -1, _at("mesh", "self_intersections")),
+    "uv_stretch": Metric("UV stretch", -1, _at("mesh", "uv_stretch"), digits=2),
+    "wall_s": Metric("time, s", -1, _at("cost", "wall_s"), digits=0),
+    "memory_mb": Metric("peak memory, MB", -1, _at("cost", "peak_memory_mb"), digits=0),
+}
+COMPARED = (
+    "r_precision_colour",
+    "r_precision_textureless",
+    "clip_colour",
+    "clip_textureless",
+    "chamfer",
+    "f_score",
+    "volume_iou",
+    "saturation_error",
+    "wall_s",
+)
+
+
+def key_of(line: Line) -> str:
+    return f"{line['system']}|{line['prompt']}|{line['seed']}"
+
+
+def score_lines(
+    lines: list[Line], suite: Suite, clips: list[Path]
+) -> dict[str, dict[str, dict[str, dict[str, float]]]]:
+    """By cell, CLIP and look: score (100 cos with the own caption), hit (percent, ties shared) and rank."""
+    from stages.guidance.clip import ClipScorer
+
+    scores: dict[str, dict] = {key_of(line): {} for line in lines}
+    present = [line for line in lines if "clip" in line]
+    for clip in clips:
+        scorer = ClipScorer(clip)
+        for look in LOOKS:
+            texts = suite.candidates(look)
+            embedded = scorer.embed_texts(texts).cpu()
+            known = [line for line in present if scorer.name in line["clip"]]
+            if not known:
+                continue
+            images = torch.tensor([line["clip"][scorer.name][look] for line in known])
+            truth = metrics.truth_of([line["prompt"] for line in known], texts, look == "textureless")
+            cosines = images @ embedded.T
+            hit, rank = metrics.hits(cosines, truth), metrics.ranks(cosines, truth)
+            for k, line in enumerate(known):
+                scores[key_of(line)].setdefault(scorer.name, {})[look] = {
+                    "score": round(100 * float(cosines[k, truth[k]]), 3),
+                    "hit": round(100 * float(hit[k]), 2),
+                    "rank": float(rank[k]),
+                }
+    return scores
+
+
+def values_of(lines: list[Line], scores: dict[str, dict], name: str) -> dict[str, list[float]]:
+    """One metric of one system's lines: by prompt, a number a seed."""
+    metric, values = METRICS[name], {}
+    for line in lines:
+        value = metric.failed if "failed" in line else metric.value(line, scores.get(key_of(line), {}))
+        values.setdefault(line["prompt"], []).append(math.nan if value is None else value)
+    return values
+
+
+def summarise(lines: list[Line], suite: Suite, clips: list[Path]) -> dict[str, Any]:
+    """The whole summary, JSON-ready.
+
+    Returns: suite facts, where it ran, `systems` with an interval for every metric and group of prompts, `clips` with
+        R-Precision under every CLIP, `comparisons` of every pair of systems, and `scores` by cell.
+    """
+    by_clip = score_lines(lines, suite, clips)
+    names = [clip.name for clip in clips]
+    first = {key: found.get(names[0], {}) for key, found in by_clip.items()}
+    systems = list(dict.fromkeys(line["system"] for line in lines))
+    of = {s: [line for line in lines if line["system"] == s] for s in systems}
+    summary: dict[str, Any] = {
+        "suite": suite.name,
+        "prompts": {name: len(group) for name, group in suite.groups.items()},
+        "candidates": {look: len(suite.candidates(look)) for look in LOOKS},
+        "clips": names,
+        "dates": sorted({line["date"][:10] for line in lines}),
+        "revisions": sorted({str(line["git"]) for line in lines}),
+        "machines": sorted({f"{line['cores']} cores, {line['cpu']}, {line['device']}" for line in lines}),
+        "versions": lines[0]["versions"] if lines else {},
+        "options": lines[0]["options"] if lines else [],
+        "systems": {},
+        "by_clip": {},
+        "comparisons": [],
+        "scores": by_clip,
+    }
+    groups = {"all": suite.prompts} | (suite.groups if len(suite.groups) > 1 else {})
+    for system in systems:
+        facts: dict[str, Any] = {
+            "cells": len(of[system]),
+            "seeds": len({line["seed"] for line in of[system]}),
+            "failed": sum("failed" in line for line in of[system]),
+        }
+        for group, prompts in groups.items():
+            chosen = [line for line in of[system] if line["prompt"] in prompts]
+            intervals = {name: _interval(values_of(chosen, first, name)) for name in METRICS}
+            facts[group] = {name: interval for name, interval in intervals.items() if interval is not None}
+        summary["systems"][system] = facts
+        for clip in names:
+            scores = {key: found.get(clip, {}) for key, found in by_clip.items()}
+            summary["by_clip"].setdefault(clip, {})[system] = {
+                name: _interval(values_of(of[system], scores, name)) for name in list(METRICS)[:4]
+            }
+    for a, b in itertools.combinations(systems, 2):
+        for name in COMPARED:
+            result = _compare(of[a], of[b], first, name)
+            if result is not None:
+                summary["comparisons"].append({"a": a, "b": b, "metric": name, **result})
+    return summary
+
+
+def _interval(values: dict[str, list[float]]) -> dict[str, float] | None:
+    interval = bootstrap(values)
+    return {k: round(v, 5) for k, v in interval.as_dict().items()} if interval.prompts else None
+
+
+def _compare(a: list[Line], b: list[Line], scores: dict, name: str) -> dict[str, Any] | None:
+    """a against b, a win being the better value."""
+    values = [values_of(lines, scores, name) for lines in (a, b)]
+    sign = METRICS[name].better
+    signed = [{p: [sign * v for v in row] for p, row in v.items()} for v in values]
+    found = compare(*signed)
+    if not found.difference.prompts:
+        return None
+    facts = asdict(found)
+    d = found.difference
+    low, high = sorted((sign * d.low, sign * d.high))
+    facts["difference"] = {"mean": round(sign * d.mean, 5), "low": round(low, 5), "high": round(high, 5)}
+    facts["prompts"] = d.prompts
+    facts["p_value"], facts["p_sign"] = round(found.p_value, 5), round(found.p_sign, 5)
+    return facts
+
+
+def shown(interval: dict[str, float] | None, digits: int) -> str:
+    """mean [low, high], or the mean alone where all resamples agree, or a dash."""
+    if interval is None:
+        return "-"
+    mean, low, high = (f"{interval[k]:.{digits}f}" for k in ("mean", "low", "high"))
+    return mean if low == high else f"{mean} [{low}, {high}]"
+
+
+def as_text(summary: dict[str, Any], chosen: tuple[str, ...] = (*tuple(METRICS)[:4], "chamfer", "wall_s")) -> str:
+    """A small table for the terminal."""
+    rows = [["system", "cells", *(METRICS[name].label for name in chosen)]]
+    for system, facts in summary["systems"].items():
+        cells = f"{facts['cells']}" + (f" ({facts['failed']} failed)" if facts["failed"] else "")
+        rows.append([system, cells, *(shown(facts["all"].get(n), METRICS[n].digits) for n in chosen)])
+    widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
+    return "\n".join("  ".join(text.ljust(w) for text, w in zip(row, widths, strict=True)).rstrip() for row in rows)

@@ -1,0 +1,223 @@
+"""The systems that are compared: recipes of `pipeline run`, and the ends of the scale: ground truth and a random field.
+
+Each makes one mesh of (prompt, seed) in a cell's folder and says what it took. The pipeline is run as the user runs
+it, `python -m pipeline run ...`, in a process of its own; an interrupted run is resumed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.suite import spec_of
+from stages.errors import UserError
+from stages.mesh.mesh import Mesh
+from stages.mesh.read import read_mesh
+from stages.pocket import world
+
+
+@dataclass(frozen=True)
+class Job:
+    """One mesh to be made.
+
+    folder: where. threads: how many the run may use. options: more words for `pipeline run`, key=value.
+    coarse_run: a finished run of the same prompt, seed and options whose coarse stage may be taken over, or None.
+    """
+
+    prompt: str
+    seed: int
+    folder: Path
+    threads: int
+    options: tuple[str, ...] = ()
+    coarse_run: Path | None = None
+
+
+Make = Callable[[Job], tuple[Mesh, dict[str, Any]]]  # the mesh and what it took
+
+
+@dataclass(frozen=True)
+class System:
+    """A name's maker and meaning; seeded: whether its result depends on the seed."""
+
+    make: Make
+    meaning: str
+    seeded: bool = True
+
+
+class Failed(Exception):
+    """A run ended without a mesh, for a reason that is a result: what the user would have been told."""
+
+
+# --- the pipeline -----------------------------------------------------------------------------------------------
+
+
+def run_pipeline(job: Job, words: list[str]) -> tuple[Mesh, dict[str, Any]]:
+    """A mesh by `pipeline run`, and its times; the GLB is read back by trimesh, not by the code that wrote it."""
+    run = job.folder / "run"
+    if (run / "config.yaml").is_file():
+        command = ["resume", str(run)]
+    else:
+        command = ["run", "--prompt", job.prompt, "--seed", str(job.seed), "--out", str(run), *words, *job.options]
+    started = time.perf_counter()
+    with open(job.folder / "log.txt", "a") as log:
+        done = subprocess.run(
+            [sys.executable, "-m", "pipeline", *command],
+            stdout=log,
+            stderr=log,
+            stdin=subprocess.DEVNULL,
+            env=_environment(job.threads),
+            check=False,
+        )
+    seconds = time.perf_counter() - started
+    if done.returncode == 130 or done.returncode < 0:
+        raise KeyboardInterrupt
+    record = json.loads((run / "run.json").read_text()) if (run / "run.json").is_file() else {}
+    if done.returncode != 0:
+        tail = (job.folder / "log.txt").read_text(errors="replace").strip().splitlines()[-6:]
+        if done.returncode == 2 and record:  # it ran and found that there is no object
+            raise Failed("\n".join(tail))
+        raise RuntimeError(f"pipeline {' '.join(command)} ended with {done.returncode}:\n" + "\n".join(tail))
+    return read_mesh(run / "mesh.glb"), _times(record, seconds, job)
+
+
+def _environment(threads: int) -> dict[str, str]:
+    """The environment with every thread pool at `threads`; 0 leaves them alone."""
+    names = ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+    return os.environ | ({name: str(threads) for name in names} if threads else {})
+
+
+def _times(record: dict[str, Any], seconds: float, job: Job) -> dict[str, Any]:
+    """Seconds by stage and phase, steps a second and peak memory, of this run and of a coarse run it started from."""
+    stages = dict(record.get("stages", {}))
+    total, memory = seconds, record.get("peak_memory_mb")
+    if job.coarse_run is not None:
+        earlier = json.loads((job.coarse_run / "run.json").read_text())
+        stages = {"coarse": earlier["stages"]["coarse"], **stages}
+        total += earlier["stages"]["coarse"]["seconds"]
+        memory = max(memory or 0, earlier.get("peak_memory_mb") or 0) or None
+    facts = {
+        name: {
+            "seconds": round(stage["seconds"], 2),
+            "steps": stage["steps"],
+            "steps_per_s": round(stage["steps"] / stage["seconds"], 3) if stage["seconds"] else None,
+            "phases": {k: round(v, 2) for k, v in stage.get("phases", {}).items()},
+        }
+        for name, stage in stages.items()
+    }
+    return {
+        "wall_s": round(total, 1),  # process start, loading, both stages, export
+        "stages": facts,
+        "export": record.get("export", {}).get("phases"),
+        "peak_memory_mb": memory,
+        "coarse_taken_over": job.coarse_run is not None,
+        "interrupted": len(record.get("sessions", [])) > 1,  # wall_s then misses what earlier sessions took
+        "threads": job.threads or None,
+    }
+
+
+def _coarse(job: Job) -> tuple[Mesh, dict[str, Any]]:
+    return run_pipeline(job, ["--stages", "coarse"])
+
+
+def _magic3d(job: Job) -> tuple[Mesh, dict[str, Any]]:
+    if job.coarse_run is None:
+        return run_pipeline(job, ["--stages", "coarse,fine"])
+    return run_pipeline(job, ["--stages", "fine", "--from", str(job.coarse_run)])
+
+
+def _reference(job: Job) -> tuple[Mesh, dict[str, Any]]:
+    """Coarse and fine under the exact prior of the prompt's own mesh: what the optimisation can reach at best."""
+    target = job.folder / "truth.ply"
+    if not target.is_file():
+        write_ply(_truth_mesh(job.prompt), target)
+    return run_pipeline(job, ["--config", "reference", f"reference.mesh={target}", "--stages", "coarse,fine"])
+
+
+def _recipe(name: str) -> Make:
+    def make(job: Job) -> tuple[Mesh, dict[str, Any]]:
+        return run_pipeline(job, ["--config", name])
+
+    return make
+
+
+# --- the ends of the scale --------------------------------------------------------------------------------------
+
+
+def _truth_mesh(prompt: str) -> Mesh:
+    spec = spec_of(prompt)
+    if spec is None:
+        raise UserError(
+            f"no ground truth for {prompt!r}",
+            "only captions of the pocket world have one",
+            "leave truth and reference out of --systems",
+        )
+    return world.build(spec)
+
+
+def _truth(job: Job) -> tuple[Mesh, dict[str, Any]]:
+    return _truth_mesh(job.prompt), {}
+
+
+def _floor(job: Job) -> tuple[Mesh, dict[str, Any]]:
+    """A random smooth blob with random smooth colours, drawn without looking at the prompt: by seed and place alone."""
+    return random_blob(np.random.default_rng([job.seed, len(job.prompt), sum(map(ord, job.prompt))])), {}
+
+
+def random_blob(rng: np.random.Generator, waves: int = 12) -> Mesh:
+    """A closed random shape of radius about 0.6: a sphere moved by random waves, coloured by others."""
+    import trimesh
+
+    ball = trimesh.creation.icosphere(5, 1.0)
+    x = ball.vertices
+    directions = rng.normal(0, 2.5, (4, waves, 3))
+    phases, weights = rng.uniform(0, 2 * np.pi, (4, waves)), rng.normal(0, 1, (4, waves))
+    fields = np.einsum("kw,kwv->kv", weights, np.sin(np.einsum("kwc,vc->kwv", directions, x) + phases[..., None]))
+    radius = 0.6 * np.exp(0.12 * fields[0])
+    colours = 1 / (1 + np.exp(-fields[1:].T))
+    return Mesh((x * radius[:, None]).astype(np.float32), ball.faces.astype(np.int32), colours.astype(np.float32))
+
+
+def write_ply(mesh: Mesh, path: Path) -> None:
+    """A mesh with 8-bit sRGB vertex colours for programs that read files."""
+    import torch
+    import trimesh
+
+    from stages.cameras import linear_to_srgb
+
+    colours = (linear_to_srgb(torch.from_numpy(mesh.colours)) * 255).round().byte().numpy()
+    part = trimesh.Trimesh(mesh.vertices, mesh.faces, vertex_colors=colours, process=False)
+    temporary = path.with_name(f".{path.name}")
+    temporary.write_bytes(part.export(file_type="ply"))
+    temporary.replace(path)
+
+
+SYSTEMS: dict[str, System] = {
+    "coarse": System(_coarse, "DreamFusion: the coarse stage alone, meshed"),
+    "magic3d": System(_magic3d, "Magic3D: coarse, then fine"),
+    "reference": System(_reference, "Magic3D under the exact prior of the ground truth: upper bound"),
+    "truth": System(_truth, "ground truth: ceiling", seeded=False),
+    "floor": System(_floor, "random smooth blob: floor"),
+}
+
+
+def find_system(name: str) -> System:
+    """A system by name, or any recipe of configs/ or YAML file by its name. UserError for an unknown one."""
+    if name in SYSTEMS:
+        return SYSTEMS[name]
+    from pipeline.config import find_recipe, recipes
+
+    try:
+        path = find_recipe(name)
+    except UserError as error:
+        known = [*SYSTEMS, *recipes()]
+        raise UserError(f"no such system: {name}", f"known: {', '.join(known)}", "choose among them") from error
+    return System(_recipe(str(path)), f"recipe {path.stem}")

@@ -1,0 +1,309 @@
+"""The report: sentences and tables from hand-made summaries, plots, packed meshes, and the page in a real browser."""
+
+from __future__ import annotations
+
+import base64
+import html.parser
+import json
+import re
+import shutil
+import struct
+import subprocess
+import xml.etree.ElementTree
+
+import numpy as np
+import pytest
+import trimesh
+
+from benchmarks import report, tables
+from benchmarks.plots import Point, scatter, ticks
+from benchmarks.quality import Cell
+from benchmarks.suite import Suite
+from benchmarks.summary import summarise
+from benchmarks.systems import random_blob
+from stages.mesh.mesh import Mesh
+from stages.pocket import world
+from tests.tiny_clip import pocket_like
+
+PROMPTS = ["a red ball", "a blue cube", "a green cone"]
+BROWSER = next(
+    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
+)
+
+
+def line(system: str, prompt: str, clip: str, seconds: float | None = None, **more) -> dict:
+    """A cell's result with an embedding that is a function of its names."""
+    rng = np.random.default_rng([len(system), len(prompt)])
+    unit = rng.normal(size=96)
+    unit = (unit / np.linalg.norm(unit)).tolist()
+    origin = {"date": "2026-01-02T03:04:05Z", "git": "0123456789abcdef", "cores": 2, "cpu": "a <fast> one"}
+    origin |= {"device": "cpu", "versions": {"torch": "2.13"}, "options": ["coarse.steps=5"]}
+    facts = {"clip": {clip: {"colour": unit, "textureless": unit}}, "mesh": {"faces": 1280, "solid": True}}
+    cost = {"cost": {"wall_s": seconds}} if seconds else {"cost": {}}
+    return {"system": system, "prompt": prompt, "seed": 0, **origin, **facts, **cost, **more}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A suite's folder as benchmarks.quality leaves it: floor cells with meshes, one failure, times made up."""
+    out = tmp_path_factory.mktemp("suite")
+    clip = pocket_like(out / "tiny")
+    lines = []
+    for prompt in PROMPTS:
+        for k, system in enumerate(("floor", "truth")):
+            folder = Cell(system, prompt, 0).folder(out)
+            folder.mkdir(parents=True)
+            lines.append(line(system, prompt, "tiny", 10.0 * (k + 1)))
+            (folder / "result.json").write_text(json.dumps(lines[-1]))
+            from PIL import Image
+
+            Image.new("RGB", (64, 16), "grey").save(folder / "gallery.jpg")
+    lost = line("magic3d", PROMPTS[0], "tiny") | {"failed": "The field is empty\nno <object>"}
+    lines.append({k: v for k, v in lost.items() if k not in ("clip", "mesh", "cost")})
+    summary = summarise(lines, Suite("three", {"captions": PROMPTS}, ["a red mug"], []), [clip])
+    (out / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
+    (out / "summary.json").write_text(json.dumps(summary))
+    return out
+
+
+# --- sentences and tables ---------------------------------------------------------------------------------------
+
+
+def made_up_summary() -> dict:
+    """coarse and magic3d on four prompts, every number chosen."""
+
+    def interval(mean, low, high):
+        return {"mean": mean, "low": low, "high": high, "prompts": 4}
+
+    def facts(score, seconds):
+        return {
+            "cells": 4,
+            "seeds": 1,
+            "failed": 0,
+            "all": {
+                "r_precision_colour": interval(score, score - 5, score + 5),
+                "wall_s": interval(seconds, seconds, seconds),
+            },
+        }
+
+    compared = {"p_value": 0.03, "p_sign": 0.2, "prompts": 4, "ties": 1}
+    return {
+        "suite": "made-up",
+        "prompts": {"captions": 4},
+        "candidates": {"colour": 100, "textureless": 85},
+        "clips": ["c"],
+        "dates": ["2026-01-02"],
+        "revisions": ["0123456789abcdef"],
+        "machines": ["2 cores"],
+        "versions": {},
+        "options": [],
+        "systems": {"coarse": facts(50, 100), "magic3d": facts(75, 160), "truth": facts(98, 0)},
+        "by_clip": {},
+        "scores": {},
+        "comparisons": [
+            {
+                "a": "coarse",
+                "b": "magic3d",
+                "metric": "r_precision_colour",
+                "wins": 0,
+                "losses": 3,
+                "difference": {"mean": -25.0, "low": -40.0, "high": -10.0},
+                **compared,
+            },
+            {
+                "a": "coarse",
+                "b": "magic3d",
+                "metric": "wall_s",
+                "wins": 4,
+                "losses": 0,
+                "difference": {"mean": -60.0, "low": -70.0, "high": -50.0},
+                **compared,
+            },
+            {
+                "a": "magic3d",
+                "b": "truth",
+                "metric": "r_precision_colour",
+                "wins": 0,
+                "losses": 4,
+                "difference": {"mean": -23.0, "low": -30.0, "high": -16.0},
+                **compared,
+            },
+        ],
+    }
+
+
+def test_the_answers_turn_comparisons_the_right_way_round():
+    said = tables.answers(made_up_summary())
+    assert said[0] == (
+        "R-Precision, colour, %: coarse + fine against coarse alone +25.0 [+10.0, +40.0], better on 3 and "
+        "worse on 0 of 4 prompts (p = 0.030)."
+    )
+    assert said[1] == "The price of the fine stage: 60 s more [50, 70]."
+    assert "Coarse + fine is 23.0 [16.0, 30.0] below the ceiling in R-Precision, colour, %." in said
+
+
+def test_quality_markdown_has_a_row_a_system_and_says_where_it_comes_from():
+    text = tables.quality_markdown(made_up_summary())
+    assert "| coarse + fine | 75.0 [70.0, 80.0] | 160 |" in text
+    assert "4 prompts, 1 seed, pocket world" in text
+    assert "2026-01-02, revision 0123456789, 2 cores" in text
+
+
+def test_pocket_markdown_shows_each_measurement():
+    look = {"one_view": 91.0, "8_views": 97.5, "candidates": 100, "missed": []}
+    facts = {
+        "benchmark": "pocket",
+        "date": "2026-01-02T00:00:00Z",
+        "git": None,
+        "cores": 2,
+        "settings": {"captions": 76, "candidates": 100, "scale": 4.0, "steps": 50},
+        "truth": {"colour": look},
+        "pixel": {"r_precision": 86.8},
+    }
+    text = tables.pocket_markdown(facts)
+    assert "| renders of held-out captions, colour | 97.5 % | 91.0 % | 100 |" in text
+    assert "| pixel prior, DDIM samples | - | 86.8 % | 100 |" in text
+
+
+def test_tables_go_between_the_marks_of_a_file_and_nowhere_else(tmp_path):
+    page = tmp_path / "README.md"
+    page.write_text(
+        "a\n<!-- benchmarks:one -->\nold\n<!-- /benchmarks -->\nb\n<!-- benchmarks:two --><!-- /benchmarks -->\n"
+    )
+    assert tables.put_into(page, {"one": "| new |"}) == ["one"]
+    assert page.read_text() == (
+        "a\n<!-- benchmarks:one -->\n| new |\n<!-- /benchmarks -->\nb\n<!-- benchmarks:two --><!-- /benchmarks -->\n"
+    )
+
+
+# --- plots ------------------------------------------------------------------------------------------------------
+
+
+def test_ticks_are_round_and_inside():
+    assert ticks(0.0, 1.0) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1])
+    assert ticks(30, 700, log=True) == [50, 100, 200, 500]
+
+
+def test_a_plot_is_valid_svg_with_every_finite_point_named():
+    points = [Point("a & b", 10, 50, (8, 12), (40, 60)), Point("c", 100, 70, colour=1), Point("gone", float("nan"), 1)]
+    root = xml.etree.ElementTree.fromstring(scatter(points, "t < 1", "x", "y", log_x=True))
+    words = [node.text for node in root.iter("text")]
+    assert "a & b" in words
+    assert "gone" not in words
+    assert scatter([], "t", "x", "y") == ""
+
+
+# --- meshes in the page -----------------------------------------------------------------------------------------
+
+
+def test_a_packed_mesh_unpacks_to_itself():
+    mesh = world.build(world.parse("a red ball"))
+    data = base64.b64decode(report.pack(mesh))
+    vertices, faces, scale = struct.unpack_from("<IIf", data)
+    positions = np.frombuffer(data, "<i2", 3 * vertices, 12).reshape(-1, 3) * scale
+    assert (vertices, faces) == (len(mesh.vertices), len(mesh.faces))
+    assert np.abs(positions - mesh.vertices).max() < 1e-4
+    start = -(-(12 + 9 * vertices) // 4) * 4
+    assert np.array_equal(np.frombuffer(data, "<u2", 3 * faces, start).reshape(-1, 3), mesh.faces)
+
+
+def test_a_large_textured_mesh_is_simplified_and_keeps_its_colours():
+    ball = trimesh.creation.icosphere(5, 0.8)
+    vertices = ball.vertices.astype(np.float32)
+    uv = np.stack([0.5 + 0.4 * vertices[:, 0], 0.5 + 0.4 * vertices[:, 1]], -1).astype(np.float32)
+    texture = np.zeros((64, 64, 3), np.uint8)
+    texture[:, 32:, 0] = texture[:, :32, 2] = 255  # red where x > 0, blue where x < 0
+    faces = ball.faces.astype(np.int32)
+    small = report.simplified(Mesh(vertices, faces, uv=uv, uv_faces=faces, texture=texture), 2000)
+    assert 1000 < len(small.faces) <= 2100
+    right, left = small.vertices[:, 0] > 0.1, small.vertices[:, 0] < -0.1
+    assert (small.colours[right, 0] > 0.9).all()
+    assert (small.colours[left, 2] > 0.9).all()
+
+
+# --- the page ---------------------------------------------------------------------------------------------------
+
+
+class Links(html.parser.HTMLParser):
+    """Everything a page would fetch."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def handle_starttag(self, tag, attributes):
+        self.found += [v for k, v in attributes if k in ("src", "href") and v and not v.startswith("data:")]
+
+
+def test_the_page_is_one_file_that_fetches_nothing_and_escapes_what_it_shows(finished):
+    text = report.write_report(finished).read_text()
+    links = Links()
+    links.feed(text)
+    assert links.found == []
+    assert not re.search(r"url\(|@import|https?://", text)
+    assert "no &lt;object&gt;" in text
+    assert "a &lt;fast&gt; one" in text
+    assert text.count('<script type="text/plain"') == 6
+    assert "<svg" in text
+
+
+def test_a_folder_without_a_suite_is_refused(tmp_path, capsys):
+    assert report.main([str(tmp_path)]) == 2
+    assert "no summary.json" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium: apt-get install chromium")
+def test_a_browser_shows_the_page_and_turns_a_mesh(finished, tmp_path):
+    page = report.write_report(finished)
+    probe = tmp_path / "probe.html"
+    # the page as it is, then a click on its first mesh and what the canvas shows, written where --dump-dom sees it
+    probe.write_text(
+        page.read_text().replace(
+            "</body>",
+            """<script>addEventListener("load", () => {
+      window.errors = []; addEventListener("error", (e) => errors.push(e.message));
+      document.querySelector("[data-mesh]").click();
+      const first = Viewer.covered(); Viewer.set(2); Viewer.turn(2, 0.2);
+      document.body.dataset.probe = JSON.stringify({ first, second: Viewer.covered(), errors,
+        note: document.getElementById("viewer-note").textContent });
+    });</script></body>""",
+        )
+    )
+    flags = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-quic",
+        "--no-first-run",
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--disable-sync",
+        "--use-angle=swiftshader",
+        "--enable-unsafe-swiftshader",
+        "--ignore-gpu-blocklist",
+        f"--user-data-dir={tmp_path / 'profile'}",
+        "--virtual-time-budget=8000",
+        "--window-size=1280,1400",
+    ]
+    dumped = subprocess.run(
+        [BROWSER, *flags, "--dump-dom", probe.as_uri()], capture_output=True, text=True, timeout=180
+    )
+    found = re.search(r'data-probe="([^"]*)"', dumped.stdout)
+    assert found, dumped.stderr[-2000:]
+    facts = json.loads(found[1].replace("&quot;", '"'))
+    assert facts["errors"] == []
+    assert "faces here" in facts["note"], facts["note"]
+    assert 0.05 < facts["first"] < 0.9
+    assert 0.05 < facts["second"] < 0.9
+    shot = tmp_path / "page.png"
+    subprocess.run(
+        [BROWSER, *flags, f"--screenshot={shot}", page.as_uri()], capture_output=True, timeout=180, check=True
+    )
+    from PIL import Image
+
+    picture = np.asarray(Image.open(shot).convert("L"))
+    assert picture.shape[1] >= 1200
+    assert picture.std() > 5
+
+
+def test_the_blob_of_the_floor_fits_the_page():
+    assert len(report.simplified(random_blob(np.random.default_rng(0)), 3000).faces) <= 3200
