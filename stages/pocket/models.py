@@ -20,6 +20,7 @@ TOKENS = 20  # caption, view words and shading words of the longest pair caption
 WIDTH = 128  # text width
 PIXEL_PATCH = LATENT_PATCH = 4
 LATENT_CHANNELS = 4
+LATENT_GAIN, LATENT_MEAN = 2.0, 0.6  # where the autoencoder's colour channels start: 2 (sRGB - 0.6), well inside +-3
 WEIGHTS = Path(__file__).parent / "weights"  # prior/ (pixel), latent/ and clip/ below it
 VIEW_WORDS = (",", "front", "side", "back", "overhead", "left", "right", "view", "clay", "render")
 
@@ -104,16 +105,45 @@ def make_scheduler():
 
 
 def make_vae():
-    """An AutoencoderTiny, 8x down to 4 channels: 512x512 encodes forward and backward in a fraction of a second."""
+    """An AutoencoderTiny, 8x down to 4 channels: 512x512 encodes forward and backward in a fraction of a second.
+
+    It starts as an image pyramid: three channels carry the 8x8 averages of red, green and blue through encoder and
+    decoder, everything else adds nothing yet. From a random start the colours alone take most of a short training.
+    """
+    import torch
     from diffusers import AutoencoderTiny
 
-    return AutoencoderTiny(
+    vae = AutoencoderTiny(
         latent_channels=LATENT_CHANNELS,
         encoder_block_out_channels=(16, 16, 16, 16),
         decoder_block_out_channels=(24, 24, 24, 24),
         num_encoder_blocks=(0, 1, 2, 2),
         num_decoder_blocks=(2, 2, 1, 1),
     )
+    rgb = torch.arange(3)
+
+    @torch.no_grad()
+    def carry(conv: torch.nn.Conv2d, gain: float = 1.0, bias: float = 0.0) -> None:
+        """Make a convolution hand its first three channels on: averaged when it has stride 2, as they are otherwise."""
+        conv.weight[rgb] = 0
+        taps = ((1, 1), (1, 2), (2, 1), (2, 2)) if conv.stride[0] == 2 else ((1, 1),)
+        for y, x in taps:
+            conv.weight[rgb, rgb, y, x] = gain / len(taps)
+        if conv.bias is not None:
+            conv.bias[rgb] = bias
+
+    for layers in (vae.encoder.layers, vae.decoder.layers):
+        for module in layers:
+            if isinstance(module, torch.nn.Conv2d):
+                carry(module)
+            elif hasattr(module, "conv"):  # a residual block: what it adds begins at nothing
+                with torch.no_grad():
+                    module.conv[-1].weight[rgb] = 0
+                    module.conv[-1].bias[rgb] = 0
+    carry(vae.encoder.layers[-1], LATENT_GAIN, -LATENT_GAIN * LATENT_MEAN)
+    first = next(m for m in vae.decoder.layers if isinstance(m, torch.nn.Conv2d))
+    carry(first, 1 / LATENT_GAIN, LATENT_MEAN)
+    return vae
 
 
 def make_clip(vocabulary: int):

@@ -159,7 +159,7 @@ def train_pixel(args: argparse.Namespace) -> None:
 
 
 def train_vae(args: argparse.Namespace) -> None:
-    """The 8x autoencoder, on 128-pixel crops of 512x512 renders: L1, edges, and unit-variance noisy latents."""
+    """The 8x autoencoder, on 128-pixel crops of 512x512 renders: L1, edges, noisy latents of even spread."""
     count = args.images or 12000
     pool = data.make_pool(args.data / "latent", size=512, count=count, seed=args.seed + 2, cameras=data.FINE_CAMERAS)
     images, _ = data.load_pool(pool)
@@ -183,13 +183,12 @@ def train_vae(args: argparse.Namespace) -> None:
         rng = np.random.default_rng([args.seed, step])
         x = crops(rng, args.batch)
         with torch.autocast("cpu", torch.bfloat16):
-            z = vae.encoder(x).float()  # scaled latents are the latents: scaling_factor is 1
-            noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(step)) * 0.1
+            z = vae.encoder(x).float()
+            noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(step)) * 0.03
             y = vae.decoder(z + noise).float()
         edges = sum((y.diff(dim=d) - x.diff(dim=d)).abs().mean() for d in (2, 3))
-        mean, var = z.mean((0, 2, 3)), z.var((0, 2, 3))
-        unit = (mean**2 + (var - 1) ** 2).mean()
-        return (y - x).abs().mean() + edges + 0.02 * unit
+        spread = z.var((0, 2, 3))  # keeps the free channel about as wide as the colours, so one scale serves all
+        return (y - x).abs().mean() + edges + 0.01 * (spread - 0.25).square().mean()
 
     def grid() -> None:
         with torch.no_grad():
@@ -199,6 +198,10 @@ def train_vae(args: argparse.Namespace) -> None:
         write_grid(torch.cat([x, y]), work / f"samples_{training.step_index:06d}.png")
 
     def export() -> None:
+        with torch.no_grad():
+            z = vae.encoder(crops(np.random.default_rng(1), 64))
+        vae.register_to_config(scaling_factor=round(1 / float(z.std()), 3))
+        print({"scaling_factor": vae.config.scaling_factor, "std": z.std((0, 2, 3)).tolist()}, flush=True)
         half(vae).save_pretrained(args.work / "vae" / "model")
 
     _finish(args, training, loss_step, grid, export)
@@ -212,7 +215,8 @@ def encode_pool(args: argparse.Namespace, vae) -> np.ndarray:
         out = np.empty((len(images), models.LATENT_CHANNELS, 64, 64), np.float16)
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
             for i in range(0, len(images), 8):
-                out[i : i + 8] = vae.encode(to_tensor(images[i : i + 8])).latents.float().numpy()
+                z = vae.encode(to_tensor(images[i : i + 8])).latents.float()
+                out[i : i + 8] = (z * vae.config.scaling_factor).numpy()
         np.save(path, out)
     return np.load(path)
 
@@ -261,7 +265,7 @@ def train_latent(args: argparse.Namespace) -> None:
         x = sample(unet, models.make_scheduler(), text, empty, scale=4, steps=25, seed=0)
         with torch.no_grad():
             z = F.pixel_shuffle(x, models.LATENT_PATCH)
-            pictures = torch.cat([vae.decode(part).sample for part in z.split(4)])
+            pictures = torch.cat([vae.decode(part / vae.config.scaling_factor).sample for part in z.split(4)])
         write_grid(F.avg_pool2d(pictures, 2), work / f"samples_{training.step_index:06d}.png")
 
     def export() -> None:
