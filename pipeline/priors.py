@@ -25,8 +25,7 @@ if TYPE_CHECKING:
 
 POCKET = Path(__file__).resolve().parent.parent / "stages" / "pocket" / "weights"
 POCKET_FOLDERS = {"coarse": POCKET / "pixel", "fine": POCKET / "latent"}
-STABLE_DIFFUSION = "stable-diffusion-v1-5/stable-diffusion-v1-5"
-_ANOTHER_PRIOR = f"another prior: prior.coarse={STABLE_DIFFUSION} prior.fine={STABLE_DIFFUSION} (a hub id or a folder)"
+_ANOTHER_PRIOR = "Stable Diffusion: --config stable-diffusion prior.coarse=FOLDER_OR_ID prior.fine=FOLDER_OR_ID"
 
 
 def check_priors(config: Config) -> None:
@@ -51,7 +50,7 @@ def pocket_words(folder: Path) -> list[str]:
         raise UserError(
             f"the pocket prior {folder} is not there",
             f"{type(error).__name__}: {error}",
-            f"install the toolkit again, make it with `python -m stages.pocket.train`, or give {_ANOTHER_PRIOR}",
+            f"install the toolkit again, make it with `python -m stages.pocket.train`, or take {_ANOTHER_PRIOR}",
         ) from None
 
 

@@ -36,7 +36,7 @@ def test_unknown_words_are_listed_with_the_known_ones_and_the_way_out(pocket):
     error = caught.value
     assert "'rad', 'zebra'" in error.why and all(word in error.why for word in WORDS)
     assert "rad -> red" in error.fix and "--force" in error.fix
-    assert "prior.coarse=stable-diffusion-v1-5/stable-diffusion-v1-5" in error.fix
+    assert "--config stable-diffusion prior.coarse=" in error.fix
 
 
 def test_force_runs_unknown_words(pocket):
