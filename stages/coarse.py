@@ -45,6 +45,7 @@ class CoarseSettings(BaseModel):
     accumulate: int = Field(1, ge=1, description="parts that a step's views are rendered in, to bound memory")
     samples: int = Field(128, ge=16, le=2048, description="sampling steps along the diagonal of the box")
     early_stop: float = Field(1e-3, ge=0, lt=1, description="light below which the samples of a ray are left out")
+    stride: int = Field(4, ge=1, le=16, description="how many times more coarsely the halo of low density is sampled")
     faint: float = Field(3e-4, ge=0, lt=1, description="optical depth below which a sample is left out")
 
     cameras: CameraSettings = Field(default_factory=CameraSettings, description="distribution of views and lights")
@@ -145,6 +146,7 @@ class CoarseStage:
                 normals=s.orientation_always,
                 early_stop=s.early_stop,
                 faint=s.faint,
+                stride=s.stride,
             )
             self._lap("render")
             guided = self.guidance(

@@ -192,6 +192,15 @@ def test_occupancy_finds_matter_that_appears_after_the_warm_up():
     assert grid.cells[centre, centre, centre]
 
 
+def test_thin_cells_are_the_ones_of_low_density_and_the_surroundings():
+    grid = OccupancyGrid(OccupancySettings(resolution=32, threshold=0.01, thin=0.1))
+    grid.update(lambda p: ball(0.3, 40.0)(p) + ball(0.6, 1.0)(p), 0, generator(), 0.03)
+    axis = (torch.arange(32) + 0.5) / 16 - 1
+    centres = torch.cartesian_prod(axis, axis, axis).reshape(32, 32, 32, 3).norm(dim=-1)
+    assert (grid.cells[centres < 0.2] == 1).all() and (grid.cells[(centres > 0.4) & (centres < 0.5)] == 2).all()
+    assert not grid.cells[centres > 0.6 + 2.5 / 16 * 1.74].any()
+
+
 def test_thin_fog_everywhere_is_not_skipped_as_a_whole():
     grid = OccupancyGrid(OccupancySettings(resolution=16))
     grid.update(lambda p: 1e-3 * (1 + (p[:, 0] > 0).float()), 0, generator(), 0.03)

@@ -93,12 +93,33 @@ def scene(rays: int = 400, cells: int = 16):
 
 def test_march_in_numba_is_its_twin():
     o, d, cells, jitter = scene()
-    a, b = (march(o, d, cells, 0.03, jitter, backend=backend) for backend in BACKENDS)
+    cells = cells.to(torch.uint8) + (torch.rand(cells.shape, generator=torch.Generator().manual_seed(3)) < 0.1) * cells
+    assert cells.unique().tolist() == [0, 1, 2]
+    a, b = (march(o, d, cells, 0.03, jitter, stride=3, backend=backend) for backend in BACKENDS)
     assert len(b) > 1000
     # a sample within float rounding of a cell wall may fall on either side
     assert (a.counts != b.counts).float().mean() < 0.01
     same = a.counts == b.counts
     assert torch.allclose(a.t[same[a.rays]], b.t[same[b.rays]], atol=1e-5)
+    assert torch.allclose(a.delta[same[a.rays]], b.delta[same[b.rays]]) and len(b.delta.unique()) == 2
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_thin_cells_are_stepped_coarsely_with_the_same_mean_length(backend):
+    rays = 4000
+    o, d = torch.tensor([[0.1, 0.2, 3.0]]).expand(rays, 3), torch.tensor([[0.0, 0.0, -1.0]]).expand(rays, 3)
+    cells = torch.ones(8, 8, 8, dtype=torch.uint8)
+    cells[:, :, 2:5] = 2  # 0.75 of the length of 2
+    jitter = torch.rand(rays, generator=torch.Generator().manual_seed(0))
+    samples = march(o, d, cells, 0.05, jitter, stride=4, backend=backend)
+    thin = samples.delta > 0.1
+    assert torch.allclose(samples.delta[thin], torch.tensor(0.2))
+    length = [float(samples.delta[chosen].sum()) / rays for chosen in (thin, ~thin)]
+    assert length == pytest.approx([0.75, 1.25], abs=0.01)
+    z = 3 - samples.t[thin]
+    assert float(z.min()) > -0.5001 and float(z.max()) < 0.2501
+    everywhere = march(o, d, cells, 0.05, jitter, backend=backend)
+    assert len(everywhere) == rays * 40 and torch.allclose(everywhere.delta, torch.tensor(0.05))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -25,11 +25,12 @@ class OccupancySettings(BaseModel):
     share: float = Field(0.25, gt=0, le=1, description="share of the empty cells that a later refresh evaluates")
     decay: float = Field(0.8, gt=0, lt=1, description="factor on the remembered density at each refresh")
     threshold: float = Field(0.01, gt=0, description="optical depth of one sampling step above which a cell counts")
+    thin: float = Field(0.05, ge=0, description="optical depth of one step below which a cell is sampled coarsely")
     dilate: int = Field(1, ge=0, le=4, description="cells added around the occupied ones, where a surface may grow")
 
 
 class OccupancyGrid(nn.Module):
-    """State: the remembered densities [G, G, G] and the occupied cells as uint8, indexed [x, y, z]."""
+    """State, indexed [x, y, z]: remembered densities [G, G, G], and cells as uint8: 0 empty, 1 occupied, 2 thin."""
 
     def __init__(self, settings: OccupancySettings) -> None:
         super().__init__()
@@ -63,12 +64,13 @@ class OccupancyGrid(nn.Module):
         values[index] = torch.maximum(values[index] * s.decay, density(points.to(device)))
         # A field that is thin everywhere keeps what is denser than its mean, so that it is never skipped as a whole.
         limit = min(s.threshold / step_size, float(values.double().mean()))
-        cells = (self.density > limit).float()[None, None]
+        occupied = (self.density > limit).float()[None, None]
         if s.dilate:
-            cells = nn.functional.max_pool3d(cells, 2 * s.dilate + 1, stride=1, padding=s.dilate)
-        self.cells.copy_(cells[0, 0].to(torch.uint8))
+            occupied = nn.functional.max_pool3d(occupied, 2 * s.dilate + 1, stride=1, padding=s.dilate)
+        thin = self.density < s.thin / step_size
+        self.cells.copy_(occupied[0, 0].to(torch.uint8) * (1 + thin.to(torch.uint8)))
 
     @property
     def share(self) -> float:
-        """Occupied share of the box."""
-        return float(self.cells.float().mean())
+        """Occupied share of the box, thin cells included."""
+        return float((self.cells != 0).float().mean())

@@ -30,8 +30,8 @@ def _cell(position, half, grid):
 
 
 @njit(parallel=True, cache=True)
-def _march(rays_o, rays_d, occupancy, low, high, step_size, jitter, offsets, t_out, write):
-    """Counts into offsets[r + 1], or writes t_out from offsets[r]; [low, high] bounds the occupied cells per axis."""
+def _march(rays_o, rays_d, occupancy, low, high, step_size, jitter, stride, offsets, t_out, delta_out, write):
+    """Counts into offsets[r + 1], or writes from offsets[r]; [low, high] bounds the occupied cells per axis."""
     grid = occupancy.shape[0]
     half = np.float32(0.5 * grid)
     rays = rays_o.shape[0]
@@ -40,12 +40,13 @@ def _march(rays_o, rays_d, occupancy, low, high, step_size, jitter, offsets, t_o
             near, far = _crossings(rays_o[r], rays_d[r])
             ox, oy, oz = rays_o[r, 0], rays_o[r, 1], rays_o[r, 2]
             dx, dy, dz = rays_d[r, 0], rays_d[r, 1], rays_d[r, 2]
-            count, k, j = 0, 0, jitter[r]
+            count, k, j = 0, -1, jitter[r]
+            first = np.int64(np.float32(4096) * j)
             while True:
+                k += 1
                 t = near + (np.float32(k) + j) * step_size
                 if not t < far:
                     break
-                k += 1
                 x = _cell(ox + t * dx, half, grid)
                 if x < low[0] or x > high[0]:
                     continue
@@ -53,9 +54,11 @@ def _march(rays_o, rays_d, occupancy, low, high, step_size, jitter, offsets, t_o
                 if y < low[1] or y > high[1]:
                     continue
                 z = _cell(oz + t * dz, half, grid)
-                if occupancy[x, y, z] != 0:
+                value = occupancy[x, y, z]
+                if value == 1 or (value == 2 and (k - first) % stride == 0):
                     if write:
                         t_out[offsets[r] + count] = t
+                        delta_out[offsets[r] + count] = step_size if value == 1 else step_size * np.float32(stride)
                     count += 1
             if not write:
                 offsets[r + 1] = count
@@ -129,21 +132,22 @@ def _array(tensor: Tensor) -> np.ndarray:
 
 
 def march(
-    rays_o: Tensor, rays_d: Tensor, occupancy: Tensor, step_size: float, jitter: Tensor
-) -> tuple[Tensor, Tensor]:
-    """t [N] and ray_offsets [R + 1]."""
+    rays_o: Tensor, rays_d: Tensor, occupancy: Tensor, step_size: float, jitter: Tensor, stride: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """t [N], delta [N] and ray_offsets [R + 1]."""
     cells = _array(occupancy.to(torch.uint8))
     used = [np.flatnonzero(cells.any(axis=axes)) for axes in ((1, 2), (0, 2), (0, 1))]
     offsets = np.zeros(rays_o.shape[0] + 1, dtype=np.int64)
     if not used[0].size:
-        return torch.zeros(0), torch.from_numpy(offsets)
+        return torch.zeros(0), torch.zeros(0), torch.from_numpy(offsets)
     low, high = (np.array([u[k] for u in used], dtype=np.int64) for k in (0, -1))
-    arguments = (_array(rays_o), _array(rays_d), cells, low, high, np.float32(step_size), _array(jitter), offsets)
-    _march(*arguments, np.zeros(0, dtype=np.float32), False)
+    rays = (_array(rays_o), _array(rays_d), cells, low, high, np.float32(step_size), _array(jitter), stride, offsets)
+    none = np.zeros(0, dtype=np.float32)
+    _march(*rays, none, none, False)
     np.cumsum(offsets, out=offsets)
-    t = torch.empty(int(offsets[-1]))
-    _march(*arguments, t.numpy(), True)
-    return t, torch.from_numpy(offsets)
+    t, delta = torch.empty(int(offsets[-1])), torch.empty(int(offsets[-1]))
+    _march(*rays, t.numpy(), delta.numpy(), True)
+    return t, delta, torch.from_numpy(offsets)
 
 
 def composite(sigmas: Tensor, values: Tensor, t: Tensor, delta: Tensor, ray_offsets: Tensor) -> tuple[Tensor, ...]:

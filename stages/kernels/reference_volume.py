@@ -18,23 +18,27 @@ def box_crossings(rays_o: Tensor, rays_d: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def march(
-    rays_o: Tensor, rays_d: Tensor, occupancy: Tensor, step_size: float, jitter: Tensor
-) -> tuple[Tensor, Tensor]:
-    """t [N] and ray_offsets [R + 1]."""
-    grid = occupancy.shape[0]
-    ts, counts = [torch.zeros(0, device=rays_o.device)], []
+    rays_o: Tensor, rays_d: Tensor, occupancy: Tensor, step_size: float, jitter: Tensor, stride: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """t [N], delta [N] and ray_offsets [R + 1]."""
+    grid, device = occupancy.shape[0], rays_o.device
+    ts, deltas, counts = [torch.zeros(0, device=device)], [torch.zeros(0, device=device)], []
     for low in range(0, rays_o.shape[0], CHUNK):
         o, d, j = (v[low : low + CHUNK] for v in (rays_o, rays_d, jitter))
         near, far = box_crossings(o, d)
         steps = int(((far - near).amax() / step_size).ceil().clamp_min(0)) + 1
-        t = near[:, None] + (torch.arange(steps, device=o.device) + j[:, None]) * step_size  # [r, K]
+        k = torch.arange(steps, device=device)
+        t = near[:, None] + (k + j[:, None]) * step_size  # [r, K]
         position = o[:, None] + t[..., None] * d[:, None]  # [r, K, 3]
         cell = ((position + 1) * (0.5 * grid)).floor().long().clamp(0, grid - 1)
-        keep = (t < far[:, None]) & (occupancy[cell.unbind(-1)] != 0)
+        value = occupancy[cell.unbind(-1)].to(torch.uint8)
+        chosen = (k - (4096 * j[:, None]).long()) % stride == 0
+        keep = (t < far[:, None]) & ((value == 1) | ((value == 2) & chosen))
         ts.append(t[keep])
+        deltas.append(torch.where(value[keep] == 2, float(stride * step_size), float(step_size)).to(t.dtype))
         counts.append(keep.sum(1))
-    count = torch.cat(counts) if counts else torch.zeros(0, dtype=torch.int64, device=rays_o.device)
-    return torch.cat(ts), torch.nn.functional.pad(count.cumsum(0), (1, 0))
+    count = torch.cat(counts) if counts else torch.zeros(0, dtype=torch.int64, device=device)
+    return torch.cat(ts), torch.cat(deltas), torch.nn.functional.pad(count.cumsum(0), (1, 0))
 
 
 def _transmittance(sigmas: Tensor, delta: Tensor, ray_offsets: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -51,14 +51,19 @@ def march(
     step_size: float,
     jitter: Tensor,
     *,
+    stride: int = 1,
     backend: str = "auto",
 ) -> Samples:
     """Samples at distances near + (k + jitter) step_size, k = 0, 1, ..., where they fall into occupied cells.
 
+    Thin cells, of value 2, are sampled `stride` times more coarsely: of their steps k only those with
+    k = floor(4096 jitter) modulo stride are taken, with `stride` times the interval. Over random jitter that leaves
+    every optical depth's mean as it is, and spends little on the halo of low density around an object.
+
     Args:
         rays_o, rays_d: [R, 3], unit directions. near and far are the ray's crossings of the box [-1, 1]^3 (near >= 0).
-        occupancy: [G, G, G] bool or uint8, indexed [x, y, z], over the box.
-        step_size: world length of every interval. jitter: [R] in [0, 1).
+        occupancy: [G, G, G] bool or uint8, indexed [x, y, z], over the box: 0 empty, 1 occupied, 2 thin.
+        step_size: world length of an interval. jitter: [R] in [0, 1). stride: at least 1; 1 treats thin as occupied.
     Returns: packed samples. Not differentiable in: anything.
     """
     check_shape("rays_o", rays_o, (None, 3))
@@ -67,14 +72,12 @@ def march(
     check_shape("occupancy", occupancy, (occupancy.shape[0],) * 3)
     if not 0 < step_size < float("inf"):
         raise ValueError(f"step_size: wanted a positive length, got {step_size}")
-    chosen = choose_backend(backend, rays_o, rays_d, jitter)
-    if chosen == "numba":
-        from stages.kernels import cpu_volume
-
-        t, ray_offsets = cpu_volume.march(rays_o, rays_d, occupancy, step_size, jitter)
-    else:
-        t, ray_offsets = reference_volume.march(rays_o.detach(), rays_d.detach(), occupancy, step_size, jitter)
-    return Samples(t, torch.full_like(t, step_size), ray_offsets)
+    if stride < 1:
+        raise ValueError(f"stride: wanted at least 1, got {stride}")
+    module = reference_volume
+    if choose_backend(backend, rays_o, rays_d, jitter) == "numba":
+        from stages.kernels import cpu_volume as module
+    return Samples(*module.march(rays_o.detach(), rays_d.detach(), occupancy, step_size, jitter, stride))
 
 
 def composite(
