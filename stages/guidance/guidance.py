@@ -33,7 +33,9 @@ class GuidanceSettings(BaseModel):
     rule: Literal["sds", "sjc", "csd", "nfsd", "ism", "sdi"] = Field("sds", description="distillation rule")
     scale: float = Field(20.0, ge=0, description="guidance scale s = 1 + w; 1 is the plain conditional model")
     rescale: float = Field(0.0, ge=0, le=1, description="CFG rescale phi: give x0 back the conditional one's contrast")
-    weighting: Literal["sds", "uniform", "fantasia3d"] = Field("sds", description="w(t): sigma^2, 1, or alpha sigma^2")
+    weighting: Literal["sds", "uniform", "fantasia3d", "x0"] = Field(
+        "sds", description="w(t): sigma^2, 1, alpha sigma^2, or sigma / alpha (the residual in x0)"
+    )
     timesteps: Literal["uniform", "linear", "sqrt", "dreamtime"] = Field("uniform", description="how t is chosen")
     t_range: Fraction = Field((0.02, 0.98), description="lowest and highest t as fractions of the schedule")
     t_min_end: float | None = Field(None, ge=0, le=1, description="lowest t at the end of annealing; none: constant")

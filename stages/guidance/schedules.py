@@ -82,6 +82,9 @@ WEIGHTINGS: dict[str, Callable[[Tensor], Tensor]] = {
     "sds": lambda alpha_bar: 1 - alpha_bar,  # sigma_t^2, DreamFusion
     "uniform": torch.ones_like,
     "fantasia3d": lambda alpha_bar: alpha_bar.sqrt() * (1 - alpha_bar),
+    # sigma_t / alpha_t: turns the noise residual into x - x0_hat, so that high noise, where shapes are decided, counts
+    # as much as low noise (the x0 form of SDS, cf. HiFA eq. 6); bounded where the schedule has no signal left
+    "x0": lambda alpha_bar: ((1 - alpha_bar) / alpha_bar.clamp_min(1e-3)).sqrt(),
 }
 
 
