@@ -1,7 +1,7 @@
 """The whole configuration: settings that lie beside the code they set, composed, read from YAML and checked.
 
-Layers, each over the one before: the defaults in the code, configs/default.yaml (or all of the run that `--from` names),
-one YAML file of differences (`--config`), `key.sub=value` overrides, the command's own flags. Every value remembers where it came from, so that a
+Layers, each over the one before: the defaults in the code, the run named by `--from`, one YAML file of differences
+(`--config`, else configs/default.yaml), `key.sub=value` overrides, the command's own flags. Every value remembers where it came from, so that a
 mistake is answered with its file and line, the value, what is allowed and the nearest name, before any work is done.
 """
 
@@ -95,7 +95,8 @@ def load_config(name: str | None, overrides: list[str], flags: dict[str, Any]) -
     """The configuration of a new run. Raises UserError for anything that cannot be used.
 
     Args:
-        name: a recipe's name or a YAML file, laid over configs/default.yaml; None for that one alone.
+        name: a recipe's name or a YAML file, over the code's defaults; None for configs/default.yaml, which is a
+            recipe like any other (the pocket prior's) and lies under none of them.
         overrides: `key.sub=value` words. flags: the command's own options that were given, by key.
     """
     upper = [from_overrides(overrides), from_flags(flags)]
@@ -105,7 +106,7 @@ def load_config(name: str | None, overrides: list[str], flags: dict[str, Any]) -
     if isinstance(source, str):
         layers = [_inherited(Path(source)), *upper]
     else:
-        layers = [from_file(find_recipe("default")), *upper]
+        layers = [from_file(find_recipe("default")), *upper] if name is None else upper
     return _anchored(validate(Config, layers))
 
 

@@ -18,7 +18,7 @@ def test_recipe_is_short_valid_and_a_set_of_differences(name):
     lines = [line for line in path.read_text().splitlines() if line.strip() and not line.lstrip().startswith("#")]
     assert 1 <= len(lines) <= 40
     config = load_config(name, [], {})
-    assert config != load_config(None, [], {}) or name == "default"
+    assert config != Config()
 
 
 @pytest.mark.parametrize("name", sorted(recipes()))
@@ -28,6 +28,12 @@ def test_dumped_recipe_reads_back_to_the_same_config(tmp_path, name):
     assert read_config(tmp_path) == config
     assert dump(read_config(tmp_path)) == dump(config)
     assert load_config(str(tmp_path), [], {}) == config  # a run folder may be named where a file may
+
+
+def test_recipe_does_not_lie_over_the_default_recipe(tmp_path):
+    (tmp_path / "mine.yaml").write_text("seed: 3\n")
+    assert load_config(str(tmp_path / "mine.yaml"), [], {}) == Config(seed=3)
+    assert load_config(None, [], {}).guidance != Config().guidance
 
 
 def test_every_setting_says_what_it_means():
