@@ -5,7 +5,8 @@ One step, top to bottom in :meth:`FineStage.step`:
     views, shading, background <- random
     images                     <- mesh render, colour from the field that the coarse stage trained
     loss = guidance(images) + normal consistency + Laplacian
-    Adam on signed distances, offsets and colour, each with its own learning rate; then the band follows the surface
+    Adam on signed distances (their gradient smoothed over the band: large steps, then fine ones), offsets and colour,
+    each with its own learning rate; then the band follows the surface
 
 Loss convention: the guidance loss is SUMMED over the prior's pixels and channels and averaged over the views (16,384
 terms at 64x64x4). The smoothness terms are means over the mesh; their weights are tuned to that sum (threestudio: 1e4).
@@ -21,7 +22,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat
 from torch import Tensor
 
 from stages.cameras import CameraSettings, Views, linear_to_srgb, orbit_views, sample_views
@@ -76,16 +77,22 @@ class FineSettings(BaseModel):
         description="mix of shadings; shaded from the start",
     )
     background: BackgroundSettings = Field(
-        default_factory=lambda: BackgroundSettings(random_probability=1.0), description="flat greys behind the object; there is no learned environment here"
+        default_factory=lambda: BackgroundSettings(random_probability=1.0), description="flat greys behind the object"
     )
     field: FieldSettings = Field(default_factory=FieldSettings, description="colour field where there is no coarse one")
     detail: DetailSettings = Field(default_factory=DetailSettings, description="finer levels of the colour field")
 
+    colour_moves_surface: bool = Field(
+        False, description="let the colour field's slope move the surface; a third slower, no better where measured"
+    )
     normal_consistency: float = Field(1000.0, ge=0, description="weight of mean 1 - cos across edges")
     normal_kind: Literal["face", "vertex"] = Field("face", description="normals compared: of faces, or of vertices")
     laplacian: float = Field(1000.0, ge=0, description="weight of the mean squared umbrella vector, in edge lengths")
 
-    lr_sdf: float = Field(1e-3, gt=0, description="Adam learning rate of the signed distances, world units")
+    spread: tuple[NonNegativeFloat, NonNegativeFloat] = Field(
+        (0.25, 0.05), description="length over which a gradient moves the surface, world units, start and end"
+    )
+    lr_sdf: float = Field(5e-3, gt=0, description="Adam learning rate of the signed distances, world units")
     lr_offset: float = Field(1e-2, gt=0, description="Adam learning rate of the offsets, in shares of their bound")
     lr_texture: float = Field(1e-2, gt=0, description="Adam learning rate of the colour field")
     lr_end: float = Field(0.1, gt=0, le=1, description="factor on all three at the end, approached as a cosine")
@@ -128,7 +135,6 @@ class FineStage:
         self.dmtet: DMTet | None = None  # made by _prepare, or loaded: a resumed stage does not convert again
         self.locked: Surface | None = None
         self.optimiser: torch.optim.Adam | None = None
-        self._since = time.perf_counter()
 
     def _inherited_field(self) -> HashField:
         s = self.settings
@@ -149,7 +155,7 @@ class FineStage:
         """Make the first surface, unless there is one."""
         if self.dmtet is not None or self.locked is not None:
             return
-        self._start()
+        self._since = time.perf_counter()
         s, previous = self.settings, self.previous
         options = {"deformation": s.deformation, "device": self.device}
         if s.geometry == "locked" and previous is not None and previous.mesh is not None:
@@ -167,8 +173,7 @@ class FineStage:
         if s.geometry == "locked" and self.locked is None:
             with torch.no_grad():
                 surface = self.dmtet.surface()
-            self.dmtet = None
-            self._lock(surface.vertices, surface.faces)
+            self.dmtet = self._lock(surface.vertices, surface.faces)
         self._optimise()
         self._lap("initialise")
 
@@ -191,7 +196,7 @@ class FineStage:
         """One optimisation step over `views_per_step` views; returns metrics."""
         self._prepare()
         s, progress = self.settings, self.step_index / self.steps
-        self._start()
+        self._since = time.perf_counter()
         surface = self.surface()
         leaf = surface.vertices.detach().requires_grad_(self.dmtet is not None)
         self._lap("surface")
@@ -206,13 +211,9 @@ class FineStage:
             chosen = slice(low, low + part)
             images = self._render(leaf, surface.faces, views[chosen], s.resolution, shading, backdrop[chosen])
             self._lap("render")
+            behind = backdrop[chosen].expand(-1, s.resolution, s.resolution, 3)
             guided = self.guidance(
-                images.colour,
-                views[chosen],
-                progress,
-                shading.textureless,
-                background=backdrop[chosen].expand(-1, s.resolution, s.resolution, 3),
-                shading=shading,
+                images.colour, views[chosen], progress, shading.textureless, background=behind, shading=shading
             )
             self._lap("guidance")
             if guided.loss.requires_grad:  # a textureless view of a locked mesh has nothing to learn from
@@ -223,6 +224,7 @@ class FineStage:
         totals |= self._smooth(leaf, surface)
         if leaf.grad is not None:
             surface.vertices.backward(leaf.grad)
+            self.dmtet.spread_gradient(s.spread[0] + (s.spread[1] - s.spread[0]) * progress)
         self._lap("backward")
         totals["grad_norm"] = self._update(progress)
         self._lap("optimiser")
@@ -232,8 +234,11 @@ class FineStage:
     def _render(
         self, vertices: Tensor, faces: Tensor, views: Views, size: int, shading: Shading, backdrop: Tensor
     ) -> MeshImages:
+        def albedo(points: Tensor) -> Tensor:
+            return self.field.albedo(points if self.settings.colour_moves_surface else points.detach())
+
         background = backdrop.expand(len(views), size, size, 3)
-        return render_mesh(vertices, faces, self.field.albedo, views, size, size, shading=shading, background=background)
+        return render_mesh(vertices, faces, albedo, views, size, size, shading=shading, background=background)
 
     def _smooth(self, leaf: Tensor, surface: Surface) -> dict[str, float]:
         """Add the gradient of the smoothness terms to the vertices; returns the surface's metrics."""
@@ -261,8 +266,7 @@ class FineStage:
         gradients = [p.grad for group in self.optimiser.param_groups for p in group["params"] if p.grad is not None]
         norm = math.sqrt(sum(float(g.double().square().sum()) for g in gradients))
         if math.isfinite(norm):
-            self.skipped = 0
-            factor = s.lr_end + (1 - s.lr_end) * 0.5 * (1 + math.cos(math.pi * progress))
+            self.skipped, factor = 0, s.lr_end + (1 - s.lr_end) * 0.5 * (1 + math.cos(math.pi * progress))
             for group, lr in zip(self.optimiser.param_groups, (s.lr_texture, s.lr_sdf, s.lr_offset)):
                 group["lr"] = lr * factor
             self.optimiser.step()
@@ -291,10 +295,8 @@ class FineStage:
 
     def headline(self, metrics: dict[str, float]) -> str:
         """Size of the mesh, and how near the renders are to what the prior would draw."""
-        text = f"{metrics['faces'] / 1000:.0f}k faces"
-        if "agreement_db" in metrics:
-            text += f", agreement {metrics['agreement_db']:.1f} dB"
-        return text
+        agreement = f", agreement {metrics['agreement_db']:.1f} dB" if "agreement_db" in metrics else ""
+        return f"{metrics['faces'] / 1000:.0f}k faces{agreement}"
 
     @torch.no_grad()
     def preview(self) -> np.ndarray:
@@ -302,15 +304,16 @@ class FineStage:
         size = self.settings.preview_size
         views = orbit_views([0.0, 90.0, 180.0, 270.0], 20.0).to(self.device)
         surface, grey = self.surface(), torch.full((4, 1, 1, 3), 0.5, device=self.device)
-        albedo = self._render(surface.vertices, surface.faces, views, size, ALBEDO, grey)
-        shaded = self._render(surface.vertices, surface.faces, views, size, LAMBERT, grey)
+        albedo, shaded = (
+            self._render(surface.vertices, surface.faces, views, size, shading, grey) for shading in (ALBEDO, LAMBERT)
+        )
         normal = torch.lerp(torch.full_like(albedo.normal, 0.5), albedo.normal * 0.5 + 0.5, albedo.mask)
         rows = [linear_to_srgb(albedo.colour), linear_to_srgb(shaded.colour), normal.clamp(0, 1)]
         sheet = torch.cat([torch.cat(list(row), dim=1) for row in rows])  # [3 size, 4 size, 3]
         return sheet.mul(255).round().to(torch.uint8).cpu().numpy()
 
     @torch.no_grad()
-    def render(self, views: Views, size: int, *, shading: Shading = ALBEDO, backdrop: Tensor | None = None) -> MeshImages:
+    def render(self, views: Views, size: int, *, shading=ALBEDO, backdrop: Tensor | None = None) -> MeshImages:
         """Renders without randomness or gradients on a linear colour [3], by default mid grey."""
         surface = self.surface()
         grey = torch.full((3,), 0.5) if backdrop is None else backdrop
@@ -347,7 +350,8 @@ class FineStage:
         if "locked.faces" in state:
             self._lock(state["locked.vertices"].clone(), state["locked.faces"].clone())
         else:
-            self.dmtet = DMTet.from_state(Lattice(s.tets), below("dmtet"), deformation=s.deformation, device=self.device)
+            options = {"deformation": s.deformation, "device": self.device}
+            self.dmtet = DMTet.from_state(Lattice(s.tets), below("dmtet"), **options)
         self._optimise()
         moments = below("adam")
         for name, parameter in self._parameters().items():
@@ -378,8 +382,7 @@ class FineStage:
                     f"volume {found.volume:.2g}",
                     "lower fine.lr_sdf, or raise fine.normal_consistency",
                 )
-        colours = [self.field.albedo(p) for p in torch.from_numpy(mesh.vertices).to(self.device).split(1 << 17)]
-        mesh.colours = torch.cat(colours).float().cpu().numpy()
+        mesh.colours = self._albedo(torch.from_numpy(mesh.vertices).to(self.device)).float().cpu().numpy()
         if not np.isfinite(mesh.colours).all():
             raise UserError(
                 "The fine stage ended with broken colours",
@@ -391,9 +394,6 @@ class FineStage:
     @torch.no_grad()
     def _albedo(self, points: Tensor) -> Tensor:
         return torch.cat([self.field.albedo(part) for part in points.split(1 << 17)])
-
-    def _start(self) -> None:
-        self._since = time.perf_counter()
 
     def _lap(self, phase: str) -> None:
         now = time.perf_counter()

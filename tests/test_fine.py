@@ -57,7 +57,7 @@ class Target:
 
 
 def settings(**changes) -> FineSettings:
-    base = {"steps": 8, "resolution": 48, "views_per_step": 2, "tets": 12, "lr_sdf": 2e-2, "lr_texture": 0.05}
+    base = {"steps": 8, "resolution": 48, "views_per_step": 2, "tets": 12, "lr_sdf": 8e-3, "lr_texture": 0.05}
     base |= {"field": FIELD, "detail": DETAIL, "normal_consistency": 50.0, "laplacian": 50.0, "preview_size": 32}
     base["initialise"] = InitialiseSettings(samples=32, candidates=12)
     return FineSettings(**(base | changes))
@@ -69,7 +69,11 @@ def stage(guidance=None, previous=None, seed=0, **changes) -> FineStage:
 
 def coarse_asset(radius: float = 0.5) -> Asset:
     field = HashField(FIELD, torch.Generator().manual_seed(5))
-    return Asset(density=lambda p: 200 * torch.sigmoid(-60 * (p.norm(dim=1) - radius)), albedo=field.albedo, field=field)
+
+    def density(points):
+        return 200 * torch.sigmoid(-60 * (points.norm(dim=1) - radius))
+
+    return Asset(density=density, albedo=field.albedo, field=field)
 
 
 def overlap(fine: FineStage, target: Target) -> float:
@@ -180,13 +184,14 @@ def test_parts_of_a_step_add_up_to_the_whole_step():
 def test_locked_geometry_is_painted_and_not_moved():
     mesh = torus(n=24, m=12)
     target = Target(mesh)
-    fine = stage(target, Asset(mesh=mesh), geometry="locked", steps=25, shading=ShadingSettings(diffuse_probability=0))
+    changes = {"geometry": "locked", "steps": 25, "shading": ShadingSettings(diffuse_probability=0)}
+    fine = stage(target, Asset(mesh=mesh), **changes)
     agreement = [fine.step()["agreement_db"] for _ in range(25)]
     result = fine.finish().mesh
     np.testing.assert_array_equal(result.vertices, mesh.vertices)
     np.testing.assert_array_equal(result.faces, mesh.faces)
     assert np.mean(agreement[-5:]) > np.mean(agreement[:5]) + 4
-    again = stage(Target(mesh), Asset(mesh=mesh), geometry="locked", steps=25, shading=ShadingSettings(diffuse_probability=0))
+    again = stage(Target(mesh), Asset(mesh=mesh), **changes)
     again.load_state_dict(fine.state_dict())
     assert equal(again.state_dict(), fine.state_dict())
 

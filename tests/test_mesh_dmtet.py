@@ -74,7 +74,8 @@ def test_a_band_that_moves_equals_one_that_holds_the_whole_lattice():
         centre = torch.tensor([0.01 * k, 0.0, 0.0])
         for dmtet in (full, narrow):
             with torch.no_grad():
-                dmtet.sdf.copy_((torch.from_numpy(lattice.positions(dmtet.band.ids)) - centre).norm(dim=1) - 0.3 - 0.01 * k)
+                points = torch.from_numpy(lattice.positions(dmtet.band.ids))
+                dmtet.sdf.copy_((points - centre).norm(dim=1) - 0.3 - 0.01 * k)
             dmtet.step_done([])
     assert narrow.rebuilds > 0 and full.rebuilds == 0 and len(narrow.band) < len(full.band)
     a, b = full.surface(), narrow.surface()

@@ -7,7 +7,7 @@ merge: linear, no hashing, no table as large as the cube.
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
+from numba import njit, prange
 
 
 @njit(cache=True, nogil=True)
@@ -39,7 +39,7 @@ def union_shifted(ids, shifts):
 
 @njit(cache=True, nogil=True)
 def neighbours(ids, shifts, ahead, behind):
-    """Fill ahead [N, K] with the index of ids + shifts[k], behind [N, K] with that of ids - shifts[k], -1 if missing."""
+    """Fill ahead [N, K] with the index of ids + shifts[k], behind with that of ids - shifts[k], -1 where missing."""
     n = ids.shape[0]
     ahead[:] = -1
     behind[:] = -1
@@ -114,3 +114,37 @@ def tetrahedra(centre, ahead, behind, number, moves):
                 tet_edges[count] = edge
                 count += 1
     return tets[:count].copy(), tet_edges[:count].copy()
+
+
+@njit(cache=True, nogil=True, parallel=True)
+def _laplace(neighbours, x, scale, out):
+    """out = x + scale * (degree x - sum of neighbours): rows in parallel, each row's sum in a fixed order."""
+    n, directions = neighbours.shape
+    blocks = (n + 4095) // 4096
+    for block in prange(blocks):
+        for i in range(block * 4096, min(n, (block + 1) * 4096)):
+            total = np.float32(0)
+            degree = 0
+            for k in range(directions):
+                j = neighbours[i, k]
+                if j >= 0:
+                    total += x[j]
+                    degree += 1
+            out[i] = x[i] + scale * (np.float32(degree) * x[i] - total)
+
+
+@njit(cache=True, nogil=True)
+def diffuse(neighbours, values, scale, coefficients, theta):
+    """Chebyshev iteration for (I + scale (D - A)) x = values from x = 0; see reference_lattice.diffuse."""
+    x = np.zeros_like(values)
+    residual = values.copy()
+    step = values / theta
+    applied = np.empty_like(values)
+    for k in range(coefficients.shape[0]):
+        _laplace(neighbours, step, scale, applied)
+        keep, add = coefficients[k, 0], coefficients[k, 1]
+        for i in range(x.shape[0]):
+            x[i] += step[i]
+            residual[i] -= applied[i]
+            step[i] = keep * step[i] + add * residual[i]
+    return x + step

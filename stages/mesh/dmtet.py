@@ -14,8 +14,18 @@ import torch
 from torch import Tensor
 
 from stages.errors import UserError
+from stages.kernels.lattice import diffuse
 from stages.kernels.marching import marching_tetrahedra, mesh_edges
-from stages.mesh.tetrahedra import DIRECTIONS, SAFE_MOVE, Band, Lattice, build_band, dilate, lookup
+from stages.mesh.tetrahedra import (
+    DIRECTIONS,
+    SAFE_MOVE,
+    STRENGTH_PER_CELL,
+    Band,
+    Lattice,
+    build_band,
+    dilate,
+    lookup,
+)
 
 MARGIN = 2  # rings of lattice edges between the surface and the rim after the band is laid
 GUARD = 1e-3  # of a cell: smallest distance from zero that a lattice vertex counts for, see marching_tetrahedra
@@ -62,6 +72,7 @@ class DMTet:
 
         self.band = band
         self._edges, self._tets, self._tet_edges = tensor(band.edges), tensor(band.tets), tensor(band.tet_edges)
+        self._neighbours = tensor(band.neighbours)
         self._base = tensor(self.lattice.positions(band.ids))
         self._rim, self._border = tensor(band.rim), tensor(band.border)
         self._growing = tensor(band.rim & ~band.border)  # where the surface must not arrive
@@ -98,6 +109,16 @@ class DMTet:
                 "better coarse result"
             )  # fmt: skip
         return Surface(vertices, faces, *mesh_edges(faces, vertices.shape[0]))
+
+    def spread_gradient(self, length: float) -> None:
+        """Smooth the gradient of the signed distances over `length` world units, along the band.
+
+        A silhouette or a highlight moves a few vertices a step. Spread out, it moves the surface around them and the
+        vertices off the surface with it, so that distances stay distances and noise averages out (Nicolet et al. 2021).
+        """
+        if self.sdf.grad is not None and length > 0:
+            strength = STRENGTH_PER_CELL * (length / self.lattice.cell) ** 2
+            self.sdf.grad = diffuse(self.sdf.grad, self._neighbours, strength)
 
     def crossing_ends(self) -> tuple[Tensor, Tensor]:
         """The two lattice vertices [K] of every edge that changes sign."""
@@ -152,7 +173,8 @@ class DMTet:
         cls, lattice: Lattice, state: dict[str, Tensor], *, deformation: float = 0.24, device="cpu"
     ) -> DMTet:
         """Inverse of state_dict; the same lattice and deformation give the same bytes."""
-        dmtet = cls(lattice, state["ids"].cpu().numpy(), state["sdf"].cpu().numpy(), deformation=deformation, device=device)
+        ids, sdf = state["ids"].cpu().numpy(), state["sdf"].cpu().numpy()
+        dmtet = cls(lattice, ids, sdf, deformation=deformation, device=device)
         with torch.no_grad():
             dmtet.sdf.copy_(state["sdf"])
             dmtet.offset.copy_(state["offset"])

@@ -2,7 +2,7 @@
 
 1. `find_level` samples the density on a regular grid and searches the level set that shows what the volume renderer
    shows: seen along an axis it should cover the rays that lose half of their light, and stand where they lose it. Only
-   levels whose largest part is an object qualify. (A fixed level or the mean density is where such pipelines break most often.)
+   levels whose largest part is an object qualify. (At a fixed level, or at the mean density, such pipelines break most.)
 2. `dmtet_from_density` evaluates the field at lattice vertices near that surface, drops floaters, fills cavities,
    finds the crossing of each lattice edge by bisection of the field itself (densities are far from linear), and
    stores the distance to the resulting triangles, so that no value is clamped and no crossing sits at an edge's middle.
@@ -60,7 +60,7 @@ class Level:
 
     share: volume of the largest part over the box. parts: components kept, dropped: the others. rest: volume outside
     the largest part over all volume at the level. match: agreement with the volume render in [0, 1]. slope:
-    |d ln volume / d ln level|, small on a plateau. cut: the part reaches the border of the box, where it will be closed.
+    |d ln volume / d ln level|, small on a plateau. cut: the part reaches the box's border, where it will be closed.
     """
 
     level: float
@@ -153,9 +153,10 @@ def examine(grid: np.ndarray, level: float, settings: InitialiseSettings, wanted
 def find_level(grid: np.ndarray, settings: InitialiseSettings) -> Level:
     """The density level whose largest parts look most like the volume render of the grid.
 
-    Levels are tried on a geometric scale, then between the neighbours of the best. A level qualifies if its largest part
-    has a sensible volume and holds at least half of all that is solid; one that reaches the border of the box, where it
-    will be cut, is taken only where those that do not match less than 0.8 times as well. Among levels that match equally well (to 0.01) the flattest plateau of volume wins.
+    Levels are tried on a geometric scale, then between the neighbours of the best. A level qualifies if its largest
+    part has a sensible volume and holds at least half of all that is solid. One that reaches the border of the box,
+    where it will be cut, is taken only where all that do not match less than 0.8 times as well. Among levels that match
+    equally well (to 0.01) the flattest plateau of volume wins.
     Raises: UserError with what was found where no level qualifies.
     """
     peak = float(grid.max())

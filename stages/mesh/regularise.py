@@ -34,8 +34,8 @@ def normal_consistency(
 ) -> Tensor:
     """Mean over the edges of 1 - cos between the normals on either side; 0 for a plane.
 
-    kind "face" compares the two faces of an edge (Magic3D's angular difference of adjacent faces, as recalled), weighted
-    by the smaller of their areas: marching tetrahedra makes slivers, whose normals turn by 1 / height when a vertex
+    kind "face" compares the two faces of an edge (Magic3D's angular difference of adjacent faces), weighted by the
+    smaller of their areas: marching tetrahedra makes slivers, whose normals turn by 1 / height when a vertex
     moves, and the weight (held constant in the gradient) takes exactly that factor out.
     kind "vertex" compares the area-weighted vertex normals at its ends (threestudio models/mesh.py).
 

@@ -26,6 +26,10 @@ MAX_RESOLUTION = 512  # ids stay below 2^31 and coordinates far inside float32
 # tetrahedron (its two long edges lie on parallel planes half a cell apart).
 SAFE_MOVE = 0.25
 
+# Mean over the 14 neighbours of the squared distance along an axis is 4 / 14 cell^2, so the graph Laplacian over 14 is
+# minus half of that times the Laplacian: strength s of stages.kernels.lattice.diffuse smooths over sqrt(s / 7) cells.
+STRENGTH_PER_CELL = 7.0
+
 
 @dataclass(frozen=True)
 class Lattice:
@@ -102,7 +106,7 @@ class Band:
     """The part of a lattice that exists: vertices near a surface, and every edge and tetrahedron among them.
 
     ids [N] int64 sorted. edges [E, 2] int32, tets [T, 4] int32 (positively oriented), tet_edges [T, 6] int32 in the
-    order 01 02 03 12 13 23: indices into ids and edges.
+    order 01 02 03 12 13 23: indices into ids and edges. neighbours [N, 14] int32: indices into ids, -1 if missing.
     border [N] bool: on the lattice's border. rim [N] bool: some neighbour is missing (the border included).
 
     The surface among these tetrahedra is closed as long as no edge between two rim vertices changes sign: any other
@@ -115,6 +119,7 @@ class Band:
     edges: np.ndarray
     tets: np.ndarray
     tet_edges: np.ndarray
+    neighbours: np.ndarray
     border: np.ndarray
     rim: np.ndarray
 
@@ -176,5 +181,5 @@ def build_band(lattice: Lattice, ids: np.ndarray) -> Band:
     edges, number = cpu_lattice.number_edges(ahead)
     centre = (ids // (lattice.side * lattice.side)) & 1 == 1
     tets, tet_edges = cpu_lattice.tetrahedra(centre, ahead, behind, number, _moves())
-    rim = (ahead < 0).any(1) | (behind < 0).any(1)
-    return Band(lattice, ids, edges, tets, tet_edges, border=lattice.border(ids), rim=rim)
+    around = np.concatenate([ahead, behind], axis=1)
+    return Band(lattice, ids, edges, tets, tet_edges, around, lattice.border(ids), rim=(around < 0).any(1))

@@ -1,0 +1,44 @@
+"""Diffusion over the graph of a band of lattice vertices. Letters: N vertices, K directions to neighbours."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from stages.errors import check_shape
+from stages.kernels import reference_lattice
+from stages.kernels.backend import choose_backend
+
+
+def diffuse(
+    values: Tensor, neighbours: Tensor, strength: float, *, tolerance: float = 0.1, backend: str = "auto"
+) -> Tensor:
+    """Solve (I + strength (D - A) / K) x = values approximately: D degrees, A adjacency of the graph.
+
+    As a preconditioner it turns a gradient at scattered vertices into a smooth displacement (Nicolet et al. 2021,
+    "Large steps in inverse rendering of geometry", eq. 10). The Chebyshev iteration is cut when no eigenvector is off by more
+    than `tolerance`, so the result is a symmetric positive definite function of the values: a descent direction stays
+    one.
+
+    Args:
+        values: [N]. neighbours: [N, K] int32, -1 where there is none; if i lists j, then j lists i.
+        strength: >= 0, the squared smoothing length over that of the lattice; 0 returns the values.
+    Returns: [N]. Not differentiable.
+    """
+    check_shape("values", values, (None,))
+    check_shape("neighbours", neighbours, (values.shape[0], None))
+    if not strength >= 0 or not 0 < tolerance < 1:
+        raise ValueError(f"strength, tolerance: wanted >= 0 and in (0, 1), got {strength} and {tolerance}")
+    if strength == 0:
+        return values.detach().clone()
+    if choose_backend(backend, values) == "torch":
+        return reference_lattice.diffuse(values.detach(), neighbours, strength, tolerance)
+    import numpy as np
+
+    from stages.kernels import cpu_lattice
+
+    pairs, theta = reference_lattice.chebyshev(strength, tolerance)
+    coefficients = np.array(pairs, dtype=np.float32).reshape(-1, 2)
+    scale = np.float32(strength / neighbours.shape[1])
+    arrays = [x.detach().contiguous().numpy() for x in (neighbours, values)]
+    return torch.from_numpy(cpu_lattice.diffuse(*arrays, scale, coefficients, np.float32(theta)))
