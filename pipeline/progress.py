@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 PLAIN_EVERY_S = 10.0  # seconds between plain lines
-COMPILE_S = 30  # measured: all CPU kernels on a 2-core machine
+COMPILE_S = 45  # measured: processor time of the 28 kernels that a run of both stages compiles
 
 
 class Progress:
@@ -90,8 +90,7 @@ class StageProgress:
 
     def __init__(self, console: Console, name: str, steps: int, done: int) -> None:
         self.console, self.name, self.steps, self.done = console, name, steps, done
-        self._started = time.monotonic()
-        self._recent: list[tuple[float, int]] = [(self._started, done)]
+        self._recent: list[tuple[float, int]] = []  # times at the end of the last steps
 
     def __enter__(self) -> StageProgress:
         return self
@@ -103,7 +102,7 @@ class StageProgress:
         raise NotImplementedError
 
     def _speed(self, done: int) -> float:
-        """Steps a second over the last 20 steps or more."""
+        """Steps a second over the last 20 steps; 0 after the first, whose time compilation may have taken."""
         self._recent.append((time.monotonic(), done))
         del self._recent[:-21]
         (t0, n0), (t1, n1) = self._recent[0], self._recent[-1]
@@ -113,8 +112,8 @@ class StageProgress:
         speed = self._speed(done)
         memory = memory_mb()
         return {
-            "speed": f"{speed:.2f} it/s" if speed >= 1 or speed == 0 else f"{1 / speed:.1f} s/it",
-            "left": duration((self.steps - done) / speed) if speed else "?",
+            "speed": "" if speed == 0 else f"{speed:.2f} it/s" if speed >= 1 else f"{1 / speed:.1f} s/it",
+            "left": f"{duration((self.steps - done) / speed)} left" if speed else "",
             "memory": "" if memory is None else f"{memory / 1024:.1f} GB",
             "headline": headline,
         }
@@ -131,7 +130,7 @@ class _Plain(StageProgress):
         if done < self.steps and now - self._last < PLAIN_EVERY_S:
             return
         self._last = now
-        parts = [f"{done}/{self.steps}", facts["speed"], f"{facts['left']} left", facts["memory"], headline]
+        parts = [f"{done}/{self.steps}", facts["speed"], facts["left"], facts["memory"], headline]
         self.console.print(f"{self.name}  " + "  ".join(p for p in parts if p), markup=False)
 
 
@@ -156,7 +155,6 @@ class _Live(StageProgress):
 
     def update(self, done: int, headline: str) -> None:
         facts = self._facts(done, headline)
-        facts["left"] += " left"
         self._bar.update(self._task, completed=done, **facts)
 
     def __exit__(self, *_: object) -> None:
