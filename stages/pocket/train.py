@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from safetensors.torch import load_file
 from torch import Tensor
 
 from stages.pocket import data, models, world
@@ -130,6 +131,9 @@ def train_pixel(args: argparse.Namespace) -> None:
     tokenizer = models.make_tokenizer()
     text_encoder = models.make_text_encoder(len(tokenizer))
     unet = models.make_unet(3 * models.PIXEL_PATCH**2).to(memory_format=torch.channels_last)
+    if args.start is not None:
+        _start_from(args.start / "unet", unet)
+        _start_from(args.start / "text_encoder", text_encoder)
     scheduler = models.make_scheduler()
     work = args.work / "pixel"
     modules = {"unet": unet, "text": text_encoder}
@@ -244,6 +248,8 @@ def train_latent(args: argparse.Namespace) -> None:
     unet = models.make_unet(models.LATENT_CHANNELS * models.LATENT_PATCH**2)
     trunk = {k: v for k, v in start.state_dict().items() if not k.startswith(("conv_in", "conv_out"))}
     unet.load_state_dict(trunk, strict=False)
+    if args.start is not None:
+        _start_from(args.start / "unet", unet)
     unet = unet.to(memory_format=torch.channels_last)
     scheduler = models.make_scheduler()
     work = args.work / "latent"
@@ -319,6 +325,12 @@ def train_clip(args: argparse.Namespace) -> None:
     _finish(args, training, loss_step, lambda: None, export)
 
 
+def _start_from(folder: Path, module: torch.nn.Module) -> None:
+    """Load an exported folder's weights into a module of the same architecture."""
+    (file,) = folder.glob("*.safetensors")
+    module.load_state_dict({k: v.float() for k, v in load_file(file).items()})
+
+
 def _finish(args, training: Training, loss_step, grid, export) -> None:
     if not args.export:
         training.run(loss_step, sample=grid)
@@ -340,6 +352,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("data/pools"), help="where renders are kept")
     parser.add_argument("--work", type=Path, default=Path("data/training"), help="where training state is kept")
     parser.add_argument("--out", type=Path, default=models.WEIGHTS, help="where the model folders go")
+    parser.add_argument("--start", type=Path, help="pixel, latent: begin from this exported folder, not from nothing")
     parser.add_argument("--export", action="store_true", help="write the folder from the saved state, no training")
     args = parser.parse_args()
     if args.steps is None and args.minutes is None:
