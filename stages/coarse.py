@@ -43,8 +43,8 @@ class CoarseSettings(BaseModel):
     resolution: int = Field(64, ge=16, le=512, description="side of a training render in pixels")
     views_per_step: int = Field(4, ge=1, description="views of one optimiser step")
     accumulate: int = Field(1, ge=1, description="parts that a step's views are rendered in, to bound memory")
-    samples: int = Field(128, ge=16, le=2048, description="sampling steps along the diagonal of the box")
-    early_stop: float = Field(1e-3, ge=0, lt=1, description="light below which the samples of a ray are left out")
+    samples: int = Field(80, ge=16, le=2048, description="sampling steps along the diagonal of the box")
+    early_stop: float = Field(1e-2, ge=0, lt=1, description="light below which the samples of a ray are left out")
     stride: int = Field(4, ge=1, le=16, description="how many times more coarsely the halo of low density is sampled")
     faint: float = Field(3e-4, ge=0, lt=1, description="optical depth below which a sample is left out")
 
