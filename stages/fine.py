@@ -18,6 +18,7 @@ import copy
 import math
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any, Literal
 
 import numpy as np
@@ -41,6 +42,7 @@ from stages.render.shade import ALBEDO, LAMBERT, Shading, ShadingSettings, sampl
 from stages.stage import Asset
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+Guide = Callable[..., Any]  # see stages/guidance/guidance.py
 
 
 class DetailSettings(BaseModel):
@@ -106,7 +108,7 @@ class FineStage:
     """A Stage (stages/stage.py). Deterministic in its constructor arguments; resumes bitwise from state_dict().
 
     Args:
-        settings, guidance (see stages/guidance/guidance.py), device, seed.
+        settings, guidance (None where the stage only loads and finishes), device, seed.
         previous: the coarse stage's asset: its density becomes the surface, its field the colour. None starts from a
             sphere of no particular colour. With a mesh and no density, geometry must be "locked".
     """
@@ -114,12 +116,7 @@ class FineStage:
     name = "fine"
 
     def __init__(
-        self,
-        settings: FineSettings,
-        guidance: Callable[..., Any],
-        device: torch.device,
-        seed: int,
-        previous: Asset | None = None,
+        self, settings: FineSettings, guidance: Guide, device: torch.device, seed: int, previous: Asset | None = None
     ) -> None:
         if settings.views_per_step % settings.accumulate:
             raise UserError(
@@ -134,6 +131,7 @@ class FineStage:
         self.dmtet: DMTet | None = None  # made by _prepare, or loaded: a resumed stage does not convert again
         self.locked: Surface | None = None
         self.optimiser: torch.optim.Adam | None = None
+        self.start: dict[str, float] = {}  # how the first surface was found, for the first step's metrics
 
     def _inherited_field(self) -> HashField:
         s = self.settings
@@ -162,7 +160,8 @@ class FineStage:
         elif previous is None:
             self.dmtet = from_function(Lattice(s.tets), lambda p: p.norm(dim=-1) - s.sphere, **options)
         elif previous.density is not None:
-            self.dmtet, _ = dmtet_from_density(previous.density, Lattice(s.tets), s.initialise, **options)
+            self.dmtet, level = dmtet_from_density(previous.density, Lattice(s.tets), s.initialise, **options)
+            self.start = {f"start_{name}": float(value) for name, value in asdict(level).items()}
         else:
             raise UserError(
                 "The fine stage has nothing to refine",
@@ -204,7 +203,7 @@ class FineStage:
         backdrop = random_background(s.background, s.views_per_step, self.generator)
         backdrop = (backdrop if backdrop is not None else torch.full((s.views_per_step, 1, 1, 3), 0.5)).to(self.device)
 
-        totals: dict[str, float] = {}
+        totals, self.start = self.start, {}
         part = s.views_per_step // s.accumulate
         for low in range(0, s.views_per_step, part):
             chosen = slice(low, low + part)
@@ -263,7 +262,7 @@ class FineStage:
         """Take the optimiser step and return the gradient's norm; a non-finite gradient skips the step."""
         s = self.settings
         gradients = [p.grad for group in self.optimiser.param_groups for p in group["params"] if p.grad is not None]
-        norm = math.sqrt(sum(float(g.double().square().sum()) for g in gradients))
+        norm = math.sqrt(sum(float(torch.linalg.vector_norm(g, dtype=torch.float64)) ** 2 for g in gradients))
         if math.isfinite(norm):
             self.skipped, factor = 0, s.lr_end + (1 - s.lr_end) * 0.5 * (1 + math.cos(math.pi * progress))
             for group, lr in zip(self.optimiser.param_groups, (s.lr_texture, s.lr_sdf, s.lr_offset)):
