@@ -1,71 +1,15 @@
-"""Each rule on Gaussian data, where its expected gradient is known by hand; the machinery around the rules.
-
-The prior here knows, for each prompt, the data distribution N(mean, std^2 I). Its noise prediction is
-    eps(z_t) = sigma / v (z_t - alpha mean),  v = alpha^2 std^2 + sigma^2,  so  E[eps(z_t) | x] = k (x - mean)
-with k = alpha sigma / v.
-"""
+"""Each rule on Gaussian data, where its expected gradient is known by hand; the machinery around the rules."""
 
 import pytest
 import torch
 
+from tests.gaussian_prior import EMPTY, NEGATIVE, PROMPT, VIEWS, X0, images, k_of, make, mean_gradient
 from stages.cameras import linear_to_srgb, orbit_views
 from stages.errors import UserError
 from stages.guidance import rules
-from stages.guidance.guidance import RULES, Guidance, GuidanceSettings
-from stages.guidance.prior import per_sample, scaled_linear_alphas_cumprod
-from stages.prompts import ViewPrompts
-
-X0, PROMPT, EMPTY, NEGATIVE = 0.2, (0.5, 0.3), (-0.1, 0.6), (0.9, 0.4)
-VIEWS = 64
-
-
-class GaussianPrior:
-    name, resolution, alphas_cumprod = "gaussian", 8, scaled_linear_alphas_cumprod()
-
-    def __init__(self):
-        self.calls = []
-
-    def embed(self, prompts):
-        kinds = {"": EMPTY, "bad": NEGATIVE}
-        return torch.tensor([kinds.get(prompt, PROMPT) for prompt in prompts])
-
-    def encode(self, images, generator):
-        return images.permute(0, 3, 1, 2) * 2 - 1
-
-    def decode(self, x):
-        return (x.permute(0, 2, 3, 1) + 1) / 2
-
-    def predict_noise(self, z_t, t, embedding, context):
-        assert len(z_t) == len(t) == len(embedding) == len(context)
-        self.calls.append(len(z_t))
-        mean, std = (per_sample(column, z_t) for column in embedding.unbind(-1))
-        alpha_bar = per_sample(self.alphas_cumprod[t], z_t)
-        v = alpha_bar * std**2 + 1 - alpha_bar
-        return (1 - alpha_bar).sqrt() / v * (z_t - alpha_bar.sqrt() * mean)
-
-
-def k_of(alpha_bar, std):
-    return (alpha_bar * (1 - alpha_bar)).sqrt() / (alpha_bar * std**2 + 1 - alpha_bar)
-
-
-def make(negative="", seed=0, **settings):
-    settings = {"t_max_end": None, "weighting": "uniform", "srgb": False} | settings
-    guidance_settings = GuidanceSettings(**settings)
-    return Guidance(
-        GaussianPrior(), guidance_settings, ViewPrompts("a mug", negative), torch.Generator().manual_seed(seed)
-    )
-
-
-def images(value=X0, batch=VIEWS, side=16):
-    return torch.full((batch, side, side, 3), (value + 1) / 2).requires_grad_()
-
-
-def mean_gradient(guidance, x=X0, progress=0.0):
-    """Mean over views, pixels and noise of the gradient on x (the images hold x at half scale)."""
-    picture = images(x)
-    guidance(picture, orbit_views(torch.arange(VIEWS) * 5.0, 10.0), progress).loss.backward()
-    return picture.grad.mean().item() * VIEWS / 2  # d x / d image = 2; the loss averages over views
-
+from stages.guidance.guidance import GuidanceSettings
+from stages.guidance.prior import scaled_linear_alphas_cumprod
+from stages.guidance.residuals import RULES
 
 T = 0.4
 A = scaled_linear_alphas_cumprod()[400].item()

@@ -64,6 +64,7 @@ class DiffusionPrior:
         self.alphas_cumprod, self.prediction = schedule
         self.known_words: list[str] | None = None
         self.latent = vae is not None
+        self.data_range = None if self.latent else (-1.0, 1.0)
         self.channels = vae.config.latent_channels if self.latent else 3
         self.patch = _patch_size(unet.config.in_channels, self.channels, name)
         size = unet.config.sample_size

@@ -7,64 +7,22 @@ convention). `scale` is s = 1 + w in eps_0 + s (eps_y - eps_0).
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 from stages.cameras import Views, linear_to_srgb
 from stages.errors import UserError, check_shape
 from stages.guidance import rules
-from stages.guidance.prior import Prior, ViewContext, add_noise, per_sample, x0_from_eps
+from stages.guidance.prior import Prior, ViewContext, per_sample, x0_from_eps
+from stages.guidance.residuals import RULES, Problem
 from stages.guidance.schedules import TIMESTEPS, WEIGHTINGS, anneal, stratified, to_index
+from stages.guidance.settings import GuidanceSettings
 from stages.prompts import ViewPrompts
 
-Fraction = tuple[float, float]
-
-
-class GuidanceSettings(BaseModel):
-    """How a stage is guided."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    rule: Literal["sds", "sjc", "csd", "nfsd", "ism", "sdi"] = Field("sds", description="distillation rule")
-    scale: float = Field(20.0, ge=0, description="guidance scale s = 1 + w; 1 is the plain conditional model")
-    rescale: float = Field(0.0, ge=0, le=1, description="CFG rescale phi: give x0 back the conditional one's contrast")
-    weighting: Literal["sds", "uniform", "fantasia3d", "x0"] = Field(
-        "sds", description="w(t): sigma^2, 1, alpha sigma^2, or sigma / alpha (the residual in x0)"
-    )
-    timesteps: Literal["uniform", "linear", "sqrt", "dreamtime"] = Field("uniform", description="how t is chosen")
-    t_range: Fraction = Field((0.02, 0.98), description="lowest and highest t as fractions of the schedule")
-    t_min_end: float | None = Field(None, ge=0, le=1, description="lowest t at the end of annealing; none: constant")
-    t_max_end: float | None = Field(0.5, ge=0, le=1, description="highest t at the end of annealing; none: constant")
-    t_anneal: Fraction = Field((0.0, 0.5), description="shares of the stage between which the t range is annealed")
-    grad_clip: tuple[float, float] | None = Field(None, description="clamp of the gradient's entries, start to end")
-    negative_anneal: Fraction = Field((0.0, 0.5), description="csd: shares between which the negative prompt fades in")
-    ism_delta: Fraction = Field((0.1, 0.025), description="ism: t - s as a fraction of the schedule, start to end")
-    inversion_steps: int = Field(5, ge=1, le=50, description="ism, sdi: DDIM inversion steps from clean to noisy")
-    inversion_scale: float = Field(-7.5, description="sdi: guidance scale s of the inversion")
-    srgb: bool = Field(True, description="convert linear renders to sRGB, which priors were trained on")
-
-    @model_validator(mode="after")
-    def _ordered(self) -> GuidanceSettings:
-        for name in ("t_range", "t_anneal", "negative_anneal"):
-            low, high = getattr(self, name)
-            if not 0 <= low <= high <= 1:
-                raise ValueError(f"{name}: wanted 0 <= low <= high <= 1, got [{low}, {high}]")
-        low, high = self.t_range if self.t_min_end is None else (self.t_min_end, self.t_range[1])
-        high = high if self.t_max_end is None else self.t_max_end
-        if low > high:
-            raise ValueError(f"t_min_end, t_max_end: the range ends as [{low}, {high}], low above high")
-        for name in ("grad_clip", "ism_delta"):
-            value = getattr(self, name)
-            if value is not None and min(value) <= 0:
-                raise ValueError(f"{name}: wanted two positive numbers, got {list(value)}")
-        if self.rescale > 0 and self.rule not in ("sds", "sjc", "ism", "sdi"):
-            raise ValueError(f"rescale: works with the rules sds, sjc, ism and sdi, got rule {self.rule}")
-        return self
+__all__ = ["Guidance", "GuidanceOutput", "GuidanceSettings"]
 
 
 @dataclass
@@ -74,100 +32,11 @@ class GuidanceOutput:
     agreement_db: PSNR in dB between x and the prior's own denoised x0 (conditional branch), data range 2; higher is
         closer to what the prior would draw. t: mean timestep as a fraction. grad_rms: root mean square of the gradient
         on x. nonfinite: share of gradient entries that the prior returned as NaN or infinity and that were dropped.
+    clamped: with a threshold, the share of the guided x0_hat's entries that lay outside the data range.
     """
 
     loss: Tensor
     metrics: dict[str, float]
-
-
-@dataclass
-class Problem:
-    """One step as a rule sees it; `predict(z, t, *branches)` evaluates branches prompt / negative / empty at once."""
-
-    x: Tensor
-    eps: Tensor
-    t: Tensor
-    alphas_cumprod: Tensor
-    progress: float
-    predict: Callable[..., list[Tensor]]
-
-    def noisy(self, eps: Tensor) -> Tensor:
-        return add_noise(self.x, eps, self.alphas_cumprod[self.t])
-
-    def guided(self, z: Tensor, t: Tensor, settings: GuidanceSettings) -> tuple[Tensor, Tensor]:
-        """(eps_hat under classifier-free guidance and rescale, eps_y); one prediction only where s = 1."""
-        if settings.scale == 1:
-            (eps_y,) = self.predict(z, t, "prompt")
-            return eps_y, eps_y
-        eps_y, eps_0 = self.predict(z, t, "prompt", "negative")
-        eps_hat = rules.guided(eps_y, eps_0, settings.scale)
-        return rules.rescaled(eps_hat, eps_y, z, self.alphas_cumprod[t], settings.rescale), eps_y
-
-    def invert(self, t_end: Tensor, steps: int, scale: float) -> Tensor:
-        """DDIM inversion of x up to timesteps t_end [B] in `steps` equal moves; scale 0 uses the empty prompt alone."""
-        z, t = self.x, torch.zeros_like(t_end)
-        alpha_bar = torch.ones(t_end.shape[0])  # x itself is clean
-        for k in range(1, steps + 1):
-            if scale == 0:
-                (eps,) = self.predict(z, t, "empty")
-            else:
-                eps_y, eps_0 = self.predict(z, t, "prompt", "empty")
-                eps = rules.guided(eps_y, eps_0, scale)
-            t = (t_end * k) // steps
-            z = rules.ddim_step(z, eps, alpha_bar, self.alphas_cumprod[t])
-            alpha_bar = self.alphas_cumprod[t]
-        return z
-
-
-# A rule's glue: which predictions it needs. Returns (residual, eps_y at (z_t, t), z_t).
-Rule = Callable[[Problem, GuidanceSettings], tuple[Tensor, Tensor, Tensor]]
-
-
-def _sds(p: Problem, s: GuidanceSettings) -> tuple[Tensor, Tensor, Tensor]:
-    z_t = p.noisy(p.eps)
-    eps_hat, eps_y = p.guided(z_t, p.t, s)
-    return rules.sds(eps_hat, p.eps), eps_y, z_t
-
-
-def _sjc(p: Problem, s: GuidanceSettings) -> tuple[Tensor, Tensor, Tensor]:
-    z_t = p.noisy(p.eps)
-    eps_hat, eps_y = p.guided(z_t, p.t, s)
-    return rules.sjc(eps_hat), eps_y, z_t
-
-
-def _csd(p: Problem, s: GuidanceSettings) -> tuple[Tensor, Tensor, Tensor]:
-    z_t = p.noisy(p.eps)
-    eps_y, eps_0, eps_n = p.predict(z_t, p.t, "prompt", "empty", "negative")
-    return s.scale * rules.csd(eps_y, eps_0, eps_n, anneal(0.0, 1.0, s.negative_anneal, p.progress)), eps_y, z_t
-
-
-def _nfsd(p: Problem, s: GuidanceSettings) -> tuple[Tensor, Tensor, Tensor]:
-    z_t = p.noisy(p.eps)
-    eps_y, eps_0, eps_n = p.predict(z_t, p.t, "prompt", "empty", "negative")
-    low_noise = p.t < 0.2 * p.alphas_cumprod.shape[0]
-    return rules.nfsd(eps_y, eps_0, eps_n, s.scale, low_noise), eps_y, z_t
-
-
-def _ism(p: Problem, s: GuidanceSettings) -> tuple[Tensor, Tensor, Tensor]:
-    delta = round(anneal(s.ism_delta[0], s.ism_delta[1], (0.0, 1.0), p.progress) * p.alphas_cumprod.shape[0])
-    t_s = (p.t - max(delta, 1)).clamp_min(0)
-    z_s = p.invert(t_s, s.inversion_steps, scale=0)
-    (eps_s,) = p.predict(z_s, t_s, "empty")
-    z_t = rules.ddim_step(z_s, eps_s, p.alphas_cumprod[t_s], p.alphas_cumprod[p.t])
-    eps_hat, eps_y = p.guided(z_t, p.t, s)
-    return rules.ism(eps_hat, eps_s), eps_y, z_t
-
-
-def _sdi(p: Problem, s: GuidanceSettings) -> tuple[Tensor, Tensor, Tensor]:
-    """SDS whose noise is the one that DDIM inversion finds in x (arXiv 2405.15891 alg. 1) in place of a random one."""
-    z_t = p.invert(p.t, s.inversion_steps, scale=s.inversion_scale)
-    alpha_bar = p.alphas_cumprod[p.t]
-    eps = (z_t - per_sample(alpha_bar.sqrt(), z_t) * p.x) / per_sample((1 - alpha_bar).sqrt(), z_t)
-    eps_hat, eps_y = p.guided(z_t, p.t, s)
-    return rules.sds(eps_hat, eps), eps_y, z_t
-
-
-RULES: dict[str, Rule] = {"sds": _sds, "sjc": _sjc, "csd": _csd, "nfsd": _nfsd, "ism": _ism, "sdi": _sdi}
 
 
 class Guidance:
@@ -182,6 +51,7 @@ class Guidance:
         self, prior: Prior, settings: GuidanceSettings, prompts: ViewPrompts, generator: torch.Generator
     ) -> None:
         self.prior, self.settings, self.prompts, self.generator = prior, settings, prompts, generator
+        self._data_range = data_range(prior, settings)
         texts = list(dict.fromkeys([*prompts.all_texts(), ""]))
         self._index = {text: i for i, text in enumerate(texts)}
         self._embeddings: Any = prior.embed(texts)
@@ -227,7 +97,7 @@ class Guidance:
             return list(eps.to(z.dtype).chunk(k))
 
         with torch.no_grad():
-            problem = Problem(x.detach(), eps, t, alphas_cumprod, progress, predict)
+            problem = Problem(x.detach(), eps, t, alphas_cumprod, progress, predict, self._data_range)
             residual, eps_y, z_t = RULES[s.rule](problem, s)
             gradient = per_sample(WEIGHTINGS[s.weighting](alphas_cumprod[t]), x) * residual
             gradient, nonfinite = _finite(gradient, self.prior.name)
@@ -241,7 +111,7 @@ class Guidance:
                 "t_max": low_high[1],
                 "grad_rms": float(gradient.square().mean().sqrt()),
                 "nonfinite": nonfinite,
-            }
+            } | problem.metrics
         return GuidanceOutput(rules.surrogate(x, gradient), metrics)
 
     def _timesteps(self, batch: int, progress: float) -> tuple[Tensor, tuple[float, float]]:
@@ -259,6 +129,20 @@ class Guidance:
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Inverse of state_dict."""
         self.generator.set_state(state["generator"])
+
+
+def data_range(prior: Prior, settings: GuidanceSettings) -> tuple[float, float] | None:
+    """The range x0_hat is brought back to, None without a threshold; UserError where the prior's range is not known."""
+    if settings.threshold == "none":
+        return None
+    found = settings.threshold_range or getattr(prior, "data_range", None)
+    if found is None:
+        raise UserError(
+            f"threshold={settings.threshold} does not fit the prior {prior.name}",
+            "its data are latents, whose range is not stated",
+            "give threshold_range=[LOW, HIGH] beside it, or set threshold=none for this stage",
+        )
+    return found
 
 
 def _finite(gradient: Tensor, prior: str) -> tuple[Tensor, float]:

@@ -59,6 +59,7 @@ class Prior(Protocol):
     name: str
     resolution: int  # side in pixels of the images that `encode` works at
     alphas_cumprod: Tensor  # [T] float32 on the CPU, decreasing
+    data_range: tuple[float, float] | None  # of x; None where it is not known, as for most latents
 
     def embed(self, prompts: list[str]) -> Any:
         """Embeddings of prompts: a tensor, or anything that a [N] long tensor indexes along its prompts."""

@@ -77,6 +77,7 @@ class ReferencePrior:
     """
 
     name = "reference"
+    data_range = (-1.0, 1.0)
 
     def __init__(self, mesh: Mesh, settings: ReferenceSettings, prompts: PromptSettings | None = None) -> None:
         self.mesh, self.settings, self.prompts = mesh, settings, prompts or PromptSettings()

@@ -37,6 +37,18 @@ def rescaled(eps_hat: Tensor, eps_y: Tensor, z_t: Tensor, alpha_bar: Tensor, phi
     return eps_from_x0(x0 * (phi * ratio + 1 - phi), z_t, alpha_bar)
 
 
+def dynamic_threshold(x0: Tensor, data_range: tuple[float, float], quantile: float) -> Tensor:
+    """Imagen's dynamic thresholding (arXiv 2205.11487 sec. 2.3) of x0 [B, C, h, w], each sample by itself.
+
+    In units where the range is [-1, 1]: clamp to [-s, s] and divide by s = max(1, quantile of |x0|), so that a sample
+    within its range is left alone. Static thresholding (ibid.) is the clamp with s = 1.
+    """
+    centre, half = (data_range[0] + data_range[1]) / 2, (data_range[1] - data_range[0]) / 2
+    u = (x0 - centre) / half
+    ends = per_sample(u.abs().flatten(1).quantile(quantile, dim=1).clamp_min(1), u)
+    return centre + half * u.clamp(-ends, ends) / ends
+
+
 def sds(eps_hat: Tensor, eps: Tensor) -> Tensor:
     """Score distillation sampling, DreamFusion eq. 3: eps_hat - eps."""
     return eps_hat - eps

@@ -1,0 +1,139 @@
+"""What each rule asks its prior: the glue between noise predictions and the pure functions of rules.py.
+
+A rule is a function (Problem, settings) -> (residual, eps_y at (z_t, t), z_t), chosen by name from RULES; the gradient
+on x is w_t * residual.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from stages.guidance import rules
+from stages.guidance.prior import add_noise, eps_from_x0, per_sample, x0_from_eps
+from stages.guidance.schedules import anneal
+from stages.guidance.settings import GuidanceSettings
+
+
+@dataclass
+class Problem:
+    """One step as a rule sees it; `predict(z, t, *branches)` evaluates branches prompt / negative / empty at once.
+
+    data_range: what x0_hat is brought back to, None for no threshold. metrics: what the rule has to report.
+    """
+
+    x: Tensor
+    eps: Tensor
+    t: Tensor
+    alphas_cumprod: Tensor
+    progress: float
+    predict: Callable[..., list[Tensor]]
+    data_range: tuple[float, float] | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    def noisy(self, eps: Tensor) -> Tensor:
+        return add_noise(self.x, eps, self.alphas_cumprod[self.t])
+
+    def guided(self, z: Tensor, t: Tensor, settings: GuidanceSettings) -> tuple[Tensor, Tensor]:
+        """(eps_hat under classifier-free guidance, rescale and threshold, eps_y); one prediction only where s = 1."""
+        if settings.scale == 1:
+            (eps_y,) = self.predict(z, t, "prompt")
+            return self.bounded(eps_y, z, t, settings), eps_y
+        eps_y, eps_0 = self.predict(z, t, "prompt", "negative")
+        eps_hat = rules.guided(eps_y, eps_0, settings.scale)
+        eps_hat = rules.rescaled(eps_hat, eps_y, z, self.alphas_cumprod[t], settings.rescale)
+        return self.bounded(eps_hat, z, t, settings), eps_y
+
+    def bounded(self, eps_hat: Tensor, z: Tensor, t: Tensor, settings: GuidanceSettings) -> Tensor:
+        """eps_hat with its x0_hat brought back to the data range, as the settings' threshold says."""
+        if self.data_range is None:
+            return eps_hat
+        alpha_bar = self.alphas_cumprod[t]
+        x0 = x0_from_eps(eps_hat, z, alpha_bar)
+        low, high = self.data_range
+        self.metrics["clamped"] = float(((x0 < low) | (x0 > high)).double().mean())
+        if settings.threshold == "static":
+            x0 = x0.clamp(low, high)
+        else:
+            x0 = rules.dynamic_threshold(x0, self.data_range, settings.threshold_quantile)
+        return eps_from_x0(x0, z, alpha_bar)
+
+    def invert(self, t_end: Tensor, steps: int, scale: float) -> Tensor:
+        """DDIM inversion of x up to timesteps t_end [B] in `steps` equal moves; scale 0 uses the empty prompt alone."""
+        z, t = self.x, torch.zeros_like(t_end)
+        alpha_bar = torch.ones(t_end.shape[0])  # x itself is clean
+        for k in range(1, steps + 1):
+            if scale == 0:
+                (eps,) = self.predict(z, t, "empty")
+            else:
+                eps_y, eps_0 = self.predict(z, t, "prompt", "empty")
+                eps = rules.guided(eps_y, eps_0, scale)
+            t = (t_end * k) // steps
+            z = rules.ddim_step(z, eps, alpha_bar, self.alphas_cumprod[t])
+            alpha_bar = self.alphas_cumprod[t]
+        return z
+
+
+# A rule's glue: which predictions it needs. Returns (residual, eps_y at (z_t, t), z_t).
+Rule = Callable[[Problem, GuidanceSettings], tuple[Tensor, Tensor, Tensor]]
+
+
+def _sds(p: Problem, s: GuidanceSettings) -> tuple[Tensor, Tensor, Tensor]:
+    z_t = p.noisy(p.eps)
+    eps_hat, eps_y = p.guided(z_t, p.t, s)
+    return rules.sds(eps_hat, p.eps), eps_y, z_t
+
+
+def _sjc(p: Problem, s: GuidanceSettings) -> tuple[Tensor, Tensor, Tensor]:
+    z_t = p.noisy(p.eps)
+    eps_hat, eps_y = p.guided(z_t, p.t, s)
+    return rules.sjc(eps_hat), eps_y, z_t
+
+
+def _csd(p: Problem, s: GuidanceSettings) -> tuple[Tensor, Tensor, Tensor]:
+    """With a threshold the bounded noise is the guided one: residual = eps_hat - reference, as without."""
+    z_t = p.noisy(p.eps)
+    eps_y, eps_0, eps_n = p.predict(z_t, p.t, "prompt", "empty", "negative")
+    negative = anneal(0.0, 1.0, s.negative_anneal, p.progress)
+    residual = s.scale * rules.csd(eps_y, eps_0, eps_n, negative)
+    if p.data_range is not None:
+        reference = eps_0 + negative * (eps_n - eps_0)
+        residual = p.bounded(reference + residual, z_t, p.t, s) - reference
+    return residual, eps_y, z_t
+
+
+def _nfsd(p: Problem, s: GuidanceSettings) -> tuple[Tensor, Tensor, Tensor]:
+    """Its residual is eps_hat at low noise and eps_hat - eps_n above, eps_hat = eps_0 + s (eps_y - eps_0)."""
+    z_t = p.noisy(p.eps)
+    eps_y, eps_0, eps_n = p.predict(z_t, p.t, "prompt", "empty", "negative")
+    low_noise = p.t < 0.2 * p.alphas_cumprod.shape[0]
+    residual = rules.nfsd(eps_y, eps_0, eps_n, s.scale, low_noise)
+    if p.data_range is not None:
+        reference = torch.where(per_sample(low_noise, eps_n).bool(), torch.zeros_like(eps_n), eps_n)
+        residual = p.bounded(reference + residual, z_t, p.t, s) - reference
+    return residual, eps_y, z_t
+
+
+def _ism(p: Problem, s: GuidanceSettings) -> tuple[Tensor, Tensor, Tensor]:
+    delta = round(anneal(s.ism_delta[0], s.ism_delta[1], (0.0, 1.0), p.progress) * p.alphas_cumprod.shape[0])
+    t_s = (p.t - max(delta, 1)).clamp_min(0)
+    z_s = p.invert(t_s, s.inversion_steps, scale=0)
+    (eps_s,) = p.predict(z_s, t_s, "empty")
+    z_t = rules.ddim_step(z_s, eps_s, p.alphas_cumprod[t_s], p.alphas_cumprod[p.t])
+    eps_hat, eps_y = p.guided(z_t, p.t, s)
+    return rules.ism(eps_hat, eps_s), eps_y, z_t
+
+
+def _sdi(p: Problem, s: GuidanceSettings) -> tuple[Tensor, Tensor, Tensor]:
+    """SDS whose noise is the one that DDIM inversion finds in x (arXiv 2405.15891 alg. 1) in place of a random one."""
+    z_t = p.invert(p.t, s.inversion_steps, scale=s.inversion_scale)
+    alpha_bar = p.alphas_cumprod[p.t]
+    eps = (z_t - per_sample(alpha_bar.sqrt(), z_t) * p.x) / per_sample((1 - alpha_bar).sqrt(), z_t)
+    eps_hat, eps_y = p.guided(z_t, p.t, s)
+    return rules.sds(eps_hat, eps), eps_y, z_t
+
+
+RULES: dict[str, Rule] = {"sds": _sds, "sjc": _sjc, "csd": _csd, "nfsd": _nfsd, "ism": _ism, "sdi": _sdi}
