@@ -115,11 +115,15 @@ class DiffusionPrior:
     @torch.no_grad()
     def predict_noise(self, z_t: Tensor, t: Tensor, embedding: Tensor, context: ViewContext | None = None) -> Tensor:
         """eps [B, C, h, w] in the dtype of z_t; one UNet call, or several of at most `max_batch`."""
+        return self.noise(self.unet, z_t, t, embedding)
+
+    def noise(self, unet: torch.nn.Module, z_t: Tensor, t: Tensor, embedding: Tensor) -> Tensor:
+        """predict_noise by this UNet or one like it, with gradients in those of its weights that ask for them."""
         patched = F.pixel_unshuffle(z_t, self.patch).to(self._parameter)
         t_device, limit = t.to(patched.device), self.settings.max_batch or len(patched)
         with _no_autocast(patched.device):
             outputs = [
-                self.unet(
+                unet(
                     patched[k : k + limit], t_device[k : k + limit], encoder_hidden_states=embedding[k : k + limit]
                 ).sample
                 for k in range(0, len(patched), limit)
