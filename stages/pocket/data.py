@@ -34,7 +34,7 @@ BACKGROUND = (0.35, 1.0)  # sRGB grey of the backgrounds the priors know; the st
 TINT = 0.02
 SIDES = PromptSettings(sides=True)
 TEXTURELESS = 0.15  # share of textureless renders, captioned ', clay render'
-ALBEDO = 0.4  # share of unshaded renders
+ALBEDO = 0.4  # share of unshaded renders beside that share of textureless ones
 
 
 def background(generator: np.random.Generator) -> np.ndarray:
@@ -43,9 +43,18 @@ def background(generator: np.random.Generator) -> np.ndarray:
     return srgb_to_linear(torch.from_numpy(srgb.clip(0, 1))).numpy()
 
 
-def make_pool(folder: Path, *, size: int, count: int, seed: int, cameras: CameraSettings = COARSE_CAMERAS) -> Path:
+def make_pool(
+    folder: Path,
+    *,
+    size: int,
+    count: int,
+    seed: int,
+    cameras: CameraSettings = COARSE_CAMERAS,
+    textureless: float = TEXTURELESS,
+) -> Path:
     """Render a pool of `count` training images of `size` pixels into `folder`, unless it is there already.
 
+    `textureless` is the share of clay renders; the rest is albedo and Lambert in their usual proportion.
     One single-threaded process a core: small renders gain nothing from threads and lose much to waiting for them.
     """
     done = folder / "records.json"
@@ -59,7 +68,7 @@ def make_pool(folder: Path, *, size: int, count: int, seed: int, cameras: Camera
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_one_thread) as executor:
         jobs = [
-            executor.submit(_render_meshes, part, int(low), int(high), size, seed, cameras)
+            executor.submit(_render_meshes, part, int(low), int(high), size, seed, cameras, textureless)
             for low, high in pairwise(bounds)
         ]
         records = [record for job in jobs for record in job.result()]
@@ -75,8 +84,12 @@ def _one_thread() -> None:
     numba.set_num_threads(1)
 
 
-def _render_meshes(part: Path, first: int, last: int, size: int, seed: int, cameras: CameraSettings) -> list[dict]:
+def _render_meshes(
+    part: Path, first: int, last: int, size: int, seed: int, cameras: CameraSettings, textureless: float
+) -> list[dict]:
     """Render meshes first..last of a pool into its file; returns their records."""
+    albedo = (1 - textureless) * ALBEDO / (1 - TEXTURELESS)
+    kinds, shares = ["textureless", "albedo", "lambert"], [textureless, albedo, 1 - textureless - albedo]
     images = np.load(part, mmap_mode="r+")
     records = []
     for m in range(first, last):
@@ -85,7 +98,7 @@ def _render_meshes(part: Path, first: int, last: int, size: int, seed: int, came
         mesh = world.build(spec, rng)
         views = sample_views(cameras, VIEWS_PER_MESH, torch.Generator().manual_seed(int(rng.integers(2**62))))
         for v in range(min(VIEWS_PER_MESH, len(images) - m * VIEWS_PER_MESH)):
-            kind = rng.choice(["textureless", "albedo", "lambert"], p=[TEXTURELESS, ALBEDO, 1 - TEXTURELESS - ALBEDO])
+            kind = rng.choice(kinds, p=shares)
             ambient = 1.0 if kind == "albedo" else float(rng.uniform(0.3, 0.7))
             shading = Shading(ambient, 1 - ambient, bool(kind == "textureless"))
             under = torch.from_numpy(background(rng)).float()
