@@ -14,7 +14,6 @@ Never mix them with weights for averaged losses, which are about 1e4 smaller.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -29,6 +28,7 @@ from stages.fields.background import Background, BackgroundSettings, random_back
 from stages.fields.check import check_object
 from stages.fields.hashfield import FieldSettings, HashField
 from stages.fields.occupancy import OccupancyGrid, OccupancySettings
+from stages.phases import phase
 from stages.render.shade import ALBEDO, LAMBERT, ShadingSettings, sample_shading
 from stages.render.volume import VolumeImages, render_field
 from stages.stage import Asset
@@ -120,52 +120,53 @@ class CoarseStage:
 
     def step(self) -> dict[str, float]:
         """One optimisation step over `views_per_step` views; returns metrics."""
-        s, progress = self.settings, self.step_index / self.steps
-        self._start()
+        s, progress, times = self.settings, self.step_index / self.steps, self.times
         self.field.set_progress(progress)
-        self.occupancy.update(self.field.density, self.step_index, self.generator, self.step_size)
-        self._lap("occupancy")
-        views = sample_views(s.cameras, s.views_per_step, self.generator).to(self.device)
-        shading = sample_shading(s.shading, self.step_index, self.generator)
-        backdrop = random_background(s.background, s.views_per_step, self.generator)
+        with phase("occupancy", times):
+            self.occupancy.update(self.field.density, self.step_index, self.generator, self.step_size)
+        with phase("views", times):
+            views = sample_views(s.cameras, s.views_per_step, self.generator).to(self.device)
+            shading = sample_shading(s.shading, self.step_index, self.generator)
+            backdrop = random_background(s.background, s.views_per_step, self.generator)
 
         totals: dict[str, float] = {}
         part = s.views_per_step // s.accumulate
         for low in range(0, s.views_per_step, part):
             chosen = slice(low, low + part)
-            images = render_field(
-                self.field,
-                self.background if backdrop is None else backdrop[chosen],
-                self.occupancy.cells,
-                views[chosen],
-                s.resolution,
-                s.resolution,
-                shading=shading,
-                generator=self.generator,
-                step_size=self.step_size,
-                normals=s.orientation_always,
-                early_stop=s.early_stop,
-                faint=s.faint,
-                stride=s.stride,
-            )
-            self._lap("render")
-            guided = self.guidance(
-                images.colour,
-                views[chosen],
-                progress,
-                shading.textureless,
-                background=images.background.detach(),
-                shading=shading,
-            )
-            loss, metrics = self._regularised(guided.loss, images, progress)
-            self._lap("guidance")
-            (loss / s.accumulate).backward()
-            self._lap("backward")
+            with phase("render", times):
+                images = render_field(
+                    self.field,
+                    self.background if backdrop is None else backdrop[chosen],
+                    self.occupancy.cells,
+                    views[chosen],
+                    s.resolution,
+                    s.resolution,
+                    shading=shading,
+                    generator=self.generator,
+                    step_size=self.step_size,
+                    normals=s.orientation_always,
+                    early_stop=s.early_stop,
+                    faint=s.faint,
+                    stride=s.stride,
+                )
+            with phase("guidance", times):
+                guided = self.guidance(
+                    images.colour,
+                    views[chosen],
+                    progress,
+                    shading.textureless,
+                    background=images.background.detach(),
+                    shading=shading,
+                )
+            with phase("regularisers", times):
+                loss, metrics = self._regularised(guided.loss, images, progress)
+            with phase("backward", times):
+                (loss / s.accumulate).backward()
             for name, value in (guided.metrics | metrics).items():
                 totals[name] = totals.get(name, 0.0) + value / s.accumulate
 
-        totals["grad_norm"] = self._update(progress)
-        self._lap("optimiser")
+        with phase("optimiser", times):
+            totals["grad_norm"] = self._update(progress)
         self.step_index += 1
         return totals
 
@@ -297,11 +298,3 @@ class CoarseStage:
     def _moments(self) -> dict[str, Tensor]:
         named = self._named_parameters()
         return {f"{n}.{k}": v for n, p in named.items() for k, v in self.optimiser.state.get(p, {}).items()}
-
-    def _start(self) -> None:
-        self._since = time.perf_counter()
-
-    def _lap(self, phase: str) -> None:
-        now = time.perf_counter()
-        self.times[phase] = self.times.get(phase, 0.0) + now - self._since
-        self._since = now

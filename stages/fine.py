@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import copy
 import math
-import time
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any, Literal
@@ -37,6 +36,7 @@ from stages.mesh.measure import measure
 from stages.mesh.mesh import Mesh
 from stages.mesh.regularise import laplacian, normal_consistency
 from stages.mesh.tetrahedra import SAFE_MOVE, Lattice
+from stages.phases import phase
 from stages.render.raster import MeshImages, render_mesh
 from stages.render.shade import ALBEDO, LAMBERT, Shading, ShadingSettings, sample_shading
 from stages.stage import Asset
@@ -150,9 +150,11 @@ class FineStage:
 
     def _prepare(self) -> None:
         """Make the first surface, unless there is one."""
-        if self.dmtet is not None or self.locked is not None:
-            return
-        self._since = time.perf_counter()
+        if self.dmtet is None and self.locked is None:
+            with phase("initialise", self.times):
+                self._initialise()
+
+    def _initialise(self) -> None:
         s, previous = self.settings, self.previous
         options = {"deformation": s.deformation, "device": self.device}
         if s.geometry == "locked" and previous is not None and previous.mesh is not None:
@@ -173,7 +175,6 @@ class FineStage:
                 surface = self.dmtet.surface()
             self.dmtet = self._lock(surface.vertices, surface.faces)
         self._optimise()
-        self._lap("initialise")
 
     def _lock(self, vertices: Tensor, faces: Tensor) -> None:
         none = torch.zeros(0, 2, dtype=torch.int32, device=self.device)  # smoothness terms are not asked for
@@ -193,39 +194,40 @@ class FineStage:
     def step(self) -> dict[str, float]:
         """One optimisation step over `views_per_step` views; returns metrics."""
         self._prepare()
-        s, progress = self.settings, self.step_index / self.steps
-        self._since = time.perf_counter()
-        surface = self.surface()
-        leaf = surface.vertices.detach().requires_grad_(self.dmtet is not None)
-        self._lap("surface")
-        views = sample_views(s.cameras, s.views_per_step, self.generator).to(self.device)
-        shading = sample_shading(s.shading, self.step_index, self.generator)
-        backdrop = random_background(s.background, s.views_per_step, self.generator)
-        backdrop = (backdrop if backdrop is not None else torch.full((s.views_per_step, 1, 1, 3), 0.5)).to(self.device)
+        s, progress, times = self.settings, self.step_index / self.steps, self.times
+        with phase("surface", times):
+            surface = self.surface()
+            leaf = surface.vertices.detach().requires_grad_(self.dmtet is not None)
+        with phase("views", times):
+            views = sample_views(s.cameras, s.views_per_step, self.generator).to(self.device)
+            shading = sample_shading(s.shading, self.step_index, self.generator)
+            grey = random_background(s.background, s.views_per_step, self.generator)
+            backdrop = (grey if grey is not None else torch.full((s.views_per_step, 1, 1, 3), 0.5)).to(self.device)
 
         totals, self.start = self.start, {}
         part = s.views_per_step // s.accumulate
         for low in range(0, s.views_per_step, part):
             chosen = slice(low, low + part)
-            images = self._render(leaf, surface.faces, views[chosen], s.resolution, shading, backdrop[chosen])
-            self._lap("render")
+            with phase("render", times):
+                images = self._render(leaf, surface.faces, views[chosen], s.resolution, shading, backdrop[chosen])
             behind = backdrop[chosen].expand(-1, s.resolution, s.resolution, 3)
-            guided = self.guidance(
-                images.colour, views[chosen], progress, shading.textureless, background=behind, shading=shading
-            )
-            self._lap("guidance")
-            if guided.loss.requires_grad:  # a textureless view of a locked mesh has nothing to learn from
-                (guided.loss / s.accumulate).backward()
-            self._lap("backward")
+            with phase("guidance", times):
+                guided = self.guidance(
+                    images.colour, views[chosen], progress, shading.textureless, background=behind, shading=shading
+                )
+            with phase("backward", times):
+                if guided.loss.requires_grad:  # a textureless view of a locked mesh has nothing to learn from
+                    (guided.loss / s.accumulate).backward()
             for name, value in (guided.metrics | {"cover": float(images.mask.detach().mean())}).items():
                 totals[name] = totals.get(name, 0.0) + value / s.accumulate
-        totals |= self._smooth(leaf, surface)
-        if leaf.grad is not None:
-            surface.vertices.backward(leaf.grad)
-            self.dmtet.spread_gradient(s.spread[0] + (s.spread[1] - s.spread[0]) * progress)
-        self._lap("backward")
-        totals["grad_norm"] = self._update(progress)
-        self._lap("optimiser")
+        with phase("regularisers", times):
+            totals |= self._smooth(leaf, surface)
+        with phase("backward", times):
+            if leaf.grad is not None:
+                surface.vertices.backward(leaf.grad)
+                self.dmtet.spread_gradient(s.spread[0] + (s.spread[1] - s.spread[0]) * progress)
+        with phase("optimiser", times):
+            totals["grad_norm"] = self._update(progress)
         self.step_index += 1
         return totals
 
@@ -392,8 +394,3 @@ class FineStage:
     @torch.no_grad()
     def _albedo(self, points: Tensor) -> Tensor:
         return torch.cat([self.field.albedo(part) for part in points.split(1 << 17)])
-
-    def _lap(self, phase: str) -> None:
-        now = time.perf_counter()
-        self.times[phase] = self.times.get(phase, 0.0) + now - self._since
-        self._since = now

@@ -14,10 +14,11 @@ MAX_LINES = 400
 HELP_S = 0.4
 
 # Rooms of the house, each with the rooms it may import; a room may always import itself.
-_BASE = {"stages.errors", "stages.cameras"}
+_BASE = {"stages.errors", "stages.cameras", "stages.phases"}
 _SURFACE = _BASE | {"stages.kernels", "stages.mesh"}
 ALLOWED = {
     "stages.errors": set(),
+    "stages.phases": set(),
     "stages.cameras": {"stages.errors"},
     "stages.prompts": _BASE,
     "stages.kernels": _BASE,

@@ -20,6 +20,7 @@ from stages.guidance.prior import Prior, ViewContext, per_sample, x0_from_eps
 from stages.guidance.residuals import RULES, Problem
 from stages.guidance.schedules import TIMESTEPS, WEIGHTINGS, anneal, stratified, to_index
 from stages.guidance.settings import GuidanceSettings
+from stages.phases import phase
 from stages.prompts import ViewPrompts
 
 __all__ = ["Guidance", "GuidanceOutput", "GuidanceSettings"]
@@ -78,10 +79,9 @@ class Guidance:
         """
         check_shape("images", images, (len(views), None, None, 3))
         s, alphas_cumprod = self.settings, self.prior.alphas_cumprod
-        if s.srgb:
-            images = linear_to_srgb(images)
         t, low_high = self._timesteps(len(views), progress)
-        x = self.prior.encode(images, self.generator)
+        with phase("encode"):
+            x = self.prior.encode(linear_to_srgb(images) if s.srgb else images, self.generator)
         eps = torch.randn(x.shape, generator=self.generator).to(x)
         context = ViewContext(views, background if background is None else background.detach(), shading)
         branches = {"prompt": [self._index[text] for text in self.prompts.texts(views, textureless)]}
@@ -96,7 +96,7 @@ class Guidance:
             )
             return list(eps.to(z.dtype).chunk(k))
 
-        with torch.no_grad():
+        with torch.no_grad(), phase("rule"):
             problem = Problem(x.detach(), eps, t, alphas_cumprod, progress, predict, self._data_range)
             residual, eps_y, z_t = RULES[s.rule](problem, s)
             gradient = per_sample(WEIGHTINGS[s.weighting](alphas_cumprod[t]), x) * residual

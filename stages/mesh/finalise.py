@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from dataclasses import replace
 
 import numpy as np
@@ -15,6 +14,7 @@ from stages.mesh.clean import decimate, drop_floaters, tidy
 from stages.mesh.measure import measure
 from stages.mesh.mesh import Mesh
 from stages.mesh.uv import Unwrapper, unwrap
+from stages.phases import phase
 
 log = logging.getLogger(__name__)
 
@@ -51,36 +51,29 @@ def finalise(
     """
     notes = {} if notes is None else notes
     times: dict[str, float] = {}
-    clock = time.perf_counter()
-
-    def lap(phase: str) -> None:
-        nonlocal clock
-        now = time.perf_counter()
-        times[phase], clock = now - clock, now
-
-    result = drop_floaters(tidy(mesh), settings.floaters)
-    lap("clean")
-    result = decimate(result, settings.faces)
-    lap("decimate")
-    atlas = unwrap(
-        result,
-        settings.texture_size,
-        padding=settings.padding,
-        method=settings.unwrap,
-        time_limit_s=settings.unwrap_limit_s,
-    )
-    result = replace(result, uv=atlas.uv, uv_faces=atlas.uv_faces)
-    lap("unwrap")
-    if albedo is not None:
-        colours = np.nan_to_num(evaluate(albedo, result.vertices, device), posinf=1.0)
-        result = replace(result, colours=np.clip(colours, 0, 1))
-        texture = bake(result, albedo, settings.texture_size, device=device)
-    else:
-        if result.colours is None:
-            result = replace(result, colours=np.full_like(result.vertices, 0.5))
-        texture = bake_vertex_colours(result, settings.texture_size)
-    result = replace(result, texture=texture)
-    lap("bake")
+    with phase("clean", times):
+        result = drop_floaters(tidy(mesh), settings.floaters)
+    with phase("decimate", times):
+        result = decimate(result, settings.faces)
+    with phase("unwrap", times):
+        atlas = unwrap(
+            result,
+            settings.texture_size,
+            padding=settings.padding,
+            method=settings.unwrap,
+            time_limit_s=settings.unwrap_limit_s,
+        )
+        result = replace(result, uv=atlas.uv, uv_faces=atlas.uv_faces)
+    with phase("bake", times):
+        if albedo is not None:
+            colours = np.nan_to_num(evaluate(albedo, result.vertices, device), posinf=1.0)
+            result = replace(result, colours=np.clip(colours, 0, 1))
+            texture = bake(result, albedo, settings.texture_size, device=device)
+        else:
+            if result.colours is None:
+                result = replace(result, colours=np.full_like(result.vertices, 0.5))
+            texture = bake_vertex_colours(result, settings.texture_size)
+        result = replace(result, texture=texture)
     report = measure(result)
     if not (report.watertight and report.manifold and report.oriented):
         log.warning(

@@ -17,6 +17,7 @@ from stages.errors import check_shape
 from stages.kernels.backend import choose_backend
 from stages.kernels.raster import antialias, edge_topology, interpolate, rasterise, vertex_normals
 from stages.mesh.mesh import Mesh
+from stages.phases import phase
 from stages.render.shade import ALBEDO, LAMBERT, TEXTURELESS_ALBEDO, Shading, shade
 
 NORMAL_MIN = 1e-3  # an interpolated normal shorter than this stays short, so its gradient stays below 1 / NORMAL_MIN
@@ -72,15 +73,18 @@ def render_mesh(
     if isinstance(albedo, Tensor):
         check_shape("albedo", albedo, (len(vertices), 3))
         attributes.append(albedo)
-    clip = to_clip(vertices, views, width / height)
-    rast = rasterise(clip, triangles, height, width, backend=backend)
-    covered = (rast[..., 3] > 0).reshape(-1).nonzero()[:, 0]  # [N]
-    planes = interpolate(torch.cat(attributes, -1), rast, triangles, backend=backend).flatten(0, 2)
-    points, normals, *colours = planes.index_select(0, covered).split(3, -1)  # [N, 3]
+    with phase("rasterise"):
+        clip = to_clip(vertices, views, width / height)
+        rast = rasterise(clip, triangles, height, width, backend=backend)
+        covered = (rast[..., 3] > 0).reshape(-1).nonzero()[:, 0]  # [N]
+    with phase("interpolate"):
+        planes = interpolate(torch.cat(attributes, -1), rast, triangles, backend=backend).flatten(0, 2)
+        points, normals, *colours = planes.index_select(0, covered).split(3, -1)  # [N, 3]
     normals = torch.nn.functional.normalize(normals, dim=-1, eps=NORMAL_MIN)
     view = covered // (height * width)
     if callable(albedo):
-        colours = [albedo(points) if len(covered) else points]
+        with phase("colour"):
+            colours = [albedo(points) if len(covered) else points]
     shaded = shade(colours[0], normals, points, views.light.index_select(0, view), shading)
     distance = torch.linalg.vector_norm(points - views.position.index_select(0, view), dim=-1, keepdim=True)
 
@@ -90,7 +94,8 @@ def render_mesh(
     empty = vertices.new_zeros(batch, height, width, 4)
     under = torch.cat([background.expand(batch, height, width, 3), empty[..., :1]], -1)
     hard = image(torch.cat([shaded, torch.ones_like(distance)], -1), under)
-    colour, mask = antialias(hard, rast, clip, triangles, topology, backend=backend).split([3, 1], -1)
+    with phase("antialias"):
+        colour, mask = antialias(hard, rast, clip, triangles, topology, backend=backend).split([3, 1], -1)
     return MeshImages(colour, mask, image(normals, empty[..., :3]), image(distance, empty[..., :1]), rast)
 
 
@@ -126,7 +131,7 @@ def render_vertex_colours(
     under = (torch.zeros(3) if background is None else background).expand(len(views), size, size, 3)
     fine = size * supersample
     rast = rasterise(to_clip(vertices, views), triangles, fine, fine, backend=backend)
-    if choose_backend(backend, vertices) == "numba":
+    if choose_backend(backend, vertices, family="raster") == "numba":
         from stages.kernels.cpu_picture import picture
 
         out = torch.empty(len(views), size, size, 3)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from stages.cameras import Views, rays
 from stages.kernels.volume import composite, march, visible
+from stages.phases import phase
 from stages.render.shade import Shading, shade
 
 STEP_SIZE = 2 * math.sqrt(3) / 128  # world length: 128 samples along the box's diagonal
@@ -88,9 +89,10 @@ def render_field(
     rays_o, rays_d = (v.reshape(-1, 3) for v in rays(views, height, width))
     device, count = rays_o.device, rays_o.shape[0]
     jitter = torch.full((count,), 0.5) if generator is None else torch.rand(count, generator=generator)
-    samples = march(rays_o, rays_d, occupancy, step_size, jitter.to(device), stride=stride)
-    points = _points(rays_o, rays_d, samples)
-    with torch.no_grad():
+    with phase("march"):
+        samples = march(rays_o, rays_d, occupancy, step_size, jitter.to(device), stride=stride)
+        points = _points(rays_o, rays_d, samples)
+    with torch.no_grad(), phase("first look"):
         features = field.features(points)
         keep, samples = visible(field.density(points, features), samples, early_stop, faint)
         points, features = points[keep], features[keep]
@@ -98,17 +100,19 @@ def render_field(
     directions = rays_d[samples.rays]  # [N, 3]
     normals = normals or shading.diffuse != 0
     normal = None
-    if normals:
-        sigma, normal, albedo = field.density_and_normal(points, features)
-    else:
-        sigma, albedo = field.forward(points, features)
+    with phase("field"):
+        if normals:
+            sigma, normal, albedo = field.density_and_normal(points, features)
+        else:
+            sigma, albedo = field.forward(points, features)
     if shading.diffuse != 0:
         light = views.light[samples.rays // (height * width)]
         colour = shade(albedo, normal, points, light, shading)
     else:
         colour = shade(albedo, points, points, points, shading)  # neither normals nor light enter
     values = colour if normal is None else torch.cat([colour, normal], -1)
-    out, weights, opacity, depth = composite(sigma, values, samples)
+    with phase("composite"):
+        out, weights, opacity, depth = composite(sigma, values, samples)
 
     shape = (len(views), height, width)
     if callable(background):

@@ -1,0 +1,120 @@
+"""Phases: nothing without a recorder, paths and sums with one, the backward pass, and gradients that stay as they are."""
+
+import threading
+import time
+
+import pytest
+import torch
+
+from stages.phases import Recorder, backward_phase, phase, recorder, recording
+
+
+def visit(*names: str) -> None:
+    if names:
+        with phase(names[0]):
+            visit(*names[1:])
+
+
+def test_a_phase_adds_its_seconds_to_the_dict_with_or_without_a_recorder():
+    times = {"render": 1.0}
+    with phase("render", times):
+        time.sleep(0.01)
+    with recording(Recorder()), phase("optimiser", times):
+        time.sleep(0.01)
+    assert 1.01 <= times["render"] < 1.5
+    assert 0.01 <= times["optimiser"] < 0.5
+
+
+def test_a_phase_without_a_recorder_costs_microseconds():
+    def batch() -> float:
+        began = time.perf_counter()
+        for _ in range(1000):
+            with phase("march"):
+                pass
+        return (time.perf_counter() - began) / 1000
+
+    assert min(batch() for _ in range(20)) < 5e-6
+
+
+def test_paths_nest_and_calls_add_up():
+    with recording(Recorder()) as listener:
+        for _ in range(3):
+            visit("step", "guidance", "networks")
+        visit("networks")
+    calls = {path: span.calls for path, span in listener.spans.items()}
+    assert calls == {("step",): 3, ("step", "guidance"): 3, ("step", "guidance", "networks"): 3, ("networks",): 1}
+    assert listener.spans["step",].seconds >= listener.spans["step", "guidance"].seconds > 0
+    assert recorder() is None
+
+
+def test_an_exception_leaves_no_phase_open():
+    with recording(Recorder()) as listener:
+        with pytest.raises(ValueError), phase("step"):
+            listener.enter("left open")
+            raise ValueError
+        assert listener.path == ()
+        visit("step")
+    assert listener.spans["step",].calls == 2
+
+
+def test_what_other_threads_do_is_not_counted():
+    with recording(Recorder()) as listener, phase("step"):
+        other = threading.Thread(target=visit, args=("writing",))
+        other.start()
+        other.join()
+    assert list(listener.spans) == [("step",)]
+
+
+def test_the_device_is_waited_for_at_both_ends_and_the_watcher_sees_every_phase():
+    waits, seen = [], []
+    with recording(Recorder(lambda: waits.append(0), lambda path, began, seconds: seen.append((path, seconds)))):
+        visit("step", "render")
+    assert len(waits) == 4
+    assert [path for path, _ in seen] == [("step", "render"), ("step",)]
+
+
+class Slow(torch.autograd.Function):
+    """The identity, whose backward pass takes a while."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        time.sleep(0.02)
+        return grad.clone()
+
+
+def test_the_backward_pass_through_a_network_is_a_phase_of_its_own():
+    leaf = torch.ones(3, requires_grad=True)
+    with recording(Recorder()) as listener, phase("step"):
+        entrance = Slow.apply(2 * leaf)  # not counted
+        exit = Slow.apply(entrance * 3)
+        backward_phase("networks", entrance, exit)
+        with phase("backward"):
+            Slow.apply(exit).sum().backward()  # its own backward is not counted either
+    inside = listener.spans["step", "backward", "networks"]
+    assert inside.calls == 1
+    assert 0.02 <= inside.seconds < 0.04 or inside.seconds < listener.spans["step", "backward"].seconds / 2
+    assert torch.equal(leaf.grad, torch.full((3,), 6.0))
+
+
+def test_backward_phases_leave_the_tensors_alone_where_nothing_is_recorded():
+    leaf = torch.ones(3, requires_grad=True)
+    exit = leaf * 2
+    backward_phase("networks", leaf, exit)
+    assert not leaf._backward_hooks and not exit._backward_hooks
+    with recording(Recorder()):
+        backward_phase("networks", leaf.detach(), exit)
+    assert not exit._backward_hooks
+
+
+def test_a_backward_pass_that_never_reaches_the_entrance_does_not_hold_its_phase_open():
+    first, second = torch.ones(2, requires_grad=True), torch.ones(2, requires_grad=True)
+    with recording(Recorder()) as listener:
+        exit = first * second
+        backward_phase("networks", first, exit)
+        with phase("backward"):
+            torch.autograd.grad(exit.sum(), second)  # hooks of `first` do not run
+        assert listener.path == ()
