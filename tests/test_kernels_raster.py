@@ -224,7 +224,7 @@ def test_tensors_need_not_be_contiguous(backend):
 
 def test_wrong_arguments_are_refused_by_name():
     clip, rast = flat([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]]), torch.zeros(1, 4, 4, 4)
-    with pytest.raises(ValueError, match="backend: unknown name 'cuda', have auto, numba, torch"):
+    with pytest.raises(ValueError, match="backend: unknown name 'cuda', have auto, torch, numba, warp, nvdiffrast"):
         rasterise(clip, ONE, 4, 4, backend="cuda")
     with pytest.raises(ValueError, match="'numba' takes float32 tensors on the CPU, got float64"):
         rasterise(clip.double(), ONE, 4, 4, backend="numba")

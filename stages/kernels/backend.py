@@ -1,33 +1,266 @@
-"""Which implementation of a kernel runs: chosen by name, or by device and dtype for "auto"."""
+"""Which implementation of a kernel runs: by name, by the run's `kernels` settings, or by device and dtype.
+
+Every op takes `backend`. A name in a call wins. "auto" looks at the selection of this process, made of the `kernels`
+settings, and where that says auto too, at the tensors: numba for float32 on the CPU, Warp for float32 on CUDA (plain
+torch where Warp is missing), plain torch for everything else.
+
+The selection is one per process, put in place by `selected` for the time of a run, and not an argument of every
+constructor on the way down: it is a fact about the machine, not about the scene; every backend computes the same
+function; and ops are called from some forty places (fields, renderers, meshes, baking, pictures, priors) that would
+each have to carry five names that they never read. It is read in the forward pass only, so a backward pass that
+autograd runs in another thread needs no copy of it.
+"""
 
 from __future__ import annotations
 
+import importlib
+import importlib.metadata
+import importlib.util
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Literal
+
 import torch
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
+from stages.errors import UserError
+
 BACKENDS = {
-    "auto": "numba for float32 tensors on the CPU, torch for everything else",
+    "auto": "what the `kernels` settings say; else numba on the CPU and warp on CUDA for float32, torch otherwise",
     "torch": "the plain-torch twin: the definition, any device, float32 or float64",
     "numba": "compiled CPU kernels, float32 only",
+    "warp": "CUDA kernels, float32 only; on the CPU too, one thread after another",
+    "tinycudann": "NVIDIA's tiny-cuda-nn (hash, mlp), CUDA, float32",
+    "nvdiffrast": "NVIDIA's rasteriser (raster), CUDA, float32; non-commercial licence",
+    "kaolin": "NVIDIA's kaolin (marching), float32",
+}
+FAMILIES = {
+    "hash": "hash encoding and its gradient",
+    "mlp": "the small perceptrons",
+    "volume": "ray marching and compositing",
+    "raster": "rasterise, interpolate, antialias, texture",
+    "marching": "marching tetrahedra and the lattice",
+}
+_PACKAGE_OF = {"hash": "tinycudann", "mlp": "tinycudann", "raster": "nvdiffrast", "marching": "kaolin"}
+_DEVICES = {"numba": ("cpu",), "warp": ("cpu", "cuda"), "kaolin": ("cpu", "cuda")}  # the others: CUDA
+_ON = {("cpu",): "the CPU", ("cpu", "cuda"): "the CPU or CUDA", ("cuda",): "CUDA"}
+_PLAIN = Literal["auto", "torch", "numba", "warp"]
+_WITH_TINYCUDANN = Literal["auto", "torch", "numba", "warp", "tinycudann"]
+
+
+class KernelSettings(BaseModel):
+    """Which implementation of each family of ops a run uses."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    hash: _WITH_TINYCUDANN = Field("auto", description="hash encoding; auto: numba on the CPU, warp or torch on CUDA")
+    mlp: _WITH_TINYCUDANN = Field("auto", description="perceptrons; tinycudann computes them in half precision")
+    volume: _PLAIN = Field("auto", description="ray marching and compositing")
+    raster: Literal["auto", "torch", "numba", "warp", "nvdiffrast"] = Field(
+        "auto", description="rasteriser; nvdiffrast's licence allows non-commercial use only"
+    )
+    marching: Literal["auto", "torch", "numba", "warp", "kaolin"] = Field(
+        "auto", description="marching tetrahedra and smoothing on their lattice"
+    )
+
+
+@dataclass(frozen=True)
+class Package:
+    """An optional package behind ops of ours: what is imported, what its absence costs, its licence."""
+
+    module: str
+    cost: str
+    licence: str
+    distribution: str | None = None
+
+
+PACKAGES = {
+    "warp": Package(
+        "warp",
+        "no fast CUDA kernels: there every op runs as plain torch; the CPU does not use it (extra: cuda)",
+        "Apache-2.0",
+        "warp-lang",
+    ),
+    "tinycudann": Package(
+        "tinycudann",
+        "nothing: our own hash grid and perceptron are used; it must be built by hand for its GPU",
+        "BSD-3-Clause",
+    ),
+    "nvdiffrast": Package(
+        "nvdiffrast.torch",
+        "nothing: our own rasteriser is used; it must be built by hand for its GPU",
+        "NVIDIA Source Code License: non-commercial use only",
+    ),
+    "kaolin": Package(
+        "kaolin.ops.conversions",
+        "nothing: our own marching tetrahedra are used; PyPI has a stub only, NVIDIA's index the wheels",
+        "Apache-2.0",
+    ),
 }
 
 
-def choose_backend(backend: str, *tensors: Tensor) -> str:
-    """Resolve a backend name to "torch" or "numba" for these tensors.
+@dataclass(frozen=True)
+class Probe:
+    """What became of importing a package. state: ok, missing (not there) or broken; detail: version or reason."""
 
-    Args:
-        backend: a key of BACKENDS.
-        tensors: the floating point arguments of the op; they must share one device and one dtype.
+    state: Literal["ok", "missing", "broken"]
+    detail: str
 
-    Raises: ValueError for an unknown name, and where "numba" is asked for what it does not compute.
+
+@lru_cache(maxsize=None)
+def probe(name: str) -> Probe:
+    """Import a package of PACKAGES, once per process; whatever it raises is kept as the reason.
+
+    tinycudann raises OSError without a GPU, kaolin's stub on PyPI ImportError, a stale build of any of them anything.
     """
-    if backend not in BACKENDS:
-        raise ValueError(f"backend: unknown name {backend!r}, have {', '.join(sorted(BACKENDS))}")
-    on_cpu = all(t.device.type == "cpu" for t in tensors)
+    package = PACKAGES[name]
+    try:
+        if importlib.util.find_spec(package.module.partition(".")[0]) is None:
+            return Probe("missing", "not installed")
+        importlib.import_module(package.module)
+    except Exception as error:
+        said = str(error).strip().splitlines()
+        return Probe("broken", f"{type(error).__name__}: {said[0] if said else 'no message'}")
+    try:
+        return Probe("ok", importlib.metadata.version(package.distribution or name))
+    except importlib.metadata.PackageNotFoundError:
+        return Probe("ok", "version unknown")
+
+
+@lru_cache(maxsize=1)
+def _warp_off_cuda() -> str | None:
+    """Why Warp cannot compute on CUDA tensors here, None where it can; asked once."""
+    if probe("warp").state != "ok":
+        return f"warp does not import: {probe('warp').detail}"
+    from stages.kernels import cuda_launch
+
+    try:
+        return cuda_launch.missing_cuda()
+    except UserError as error:
+        return str(error)
+
+
+def _auto(device: str, single: bool) -> str:
+    if not single or device not in ("cpu", "cuda"):
+        return "torch"
+    if device == "cpu":
+        return "numba"
+    return "torch" if _warp_off_cuda() else "warp"
+
+
+def _absent(backend: str, device: str) -> str | None:
+    """Why a backend that could compute on a device is not there; None where it is."""
+    if backend == "warp" and device == "cuda":
+        return _warp_off_cuda()
+    if backend in PACKAGES and probe(backend).state != "ok":
+        return f"{backend} does not import: {probe(backend).detail}"
+    return None
+
+
+def _where(backend: str) -> str:
+    return _ON[_DEVICES.get(backend, ("cuda",))]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What a run's settings come to on its device: a backend per family, and what its user should be told."""
+
+    device: str
+    backends: Mapping[str, str] = field(default_factory=dict)
+    notices: tuple[str, ...] = ()
+
+
+_EMPTY = Selection("")
+_selection = _EMPTY
+
+
+def resolve(settings: KernelSettings, device: torch.device | str) -> Selection:
+    """The backend of every family for float32 tensors on a device, with notices of what is not as it could be.
+
+    Raises: UserError where a backend is asked for by name and cannot be used here.
+    """
+    kind = torch.device(device).type
+    chosen = {}
+    for family in FAMILIES:
+        wanted = getattr(settings, family)
+        if wanted in ("auto", "torch"):
+            chosen[family] = _auto(kind, True) if wanted == "auto" else wanted
+            continue
+        what = f"kernels.{family}={wanted} cannot be used"
+        if kind not in _DEVICES.get(wanted, ("cuda",)):
+            why = f"it computes on {_where(wanted)}, and this run is on {kind}"
+            raise UserError(what, why, f"kernels.{family}=auto")
+        why = _absent(wanted, kind)
+        if why:
+            raise UserError(what, why, f"kernels.{family}=auto; `pipeline doctor` says what is installed")
+        chosen[family] = wanted
+    return Selection(kind, chosen, tuple(_notices(settings, chosen, kind)))
+
+
+def _notices(settings: KernelSettings, chosen: dict[str, str], device: str) -> Iterator[str]:
+    slow = [family for family in FAMILIES if getattr(settings, family) == "auto" and chosen[family] == "torch"]
+    if slow and device == "cuda":
+        why = _warp_off_cuda()
+        yield f"kernels: {', '.join(slow)} run as plain torch, slower than Warp would (warp: {why}; extra: cuda)"
+    elif slow:
+        yield f"kernels: {', '.join(slow)} run as plain torch: there are no compiled kernels for {device}"
+    if "nvdiffrast" in chosen.values():
+        yield f"kernels: nvdiffrast draws this run. {PACKAGES['nvdiffrast'].licence}"
+    if chosen["mlp"] == "tinycudann":
+        yield (
+            "kernels: tinycudann computes perceptrons in half precision, and none of their derivatives: those with "
+            f"shaded normals run on {_auto(device, True)}"
+        )
+
+
+@contextmanager
+def selected(selection: Selection) -> Iterator[None]:
+    """Let "auto" mean this selection inside the block; the one before is back afterwards."""
+    global _selection
+    before, _selection = _selection, selection
+    try:
+        yield
+    finally:
+        _selection = before
+
+
+def choose_backend(backend: str, *tensors: Tensor, family: str, adaptor: bool = False) -> str:
+    """Resolve a backend name for one call of an op with these tensors.
+
+    The selection holds for float32 tensors on the run's device, "torch" for all; others, such as the CPU tensors of an
+    export on a CUDA run, go by device and dtype. So do, where a family is left to a package, those of its ops that the
+    package does not have (vertex normals under nvdiffrast).
+    Args:
+        backend: a key of BACKENDS; of the packages, only the one that covers the family.
+        tensors: the floating point arguments of the op; they must share one device and one dtype.
+        family: a key of FAMILIES. adaptor: whether this op has an adaptor for the family's package.
+    Returns: "torch", "numba", "warp" or, for an op with an adaptor, the package's name.
+    Raises: ValueError for an unknown name, and where a backend is asked for what it does not compute; UserError where
+        it is not installed.
+    """
+    package = _PACKAGE_OF.get(family)
+    names = ("auto", "torch", "numba", "warp", *([package] if package else []))
+    if backend not in names:
+        raise ValueError(f"backend: unknown name {backend!r}, have {', '.join(names)}")
+    kinds = {t.device.type for t in tensors}
     single = all(t.dtype == torch.float32 for t in tensors)
+    kind = kinds.pop() if len(kinds) == 1 else "several devices"
     if backend == "auto":
-        return "numba" if on_cpu and single else "torch"
-    if backend == "numba" and not (on_cpu and single):
+        wanted = _selection.backends.get(family)
+        if wanted is None or (wanted != "torch" and not (single and kind == _selection.device)):
+            return _auto(kind, single)
+        return wanted if wanted != package or adaptor else _auto(kind, single)
+    if backend == package and not adaptor:
+        return _auto(kind, single)
+    if backend == "torch":
+        return backend
+    if not single or kind not in _DEVICES.get(backend, ("cuda",)):
         got = ", ".join(f"{str(t.dtype).removeprefix('torch.')} on {t.device}" for t in tensors)
-        raise ValueError(f"backend: 'numba' takes float32 tensors on the CPU, got {got}")
+        raise ValueError(f"backend: {backend!r} takes float32 tensors on {_where(backend)}, got {got}")
+    why = _absent(backend, kind)
+    if why:
+        raise UserError(f"backend {backend!r} cannot be used", why, "`pipeline doctor` says what is installed")
     return backend

@@ -53,6 +53,11 @@ def _start():
     return warp
 
 
+def missing_cuda() -> str | None:
+    """Why Warp cannot launch on a GPU here, or None; it starts Warp."""
+    return missing() or (None if _start().is_cuda_available() else "Warp finds no CUDA device")
+
+
 @lru_cache(maxsize=64)
 def _stream(device: int, handle: int):
     """Warp's view of a torch stream; torch's streams come from a fixed pool and live as long as the process."""

@@ -27,12 +27,17 @@ def hash_density(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A scalar field and its gradient by position.
 
-    Args: points [N, 3] in [0, 1]; table [T, F]; weights of a one-output perceptron; known and backend as in hash_encode.
+    Args: points [N, 3] in [0, 1]; table [T, F]; weights of a one-output perceptron; known and backend as in hash_encode
+        (tinycudann computes the grid alone, see mlp_with_slope).
     Returns: features [N, L * F], raw [N], gradient [N, 3]; differentiable in table and weights.
     Not differentiable in: points.
     """
     points = points.detach()
-    if choose_backend(backend, points, table, *weights) == "numba" and spec.features == 2:
+    chosen = {
+        choose_backend(backend, points, table, family="hash", adaptor=True),
+        choose_backend(backend, points, *weights, family="mlp"),
+    }
+    if chosen == {"numba"} and spec.features == 2:
         return _Density.apply(points, table, *weights, spec, known)
     features = hash_encode(points, table, spec, known=known, backend=backend)
     raw, slope = mlp_with_slope(features, *weights, backend=backend)

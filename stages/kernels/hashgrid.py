@@ -81,12 +81,16 @@ def hash_encode(
         table: [T, F] float32.
         known: [N, L * F], the result for these very points and table where a pass without gradients already has it;
             it is returned as it is, and only the derivative is added. The torch twin computes it again.
-        backend: "auto", "torch" or "numba" (CPU, F = 2).
+        backend: a key of stages.kernels.backend.BACKENDS; numba wants F = 2.
     Returns: [N, L * F], level-major. Differentiable in points and table.
     """
     backend = _check(points, table, spec, backend)
     if backend == "numba":
         return _Encode.apply(points, table, spec, known)
+    if backend == "tinycudann":
+        from stages.kernels import adaptor_tinycudann
+
+        return adaptor_tinycudann.hash_encode(points, table, spec)
     return reference_hashgrid.hash_encode(points, table, spec)
 
 
@@ -102,13 +106,17 @@ def hash_gradient(points: Tensor, table: Tensor, spec: HashGridSpec, g: Tensor, 
     check_shape("g", g, (points.shape[0], spec.width))
     if backend == "numba":
         return _Gradient.apply(points, table, g, spec)
+    if backend == "tinycudann":
+        from stages.kernels import adaptor_tinycudann
+
+        return adaptor_tinycudann.hash_gradient(points, table, spec, g)
     return reference_hashgrid.hash_gradient(points, table, spec, g)
 
 
 def _check(points: Tensor, table: Tensor, spec: HashGridSpec, backend: str) -> str:
     check_shape("points", points, (None, 3))
     check_shape("table", table, (spec.rows, spec.features))
-    chosen = choose_backend(backend, points, table)
+    chosen = choose_backend(backend, points, table, family="hash", adaptor=True)
     if chosen == "numba" and spec.features != 2:
         if backend == "numba":
             raise ValueError(f"backend: 'numba' is written for 2 features a level, got {spec.features}")

@@ -31,7 +31,7 @@ def diffuse(
         raise ValueError(f"strength, tolerance: wanted >= 0 and in (0, 1), got {strength} and {tolerance}")
     if strength == 0:
         return values.detach().clone()
-    if choose_backend(backend, values) == "torch":
+    if choose_backend(backend, values, family="marching") == "torch":
         return reference_lattice.diffuse(values.detach(), neighbours, strength, tolerance)
     import numpy as np
 

@@ -34,7 +34,7 @@ def marching_tetrahedra(
         positions: [N, 3]. sdf: [N], finite, same unit as guard.
         edges: [E, 2], tets: [T, 4] positively oriented, tet_edges: [T, 6] in the order 01 02 03 12 13 23; all int32.
         guard: smallest distance a vertex counts for, > 0; a thousandth of a cell is far below what can be seen.
-        backend: "auto", "torch" or "numba".
+        backend: a key of stages.kernels.backend.BACKENDS.
     Returns: vertices [V, 3], faces [F, 3] int32 counter-clockwise from outside, and the lattice edge [V] int32 of each
         vertex, ascending. Differentiable in positions and sdf. Not differentiable in: faces, that is in topology.
     """
@@ -45,8 +45,13 @@ def marching_tetrahedra(
     check_shape("tet_edges", tet_edges, (tets.shape[0], 6))
     if not guard > 0:
         raise ValueError(f"guard: wanted > 0, got {guard}")
-    if choose_backend(backend, positions, sdf) == "numba":
+    chosen = choose_backend(backend, positions, sdf, family="marching", adaptor=True)
+    if chosen == "numba":
         return _March.apply(positions, sdf, edges, tets, tet_edges, guard)
+    if chosen == "kaolin":
+        from stages.kernels import adaptor_kaolin
+
+        return adaptor_kaolin.march(positions, sdf, edges, tets, tet_edges, guard)
     return reference_marching.march(positions, sdf, edges, tets, tet_edges, guard)
 
 
@@ -60,9 +65,7 @@ def mesh_edges(faces: Tensor, vertices: int, *, backend: str = "auto") -> tuple[
     Raises: ValueError unless every edge has exactly two half edges of opposite direction.
     """
     check_shape("faces", faces, (None, 3))
-    if backend == "auto":
-        backend = "numba" if faces.device.type == "cpu" else "torch"
-    if choose_backend(backend, torch.empty(0, device=faces.device)) == "torch":
+    if choose_backend(backend, torch.empty(0, device=faces.device), family="marching") == "torch":
         return reference_marching.mesh_edges(faces, vertices)
     from stages.kernels import cpu_marching
 

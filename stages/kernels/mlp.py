@@ -15,11 +15,16 @@ from stages.kernels.backend import choose_backend
 def mlp(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, *, backend: str = "auto") -> Tensor:
     """One-hidden-layer ReLU perceptron; differentiable in every argument.
 
-    Args: x [N, I]; w1 [H, I]; b1 [H]; w2 [O, H]; b2 [O]; backend "auto", "torch" or "numba".
+    Args: x [N, I]; w1 [H, I]; b1 [H]; w2 [O, H]; b2 [O]; backend a key of stages.kernels.backend.BACKENDS.
     Returns: [N, O].
     """
-    if _check(x, w1, b1, w2, b2, backend) == "numba":
+    chosen = _check(x, w1, b1, w2, b2, backend, adaptor=True)
+    if chosen == "numba":
         return _Mlp.apply(x, w1, b1, w2, b2, False)[0]
+    if chosen == "tinycudann":
+        from stages.kernels import adaptor_tinycudann
+
+        return adaptor_tinycudann.mlp(x, w1, b1, w2, b2)
     return torch.addmm(b2, torch.addmm(b1, x, w1.T).relu(), w2.T)
 
 
@@ -29,7 +34,8 @@ def mlp_with_slope(
     """The perceptron and the derivative of its first output by its input, w1^T (w2[0] * [hidden > 0]).
 
     The slope is piecewise constant in x and b1, so it sends gradients to w1 and w2 only, which is what ordinary
-    differentiation of this expression gives: no double backward is needed for a loss on normals.
+    differentiation of this expression gives: no double backward is needed for a loss on normals. tinycudann has no such
+    op, nor a second derivative to make it of: under that name it goes by device and dtype.
     Returns: out [N, O] and slope [N, I].
     """
     if _check(x, w1, b1, w2, b2, backend) == "numba":
@@ -39,13 +45,13 @@ def mlp_with_slope(
     return torch.addmm(b2, hidden.relu(), w2.T), slope
 
 
-def _check(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, backend: str) -> str:
+def _check(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, backend: str, adaptor: bool = False) -> str:
     check_shape("w1", w1, (None, x.shape[-1]))
     check_shape("b1", b1, (w1.shape[0],))
     check_shape("w2", w2, (None, w1.shape[0]))
     check_shape("b2", b2, (w2.shape[0],))
     check_shape("x", x, (None, w1.shape[1]))
-    return choose_backend(backend, x, w1, b1, w2, b2)
+    return choose_backend(backend, x, w1, b1, w2, b2, family="mlp", adaptor=adaptor)
 
 
 class _Mlp(torch.autograd.Function):

@@ -36,8 +36,13 @@ def rasterise(clip: Tensor, triangles: Tensor, height: int, width: int, *, backe
     _check_float("clip", clip)
     if height < 1 or width < 1:
         raise ValueError(f"height, width: wanted at least 1 pixel, got {height} x {width}")
-    if choose_backend(backend, clip) == "torch":
+    chosen = choose_backend(backend, clip, family="raster", adaptor=True)
+    if chosen == "torch":
         return twin.rasterise(clip, triangles, height, width)
+    if chosen == "nvdiffrast":
+        from stages.kernels import adaptor_nvdiffrast
+
+        return adaptor_nvdiffrast.rasterise(clip, triangles, height, width)
     return _Rasterise.apply(clip, triangles, height, width)
 
 
@@ -55,8 +60,13 @@ def interpolate(attributes: Tensor, rast: Tensor, triangles: Tensor, *, backend:
     _check_float("rast", rast)
     _check_triangles(triangles, attributes.shape[-2])
     batched = attributes if attributes.ndim == 3 else attributes[None]
-    if choose_backend(backend, attributes, rast) == "torch":
+    chosen = choose_backend(backend, attributes, rast, family="raster", adaptor=True)
+    if chosen == "torch":
         return twin.interpolate(batched, rast, triangles)
+    if chosen == "nvdiffrast":
+        from stages.kernels import adaptor_nvdiffrast
+
+        return adaptor_nvdiffrast.interpolate(batched, rast, triangles)
     return _Interpolate.apply(batched, rast, triangles)
 
 
@@ -69,7 +79,7 @@ def edge_topology(triangles: Tensor, vertices: int, *, backend: str = "auto") ->
         than one shares the edge. Vertices at one place under two indices are two vertices.
     """
     _check_triangles(triangles, vertices)
-    if choose_backend(backend, triangles.new_empty(0, dtype=torch.float32)) == "torch":
+    if choose_backend(backend, triangles.new_empty(0, dtype=torch.float32), family="raster") == "torch":
         return reference_antialias.edge_topology(triangles, vertices)
     from stages.kernels import cpu_antialias
 
@@ -104,8 +114,13 @@ def antialias(
     _check_triangles(triangles, vertices)
     if topology.dtype != torch.int32:
         raise ValueError(f"topology: wanted dtype int32, got {str(topology.dtype).removeprefix('torch.')}")
-    if choose_backend(backend, colour, rast, clip) == "torch":
+    chosen = choose_backend(backend, colour, rast, clip, family="raster", adaptor=True)
+    if chosen == "torch":
         return reference_antialias.antialias(colour, rast, clip, triangles, topology)
+    if chosen == "nvdiffrast":
+        from stages.kernels import adaptor_nvdiffrast
+
+        return adaptor_nvdiffrast.antialias(colour, rast, clip, triangles)
     return _Antialias.apply(colour, rast, clip, triangles, topology)
 
 
@@ -123,8 +138,13 @@ def texture(image: Tensor, uv: Tensor, *, backend: str = "auto") -> Tensor:
         raise ValueError(f"image: wanted at least one texel, got shape {list(image.shape)}")
     _check_float("image", image)
     _check_float("uv", uv)
-    if choose_backend(backend, image, uv) == "torch":
+    chosen = choose_backend(backend, image, uv, family="raster", adaptor=True)
+    if chosen == "torch":
         return twin.texture(image, uv)
+    if chosen == "nvdiffrast":
+        from stages.kernels import adaptor_nvdiffrast
+
+        return adaptor_nvdiffrast.texture(image, uv)
     return _Texture.apply(image, uv.reshape(-1, 2)).reshape(*uv.shape[:-1], image.shape[2])
 
 
@@ -138,7 +158,7 @@ def vertex_normals(vertices: Tensor, triangles: Tensor, *, backend: str = "auto"
     check_shape("vertices", vertices, (None, 3))
     _check_float("vertices", vertices)
     _check_triangles(triangles, len(vertices))
-    if choose_backend(backend, vertices) == "torch":
+    if choose_backend(backend, vertices, family="raster") == "torch":
         return twin.vertex_normals(vertices, triangles)
     return _VertexNormals.apply(vertices, triangles)
 

@@ -75,7 +75,7 @@ def march(
     if stride < 1:
         raise ValueError(f"stride: wanted at least 1, got {stride}")
     module = reference_volume
-    if choose_backend(backend, rays_o, rays_d, jitter) == "numba":
+    if choose_backend(backend, rays_o, rays_d, jitter, family="volume") == "numba":
         from stages.kernels import cpu_volume as module
     return Samples(*module.march(rays_o.detach(), rays_d.detach(), occupancy, step_size, jitter, stride))
 
@@ -92,7 +92,7 @@ def composite(
     n = len(samples)
     check_shape("sigmas", sigmas, (n,))
     check_shape("values", values, (n, None))
-    if choose_backend(backend, sigmas, values) == "numba":
+    if choose_backend(backend, sigmas, values, family="volume") == "numba":
         return _Composite.apply(sigmas, values, samples.t, samples.delta, samples.ray_offsets)
     return reference_volume.composite(sigmas, values, samples.t, samples.delta, samples.ray_offsets)
 
@@ -109,7 +109,7 @@ def visible(
     """
     check_shape("sigmas", sigmas, (len(samples),))
     module = reference_volume
-    if choose_backend(backend, sigmas) == "numba":
+    if choose_backend(backend, sigmas, family="volume") == "numba":
         from stages.kernels import cpu_volume as module
     index, offsets = module.visible(sigmas.detach(), samples.delta, samples.ray_offsets, threshold, faint)
     return index, Samples(samples.t[index], samples.delta[index], offsets)
