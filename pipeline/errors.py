@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import sys
 
-from stages.errors import UserError
+from stages.errors import UserError, out_of_memory
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, what a shell reports for Ctrl-C
@@ -39,7 +39,7 @@ def explain(error: BaseException) -> UserError | None:
         return error
     if isinstance(error, OSError):
         return _explain_os(error)
-    if isinstance(error, MemoryError) or _is_out_of_memory(error):
+    if out_of_memory(error):
         return UserError(
             "out of memory",
             _first_line(error) or "the machine refused an allocation",
@@ -71,14 +71,6 @@ def _explain_os(error: OSError) -> UserError | None:
     if error.errno in (errno.EROFS, errno.EIO, errno.ENAMETOOLONG):
         return UserError(f"cannot use {name}", _first_line(error), "choose another path with --out")
     return None
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    """torch.OutOfMemoryError on CUDA; on the CPU torch raises a RuntimeError whose text names its allocator."""
-    if type(error).__name__ == "OutOfMemoryError":
-        return True
-    text = str(error)
-    return isinstance(error, RuntimeError) and ("not enough memory" in text or "can't allocate memory" in text)
 
 
 def _first_line(error: BaseException) -> str:

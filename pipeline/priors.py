@@ -90,7 +90,7 @@ def _check_reference(mesh: str) -> None:
 
 def _check_folder(stage: str, source: str) -> None:
     """A local folder must look like a diffusers one; whether a hub id exists shows when it is loaded."""
-    from stages.guidance.folder import check_folder
+    from stages.guidance.families import check_folder
 
     path = Path(source).expanduser()
     if path.is_dir():

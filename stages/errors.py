@@ -15,6 +15,14 @@ class UserError(Exception):
         self.what, self.why, self.fix = what, why, fix
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out: Python's error, torch's on CUDA, or the RuntimeError of torch's CPU allocator."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and ("not enough memory" in text or "can't allocate memory" in text)
+
+
 def check_shape(name: str, tensor, wanted: tuple[int | None, ...]) -> None:
     """Raise ValueError naming argument, wanted and got unless `tensor.shape` matches; None matches any size."""
     shape = tuple(tensor.shape)

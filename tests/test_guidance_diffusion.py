@@ -208,11 +208,11 @@ def test_text_encoder_is_freed_embeddings_stay_and_new_prompts_load_it_again(fol
     prior = load_prior(folders["pocket_pixel"], "cpu")
     before = prior.embed(["a red mug", "a ball"])
     prior.release_text_encoder()
-    assert prior.text._model is None
+    assert prior.text.encoders[0]._model is None
     torch.testing.assert_close(prior.embed(["a ball", "a red mug"]), before.flip(0))
-    assert prior.text._model is None
+    assert prior.text.encoders[0]._model is None
     prior.embed(["a cat"])
-    assert prior.text._model is not None
+    assert prior.text.encoders[0]._model is not None
 
 
 def test_unknown_words_are_named_by_word_tokenizers_only(priors):
@@ -288,7 +288,7 @@ def test_pickled_weights_are_refused(broken):
 
 
 def test_missing_variant_names_what_is_there(broken):
-    refuse(broken(), "model.fp16.safetensors is missing; there is model.safetensors", variant="fp16")
+    refuse(broken(), "diffusion_pytorch_model.fp16.safetensors is missing; there is diffusion_pytorch_model.safetensors", variant="fp16")
 
 
 def edit(path, **changes):
@@ -299,19 +299,39 @@ def test_unsupported_models_say_what_they_are(broken):
     folder = broken()
     index = folder / "model_index.json"
     edit(index, text_encoder_2=["transformers", "CLIPTextModelWithProjection"])
-    refuse(folder, "two text encoders")
+    refuse(folder, "lists no tokenizer_2, which SDXL needs")
     edit(index, text_encoder_2=None, unet=["diffusers", "UNet2DModel"])
     refuse(folder, "unet is a UNet2DModel.*supported: UNet2DConditionModel")
-    flow = ["diffusers", "FlowMatchEulerDiscreteScheduler"]
-    edit(index, unet=["diffusers", "UNet2DConditionModel"], scheduler=flow)
-    refuse(folder, "FlowMatchEulerDiscreteScheduler .* is not a discrete variance-preserving schedule")
+    edit(index, unet=["diffusers", "UNet2DConditionModel"], scheduler=["diffusers", "EDMEulerScheduler"])
+    (folder / "scheduler" / "scheduler_config.json").write_text('{"_class_name": "EDMEulerScheduler"}')
+    refuse(folder, "EDMEulerScheduler .* is neither a discrete variance-preserving schedule nor a rectified flow")
+    edit(index, scheduler=["diffusers", "DDPMScheduler"], vae=["diffusers", "VQModel"])
+    refuse(folder, "its vae is a VQModel.*supported: AutoencoderKL, AutoencoderTiny")
+    edit(index, unet=None, transformer=["diffusers", "PixArtTransformer2DModel"])
+    refuse(folder, "its transformer is a PixArtTransformer2DModel.*supported: SD3Transformer2DModel, Flux")
+
+
+@pytest.mark.parametrize(
+    ("change", "pattern"),
+    [
+        ({"addition_embed_type": "image"}, "extra conditioning .image."),
+        ({"class_embed_type": "timestep"}, "class labels"),
+        ({"time_cond_proj_dim": 16}, "guidance as an input"),
+        ({"sample_size": None}, "no sample_size"),
+        ({"in_channels": 9}, "9 input channels, which is not 4 times a square"),
+    ],
+)
+def test_unet_that_wants_more_than_text_is_refused(broken, change, pattern):
+    folder = broken()
+    edit(folder / "unet" / "config.json", **change)
+    refuse(folder, pattern)
 
 
 def test_unet_of_another_space_or_text_width_is_refused(broken, folders):
     folder = broken()
     shutil.rmtree(folder / "unet")
     shutil.copytree(folders["deepfloyd"] / "unet", folder / "unet")
-    refuse(folder, "text encoder gives 32 numbers a token and its UNet wants 24")
+    refuse(folder, "text encoder gives 32 numbers a token and its unet wants 24")
     shutil.rmtree(folder / "unet")
     shutil.copytree(folders["pocket_pixel"] / "unet", folder / "unet")
     refuse(folder, "48 input channels, which is not 4 times a square")

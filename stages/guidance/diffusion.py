@@ -1,32 +1,44 @@
-"""Priors from diffusers folders: Stable-Diffusion-like latent models and pixel-space UNets, epsilon, v or sample.
+"""Priors from diffusers folders: latent and pixel models, UNets and transformers, epsilon, v, sample or flow.
 
-Space: a folder with a vae works on its latents (AutoencoderKL or AutoencoderTiny), one without on pixels in [-1, 1].
-Patches: a UNet with in_channels = c p p, c the channels of that space, sees it pixel-unshuffled by p; its sample_size
-is the side after that. Output channels beyond in_channels (a learned variance, DeepFloyd IF) are dropped.
-Prediction type and noise schedule are read from scheduler/, classes from model_index.json.
+Space: a folder with a vae works on its latents, one without on pixels in [-1, 1]; x of families.py's geometry.
+Noise: every model's path is scaled to be variance preserving (see prior.py), so rules and schedules see one form;
+prediction type and noise levels are read from scheduler/, classes from model_index.json.
+Memory: prompts given to load_prior are embedded before the denoiser is loaded, one text encoder at a time.
 """
 
 from __future__ import annotations
 
-import math
-from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from stages.errors import UserError, check_shape
-from stages.guidance.folder import check_folder, load_part, locate, read_json
-from stages.guidance.prior import PREDICTIONS, ViewContext, eps_from_prediction, resized
-from stages.guidance.text import TextEncoder
+from stages.errors import check_shape
+from stages.guidance.autoencoder import Autoencoder, no_autocast
+from stages.guidance.denoisers import Denoiser
+from stages.guidance.families import (
+    SDXL,
+    Configs,
+    Family,
+    check_fit,
+    check_folder,
+    read_configs,
+    readings_of,
+    with_autoencoder,
+)
+from stages.guidance.folder import load_part, locate, locate_autoencoder, read_json
+from stages.guidance.noise_schedule import NoiseSchedule, load_schedule
+from stages.guidance.offload import offload_blocks
+from stages.guidance.prior import ViewContext, eps_from_prediction, flow_scale, per_sample, resized
+from stages.guidance.text import PromptEncoder, Reading, TextEncoder, load_tokenizer
 from stages.phases import backward_phase, phase
 
+if TYPE_CHECKING:
+    from stages.guidance.lora import Lora
+
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-TEXT_FAMILIES = {"CLIPTextModel": "clip", "T5EncoderModel": "t5"}
-VAE_CLASSES = ("AutoencoderKL", "AutoencoderTiny")
 
 
 class DiffusionSettings(BaseModel):
@@ -37,49 +49,70 @@ class DiffusionSettings(BaseModel):
     revision: str | None = Field(None, description="branch, tag or commit of a hub id")
     variant: str | None = Field(None, description="weight files' variant, such as fp16")
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
-        "auto", description="of the networks; auto: float16 on cuda, float32 elsewhere"
+        "auto", description="of the networks; auto: on cuda float16 (bfloat16 for SD3 and Flux), float32 elsewhere"
+    )
+    resolution: int | None = Field(
+        None, ge=8, le=4096, description="side in pixels that the prior works at; null: what it was trained at"
+    )
+    autoencoder: str | None = Field(
+        None, description="another autoencoder of the same latents, folder or hub id: madebyollin/taesd is a tiny one"
     )
     vae_sample: Literal["sample", "mode"] = Field("sample", description="latents drawn from the posterior, or its mean")
-    max_batch: int = Field(0, ge=0, description="most images in one UNet call, to save memory; 0: no limit")
-    attention_slicing: bool = Field(False, description="attention one slice at a time: less memory, slower")
+    embedded_guidance: float = Field(3.5, ge=0, description="guidance told to a distilled Flux; others have none")
+    max_batch: int = Field(0, ge=0, description="most images in one denoiser call, to save memory; 0: no limit")
+    attention_slicing: bool = Field(False, description="UNets' attention one slice at a time: less memory, slower")
     vae_checkpointing: bool = Field(False, description="recompute VAE activations in the backward pass: less memory")
+    vae_slicing: bool = Field(False, description="one image at a time through the VAE, recomputed in the backward pass")
+    vae_tiling: bool = Field(False, description="VAE in overlapping tiles beyond its own size: seams differ slightly")
+    offload: Literal["none", "blocks"] = Field(
+        "none", description="blocks: the denoiser's weights wait in main memory and visit the device block by block"
+    )
+    text_device: Literal["prior", "cpu"] = Field("prior", description="where prompts are embedded; cpu: slow, no memory")
     channels_last: bool = Field(False, description="channels-last memory layout of the networks")
 
 
 class DiffusionPrior:
     """A diffusers folder behind the Prior protocol; made by :func:`load_prior`.
 
-    Beyond the protocol: `unknown_words`, `known_words`, `check_prompts`, `release_text_encoder`, `latent`, `patch`.
+    Beyond the protocol: `unknown_words`, `known_words`, `release_text_encoder`, `noise`, `latent`, `family`.
     """
 
     def __init__(
         self,
         name: str,
-        unet: torch.nn.Module,
-        vae: torch.nn.Module | None,
-        text: TextEncoder,
-        schedule: tuple[Tensor, str],
+        family: Family,
+        denoiser: Denoiser,
+        vae: Autoencoder | None,
+        text: PromptEncoder,
+        schedule: NoiseSchedule,
         settings: DiffusionSettings,
     ) -> None:
-        self.name, self.unet, self.vae, self.text, self.settings = name, unet, vae, text, settings
-        self.alphas_cumprod, self.prediction = schedule
+        self.name, self.family, self.denoiser, self.text = name, family, denoiser, text
+        self.autoencoder, self.schedule, self.settings = vae, schedule, settings
+        self.alphas_cumprod, self.prediction = schedule.alphas_cumprod, schedule.prediction
+        self.resolution, self.patch = denoiser.resolution, denoiser.patch
         self.known_words: list[str] | None = None
         self.latent = vae is not None
         self.data_range = None if self.latent else (-1.0, 1.0)
-        self.channels = vae.config.latent_channels if self.latent else 3
-        self.patch = _patch_size(unet.config.in_channels, self.channels, name)
-        size = unet.config.sample_size
-        size = size if isinstance(size, int) else min(size)
-        self._vae_factor = _vae_factor(vae) if self.latent else 1
-        self.resolution = size * self.patch * self._vae_factor
-        self._parameter = next(unet.parameters())
+        self.channels = vae.channels if self.latent else 3
+        self.device, self.dtype = denoiser.device, denoiser.dtype
+
+    @property
+    def unet(self) -> torch.nn.Module:
+        """The denoising network, UNet or transformer."""
+        return self.denoiser.network
+
+    @property
+    def vae(self) -> torch.nn.Module | None:
+        """The autoencoder's module, None for a pixel model."""
+        return None if self.autoencoder is None else self.autoencoder.module
 
     def embed(self, prompts: list[str]) -> Tensor:
-        """Last hidden states [P, L, D]; UserError for a prompt longer than the encoder reads."""
+        """Embeddings [P, L, D] (see denoisers.join_pooled); UserError for a prompt longer than an encoder reads."""
         return self.text.embed(prompts)
 
     def release_text_encoder(self) -> None:
-        """Free the text encoder's memory; what was embedded stays."""
+        """Free the text encoders' memory; what was embedded stays."""
         self.text.release()
 
     def unknown_words(self, prompt: str) -> list[str]:
@@ -90,49 +123,43 @@ class DiffusionPrior:
         """sRGB images [B, H, W, 3] in [0, 1] to x [B, C, h, w] float32; images of another size are resized."""
         check_shape("images", images, (None, None, None, 3))
         x = resized(images.permute(0, 3, 1, 2) * 2 - 1, self.resolution)
-        if self.vae is None:
+        if self.autoencoder is None:
             return x.float()
-        with _no_autocast(x.device), phase("networks"):
-            output = self.vae.encode(x.to(self._parameter.dtype))
-        if hasattr(output, "latents"):
-            latents = output.latents.float()
-        elif self.settings.vae_sample == "mode":
-            latents = output.latent_dist.mean.float()
-        else:
-            posterior = output.latent_dist
-            noise = torch.randn(posterior.mean.shape, generator=generator).to(posterior.mean.device)
-            latents = posterior.mean.float() + posterior.std.float() * noise
+        with phase("networks"):
+            latents = self.autoencoder.encode(x, generator)
         backward_phase("networks", x, latents)
-        return (latents - _shift(self.vae)) * self.vae.config.scaling_factor
+        return latents
 
     @torch.no_grad()
     def decode(self, x: Tensor) -> Tensor:
         """x [B, C, h, w] to sRGB images [B, resolution, resolution, 3] clamped to [0, 1]."""
-        if self.vae is not None:
-            with _no_autocast(x.device):
-                latents = x / self.vae.config.scaling_factor + _shift(self.vae)
-                x = self.vae.decode(latents.to(self._parameter.dtype)).sample.float()
+        if self.autoencoder is not None:
+            x = self.autoencoder.decode(x)
         return (x.permute(0, 2, 3, 1) / 2 + 0.5).clamp(0, 1)
 
     @torch.no_grad()
     def predict_noise(self, z_t: Tensor, t: Tensor, embedding: Tensor, context: ViewContext | None = None) -> Tensor:
-        """eps [B, C, h, w] in the dtype of z_t; one UNet call, or several of at most `max_batch`."""
+        """eps [B, C, h, w] in the dtype of z_t; one denoiser call, or several of at most `max_batch`."""
         return self.noise(self.unet, z_t, t, embedding)
 
-    def noise(self, unet: torch.nn.Module, z_t: Tensor, t: Tensor, embedding: Tensor) -> Tensor:
-        """predict_noise by this UNet or one like it, with gradients in those of its weights that ask for them."""
-        patched = F.pixel_unshuffle(z_t, self.patch).to(self._parameter)
-        t_device, limit = t.to(patched.device), self.settings.max_batch or len(patched)
-        with _no_autocast(patched.device), phase("networks"):
+    def noise(self, network: torch.nn.Module, z_t: Tensor, t: Tensor, embedding: Tensor, **conditions: Any) -> Tensor:
+        """predict_noise by this network or one like it, with gradients in those of its weights that ask for them.
+
+        conditions: what else its family's diffusers module takes, such as a ControlNet's residuals.
+        """
+        t = t.cpu()
+        alpha_bar = self.alphas_cumprod[t]
+        z = z_t * per_sample(flow_scale(alpha_bar), z_t) if self.schedule.flow else z_t
+        z, told = z.to(self.device, self.dtype), self.schedule.timesteps[t].to(self.device)
+        limit = self.settings.max_batch or len(z)
+        with no_autocast(self.device), phase("networks"):
             outputs = [
-                unet(
-                    patched[k : k + limit], t_device[k : k + limit], encoder_hidden_states=embedding[k : k + limit]
-                ).sample
-                for k in range(0, len(patched), limit)
+                self.denoiser(
+                    z[k : k + limit], told[k : k + limit], embedding[k : k + limit], network=network, **conditions
+                )
+                for k in range(0, len(z), limit)
             ]
-        prediction = torch.cat(outputs)[:, : patched.shape[1]].to(z_t.dtype)
-        prediction = F.pixel_shuffle(prediction, self.patch)
-        return eps_from_prediction(prediction, z_t, self.alphas_cumprod[t.cpu()], self.prediction)
+        return eps_from_prediction(torch.cat(outputs).to(z_t), z_t, alpha_bar, self.prediction)
 
 
 def load_prior(
@@ -141,164 +168,148 @@ def load_prior(
     dtype: torch.dtype | None = None,
     *,
     settings: DiffusionSettings | None = None,
+    prompts: list[str] | None = None,
+    lora: Lora | None = None,
 ) -> DiffusionPrior:
     """Load a diffusers folder (local first, hub id second) as a prior with frozen weights.
 
     Args:
         path_or_id: a folder with model_index.json, or owner/name on the hub. device: where the networks live.
         dtype: of the networks; None leaves it to `settings`.
+        prompts: embedded before the denoiser is loaded, each text encoder freed before the next, so that the memory
+            needed is that of the largest part; None keeps the encoders until release_text_encoder.
+        lora: weights merged into the networks as they are loaded.
     Raises: UserError for anything missing, damaged or unsupported.
     """
     settings, device = settings or DiffusionSettings(), torch.device(device)
-    if dtype is None:
-        automatic = torch.float16 if device.type == "cuda" else torch.float32
-        dtype = automatic if settings.dtype == "auto" else DTYPES[settings.dtype]
     folder = locate(str(path_or_id), settings.revision, settings.variant)
-    classes = check_folder(folder, settings.variant)
-    what = f"Cannot load the prior {folder}"
-    if classes["text_encoder"] not in TEXT_FAMILIES:
-        raise _unsupported(what, "text_encoder", classes["text_encoder"], tuple(TEXT_FAMILIES))
-    if classes["unet"] != "UNet2DConditionModel":
-        raise _unsupported(what, "unet", classes["unet"], ("UNet2DConditionModel",))
-    if classes.get("vae", VAE_CLASSES[0]) not in VAE_CLASSES:
-        raise _unsupported(what, "vae", classes["vae"], VAE_CLASSES)
+    family, classes = check_folder(folder, settings.variant)
+    dtype = dtype or _dtype(settings, family, device)
+    configs = read_configs(folder, family, classes)
+    vae_folder = folder
+    if settings.autoencoder is not None and "vae" in classes:
+        vae_folder = locate_autoencoder(settings.autoencoder)
+        configs, classes = with_autoencoder(vae_folder, configs, classes)
+    geometry = check_fit(family, configs, folder, settings.resolution)
+    schedule = load_schedule(folder, classes["scheduler"], geometry.image_tokens)
+    if lora is not None:
+        lora.check(folder, family, classes, configs, settings.variant)
 
-    schedule = _load_schedule(folder, classes["scheduler"])
-    unet = _load_network(folder, "unet", classes["unet"], dtype, settings).to(device)
-    _check_unet(unet.config, what)
-    vae = _load_network(folder, "vae", classes["vae"], dtype, settings).to(device) if "vae" in classes else None
-    text = _load_text(folder, classes["text_encoder"], device, dtype, settings)
-    width = unet.config.encoder_hid_dim or unet.config.cross_attention_dim
-    if text.width not in (width if isinstance(width, (list, tuple)) else [width]):
-        raise UserError(
-            what, f"its text encoder gives {text.width} numbers a token and its UNet wants {width}", "use one model's"
-        )
-    if settings.attention_slicing:
-        unet.set_attention_slice("auto")
-    if settings.vae_checkpointing and vae is not None:
-        vae.enable_gradient_checkpointing()
-        vae.train()  # checkpointing is active in training mode only; these networks have no dropout or batch statistics
-    if settings.channels_last:
-        for network in (unet, vae):
-            if network is not None:
-                network.to(memory_format=torch.channels_last)
-    prior = DiffusionPrior(Path(path_or_id).name or str(path_or_id), unet, vae, text, schedule, settings)
-    if (folder / "pocket.json").is_file():
-        words = read_json(folder / "pocket.json", what).get("words")
-        if not isinstance(words, list):
-            raise UserError(what, 'its pocket.json has no list "words"', "get the folder again")
-        prior.known_words = sorted(str(word) for word in words)
+    text_device = torch.device("cpu") if settings.text_device == "cpu" else device
+    parts = _Loader(folder, classes, configs, settings, lora)
+    text = parts.text(family, text_device, device, dtype)
+    if prompts is None:
+        for encoder in text.encoders:
+            encoder.load()
+    else:
+        text.embed(prompts, keep=False)
+
+    network = parts.network(family.part, folder / family.part, dtype)
+    if settings.offload == "blocks":
+        offload_blocks(network, device)
+    else:
+        network.to(device)
+    denoiser = Denoiser(network, family.call, geometry, device, dtype, settings.embedded_guidance)
+    vae = parts.autoencoder(family, vae_folder, device, dtype) if "vae" in classes else None
+    prior = DiffusionPrior(
+        Path(path_or_id).name or str(path_or_id), family, denoiser, vae, text, schedule, settings
+    )
+    words = folder / "pocket.json"
+    if words.is_file():
+        prior.known_words = sorted(read_json(words, f"Cannot load the prior {folder}").get("words", []))
     return prior
 
 
-def _load_network(
-    folder: Path, part: str, class_name: str, dtype: torch.dtype, settings: DiffusionSettings
-) -> torch.nn.Module:
-    import diffusers
-    from diffusers.utils import is_accelerate_available
-
-    def load() -> Any:
-        return getattr(diffusers, class_name).from_pretrained(
-            folder,
-            subfolder=part,
-            torch_dtype=dtype,
-            use_safetensors=True,
-            local_files_only=True,
-            variant=settings.variant,
-            low_cpu_mem_usage=is_accelerate_available(),
-            output_loading_info=True,
-        )
-
-    return load_part(folder, part, load).eval().requires_grad_(False)
+def _dtype(settings: DiffusionSettings, family: Family, device: torch.device) -> torch.dtype:
+    if settings.dtype != "auto":
+        return DTYPES[settings.dtype]
+    if device.type != "cuda":
+        return torch.float32
+    return torch.bfloat16 if family.wants_bfloat16 else torch.float16
 
 
-def _load_text(
-    folder: Path, class_name: str, device: torch.device, dtype: torch.dtype, settings: DiffusionSettings
-) -> TextEncoder:
-    import transformers
+class _Loader:
+    """Loads the parts of one folder, all alike."""
 
-    def load_encoder() -> torch.nn.Module:
-        model = load_part(
-            folder,
-            "text_encoder",
-            lambda: getattr(transformers, class_name).from_pretrained(
-                folder / "text_encoder",
-                dtype=dtype,
+    def __init__(
+        self, folder: Path, classes: dict[str, str], configs: Configs, settings: DiffusionSettings, lora: Lora | None
+    ) -> None:
+        self.folder, self.classes, self.configs, self.settings, self.lora = folder, classes, configs, settings, lora
+
+    def network(self, part: str, directory: Path, dtype: torch.dtype) -> torch.nn.Module:
+        import diffusers
+        from diffusers.utils import is_accelerate_available
+
+        def load() -> Any:
+            return getattr(diffusers, self.classes[part]).from_pretrained(
+                directory,
+                torch_dtype=dtype,
                 use_safetensors=True,
                 local_files_only=True,
-                variant=settings.variant,
+                variant=self.settings.variant if directory.parent == self.folder else None,
+                low_cpu_mem_usage=is_accelerate_available(),
                 output_loading_info=True,
-            ),
+            )
+
+        network = self._finish(part, load_part(self.folder, part, load))
+        if self.settings.attention_slicing and hasattr(network, "set_attention_slice"):
+            network.set_attention_slice("auto")
+        return network
+
+    def autoencoder(self, family: Family, folder: Path, device: torch.device, dtype: torch.dtype) -> Autoencoder:
+        """The autoencoder; SDXL's own overflows in float16 and says so (force_upcast), as its pipeline heeds."""
+        s, config = self.settings, self.configs["vae"]
+        if family is SDXL and dtype == torch.float16 and getattr(config, "force_upcast", False):
+            dtype = torch.float32
+        directory = folder / "vae" if (folder / "vae").is_dir() else folder
+        vae = self.network("vae", directory, dtype).to(device)
+        if s.vae_checkpointing:
+            vae.enable_gradient_checkpointing()
+            vae.train()  # checkpointing is active in training mode only; no dropout or batch statistics in there
+        if s.vae_tiling:
+            vae.enable_tiling()
+        return Autoencoder(vae, sample=s.vae_sample == "sample", one_by_one=s.vae_slicing)
+
+    def text(
+        self, family: Family, text_device: torch.device, device: torch.device, dtype: torch.dtype
+    ) -> PromptEncoder:
+        encoders = []
+        for reading in readings_of(family, self.classes):
+            tokenizer = load_tokenizer(self.folder, reading.tokenizer)
+            config = self.configs[reading.part]
+            encoders.append(TextEncoder(reading, tokenizer, self._encoder(reading, text_device, dtype), config))
+        index = read_json(self.folder / "model_index.json", f"Cannot load the prior {self.folder}")
+        return PromptEncoder(
+            encoders,
+            lambda encoded: family.join(encoded, self.configs[family.part]).to(dtype),
+            device,
+            empty_is_zero=family is SDXL and bool(index.get("force_zeros_for_empty_prompt", True)),
         )
-        return model.eval().requires_grad_(False).to(device)
 
-    tokenizer = load_part(
-        folder,
-        "tokenizer",
-        lambda: transformers.AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True),
-    )
-    if tokenizer.pad_token is None:
-        raise UserError(f"Cannot load the tokenizer of {folder}", "it has no padding token", "get the folder again")
-    return TextEncoder(tokenizer, load_encoder, TEXT_FAMILIES[class_name])
+    def _encoder(self, reading: Reading, device: torch.device, dtype: torch.dtype):
+        import transformers
 
+        def load() -> torch.nn.Module:
+            model = load_part(
+                self.folder,
+                reading.part,
+                lambda: getattr(transformers, self.classes[reading.part]).from_pretrained(
+                    self.folder / reading.part,
+                    dtype=dtype,
+                    use_safetensors=True,
+                    local_files_only=True,
+                    variant=self.settings.variant,
+                    output_loading_info=True,
+                ),
+            )
+            return self._finish(reading.part, model).to(device)
 
-def _load_schedule(folder: Path, class_name: str) -> tuple[Tensor, str]:
-    """(alphas_cumprod [T] float32 on the CPU, prediction type) as the folder's own scheduler class reads its config."""
-    import diffusers
+        return load
 
-    what = f"Cannot load the scheduler of {folder}"
-    kind = getattr(diffusers, class_name, None)
-    if kind is None:
-        raise UserError(what, f"this diffusers has no {class_name}", "update diffusers")
-    scheduler = load_part(
-        folder, "scheduler", lambda: kind.from_pretrained(folder / "scheduler", local_files_only=True)
-    )
-    alphas_cumprod = getattr(scheduler, "alphas_cumprod", None)
-    prediction = scheduler.config.get("prediction_type")
-    if alphas_cumprod is None or prediction not in PREDICTIONS:
-        raise UserError(
-            what,
-            f"{class_name} with prediction type {prediction!r} is not a discrete variance-preserving schedule",
-            f"use a model with one of {', '.join(PREDICTIONS)} (flow models are not supported yet)",
-        )
-    return torch.as_tensor(alphas_cumprod).detach().float().cpu().clone(), prediction
-
-
-def _check_unet(config: Any, what: str) -> None:
-    if config.addition_embed_type not in (None, "text"):
-        raise UserError(
-            what, f"its UNet wants extra conditioning ({config.addition_embed_type})", "use a plain text-to-image model"
-        )
-    if config.class_embed_type is not None or config.num_class_embeds is not None:
-        raise UserError(what, "its UNet wants class labels (an upscaler?)", "use a plain text-to-image model")
-    if config.sample_size is None:
-        raise UserError(what, "unet/config.json gives no sample_size", "write the side the UNet was trained at there")
-
-
-def _patch_size(in_channels: int, channels: int, name: str) -> int:
-    """p with in_channels = channels p p."""
-    p = math.isqrt(max(in_channels // channels, 1))
-    if channels * p * p != in_channels:
-        raise UserError(
-            f"Cannot use the prior {name}",
-            f"its UNet has {in_channels} input channels, which is not {channels} times a square",
-            "use a text-to-image model (inpainting and depth models have extra channels)",
-        )
-    return p
-
-
-def _vae_factor(vae: torch.nn.Module) -> int:
-    blocks = getattr(vae.config, "encoder_block_out_channels", None) or vae.config.block_out_channels
-    return 2 ** (len(blocks) - 1)
-
-
-def _shift(vae: torch.nn.Module) -> float:
-    return getattr(vae.config, "shift_factor", None) or 0.0
-
-
-def _no_autocast(device: torch.device) -> AbstractContextManager:
-    return torch.autocast(device.type, enabled=False)
-
-
-def _unsupported(what: str, part: str, got: str, wanted: tuple[str, ...]) -> UserError:
-    return UserError(what, f"its {part} is a {got}, which is not supported", f"supported: {', '.join(wanted)}")
+    def _finish(self, part: str, network: torch.nn.Module) -> torch.nn.Module:
+        network.eval().requires_grad_(False)
+        if self.lora is not None:
+            self.lora.merge(part, network)
+        if self.settings.channels_last:
+            network.to(memory_format=torch.channels_last)
+        return network

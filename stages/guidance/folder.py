@@ -6,21 +6,28 @@ Only JSON, tokenizer files and safetensors are read; a folder that has only pick
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stages.errors import UserError
+from stages.errors import UserError, out_of_memory
+from stages.guidance.weights import check_files
 
-WEIGHT_STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
-REQUIRED = ("scheduler", "tokenizer", "text_encoder", "unet")
-UNSUPPORTED = {
-    "text_encoder_2": "it needs two text encoders (SDXL family)",
-    "transformer": "its denoiser is a transformer (Stable Diffusion 3, Flux, PixArt, ...)",
-    "prior": "it is a two-part model (Kandinsky, Stable Cascade)",
-    "image_encoder": "it is conditioned on images",
-}
+PARTS = ("unet", "transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
+_HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
+TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
+
+
+@dataclass(frozen=True)
+class Component:
+    """A part of a folder: its directory, its class, and the stem of its weight files if it has weights."""
+
+    part: str
+    class_name: str
+    stem: str | None
 
 
 def locate(path_or_id: str, revision: str | None = None, variant: str | None = None) -> Path:
@@ -33,7 +40,7 @@ def locate(path_or_id: str, revision: str | None = None, variant: str | None = N
         return path
     if path.exists():
         raise UserError(f"Cannot load the prior {path_or_id}", "it is a file", "name the folder with model_index.json")
-    if path_or_id.count("/") != 1 or path_or_id[0] in "./~" or "\\" in path_or_id or path_or_id.endswith("/"):
+    if not _HUB_ID.fullmatch(path_or_id):
         raise UserError(
             f"Cannot load the prior {path_or_id}",
             "there is no such folder, and it is not a hub id of the form owner/name",
@@ -42,16 +49,35 @@ def locate(path_or_id: str, revision: str | None = None, variant: str | None = N
     return _download(path_or_id, revision, variant)
 
 
+def locate_autoencoder(path_or_id: str) -> Path:
+    """The folder of an autoencoder alone, or of a model whose vae/ is meant; local first, hub id second."""
+    path = Path(path_or_id).expanduser()
+    if not path.exists() and _HUB_ID.fullmatch(path_or_id):
+        patterns = [f"{vae}{name}" for vae in ("", "vae/") for name in ("config.json", "*.safetensors")]
+        path = _snapshot(path_or_id, None, patterns, f"Cannot load the autoencoder {path_or_id}")
+    if (path / "config.json").is_file() or (path / "vae" / "config.json").is_file():
+        return path
+    raise UserError(
+        f"Cannot load the autoencoder {path_or_id}",
+        "there is no config.json in it, nor in its vae/",
+        "set prior.diffusion.autoencoder to the folder or hub id of an AutoencoderKL or AutoencoderTiny",
+    )
+
+
 def _download(repo_id: str, revision: str | None, variant: str | None) -> Path:
+    dot = f".{variant}" if variant else ""
+    patterns = ["model_index.json", "pocket.json", "scheduler/*.json"]
+    patterns += [f"{part}/*.{end}" for part in TOKENIZERS for end in ("json", "txt", "model")]
+    for part in PARTS:
+        stem = "model" if part.startswith("text") else "diffusion_pytorch_model"
+        patterns += [f"{part}/*.json", f"{part}/{stem}{dot}.safetensors", f"{part}/{stem}{dot}-*.safetensors"]
+    return _snapshot(repo_id, revision, patterns, f"Cannot load the prior {repo_id}")
+
+
+def _snapshot(repo_id: str, revision: str | None, patterns: list[str], what: str) -> Path:
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    dot = f".{variant}" if variant else ""
-    patterns = ["model_index.json", "pocket.json", "scheduler/*.json"]
-    patterns += [f"tokenizer/*.{end}" for end in ("json", "txt", "model")]
-    for part, stem in WEIGHT_STEMS.items():
-        patterns += [f"{part}/*.json", f"{part}/{stem}{dot}.safetensors", f"{part}/{stem}{dot}-*.safetensors"]
-    what = f"Cannot load the prior {repo_id}"
     try:
         return Path(snapshot_download(repo_id, revision=revision, allow_patterns=patterns))
     except GatedRepoError as error:
@@ -81,53 +107,26 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
     return value
 
 
-def check_folder(folder: Path, variant: str | None = None) -> dict[str, str]:
-    """Class name by component of a folder's model_index.json, after checking that the files are there.
-
-    Returns: scheduler, tokenizer, text_encoder, unet and, in a latent folder, vae.
-    Raises: UserError naming the first missing or unsupported component.
-    """
-    what = f"Cannot load the prior {folder}"
-    index = read_json(folder / "model_index.json", what)
-    classes = {k: v[1] for k, v in index.items() if isinstance(v, list) and len(v) == 2 and v[1] is not None}
-    for part, why in UNSUPPORTED.items():
-        if part in classes:
-            raise UserError(
-                what, f"{why}, which is not supported yet", "use a Stable Diffusion 1.x / 2.x or DeepFloyd IF folder"
-            )
-    for part in REQUIRED:
-        if part not in classes:
-            raise UserError(what, f"model_index.json lists no {part}", "use a complete diffusers folder")
-    parts = [*REQUIRED, *(["vae"] if "vae" in classes else [])]
-    for part in parts:
-        directory = folder / part
-        if not directory.is_dir():
-            raise UserError(
-                what, f"its {part}/ is missing", f"copy the {classes[part]} of the same model to {directory}"
-            )
-        if part in WEIGHT_STEMS:
-            _check_weights(directory, WEIGHT_STEMS[part], variant, what)
-    return {part: classes[part] for part in parts}
+def read_index(folder: Path) -> dict[str, str]:
+    """Class name by part of a folder's model_index.json; parts it sets to null are left out."""
+    index = read_json(folder / "model_index.json", f"Cannot load the prior {folder}")
+    return {k: v[1] for k, v in index.items() if isinstance(v, list) and len(v) == 2 and isinstance(v[1], str)}
 
 
-def _check_weights(directory: Path, stem: str, variant: str | None, what: str) -> None:
-    if not (directory / "config.json").is_file():
-        raise UserError(what, f"{directory / 'config.json'} is missing", "use a complete diffusers folder")
-    dot = f".{variant}" if variant else ""
-    if (directory / f"{stem}{dot}.safetensors").is_file() or any(directory.glob(f"{stem}{dot}-*.safetensors")):
-        return
-    others = sorted(p.name for p in directory.glob("*.safetensors"))
-    pickled = sorted(p.name for p in directory.iterdir() if p.suffix in (".bin", ".ckpt", ".pt", ".pth"))
-    wanted = directory / f"{stem}{dot}.safetensors"
-    if others:
-        raise UserError(what, f"{wanted} is missing; there is {', '.join(others)}", "set prior variant to match")
-    if pickled:
+def check_component(folder: Path, component: Component, variant: str | None = None) -> list[Path]:
+    """That a part's files are there; returns its weight files. Raises: UserError naming what is not."""
+    what, directory = f"Cannot load the prior {folder}", folder / component.part
+    if not directory.is_dir():
         raise UserError(
             what,
-            f"{directory} has only pickled weights ({', '.join(pickled)}), which can run code when read",
-            "convert them to safetensors (huggingface.co/docs/safetensors) or get the model's safetensors files",
+            f"its {component.part}/ is missing",
+            f"copy the {component.class_name} of the same model to {directory}",
         )
-    raise UserError(what, f"{wanted} is missing", "use a complete diffusers folder")
+    if component.stem is None:
+        return []
+    if not (directory / "config.json").is_file():
+        raise UserError(what, f"{directory / 'config.json'} is missing", "use a complete diffusers folder")
+    return check_files(directory, component.stem, variant, what)
 
 
 def load_part(folder: Path, part: str, load: Callable[[], Any]) -> Any:
@@ -140,9 +139,9 @@ def load_part(folder: Path, part: str, load: Callable[[], Any]) -> Any:
     try:
         with _quiet():
             loaded = load()
-    except MemoryError:
-        raise
     except Exception as error:  # safetensors and tokenizers raise their own kinds, the latter bare Exceptions
+        if out_of_memory(error):
+            raise
         raise UserError(what, _first_line(error), "the file is damaged or of another model: get it again") from error
     if not isinstance(loaded, tuple):
         return loaded

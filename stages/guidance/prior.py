@@ -2,11 +2,13 @@
 
 Letters: x clean data in the prior's space [B, C, h, w]; eps unit noise; t integer timestep in [0, T);
     alpha_bar = alphas_cumprod[t]; z_t = sqrt(alpha_bar) x + sqrt(1 - alpha_bar) eps (variance preserving).
-    `eps`, `v` = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x and `sample` x are the three things a network may predict.
+    `eps`, `v` = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x, `sample` x and `flow` eps - x are the four things a
+    network may predict.
 
 Any other Gaussian path a_t x + s_t eps fits without new plumbing: dividing by sqrt(a_t^2 + s_t^2) makes it variance
 preserving with alpha_bar = a_t^2 / (a_t^2 + s_t^2) and leaves eps as it is. A rectified-flow prior therefore reports
-`path_alphas_cumprod(1 - sigma, sigma)` and undoes the scale inside its own predict_noise.
+`path_alphas_cumprod(1 - sigma, sigma)`, multiplies z_t by `flow_scale` before it asks its network and turns the
+velocity into eps; a DDIM step between two noise levels is then the same as the flow's Euler step.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from stages.cameras import Views
 if TYPE_CHECKING:
     from stages.render.shade import Shading
 
-PREDICTIONS = ("epsilon", "v_prediction", "sample")
+PREDICTIONS = ("epsilon", "v_prediction", "sample", "flow_prediction")
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class Prior(Protocol):
 
     name: str
     resolution: int  # side in pixels of the images that `encode` works at
-    alphas_cumprod: Tensor  # [T] float32 on the CPU, decreasing
+    alphas_cumprod: Tensor  # [T] on the CPU, decreasing; float32, or float64 where 1 - alphas_cumprod gets small
     data_range: tuple[float, float] | None  # of x; None where it is not known, as for most latents
 
     def embed(self, prompts: list[str]) -> Any:
@@ -93,9 +95,9 @@ def add_noise(x: Tensor, eps: Tensor, alpha_bar: Tensor) -> Tensor:
 
 
 def eps_from_prediction(prediction: Tensor, z_t: Tensor, alpha_bar: Tensor, kind: str) -> Tensor:
-    """Noise from what a network predicts; v as in Salimans & Ho 2022 app. D.
+    """Noise from what a network predicts; v as in Salimans & Ho 2022 app. D, flow as in Liu et al. 2022 eq. 1.
 
-    Exact at alpha_bar = 0 (zero terminal signal-to-noise) for v and sample predictions.
+    Exact at alpha_bar = 0 (zero terminal signal-to-noise) for v, sample and flow predictions.
     """
     if kind == "epsilon":
         return prediction
@@ -104,7 +106,14 @@ def eps_from_prediction(prediction: Tensor, z_t: Tensor, alpha_bar: Tensor, kind
         return alpha * prediction + sigma * z_t
     if kind == "sample":
         return (z_t - alpha * prediction) / sigma.clamp_min(1e-6)
+    if kind == "flow_prediction":  # on the path x_s = (1 - s) x + s eps: eps = x_s + (1 - s) (eps - x)
+        return (z_t + alpha * prediction) / (alpha + sigma)
     raise ValueError(f"prediction type: wanted one of {', '.join(PREDICTIONS)}, got {kind!r}")
+
+
+def flow_scale(alpha_bar: Tensor) -> Tensor:
+    """What takes z_t to the rectified path: (1 - s) x + s eps = flow_scale z_t with s = sigma / (alpha + sigma)."""
+    return 1 / (alpha_bar.sqrt() + (1 - alpha_bar).sqrt())
 
 
 def v_from_eps(eps: Tensor, z_t: Tensor, alpha_bar: Tensor) -> Tensor:

@@ -1,41 +1,64 @@
-"""The text half of a diffusion prior: tokenizer, encoder loaded when needed and freed after, cached embeddings."""
+"""The text half of a diffusion prior: tokenizers, encoders loaded when needed and freed after, cached embeddings."""
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from stages.errors import UserError
 from stages.prompts import check_length
 
-T5_LENGTH = 77  # DeepFloyd IF's own limit; the T5 tokenizer itself states none
+
+@dataclass(frozen=True)
+class Reading:
+    """What a model family takes from one of its text encoders, as its diffusers pipeline does.
+
+    part, tokenizer: folders of the component. classes: transformers classes that may fill it.
+    tokens: hidden states taken, the last ones (after the final norm) or those before the last layer; none: not used.
+    pooled: the output that sums up the prompt. limit: tokens at most, where the family sets it; else the encoder does.
+    mask: padding masked out always, never, or as the encoder's config says. clean: prompts stripped, in lower case.
+    optional: a folder may leave it out.
+    """
+
+    part: str
+    tokenizer: str
+    classes: tuple[str, ...]
+    tokens: Literal["last", "penultimate", "none"] = "last"
+    pooled: Literal["pooler_output", "text_embeds"] | None = None
+    limit: int | None = None
+    mask: Literal["always", "never", "config"] = "never"
+    clean: bool = False
+    optional: bool = False
+
+
+Encoded = tuple[Tensor | None, Tensor | None]  # tokens [P, L, D], pooled [P, W]
 
 
 class TextEncoder:
-    """Prompts to last hidden states [P, L, D]; each prompt is encoded once and remembered.
+    """One tokenizer and its encoder.
 
     Args:
-        tokenizer: a transformers tokenizer with a padding token.
+        reading: what is taken from it. tokenizer: a transformers tokenizer with a padding token.
         load: gives the encoder module in evaluation mode on its device; called again after :meth:`release`.
-        family: "clip" (attention mask only if the encoder's config asks for it) or "t5" (mask always, lower case).
+        config: the encoder's transformers config.
     """
 
-    def __init__(self, tokenizer: Any, load: Callable[[], torch.nn.Module], family: str) -> None:
-        self.tokenizer, self._load, self.family = tokenizer, load, family
-        self._model: torch.nn.Module | None = load()
-        self._cache: dict[str, Tensor] = {}
-        self.use_mask = family == "t5" or bool(getattr(self._model.config, "use_attention_mask", False))
-        self.width: int = self._model.config.hidden_size
-        limit = tokenizer.model_max_length
-        if family == "t5":
-            self.limit = min(limit, T5_LENGTH)
-        else:
-            self.limit = min(limit, self._model.config.max_position_embeddings)
+    def __init__(
+        self, reading: Reading, tokenizer: Any, load: Callable[[], torch.nn.Module], config: Any
+    ) -> None:
+        self.reading, self.tokenizer, self._load = reading, tokenizer, load
+        self._model: torch.nn.Module | None = None
+        self.limit = token_limit(reading, tokenizer, config)
+        asks = bool(getattr(config, "use_attention_mask", False))
+        self.use_mask = reading.mask == "always" or (reading.mask == "config" and asks)
 
     def _clean(self, prompt: str) -> str:
-        return prompt.lower().strip() if self.family == "t5" else prompt
+        return prompt.lower().strip() if self.reading.clean else prompt
 
     def count(self, prompt: str) -> int:
         """Tokens of a prompt, special tokens included, without cutting or padding."""
@@ -50,15 +73,15 @@ class TextEncoder:
         unknown = self.tokenizer.unk_token_id
         if unknown is None:
             return []
+        text = self._clean(prompt)
         encoded = self.tokenizer(
-            self._clean(prompt),
+            text,
             add_special_tokens=False,
             padding=False,
             truncation=False,
             return_offsets_mapping=True,
             verbose=False,
         )
-        text = self._clean(prompt)
         words = [
             text[first:last]
             for token, (first, last) in zip(encoded.input_ids, encoded.offset_mapping, strict=True)
@@ -66,27 +89,117 @@ class TextEncoder:
         ]
         return list(dict.fromkeys(word for word in words if any(c.isalnum() for c in word)))
 
+    def load(self) -> torch.nn.Module:
+        """The encoder, loaded if it is not there."""
+        if self._model is None:
+            self._model = self._load()
+        return self._model
+
     @torch.no_grad()
-    def embed(self, prompts: list[str]) -> Tensor:
-        """Last hidden states [P, L, D] of prompts padded to the encoder's length; refuses prompts that do not fit."""
+    def encode(self, prompts: list[str]) -> Encoded:
+        """Tokens and pooled embedding of prompts padded to the encoder's length; None for what is not taken."""
+        model, reading = self.load(), self.reading
+        device = next(model.parameters()).device
+        tokens = self.tokenizer(
+            [self._clean(p) for p in prompts],
+            padding="max_length",
+            max_length=self.limit,
+            truncation=True,
+            return_tensors="pt",
+        )
+        mask = tokens.attention_mask.to(device) if self.use_mask else None
+        deep = {"output_hidden_states": True} if reading.tokens == "penultimate" else {}
+        out = model(tokens.input_ids.to(device), attention_mask=mask, **deep)
+        hidden = out.hidden_states[-2] if deep else out.last_hidden_state if reading.tokens == "last" else None
+        return hidden, getattr(out, reading.pooled) if reading.pooled else None
+
+    def release(self) -> None:
+        """Free the encoder."""
+        self._model = None
+
+
+class PromptEncoder:
+    """All text encoders of a prior; each prompt is encoded once and remembered.
+
+    Args:
+        encoders: in the family's order. join: one tensor [P, L, D] from what they give, on `device`.
+        empty_is_zero: the empty prompt stands for zeros, as SDXL's pipeline has it.
+    """
+
+    def __init__(
+        self,
+        encoders: list[TextEncoder],
+        join: Callable[[list[Encoded]], Tensor],
+        device: torch.device,
+        empty_is_zero: bool = False,
+    ) -> None:
+        self.encoders, self._join, self._device, self._empty_is_zero = encoders, join, device, empty_is_zero
+        self._cache: dict[str, Tensor] = {}
+
+    @property
+    def limit(self) -> int:
+        """Tokens of the encoder that reads least."""
+        return min(encoder.limit for encoder in self.encoders)
+
+    def check(self, prompts: list[str]) -> None:
+        """Refuse prompts that any of the encoders would cut."""
+        for encoder in self.encoders:
+            check_length(prompts, encoder.count, encoder.limit)
+
+    def unknown_words(self, prompt: str) -> list[str]:
+        """Words that no encoder knows (word-level tokenizers only)."""
+        lists = [encoder.unknown_words(prompt) for encoder in self.encoders]
+        return [word for word in lists[0] if all(word in other for other in lists)]
+
+    def embed(self, prompts: list[str], keep: bool = True) -> Tensor:
+        """Embeddings [P, L, D] of prompts; refuses those that do not fit.
+
+        keep: encoders stay loaded for further prompts until :meth:`release`; otherwise each is freed before the next
+            is loaded, so that no two are in memory at once.
+        """
         new = list(dict.fromkeys(p for p in prompts if p not in self._cache))
         if new:
-            check_length(new, self.count, self.limit)
-            if self._model is None:
-                self._model = self._load()
-            device = next(self._model.parameters()).device
-            tokens = self.tokenizer(
-                [self._clean(p) for p in new],
-                padding="max_length",
-                max_length=self.limit,
-                truncation=True,
-                return_tensors="pt",
-            )
-            mask = tokens.attention_mask.to(device) if self.use_mask else None
-            hidden = self._model(tokens.input_ids.to(device), attention_mask=mask).last_hidden_state
-            self._cache.update(zip(new, hidden, strict=True))
+            self.check(new)
+            encoded = []
+            for encoder in self.encoders:
+                parts = encoder.encode(new)
+                encoded.append(tuple(part if part is None else part.to(self._device) for part in parts))
+                if not keep:
+                    encoder.release()
+                    _collect()
+            self._cache.update(zip(new, self._join(encoded), strict=True))
+            if self._empty_is_zero and "" in new:
+                self._cache[""] = torch.zeros_like(self._cache[""])
         return torch.stack([self._cache[p] for p in prompts])
 
     def release(self) -> None:
-        """Free the encoder; prompts not yet embedded load it again."""
-        self._model = None
+        """Free the encoders; prompts not yet embedded load them again."""
+        for encoder in self.encoders:
+            encoder.release()
+        _collect()
+
+
+def _collect() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def token_limit(reading: Reading, tokenizer: Any, config: Any) -> int:
+    """Tokens that an encoder reads of a prompt: the least that family, tokenizer and encoder allow."""
+    limits = [tokenizer.model_max_length, getattr(config, "max_position_embeddings", None), reading.limit]
+    return min(limit for limit in limits if limit is not None)
+
+
+def load_tokenizer(folder: Any, part: str) -> Any:
+    """The tokenizer in a part of a folder. Raises: UserError, naming the package where one is missing."""
+    import transformers
+
+    from stages.guidance.folder import load_part
+
+    tokenizer = load_part(
+        folder, part, lambda: transformers.AutoTokenizer.from_pretrained(folder / part, local_files_only=True)
+    )
+    if tokenizer.pad_token is None:
+        raise UserError(f"Cannot load the {part} of {folder}", "it has no padding token", "get the folder again")
+    return tokenizer

@@ -1,0 +1,82 @@
+"""The image half of a latent prior: AutoencoderKL or AutoencoderTiny, differentiable in the images.
+
+Latents x = (z - shift_factor - mean) * scaling_factor / std, z what the encoder gives; shift_factor (Stable Diffusion
+3, Flux), mean and std (some SDXL descendants) are 0, 0 and 1 where the config leaves them out.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+AUTOENCODERS = ("AutoencoderKL", "AutoencoderTiny")
+
+
+class Autoencoder:
+    """A frozen autoencoder. All tensors are [B, C, h, w]; pictures are in [-1, 1].
+
+    Args:
+        module: the diffusers module, in evaluation mode. sample: latents drawn from the posterior, not its mean.
+        one_by_one: encode and decode pictures one at a time and recompute each in the backward pass.
+    """
+
+    def __init__(self, module: torch.nn.Module, sample: bool = True, one_by_one: bool = False) -> None:
+        self.module, self.sample, self.one_by_one = module, sample, one_by_one
+        config = module.config
+        self.channels: int = config.latent_channels
+        self.factor = downsampling(config)
+        self.scale: float = config.scaling_factor
+        self._dtype = next(module.parameters()).dtype
+        channels_first = (1, -1, 1, 1)
+        mean, std = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
+        shift = getattr(config, "shift_factor", None) or 0.0
+        self._shift = shift if mean is None else shift + torch.tensor(mean).reshape(channels_first)
+        self._std = 1.0 if std is None else torch.tensor(std).reshape(channels_first)
+
+    def encode(self, pictures: Tensor, generator: torch.Generator) -> Tensor:
+        """Latents float32 of pictures, differentiable in them; the posterior's noise comes from the generator."""
+        with no_autocast(pictures.device):
+            mean, std = self._each(self._posterior, pictures.to(self._dtype))
+        latents = mean.float()
+        if self.sample and std.numel():
+            noise = torch.randn(mean.shape, generator=generator).to(mean.device)
+            latents = latents + std.float() * noise
+        return (latents - _on(self._shift, latents)) * self.scale / _on(self._std, latents)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Pictures float32 of latents; not clamped."""
+        z = latents * _on(self._std, latents) / self.scale + _on(self._shift, latents)
+        with no_autocast(latents.device):
+            (pictures,) = self._each(lambda part: (self.module.decode(part).sample,), z.to(self._dtype))
+        return pictures.float()
+
+    def _posterior(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the latents; the latter empty for an encoder that has none."""
+        output = self.module.encode(pictures)
+        if hasattr(output, "latents"):
+            return output.latents, output.latents.new_empty(output.latents.shape[0], 0)
+        return output.latent_dist.mean, output.latent_dist.std
+
+    def _each(self, call, batch: Tensor) -> tuple[Tensor, ...]:
+        if not self.one_by_one:
+            return call(batch)
+        parts = [checkpoint(call, batch[k : k + 1], use_reentrant=False) for k in range(len(batch))]
+        return tuple(torch.cat(outputs) for outputs in zip(*parts, strict=True))
+
+
+def downsampling(config) -> int:
+    """Pixels a latent's side: 2 to the number of halvings."""
+    blocks = getattr(config, "encoder_block_out_channels", None) or config.block_out_channels
+    return 2 ** (len(blocks) - 1)
+
+
+def no_autocast(device: torch.device) -> AbstractContextManager:
+    """The networks run in the precision they were loaded in, whatever the caller's."""
+    return torch.autocast(device.type, enabled=False)
+
+
+def _on(value: float | Tensor, like: Tensor) -> float | Tensor:
+    return value.to(like) if isinstance(value, Tensor) else value
