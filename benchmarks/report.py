@@ -182,22 +182,19 @@ def load_mesh(folder: Path) -> Mesh:
 
 def simplified(mesh: Mesh, faces: int = VIEWER_FACES) -> Mesh:
     """A copy with vertex colours and at most about `faces` faces, for the page."""
-    import fast_simplification
     from scipy.spatial import cKDTree
 
     from benchmarks.assess import welded
     from benchmarks.render import Subject
+    from stages.mesh.clean import decimate
 
     subject = Subject.of(mesh)
     colours = subject.colour_of(subject.colours if subject.texture is None else subject.uv).numpy()
     if subject.texture is None and len(mesh.faces) <= faces:
         return Mesh(mesh.vertices, mesh.faces, colours)
-    whole = welded(mesh)
-    vertices, triangles = whole.vertices, whole.faces
-    if len(triangles) > faces:
-        vertices, triangles = fast_simplification.simplify(vertices, triangles, target_count=faces)
-    _, near = cKDTree(subject.vertices.numpy()).query(vertices)
-    return Mesh(vertices.astype(np.float32), triangles.astype(np.int32), colours[near])
+    small = decimate(welded(mesh), faces)
+    _, near = cKDTree(subject.vertices.numpy()).query(small.vertices)
+    return Mesh(small.vertices, small.faces, colours[near])
 
 
 def pack(mesh: Mesh) -> str:

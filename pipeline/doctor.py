@@ -112,7 +112,6 @@ _CHECKS: list[tuple[str, bool, Callable[[], tuple[str, str]], str]] = [
     ("rich", True, _package("rich"), "no progress display"),
     ("typer", True, _package("typer"), "no command line"),
     ("xatlas", True, _package("xatlas"), "UV charts come from the simpler unwrapper of our own: more seams"),
-    ("fast-simplification", True, _package("fast_simplification", "fast-simplification"), "our own slower decimation"),
     ("pocket prior 64", True, _pocket("coarse"), "no default prior for the coarse stage"),
     ("pocket prior 512", True, _pocket("fine"), "no default prior for the fine stage"),
     ("CUDA device", False, _cuda, "runs on the CPU: the pocket prior in minutes, Stable Diffusion hardly"),

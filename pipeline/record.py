@@ -25,7 +25,7 @@ from pipeline.export.files import write_whole
 from stages.errors import UserError
 
 MIN_FREE_MB = 300  # checkpoints of both stages with a 128^3 grid, written beside their predecessors, and the exports
-_PACKAGES = ("torch", "numpy", "numba", "diffusers", "transformers", "safetensors", "xatlas", "fast-simplification")
+_PACKAGES = ("torch", "numpy", "numba", "diffusers", "transformers", "safetensors", "xatlas")
 
 
 def new_folder(out: Path | None, prompt: str, seed: int) -> Path:
