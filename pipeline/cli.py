@@ -6,6 +6,7 @@ Only the standard library and typer are imported here; each command imports what
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from pathlib import Path
@@ -59,15 +60,26 @@ def run(
         Optional[Path], typer.Option("--from", metavar="RUN", help="Start from the finished stage of another run.")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Run a prompt whose words the prior does not know.")] = False,
+    profile: Annotated[bool, typer.Option("--profile", help="Also write RUN/profile: where the time went.")] = False,
 ) -> None:
     """Make a mesh: the whole way, or the stages you name."""
-    from pipeline.config import load_config
-    from pipeline.run import start_run
+    with _profiled(profile) as listener:
+        from pipeline.config import load_config
+        from pipeline.run import start_run
 
-    flags = {"prompt": prompt, "stages": stages, "seed": seed, "device": device}
-    flags |= {"from_run": None if from_run is None else str(from_run), "force": True if force else None}
-    resolved = load_config(config, overrides or [], {key: value for key, value in flags.items() if value is not None})
-    start_run(resolved, out)
+        flags = {"prompt": prompt, "stages": stages, "seed": seed, "device": device}
+        flags |= {"from_run": None if from_run is None else str(from_run), "force": True if force else None}
+        given = {key: value for key, value in flags.items() if value is not None}
+        start_run(load_config(config, overrides or [], given), out, profile=listener)
+
+
+def _profiled(wanted: bool) -> contextlib.AbstractContextManager:
+    """What listens to a run from here on, imports included, or nothing."""
+    if not wanted:
+        return contextlib.nullcontext()
+    from pipeline.profile import Profile
+
+    return Profile()
 
 
 @app.command()

@@ -19,6 +19,7 @@ from pipeline.export.surface import png_bytes
 from pipeline.interrupt import StopRequest
 from pipeline.priors import build_guidance
 from stages.errors import UserError
+from stages.phases import phase
 
 if TYPE_CHECKING:
     import torch
@@ -54,6 +55,10 @@ class StageLoop:
         self._seconds = 0.0
 
     def take(self, previous: Asset | None) -> Asset:
+        with phase(self._name):
+            return self._take(previous)
+
+    def _take(self, previous: Asset | None) -> Asset:
         run, name = self._run, self._name
         (self._folder / "previews").mkdir(parents=True, exist_ok=True)
         self._opened = time.perf_counter()
@@ -78,7 +83,8 @@ class StageLoop:
             self._stop.gentle = True
             while stage.step_index < stage.steps:
                 began = time.perf_counter()
-                metrics = stage.step()
+                with phase("step"):
+                    metrics = stage.step()
                 step = stage.step_index
                 self._check_finite(metrics, step)
                 self._run.metrics.add(self._name, step, time.perf_counter() - began, metrics)
@@ -117,7 +123,7 @@ class StageLoop:
         """Render now, since the state moves on; compress and write beside the next steps."""
         image = self._timed("preview", stage.preview)
         path = self._folder / "previews" / f"{stage.step_index:06d}.png"
-        self._join()
+        self._timed("preview", self._join)
         self._written = self._writer.submit(lambda: write_whole(path, png_bytes(image)))
 
     def _save(self, stage: Stage) -> None:
@@ -143,11 +149,9 @@ class StageLoop:
         seconds = self._seconds + time.perf_counter() - self._opened
         return round(seconds, 2), {phase: round(value, 3) for phase, value in phases.items()}
 
-    def _timed(self, phase: str, call: Any) -> Any:
-        began = time.perf_counter()
-        result = call()
-        self._phases[phase] = self._phases.get(phase, 0.0) + time.perf_counter() - began
-        return result
+    def _timed(self, name: str, call: Any) -> Any:
+        with phase(name, self._phases):
+            return call()
 
     def _join(self) -> None:
         if self._written is not None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from stages.errors import UserError
+from stages.phases import phase
 
 if TYPE_CHECKING:
     import torch
@@ -37,10 +37,10 @@ def finished_mesh(asset: Asset, settings: ExportSettings, device: torch.device, 
     """
     from pipeline.export.finalise import finalise
 
-    began = time.perf_counter()
-    if asset.mesh is None:
-        asset = replace(asset, mesh=_surface(asset, device))
-    times = {"extract": time.perf_counter() - began}
+    times: dict[str, float] = {}
+    with phase("extract", times):
+        if asset.mesh is None:
+            asset = replace(asset, mesh=_surface(asset, device))
     notes: dict[str, Any] = {}
     mesh = finalise(asset, settings, notes=notes)
     times |= notes.pop("times")

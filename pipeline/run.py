@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import shutil
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,15 +25,19 @@ from pipeline.progress import Progress, duration
 from pipeline.record import Lock, Metrics, Record, check_disk, new_folder, open_folder
 from pipeline.results import check_formats, finished_mesh
 from stages.errors import UserError
+from stages.phases import phase
 
 if TYPE_CHECKING:
     import torch
 
+    from pipeline.profile import Profile
     from stages.stage import Asset
 
 
-def start_run(config: Config, out: Path | None = None, progress: Progress | None = None) -> Path:
-    """Begin a run in a new folder and take it to its files; returns the folder."""
+def start_run(
+    config: Config, out: Path | None = None, progress: Progress | None = None, profile: Profile | None = None
+) -> Path:
+    """Begin a run in a new folder and take it to its files; returns the folder. A profile is written into it."""
     progress = progress or Progress()
     device = choose_device(config.device)
     check_priors(config)
@@ -46,7 +49,8 @@ def start_run(config: Config, out: Path | None = None, progress: Progress | None
             (folder / name).mkdir()
             shutil.copyfile(path, folder / name / CHECKPOINT)
         write_whole(folder / "config.yaml", dump(config).encode())
-        Run(folder, config, device, progress).go()
+        with profile.of_run(folder, config, device, progress.note) if profile else contextlib.nullcontext():
+            Run(folder, config, device, progress).go()
     return folder
 
 
@@ -196,6 +200,10 @@ class Run:
                 f"it stands at step {self.saved_step(name) or 0} of {wanted}",
                 f"pipeline resume {self.folder}",
             )
+        with phase(name), phase("restore"):
+            return self._restore(name)
+
+    def _restore(self, name: str) -> Asset:
         state, meta = load_checkpoint(self.folder / name / CHECKPOINT)
         self.progress.note(f"{name}: restoring its result")
         if name in self.config.stages and name not in self.record.data["stages"]:  # killed before it was noted
@@ -216,10 +224,12 @@ class Run:
 
         facts: dict[str, Any] = {"phases": {}}
         self.progress.note("export: cleaning, unwrapping, baking, turning")
-        mesh = finished_mesh(asset, self.config.export, self.device, facts)
-        began = time.perf_counter()
-        paths = write_results(mesh, self.folder, self.config.export)
-        facts["phases"]["write"] = round(time.perf_counter() - began, 3)
+        written: dict[str, float] = {}
+        with phase("export"):
+            mesh = finished_mesh(asset, self.config.export, self.device, facts)
+            with phase("write", written):
+                paths = write_results(mesh, self.folder, self.config.export)
+        facts["phases"]["write"] = round(written["write"], 3)
         self.record.save(export=facts, outputs=[path.name for path in paths])
 
     def _summary(self) -> str:

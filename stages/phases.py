@@ -54,8 +54,9 @@ class Recorder:
         """Open a phase inside the one that is open; returns what leave() wants."""
         if self.synchronise is not None:
             self.synchronise()
-        outer = self._open[-1][0] if self._open else ()
-        self._open.append(((*outer, name), time.perf_counter()))
+        path = (*self.path, name)
+        self.spans.setdefault(path, Span())  # here, so that phases stand in the order in which they were first opened
+        self._open.append((path, time.perf_counter()))
         return len(self._open)
 
     def leave(self, depth: int) -> None:
@@ -65,7 +66,7 @@ class Recorder:
         now = time.perf_counter()
         while len(self._open) >= depth:
             path, began = self._open.pop()
-            span = self.spans.setdefault(path, Span())
+            span = self.spans[path]
             span.calls += 1
             span.seconds += now - began
             if self.watch is not None:
