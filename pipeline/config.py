@@ -21,6 +21,7 @@ from stages.fine import FineSettings
 from stages.guidance.diffusion import DiffusionSettings
 from stages.guidance.guidance import GuidanceSettings
 from stages.guidance.reference import ReferenceSettings
+from stages.kernels.backend import KernelSettings
 from stages.prompts import PromptSettings
 
 STAGES = ("coarse", "fine")  # the order in which they chain
@@ -75,6 +76,7 @@ class Config(BaseModel):
     coarse: CoarseSettings = Field(default_factory=CoarseSettings)
     fine: FineSettings = Field(default_factory=FineSettings)
     export: ExportSettings = Field(default_factory=ExportSettings)
+    kernels: KernelSettings = Field(default_factory=KernelSettings)
 
     @field_validator("prompt")
     @classmethod

@@ -17,8 +17,6 @@ from pathlib import Path
 from pipeline import __version__
 from pipeline.errors import EXIT_USER_ERROR
 
-_IGNORED_LICENCE = "non-commercial licence; never needed"
-
 
 @dataclass
 class Finding:
@@ -92,6 +90,23 @@ def _gltf_validator() -> tuple[str, str]:
     return "missing", "node is there; install with: npm install gltf-validator"
 
 
+def _kernels(name: str) -> Callable[[], tuple[str, str]]:
+    """A package behind ops of ours: as in :func:`probe`, with its licence."""
+
+    def check() -> tuple[str, str]:
+        import torch
+
+        from stages.kernels.backend import PACKAGES, probe, warp_off_cuda
+
+        found = probe(name)
+        state, detail = found.state, found.detail
+        if name == "warp" and state == "ok" and torch.cuda.is_available() and warp_off_cuda():
+            state, detail = "broken", warp_off_cuda()
+        return state, f"{detail}; licence: {PACKAGES[name].licence}"
+
+    return check
+
+
 def _package(module: str, package: str | None = None) -> Callable[[], tuple[str, str]]:
     return lambda: probe(module, package)
 
@@ -115,12 +130,12 @@ _CHECKS: list[tuple[str, bool, Callable[[], tuple[str, str]], str]] = [
     ("pocket prior 64", True, _pocket("coarse"), "no default prior for the coarse stage"),
     ("pocket prior 512", True, _pocket("fine"), "no default prior for the fine stage"),
     ("CUDA device", False, _cuda, "runs on the CPU: the pocket prior in minutes, Stable Diffusion hardly"),
-    ("warp-lang", False, _package("warp", "warp-lang"), "no fast CUDA kernels (extra: cuda); the CPU does not use it"),
+    ("warp-lang", False, _kernels("warp"), "on CUDA our kernels run as plain torch, slower (extra: cuda); CPU: nothing"),
     ("imageio-ffmpeg", False, _package("imageio_ffmpeg", "imageio-ffmpeg"), "turntable as WebP only, no mp4 (extra: video)"),
     ("gltf-validator", False, _gltf_validator, "the test that validates mesh.glb is skipped"),
-    ("tinycudann", False, _package("tinycudann"), "nothing: our own hash grid is used; it needs a CUDA build by hand"),
-    ("nvdiffrast", False, _package("nvdiffrast"), "nothing: our own rasteriser is used; " + _IGNORED_LICENCE),
-    ("kaolin", False, _package("kaolin"), "nothing: not used; the package on PyPI is a stub that raises on import"),
+    ("tinycudann", False, _kernels("tinycudann"), "nothing: our own hash grid and perceptron are used; built by hand"),
+    ("nvdiffrast", False, _kernels("nvdiffrast"), "nothing: our own rasteriser is used; built by hand, never needed"),
+    ("kaolin", False, _kernels("kaolin"), "nothing: our own marching tetrahedra are used; on PyPI is only a stub"),
 ]  # fmt: skip
 
 

@@ -25,7 +25,7 @@ from pipeline.export.files import write_whole
 from stages.errors import UserError
 
 MIN_FREE_MB = 300  # checkpoints of both stages with a 128^3 grid, written beside their predecessors, and the exports
-_PACKAGES = ("torch", "numpy", "numba", "diffusers", "transformers", "safetensors", "xatlas")
+_PACKAGES = ("torch", "numpy", "numba", "warp-lang", "diffusers", "transformers", "safetensors", "xatlas")
 
 
 def new_folder(out: Path | None, prompt: str, seed: int) -> Path:
@@ -122,8 +122,8 @@ class Record:
             fix = "remove it; `pipeline resume` writes a new one and loses only the times noted so far"
             self.data |= read_json(self._path, fix)
 
-    def open_session(self, device: dict[str, Any], **facts: Any) -> None:
-        """Note machine and versions of this process; earlier sessions keep theirs."""
+    def open_session(self, device: dict[str, Any], kernels: dict[str, str], **facts: Any) -> None:
+        """Note machine, versions and the backend of each family of kernels; earlier sessions keep theirs."""
         session = {
             "started": _now(),
             "pipeline": __version__,
@@ -131,6 +131,7 @@ class Record:
             "python": platform.python_version(),
             "platform": platform.platform(),
             "device": device,
+            "kernels": kernels,
             "versions": {name: _version(name) for name in _PACKAGES},
         }
         self.data |= facts

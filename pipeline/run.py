@@ -25,6 +25,7 @@ from pipeline.progress import Progress, duration
 from pipeline.record import Lock, Metrics, Record, check_disk, new_folder, open_folder
 from pipeline.results import check_formats, finished_mesh
 from stages.errors import UserError
+from stages.kernels.backend import resolve, selected
 from stages.phases import phase
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ def start_run(
     """Begin a run in a new folder and take it to its files; returns the folder. A profile is written into it."""
     progress = progress or Progress()
     device = choose_device(config.device)
+    resolve(config.kernels, device)  # refuses what is not there
     check_priors(config)
     inherited = _inherited(config)
     folder = new_folder(out, config.prompt, config.seed)
@@ -81,7 +83,7 @@ def export_run(folder: Path, formats: str, out: Path | None = None, progress: Pr
     target.mkdir(parents=True, exist_ok=True)
     with Lock(folder):
         run = Run(folder, config, choose_device(config.device), progress)
-        with progress.announce_compilation():
+        with selected(run.kernels), progress.announce_compilation():
             mesh = finished_mesh(run.restore(config.stages[-1]), config.export, run.device, {})
         for path in write_formats(mesh, target, names):
             progress.note(f"wrote {path}")
@@ -147,16 +149,18 @@ class Run:
     def __init__(self, folder: Path, config: Config, device: torch.device, progress: Progress) -> None:
         self.folder, self.config, self.device, self.progress = folder, config, device, progress
         self.record, self.metrics = Record(folder), Metrics(folder)
+        self.kernels = resolve(config.kernels, device)
 
     def go(self) -> None:
         """Take every stage that is not finished, then write the files."""
-        self.record.open_session(
-            _describe(self.device), prompt=self.config.prompt, seed=self.config.seed, stages_asked=self.config.stages
-        )
+        facts = {"prompt": self.config.prompt, "seed": self.config.seed, "stages_asked": self.config.stages}
+        self.record.open_session(_describe(self.device), dict(self.kernels.backends), **facts)
+        for notice in self.kernels.notices:
+            self.progress.note(notice)
         _be_deterministic()
         stop = StopRequest(self.progress.note)
         try:
-            with stop, self.progress.announce_compilation():
+            with stop, selected(self.kernels), self.progress.announce_compilation():
                 asset = self._before(self.config.stages[0])
                 for name in self.config.stages:
                     asset = self.restore(name) if self.finished(name) else self._take(name, asset, stop)

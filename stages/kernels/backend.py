@@ -69,36 +69,18 @@ class KernelSettings(BaseModel):
 
 @dataclass(frozen=True)
 class Package:
-    """An optional package behind ops of ours: what is imported, what its absence costs, its licence."""
+    """An optional package behind ops of ours: the module to import, its licence, its name on a package index."""
 
     module: str
-    cost: str
     licence: str
-    distribution: str | None = None
+    distribution: str
 
 
 PACKAGES = {
-    "warp": Package(
-        "warp",
-        "no fast CUDA kernels: there every op runs as plain torch; the CPU does not use it (extra: cuda)",
-        "Apache-2.0",
-        "warp-lang",
-    ),
-    "tinycudann": Package(
-        "tinycudann",
-        "nothing: our own hash grid and perceptron are used; it must be built by hand for its GPU",
-        "BSD-3-Clause",
-    ),
-    "nvdiffrast": Package(
-        "nvdiffrast.torch",
-        "nothing: our own rasteriser is used; it must be built by hand for its GPU",
-        "NVIDIA Source Code License: non-commercial use only",
-    ),
-    "kaolin": Package(
-        "kaolin.ops.conversions",
-        "nothing: our own marching tetrahedra are used; PyPI has a stub only, NVIDIA's index the wheels",
-        "Apache-2.0",
-    ),
+    "warp": Package("warp", "Apache-2.0", "warp-lang"),
+    "tinycudann": Package("tinycudann", "BSD-3-Clause", "tinycudann"),
+    "nvdiffrast": Package("nvdiffrast.torch", "NVIDIA Source Code License, non-commercial use only", "nvdiffrast"),
+    "kaolin": Package("kaolin.ops.conversions", "Apache-2.0", "kaolin"),
 }
 
 
@@ -115,23 +97,28 @@ def probe(name: str) -> Probe:
     """Import a package of PACKAGES, once per process; whatever it raises is kept as the reason.
 
     tinycudann raises OSError without a GPU, kaolin's stub on PyPI ImportError, a stale build of any of them anything.
+    On a GPU nvdiffrast must also open its context: older versions compile themselves there, and fail there.
     """
     package = PACKAGES[name]
     try:
         if importlib.util.find_spec(package.module.partition(".")[0]) is None:
             return Probe("missing", "not installed")
         importlib.import_module(package.module)
+        if name == "nvdiffrast" and torch.cuda.is_available():
+            from stages.kernels import adaptor_nvdiffrast
+
+            adaptor_nvdiffrast.context(torch.device("cuda", torch.cuda.current_device()))
     except Exception as error:
         said = str(error).strip().splitlines()
         return Probe("broken", f"{type(error).__name__}: {said[0] if said else 'no message'}")
     try:
-        return Probe("ok", importlib.metadata.version(package.distribution or name))
+        return Probe("ok", importlib.metadata.version(package.distribution))
     except importlib.metadata.PackageNotFoundError:
         return Probe("ok", "version unknown")
 
 
 @lru_cache(maxsize=1)
-def _warp_off_cuda() -> str | None:
+def warp_off_cuda() -> str | None:
     """Why Warp cannot compute on CUDA tensors here, None where it can; asked once."""
     if probe("warp").state != "ok":
         return f"warp does not import: {probe('warp').detail}"
@@ -148,13 +135,13 @@ def _auto(device: str, single: bool) -> str:
         return "torch"
     if device == "cpu":
         return "numba"
-    return "torch" if _warp_off_cuda() else "warp"
+    return "torch" if warp_off_cuda() else "warp"
 
 
 def _absent(backend: str, device: str) -> str | None:
     """Why a backend that could compute on a device is not there; None where it is."""
     if backend == "warp" and device == "cuda":
-        return _warp_off_cuda()
+        return warp_off_cuda()
     if backend in PACKAGES and probe(backend).state != "ok":
         return f"{backend} does not import: {probe(backend).detail}"
     return None
@@ -203,17 +190,20 @@ def resolve(settings: KernelSettings, device: torch.device | str) -> Selection:
 def _notices(settings: KernelSettings, chosen: dict[str, str], device: str) -> Iterator[str]:
     slow = [family for family in FAMILIES if getattr(settings, family) == "auto" and chosen[family] == "torch"]
     if slow and device == "cuda":
-        why = _warp_off_cuda()
+        why = warp_off_cuda()
         yield f"kernels: {', '.join(slow)} run as plain torch, slower than Warp would (warp: {why}; extra: cuda)"
     elif slow:
         yield f"kernels: {', '.join(slow)} run as plain torch: there are no compiled kernels for {device}"
     if "nvdiffrast" in chosen.values():
-        yield f"kernels: nvdiffrast draws this run. {PACKAGES['nvdiffrast'].licence}"
+        yield f"kernels: nvdiffrast draws this run; its licence: {PACKAGES['nvdiffrast'].licence}"
     if chosen["mlp"] == "tinycudann":
         yield (
             "kernels: tinycudann computes perceptrons in half precision, and none of their derivatives: those with "
             f"shaded normals run on {_auto(device, True)}"
         )
+    unordered = sorted({"tinycudann", "nvdiffrast"} & set(chosen.values()))
+    if unordered:
+        yield f"kernels: {', '.join(unordered)} sum gradients in any order: the same seed, but not the same bytes"
 
 
 @contextmanager
