@@ -1,20 +1,44 @@
-"""View-dependent prompts: which words a camera adds to the prompt (DreamFusion sec. 3.2.2).
+"""View-dependent prompts: which words a camera adds to the prompt, and takes from it (DreamFusion sec. 3.2.2).
 
 Classes by camera: overhead above 60 deg of elevation; else front within 45 deg of azimuth 0, back beyond 135, side
 between. The object faces +z with y up, so its own left is towards +x: a camera at azimuth 90 sees the left side.
+
+Cures for faces on all sides (Janus): prompts and negative prompts by hand for each class, words of the prompt that
+contradict the view dropped, and texts mixed by azimuth, with Perp-Neg or without (`blend`).
 """
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from stages.cameras import Views
 from stages.errors import UserError
 
 CLASSES = ("front", "side", "left side", "right side", "back", "overhead")
+
+# What a prompt may say that a view cannot show. Hong et al. (arXiv 2303.15413) find such words by asking a
+# masked language model how likely the view is beside each word; this list is the same idea without the model, and
+# `contradictions` adds to it.
+_FACE = """face faces facial eye eyes eyed mouth nose beak snout muzzle smile smiles smiling smirk smirking grin grins
+grinning laughing winking frowning crying licking yawning teeth tongue""".split() + ["tongue out"]
+_FROM_THE_FRONT = ["front view", "frontal", "front-facing", "facing forward", "facing front", "portrait", "headshot"]
+_FROM_THE_FRONT += [f"{verb} at the {who}" for verb in ("looking", "staring") for who in ("camera", "viewer")]
+_FROM_THE_FRONT += ["facing the camera", "facing the viewer"]
+_FROM_THE_SIDE = ["side view", "in profile", "profile view", "from the side", "seen from the side"]
+_FROM_BEHIND = ["back view", "rear view", "from behind", "seen from behind", "from the back", "seen from the back"]
+_FROM_ABOVE = ["overhead view", "top view", "from above", "seen from above", "bird's eye view", "top-down view"]
+CONTRADICTIONS: dict[str, list[str]] = {
+    "front": [*_FROM_THE_SIDE, *_FROM_BEHIND, *_FROM_ABOVE],
+    "side": [*_FROM_THE_FRONT, *_FROM_BEHIND, *_FROM_ABOVE],
+    "back": [*_FROM_THE_FRONT, *_FROM_THE_SIDE, *_FROM_ABOVE, *_FACE],
+    "overhead": [*_FROM_THE_FRONT, *_FROM_THE_SIDE, *_FROM_BEHIND],
+}
 
 
 class PromptSettings(BaseModel):
@@ -30,16 +54,29 @@ class PromptSettings(BaseModel):
     overhead_deg: float = Field(60.0, gt=-90, le=90, description="overhead above this elevation, degrees")
     textureless_suffix: str = Field("", description="added to the prompt of textureless renders, ', clay render'")
     per_view: dict[str, str] = Field({}, description="whole prompt by view class, in place of the made one")
+    per_view_negative: dict[str, str] = Field({}, description="negative prompt by view class, in place of the common")
+    debias: bool = Field(False, description="drop the prompt's words that the view contradicts: 'smiling' from behind")
+    contradictions: dict[str, list[str]] = Field({}, description="debias: more words or phrases to drop, by view class")
+    blend: Literal["classes", "interpolated", "perp_neg"] = Field(
+        "classes", description="text of a view: its class's; embeddings mixed by azimuth; mixed, and Perp-Neg"
+    )
+    perp_neg: float = Field(1.0, ge=0, le=10, description="perp_neg: factor on the published negative weights")
 
-    @field_validator("per_view")
+    @field_validator("per_view", "per_view_negative", "contradictions")
     @classmethod
-    def _known_classes(cls, value: dict[str, str]) -> dict[str, str]:
-        for name, text in value.items():
+    def _known_classes(cls, value: dict[str, str] | dict[str, list[str]]) -> dict[str, str] | dict[str, list[str]]:
+        for name, given in value.items():
             if name not in CLASSES:
                 raise ValueError(f"unknown view class {name!r}; allowed: {', '.join(CLASSES)}")
-            if not text.strip():
-                raise ValueError(f"the prompt of view class {name!r} is empty")
+            if not given or not all(text.strip() for text in ([given] if isinstance(given, str) else given)):
+                raise ValueError(f"the text of view class {name!r} is empty")
         return value
+
+    @model_validator(mode="after")
+    def _blend_needs_words(self) -> PromptSettings:
+        if self.blend != "classes" and not self.view_words and not self.per_view:
+            raise ValueError(f"blend: {self.blend} has nothing to mix with view_words: false and no per_view")
+        return self
 
 
 def view_class(azimuth_deg: float, elevation_deg: float, settings: PromptSettings | None = None) -> str:
@@ -55,6 +92,77 @@ def view_class(azimuth_deg: float, elevation_deg: float, settings: PromptSetting
     if not settings.sides:
         return "side"
     return "left side" if azimuth > 0 else "right side"
+
+
+def without_contradictions(prompt: str, view: str, more: dict[str, list[str]] | None = None) -> str:
+    """The prompt without the words that a view contradicts; a dropped noun takes its 'with ...' or 'and ...' along.
+
+    "a smiling cat with big eyes" from behind is "a cat". Nothing is dropped if nothing would be left.
+
+    Args:
+        view: a class of CLASSES. more: further words or phrases by class; those of "side" count for both sides.
+    """
+    kinds = {view, "side"} if view.endswith("side") else {view}
+    phrases = [p for kind in sorted(kinds) for p in [*CONTRADICTIONS.get(kind, []), *(more or {}).get(kind, [])]]
+    text = prompt
+    for phrase in sorted(dict.fromkeys(phrases), key=len, reverse=True):
+        word = r"\s+".join(re.escape(part) for part in phrase.split())
+        led = rf"(?:\s*,)?\s*\b(?:with|and|showing)\s+(?:(?!with\b|and\b)[\w'-]+\s+){{0,3}}?{word}(?![\w'-])"
+        text = re.sub(led, " ", text, flags=re.IGNORECASE)
+        text = re.sub(rf"\b(an?)\s+{word}[\s,]+(?=(\w))", _article, text, flags=re.IGNORECASE)
+        text = re.sub(rf"(?<![\w'-]){word}(?![\w'-])(?:\s+of\b)?", " ", text, flags=re.IGNORECASE)
+    text = re.sub(r"\s+(?=[,.;])|^[\s,;]+", "", " ".join(text.split()))
+    text = re.sub(r"([,;])(?:\s*[,;])+", r"\1", text).rstrip(" ,;")
+    text = re.sub(r",?\s+(?:with|and|showing|of)(?=,|$)", "", text)
+    left = [word for word in re.findall(r"\w+", text.lower()) if word not in ("a", "an", "the", "of", "with", "and")]
+    return text if left else prompt
+
+
+def _article(match: re.Match[str]) -> str:
+    """The article of a dropped word as the next word wants it."""
+    article = "an" if match[2].lower() in "aeiou" else "a"
+    return (article.capitalize() if match[1][0] == "A" else article) + " "
+
+
+def azimuth_blend(azimuth_deg: float, sides: bool = False) -> tuple[str, str, float]:
+    """The two classes that a view lies between, and the share r of the first: front - side over |azimuth| 0 to 90 deg,
+    side - back over 90 to 180, as stable-dreamfusion and threestudio interpolate."""
+    azimuth = (azimuth_deg + 180) % 360 - 180
+    side = ("left side" if azimuth > 0 else "right side") if sides else "side"
+    away = abs(azimuth) / 90
+    return ("front", side, 1 - away) if away < 1 else (side, "back", 2 - away)
+
+
+def perp_neg_weights(azimuth_deg: float) -> tuple[float, float]:
+    """Perp-Neg's weights (<= 0) of the two classes of :func:`azimuth_blend` as negatives (arXiv 2304.04968).
+
+    f(r; a, b, c) = a exp(-b r) + c with threestudio's constants. From the front the side is pushed away and from the
+    side the front, each at 1.57; from behind the side is pushed away at 0.39 and the front, which takes the second
+    place there, at 1.97.
+    """
+
+    def f(r: float, a: float, b: float, c: float) -> float:
+        return -max(a * math.exp(-b * r) + c, 0.0)
+
+    away = abs((azimuth_deg + 180) % 360 - 180) / 90
+    if away < 1:
+        return f(1 - away, 4, 0.5, -2.426), f(away, 4, 0.5, -2.426)
+    return f(2 - away, 1, 0.5, -0.606), f(2 - away, 1, 0.5, 0.967)
+
+
+@dataclass(frozen=True)
+class ViewText:
+    """What one view asks for.
+
+    text, other, share: the embedding is share * text + (1 - share) * other; share 1 is the text alone.
+    negative: what to move away from. against: texts pushed away by Perp-Neg, with their weights <= 0.
+    """
+
+    text: str
+    other: str
+    share: float
+    negative: str
+    against: tuple[tuple[str, float], ...] = ()
 
 
 class ViewPrompts:
@@ -75,14 +183,26 @@ class ViewPrompts:
         """The prompt of one view class; None for a prompt without view words."""
         s = self.settings
         text = self.prompt
-        if view is not None and view in s.per_view:
-            text = s.per_view[view].strip()
-        elif view is not None and view in ("left side", "right side") and "side" in s.per_view:
-            text = s.per_view["side"].strip()
-        elif view is not None and s.view_words:
-            body = text.rstrip(" ,.;")
-            text = f"{body}, {view} view" if s.position == "suffix" else f"{view} view of {body}"
+        by_hand = _of_class(s.per_view, view)
+        if by_hand is not None:
+            text = by_hand
+        elif view is not None:
+            if s.debias:
+                text = without_contradictions(text, view, s.contradictions)
+            if s.view_words:
+                body = text.rstrip(" ,.;")
+                text = f"{body}, {view} view" if s.position == "suffix" else f"{view} view of {body}"
         return text + s.textureless_suffix if textureless else text
+
+    def negative_text(self, view: str) -> str:
+        """The negative prompt of one view class."""
+        by_hand = _of_class(self.settings.per_view_negative, view)
+        return self.negative if by_hand is None else by_hand
+
+    def negatives(self) -> list[str]:
+        """The negative prompts of all classes, empty ones included, without repetition."""
+        views = ("front", "left side", "right side", "back", "overhead")
+        return list(dict.fromkeys([self.negative, *(self.negative_text(view) for view in views)]))
 
     def classes(self, views: Views) -> list[str]:
         """View class of each view."""
@@ -90,16 +210,43 @@ class ViewPrompts:
         return [view_class(azimuth, elevation, self.settings) for azimuth, elevation in pairs]
 
     def texts(self, views: Views, textureless: bool = False) -> list[str]:
-        """The prompt of each view."""
+        """The prompt of each view's class, whatever the blend."""
         return [self.text(view, textureless) for view in self.classes(views)]
+
+    def asked(self, views: Views, textureless: bool = False) -> list[ViewText]:
+        """What each view asks for: its class's text, or the mixture that its azimuth gives it."""
+        s = self.settings
+        found = []
+        for view, azimuth in zip(self.classes(views), views.azimuth_deg.tolist(), strict=True):
+            own, negative = self.text(view, textureless), self.negative_text(view)
+            if s.blend == "classes" or view == "overhead":
+                found.append(ViewText(own, own, 1.0, negative))
+                continue
+            first, second, share = azimuth_blend(azimuth, s.sides)
+            ends = self.text(first, textureless), self.text(second, textureless)
+            against: tuple[tuple[str, float], ...] = ()
+            if s.blend == "perp_neg":
+                pushed = ends if second != "back" else (ends[0], self.text("front", textureless))
+                weights = perp_neg_weights(azimuth)
+                against = tuple((text, s.perp_neg * w) for text, w in zip(pushed, weights, strict=True))
+            found.append(ViewText(*ends, share, negative, against))
+        return found
 
     def all_texts(self) -> list[str]:
         """Every text any view can need, the negative first, without repetition."""
         sides = ("left side", "right side") if self.settings.sides else ("side",)
-        texts = [self.negative]
+        views = ("front", *sides, "back", "overhead")
+        texts = self.negatives()
         for textureless in (False, True):
-            texts += [self.text(view, textureless) for view in ("front", *sides, "back", "overhead")]
+            texts += [self.text(view, textureless) for view in views]
         return list(dict.fromkeys(texts))
+
+
+def _of_class(given: dict[str, str], view: str | None) -> str | None:
+    """What was given by hand for a class; for one side what was given for both."""
+    if view in ("left side", "right side") and view not in given:
+        view = "side"
+    return given[view].strip() if view in given else None
 
 
 def check_length(texts: list[str], count: Callable[[str], int], limit: int) -> None:

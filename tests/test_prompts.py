@@ -5,7 +5,15 @@ import torch
 
 from stages.cameras import orbit_views
 from stages.errors import UserError
-from stages.prompts import PromptSettings, ViewPrompts, check_length, view_class
+from stages.prompts import (
+    PromptSettings,
+    ViewPrompts,
+    azimuth_blend,
+    check_length,
+    perp_neg_weights,
+    view_class,
+    without_contradictions,
+)
 
 
 @pytest.mark.parametrize(
@@ -93,3 +101,109 @@ def test_text_that_would_be_cut_is_refused_by_its_length():
     with pytest.raises(UserError, match="overhead view' is 9 tokens and the encoder reads 8.*shorten .* about 1 token"):
         check_length(texts, lambda text: len(text.split()), 8)
     check_length([], len, 0)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "view", "wanted"),
+    [
+        ("a smiling cat with big eyes", "back", "a cat"),
+        ("a cat with big blue eyes and a red hat", "back", "a cat and a red hat"),
+        ("a robot with a sword and blue eyes, highly detailed", "back", "a robot with a sword, highly detailed"),
+        ("A smiling, orange bear", "back", "An orange bear"),
+        ("two cats, smiling and with tongue out, on a mat", "back", "two cats, on a mat"),
+        ("portrait of a clown", "left side", "a clown"),
+        ("a photo of a corgi looking at the camera, front view", "overhead", "a photo of a corgi"),
+        ("side view of a car", "front", "a car"),
+        ("a smiling cat", "front", "a smiling cat"),  # a front shows its face
+        ("a one-eyed pirate with an eyeglass", "back", "a one-eyed pirate with an eyeglass"),  # whole words only
+        ("a face", "back", "a face"),  # nothing would be left
+    ],
+)
+def test_words_that_contradict_the_view_are_dropped(prompt, view, wanted):
+    assert without_contradictions(prompt, view) == wanted
+
+
+def test_debias_drops_words_before_the_view_words_and_leaves_prompts_by_hand_alone():
+    settings = PromptSettings(
+        debias=True, contradictions={"side": ["badge"]}, per_view={"overhead": "a smiling cat from above"}
+    )
+    prompts = ViewPrompts("a smiling cat with a round badge", settings=settings)
+    assert prompts.text("front") == "a smiling cat with a round badge, front view"
+    assert prompts.text("side") == "a smiling cat, side view"
+    assert prompts.text("back") == "a cat with a round badge, back view"
+    assert prompts.text("overhead") == "a smiling cat from above"
+    assert ViewPrompts("a smiling cat").text("back") == "a smiling cat, back view"  # off unless asked for
+
+
+def test_negative_prompt_by_view_class_replaces_the_common_one():
+    settings = PromptSettings(sides=True, per_view_negative={"back": "a face", "side": "front"})
+    prompts = ViewPrompts("a cat", "blurry", settings)
+    asked = prompts.asked(orbit_views([0.0, 90.0, 180.0, 270.0], 10.0))
+    assert [a.negative for a in asked] == ["blurry", "front", "a face", "front"]
+    assert {"blurry", "a face", "front"} <= set(prompts.all_texts())
+
+
+@pytest.mark.parametrize(
+    ("azimuth", "wanted"),
+    [
+        (0.0, ("front", "side", 1.0)),
+        (30.0, ("front", "side", 2 / 3)),
+        (-30.0, ("front", "side", 2 / 3)),
+        (90.0, ("side", "back", 1.0)),
+        (225.0, ("side", "back", 0.5)),
+        (180.0, ("side", "back", 0.0)),
+    ],
+)
+def test_azimuth_lies_between_two_classes(azimuth, wanted):
+    first, second, share = azimuth_blend(azimuth)
+    assert (first, second) == wanted[:2] and share == pytest.approx(wanted[2])
+
+
+def test_blend_passes_through_the_left_side_at_positive_azimuths():
+    assert azimuth_blend(60.0, sides=True)[1] == "left side" and azimuth_blend(-60.0, sides=True)[1] == "right side"
+
+
+def test_perp_neg_weights_are_threestudios():
+    assert perp_neg_weights(0.0) == pytest.approx((0.0, -1.574), abs=1e-3)  # from the front: away from the side
+    assert perp_neg_weights(90.0) == pytest.approx((0.0, -1.5735), abs=1e-3)  # from the side: away from the front
+    assert perp_neg_weights(180.0) == pytest.approx((-0.394, -1.967), abs=1e-3)
+    assert perp_neg_weights(-45.0) == perp_neg_weights(45.0) == pytest.approx((-0.6892, -0.6892), abs=1e-3)
+    assert all(w <= 0 for az in range(0, 360, 5) for w in perp_neg_weights(az))
+
+
+def test_perp_neg_pushes_away_from_side_and_front_and_never_from_above():
+    prompts = ViewPrompts("a cat", settings=PromptSettings(blend="perp_neg", perp_neg=2.0))
+    front, behind = prompts.asked(orbit_views([45.0, 180.0], 10.0))
+    assert (front.text, front.other, front.share) == ("a cat, front view", "a cat, side view", 0.5)
+    assert [text for text, _ in front.against] == ["a cat, front view", "a cat, side view"]
+    assert (behind.text, behind.other, behind.share) == ("a cat, side view", "a cat, back view", 0.0)
+    assert [text for text, _ in behind.against] == ["a cat, side view", "a cat, front view"]
+    assert [w for _, w in behind.against] == pytest.approx([2 * w for w in perp_neg_weights(180.0)])
+    (above,) = prompts.asked(orbit_views([45.0], 80.0))
+    assert above.text == "a cat, overhead view" and above.share == 1 and above.against == ()
+
+
+@pytest.mark.parametrize("blend", ["classes", "interpolated", "perp_neg"])
+def test_all_texts_holds_everything_that_is_asked_for(blend):
+    settings = PromptSettings(sides=True, blend=blend, per_view_negative={"back": "n"}, textureless_suffix=", clay")
+    prompts = ViewPrompts("a smiling mug", "bad", settings)
+    texts = set(prompts.all_texts())
+    for elevation in (-10.0, 70.0):
+        for textureless in (False, True):
+            for ask in prompts.asked(orbit_views(torch.arange(0.0, 360.0, 15.0), elevation), textureless):
+                assert {ask.text, ask.other, ask.negative, *(text for text, _ in ask.against)} <= texts
+                assert 0 <= ask.share <= 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(per_view_negative={"back": " "}), "the text of view class 'back' is empty"),
+        (dict(contradictions={"rear": ["x"]}), "unknown view class 'rear'"),
+        (dict(blend="interpolated", view_words=False), "nothing to mix"),
+        (dict(blend="perpneg"), "perp_neg"),
+    ],
+)
+def test_prompt_settings_that_make_no_sense_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        PromptSettings(**settings)
