@@ -16,10 +16,13 @@ from torch import Tensor
 from stages.cameras import Views, linear_to_srgb
 from stages.errors import UserError, check_shape
 from stages.guidance import rules
-from stages.guidance.prior import Prior, ViewContext, per_sample, x0_from_eps
-from stages.guidance.residuals import RULES, Problem
+from stages.guidance.conditions import Conditions
+from stages.guidance.fit import check_fit, data_range
+from stages.guidance.prior import Prior, ViewContext, per_sample, resized, x0_from_eps
+from stages.guidance.residuals import RULES, Found, Problem
 from stages.guidance.schedules import TIMESTEPS, WEIGHTINGS, anneal, stratified, to_index
 from stages.guidance.settings import GuidanceSettings
+from stages.guidance.vsd import RenderScore, camera_numbers
 from stages.phases import phase
 from stages.prompts import ViewPrompts
 
@@ -34,6 +37,8 @@ class GuidanceOutput:
         closer to what the prior would draw. t: mean timestep as a fraction. grad_rms: root mean square of the gradient
         on x. nonfinite: share of gradient entries that the prior returned as NaN or infinity and that were dropped.
     clamped: with a threshold, the share of the guided x0_hat's entries that lay outside the data range.
+    clipped: with grad_clip, the share of the gradient's entries that it held back.
+    score_error: with vsd, the mean squared error of the score of the renders; -1 marks a step it did not take.
     """
 
     loss: Tensor
@@ -52,13 +57,10 @@ class Guidance:
         self, prior: Prior, settings: GuidanceSettings, prompts: ViewPrompts, generator: torch.Generator
     ) -> None:
         self.prior, self.settings, self.prompts, self.generator = prior, settings, prompts, generator
+        check_fit(prior, settings, prompts)
         self._data_range = data_range(prior, settings)
-        texts = list(dict.fromkeys([*prompts.all_texts(), ""]))
-        self._index = {text: i for i, text in enumerate(texts)}
-        self._embeddings: Any = prior.embed(texts)
-        release = getattr(prior, "release_text_encoder", None)
-        if release is not None:
-            release()
+        self._conditions = Conditions(prior, prompts)
+        self._score = RenderScore(prior, settings.vsd, generator) if settings.rule == "vsd" else None
 
     def __call__(
         self,
@@ -81,68 +83,86 @@ class Guidance:
         s, alphas_cumprod = self.settings, self.prior.alphas_cumprod
         t, low_high = self._timesteps(len(views), progress)
         with phase("encode"):
-            x = self.prior.encode(linear_to_srgb(images) if s.srgb else images, self.generator)
+            shown = linear_to_srgb(images) if s.srgb else images
+            x = self.prior.encode(shown, self.generator)
         eps = torch.randn(x.shape, generator=self.generator).to(x)
         context = ViewContext(views, background if background is None else background.detach(), shading)
-        branches = {"prompt": [self._index[text] for text in self.prompts.texts(views, textureless)]}
-        branches["negative"] = [self._index[self.prompts.negative]] * len(views)
-        branches["empty"] = [self._index[""]] * len(views)
+        conditions, camera = self._conditions.of(views, textureless), camera_numbers(views)
 
         def predict(z: Tensor, t: Tensor, *names: str) -> list[Tensor]:
-            rows = torch.tensor([row for name in names for row in branches[name]])
             k = len(names)
             eps = self.prior.predict_noise(
-                z.repeat(k, 1, 1, 1), t.repeat(k), self._embeddings[rows], context.repeat(k)
+                z.repeat(k, 1, 1, 1), t.repeat(k), conditions.embedding(*names), context.repeat(k)
             )
             return list(eps.to(z.dtype).chunk(k))
 
+        def score(z: Tensor, t: Tensor) -> Tensor:
+            return self._score.predict(z, t, conditions.embedding("prompt"), camera)
+
         with torch.no_grad(), phase("rule"):
-            problem = Problem(x.detach(), eps, t, alphas_cumprod, progress, predict, self._data_range)
-            residual, eps_y, z_t = RULES[s.rule](problem, s)
-            gradient = per_sample(WEIGHTINGS[s.weighting](alphas_cumprod[t]), x) * residual
-            gradient, nonfinite = _finite(gradient, self.prior.name)
-            if s.grad_clip is not None:
-                gradient = rules.clipped(gradient, anneal(*s.grad_clip, (0.0, 1.0), progress))
-            error = (x0_from_eps(eps_y, z_t, alphas_cumprod[t]) - x).square().mean()
-            error = torch.nan_to_num(error, nan=1e10).clamp(1e-10, 1e10)
+            problem = Problem(x.detach(), eps, t, alphas_cumprod, progress, predict)
+            problem.data_range, problem.against, problem.score = self._data_range, conditions.against, score
+            found = RULES[s.rule](problem, s)
+            alpha_bar = alphas_cumprod[t]
+            w_t = WEIGHTINGS[s.weighting](alpha_bar)
+            gradient, nonfinite = _finite(per_sample(w_t, x) * found.residual, self.prior.name)
             metrics = {
-                "agreement_db": float(10 * torch.log10(4 / error)),
+                "agreement_db": _agreement_db(x0_from_eps(found.eps_y, found.z_t, alpha_bar), x),
                 "t": float(t.double().mean()) / alphas_cumprod.shape[0],
                 "t_max": low_high[1],
-                "grad_rms": float(gradient.square().mean().sqrt()),
-                "nonfinite": nonfinite,
             } | problem.metrics
-        return GuidanceOutput(rules.surrogate(x, gradient), metrics)
+            if s.grad_clip is not None:
+                limit = anneal(*s.grad_clip, s.grad_clip_anneal, progress)
+                metrics["clipped"] = float((gradient.abs() > limit).double().mean())
+                gradient = rules.clipped(gradient, limit)
+            metrics |= {"grad_rms": float(gradient.square().mean().sqrt()), "nonfinite": nonfinite}
+        loss = rules.surrogate(x, gradient)
+        if s.image_term > 0:
+            loss = loss + self._image_term(shown, found, s.image_term * w_t, alpha_bar)
+        if self._score is not None:
+            with phase("score"):
+                embedding = conditions.embedding("prompt")
+                metrics["score_error"] = self._score.train(x.detach(), embedding, camera, self.generator)
+        return GuidanceOutput(loss, metrics)
+
+    def _image_term(self, shown: Tensor, found: Found, weight: Tensor, alpha_bar: Tensor) -> Tensor:
+        """HiFA's second half: sRGB renders [B, H, W, 3] against what the rule's x0_hat decodes to."""
+        pixels = resized(shown.permute(0, 3, 1, 2), self.prior.resolution).permute(0, 2, 3, 1) * 2 - 1
+        with torch.no_grad():
+            decoded = self.prior.decode(x0_from_eps(found.eps_hat, found.z_t, alpha_bar)).to(pixels) * 2 - 1
+            residual = per_sample(weight, pixels) * rules.image_term(pixels.detach(), decoded, alpha_bar)
+            residual, _ = _finite(residual, self.prior.name)
+        return rules.surrogate(pixels, residual)
 
     def _timesteps(self, batch: int, progress: float) -> tuple[Tensor, tuple[float, float]]:
         s, steps = self.settings, self.prior.alphas_cumprod.shape[0]
         low = anneal(s.t_range[0], s.t_min_end, s.t_anneal, progress)
-        high = max(low, anneal(s.t_range[1], s.t_max_end, s.t_anneal, progress))
+        caps = [cap for share, cap in s.t_caps if progress >= share]
+        high = max(low, min([anneal(s.t_range[1], s.t_max_end, s.t_anneal, progress), *caps[-1:]]))
         u = stratified(batch, self.generator)
         fraction = TIMESTEPS[s.timesteps](progress, low, high, u, self.prior.alphas_cumprod)
         return to_index(fraction, low, high, steps), (low, high)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The generator's state: all that makes a resumed guidance equal to an uninterrupted one."""
-        return {"generator": self.generator.get_state()}
+        """All that makes a resumed guidance equal to an uninterrupted one: the generator, and vsd's score."""
+        state = {"generator": self.generator.get_state()}
+        if self._score is not None:
+            state |= {f"score.{key}": value for key, value in self._score.state_dict().items()}
+        return state
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Inverse of state_dict."""
         self.generator.set_state(state["generator"])
+        if self._score is not None:
+            self._score.load_state_dict(
+                {key.removeprefix("score."): value for key, value in state.items() if key.startswith("score.")}
+            )
 
 
-def data_range(prior: Prior, settings: GuidanceSettings) -> tuple[float, float] | None:
-    """The range x0_hat is brought back to, None without a threshold; UserError where the prior's range is not known."""
-    if settings.threshold == "none":
-        return None
-    found = settings.threshold_range or getattr(prior, "data_range", None)
-    if found is None:
-        raise UserError(
-            f"threshold={settings.threshold} does not fit the prior {prior.name}",
-            "its data are latents, whose range is not stated",
-            "give threshold_range=[LOW, HIGH] beside it, or set threshold=none for this stage",
-        )
-    return found
+def _agreement_db(x0: Tensor, x: Tensor) -> float:
+    """PSNR of x0 against x, data range 2, within +-100 dB."""
+    error = torch.nan_to_num((x0 - x).square().mean(), nan=1e10).clamp(1e-10, 1e10)
+    return float(10 * torch.log10(4 / error))
 
 
 def _finite(gradient: Tensor, prior: str) -> tuple[Tensor, float]:

@@ -78,6 +78,7 @@ class ReferencePrior:
 
     name = "reference"
     data_range = (-1.0, 1.0)
+    reads_prompts = False
 
     def __init__(self, mesh: Mesh, settings: ReferenceSettings, prompts: PromptSettings | None = None) -> None:
         self.mesh, self.settings, self.prompts = mesh, settings, prompts or PromptSettings()

@@ -1,13 +1,13 @@
 """What each rule asks its prior: the glue between noise predictions and the pure functions of rules.py.
 
-A rule is a function (Problem, settings) -> (residual, eps_y at (z_t, t), z_t), chosen by name from RULES; the gradient
-on x is w_t * residual.
+A rule is a function (Problem, settings) -> Found, chosen by name from RULES; the gradient on x is w_t * residual.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,11 +18,23 @@ from stages.guidance.schedules import anneal
 from stages.guidance.settings import GuidanceSettings
 
 
+class Found(NamedTuple):
+    """residual: what the step pushes against. eps_hat: the guided (and bounded) prediction that it comes from, whose
+    x0_hat is where the rule wants to go. eps_y: the conditional prediction. z_t: the point of both."""
+
+    residual: Tensor
+    eps_hat: Tensor
+    eps_y: Tensor
+    z_t: Tensor
+
+
 @dataclass
 class Problem:
     """One step as a rule sees it; `predict(z, t, *branches)` evaluates branches prompt / negative / empty at once.
 
-    data_range: what x0_hat is brought back to, None for no threshold. metrics: what the rule has to report.
+    data_range: what x0_hat is brought back to, None for no threshold. against: Perp-Neg's weights [B] of the branches
+    "against 0", ...; empty without it. score: eps_phi(z, t) of the present renders, for vsd. metrics: what the rule
+    has to report.
     """
 
     x: Tensor
@@ -32,6 +44,8 @@ class Problem:
     progress: float
     predict: Callable[..., list[Tensor]]
     data_range: tuple[float, float] | None = None
+    against: list[Tensor] = field(default_factory=list)
+    score: Callable[[Tensor, Tensor], Tensor] | None = None
     metrics: dict[str, float] = field(default_factory=dict)
 
     def noisy(self, eps: Tensor) -> Tensor:
@@ -42,10 +56,17 @@ class Problem:
         if settings.scale == 1:
             (eps_y,) = self.predict(z, t, "prompt")
             return self.bounded(eps_y, z, t, settings), eps_y
-        eps_y, eps_0 = self.predict(z, t, "prompt", "negative")
+        eps_y, eps_0 = self.asked(z, t, "negative")
         eps_hat = rules.guided(eps_y, eps_0, settings.scale)
         eps_hat = rules.rescaled(eps_hat, eps_y, z, self.alphas_cumprod[t], settings.rescale)
         return self.bounded(eps_hat, z, t, settings), eps_y
+
+    def asked(self, z: Tensor, t: Tensor, *references: str) -> list[Tensor]:
+        """predict(z, t, "prompt", *references), Perp-Neg pushing the first against the second where views ask for it."""
+        names = [f"against {k}" for k in range(len(self.against))]
+        eps_y, *rest = self.predict(z, t, "prompt", *references, *names)
+        found, pushed = rest[: len(references)], rest[len(references) :]
+        return [rules.perp_neg(eps_y, found[0], pushed, self.against) if pushed else eps_y, *found]
 
     def bounded(self, eps_hat: Tensor, z: Tensor, t: Tensor, settings: GuidanceSettings) -> Tensor:
         """eps_hat with its x0_hat brought back to the data range, as the settings' threshold says."""
@@ -77,63 +98,82 @@ class Problem:
         return z
 
 
-# A rule's glue: which predictions it needs. Returns (residual, eps_y at (z_t, t), z_t).
-Rule = Callable[[Problem, GuidanceSettings], tuple[Tensor, Tensor, Tensor]]
+Rule = Callable[[Problem, GuidanceSettings], Found]
 
 
-def _sds(p: Problem, s: GuidanceSettings) -> tuple[Tensor, Tensor, Tensor]:
+def _sds(p: Problem, s: GuidanceSettings) -> Found:
     z_t = p.noisy(p.eps)
     eps_hat, eps_y = p.guided(z_t, p.t, s)
-    return rules.sds(eps_hat, p.eps), eps_y, z_t
+    return Found(rules.sds(eps_hat, p.eps), eps_hat, eps_y, z_t)
 
 
-def _sjc(p: Problem, s: GuidanceSettings) -> tuple[Tensor, Tensor, Tensor]:
+def _sjc(p: Problem, s: GuidanceSettings) -> Found:
     z_t = p.noisy(p.eps)
     eps_hat, eps_y = p.guided(z_t, p.t, s)
-    return rules.sjc(eps_hat), eps_y, z_t
+    return Found(rules.sjc(eps_hat), eps_hat, eps_y, z_t)
 
 
-def _csd(p: Problem, s: GuidanceSettings) -> tuple[Tensor, Tensor, Tensor]:
-    """With a threshold the bounded noise is the guided one: residual = eps_hat - reference, as without."""
+def _csd(p: Problem, s: GuidanceSettings) -> Found:
+    """Its residual is eps_hat - reference with eps_hat = reference + s (eps_y - reference), which a threshold bounds."""
     z_t = p.noisy(p.eps)
-    eps_y, eps_0, eps_n = p.predict(z_t, p.t, "prompt", "empty", "negative")
+    eps_y, eps_0, eps_n = p.asked(z_t, p.t, "empty", "negative")
     negative = anneal(0.0, 1.0, s.negative_anneal, p.progress)
     residual = s.scale * rules.csd(eps_y, eps_0, eps_n, negative)
-    if p.data_range is not None:
-        reference = eps_0 + negative * (eps_n - eps_0)
-        residual = p.bounded(reference + residual, z_t, p.t, s) - reference
-    return residual, eps_y, z_t
+    return _measured_from(eps_0 + negative * (eps_n - eps_0), residual, eps_y, z_t, p, s)
 
 
-def _nfsd(p: Problem, s: GuidanceSettings) -> tuple[Tensor, Tensor, Tensor]:
+def _nfsd(p: Problem, s: GuidanceSettings) -> Found:
     """Its residual is eps_hat at low noise and eps_hat - eps_n above, eps_hat = eps_0 + s (eps_y - eps_0)."""
     z_t = p.noisy(p.eps)
-    eps_y, eps_0, eps_n = p.predict(z_t, p.t, "prompt", "empty", "negative")
+    eps_y, eps_0, eps_n = p.asked(z_t, p.t, "empty", "negative")
     low_noise = p.t < 0.2 * p.alphas_cumprod.shape[0]
     residual = rules.nfsd(eps_y, eps_0, eps_n, s.scale, low_noise)
+    reference = torch.where(per_sample(low_noise, eps_n).bool(), torch.zeros_like(eps_n), eps_n)
+    return _measured_from(reference, residual, eps_y, z_t, p, s)
+
+
+def _measured_from(
+    reference: Tensor, residual: Tensor, eps_y: Tensor, z_t: Tensor, p: Problem, s: GuidanceSettings
+) -> Found:
+    """A residual eps_hat - reference with its eps_hat bounded."""
+    eps_hat = reference + residual
     if p.data_range is not None:
-        reference = torch.where(per_sample(low_noise, eps_n).bool(), torch.zeros_like(eps_n), eps_n)
-        residual = p.bounded(reference + residual, z_t, p.t, s) - reference
-    return residual, eps_y, z_t
+        eps_hat = p.bounded(eps_hat, z_t, p.t, s)
+        residual = eps_hat - reference
+    return Found(residual, eps_hat, eps_y, z_t)
 
 
-def _ism(p: Problem, s: GuidanceSettings) -> tuple[Tensor, Tensor, Tensor]:
+def _ism(p: Problem, s: GuidanceSettings) -> Found:
     delta = round(anneal(s.ism_delta[0], s.ism_delta[1], (0.0, 1.0), p.progress) * p.alphas_cumprod.shape[0])
     t_s = (p.t - max(delta, 1)).clamp_min(0)
     z_s = p.invert(t_s, s.inversion_steps, scale=0)
     (eps_s,) = p.predict(z_s, t_s, "empty")
     z_t = rules.ddim_step(z_s, eps_s, p.alphas_cumprod[t_s], p.alphas_cumprod[p.t])
     eps_hat, eps_y = p.guided(z_t, p.t, s)
-    return rules.ism(eps_hat, eps_s), eps_y, z_t
+    return Found(rules.ism(eps_hat, eps_s), eps_hat, eps_y, z_t)
 
 
-def _sdi(p: Problem, s: GuidanceSettings) -> tuple[Tensor, Tensor, Tensor]:
+def _sdi(p: Problem, s: GuidanceSettings) -> Found:
     """SDS whose noise is the one that DDIM inversion finds in x (arXiv 2405.15891 alg. 1) in place of a random one."""
     z_t = p.invert(p.t, s.inversion_steps, scale=s.inversion_scale)
     alpha_bar = p.alphas_cumprod[p.t]
     eps = (z_t - per_sample(alpha_bar.sqrt(), z_t) * p.x) / per_sample((1 - alpha_bar).sqrt(), z_t)
     eps_hat, eps_y = p.guided(z_t, p.t, s)
-    return rules.sds(eps_hat, eps), eps_y, z_t
+    return Found(rules.sds(eps_hat, eps), eps_hat, eps_y, z_t)
 
 
-RULES: dict[str, Rule] = {"sds": _sds, "sjc": _sjc, "csd": _csd, "nfsd": _nfsd, "ism": _ism, "sdi": _sdi}
+def _vsd(p: Problem, s: GuidanceSettings) -> Found:
+    z_t = p.noisy(p.eps)
+    eps_hat, eps_y = p.guided(z_t, p.t, s)
+    return Found(rules.vsd(eps_hat, p.score(z_t, p.t)), eps_hat, eps_y, z_t)
+
+
+RULES: dict[str, Rule] = {
+    "sds": _sds,
+    "sjc": _sjc,
+    "csd": _csd,
+    "nfsd": _nfsd,
+    "ism": _ism,
+    "sdi": _sdi,
+    "vsd": _vsd,
+}

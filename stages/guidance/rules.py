@@ -1,7 +1,8 @@
 """Distillation rules: pure functions from noise predictions to the residual that a step pushes against.
 
 Letters: eps_y, eps_0, eps_n predictions under the prompt, the empty (or negative) prompt and a negative prompt;
-    eps the added noise; s the guidance scale; all [B, C, h, w]. The gradient on x is w_t * residual.
+    eps the added noise; s the guidance scale; all [B, C, h, w]. The gradient on x is w_t * residual. x0_hat is the
+    clean x that a noise prediction stands for.
 
 The scale is s in eps_0 + s (eps_y - eps_0), as in diffusers; the papers' (1 + w) eps_y - w eps_0 has s = 1 + w,
 so DreamFusion's w = 100 is s = 101 and s = 1 is the plain conditional model.
@@ -35,6 +36,26 @@ def rescaled(eps_hat: Tensor, eps_y: Tensor, z_t: Tensor, alpha_bar: Tensor, phi
     axes = tuple(range(1, x0.dim()))
     ratio = x0_y.std(axes, keepdim=True) / x0.std(axes, keepdim=True).clamp_min(1e-6)
     return eps_from_x0(x0 * (phi * ratio + 1 - phi), z_t, alpha_bar)
+
+
+def perp_neg(eps_y: Tensor, eps_0: Tensor, against: list[Tensor], weights: list[Tensor]) -> Tensor:
+    """Perp-Neg (Armandpour et al., arXiv 2304.04968, as threestudio adds it up): eps_y, pushed away from other views.
+
+    eps_y + sum_i w_i (d_i - its part along d_y), d = eps - eps_0: only what a negative says beyond the prompt itself is
+    used, so the prompt is never weakened. Stands in for eps_y in any rule: guided() then multiplies it all by s.
+
+    Args:
+        against: predictions under the negatives. weights: of each, [B] <= 0.
+    """
+    d_y = eps_y - eps_0
+    axes = tuple(range(1, d_y.dim()))
+    squared = d_y.square().sum(axes, keepdim=True).clamp_min(1e-12)
+    total = eps_y
+    for eps_i, weight in zip(against, weights, strict=True):
+        d_i = eps_i - eps_0
+        along = (d_i * d_y).sum(axes, keepdim=True) / squared
+        total = total + per_sample(weight, d_y) * (d_i - along * d_y)
+    return total
 
 
 def dynamic_threshold(x0: Tensor, data_range: tuple[float, float], quantile: float) -> Tensor:
@@ -81,6 +102,25 @@ def nfsd(eps_y: Tensor, eps_0: Tensor, eps_n: Tensor, scale: float, low_noise: T
     return delta_d + scale * (eps_y - eps_0)
 
 
+def vsd(eps_hat: Tensor, eps_phi: Tensor) -> Tensor:
+    """Variational score distillation (ProlificDreamer, arXiv 2305.16213 eq. 9): eps_hat - eps_phi.
+
+    eps_phi(z_t; t, y, c) predicts the noise on the present renders. Where they are one fixed image it is eps itself and
+    the rule is SDS; where they are distributed as the prior says the residual is zero at every point, not on average.
+    """
+    return eps_hat - eps_phi
+
+
+def image_term(images: Tensor, images_hat: Tensor, alpha_bar: Tensor) -> Tensor:
+    """HiFA's image-space residual (arXiv 2305.18766 sec. 3.1) on images in [-1, 1]: alpha / sigma (x - decoded x0_hat).
+
+    The factor, threestudio's, gives it the units of a noise residual: in a pixel space it is the SDS residual again.
+    images, images_hat: [B, H, W, 3].
+    """
+    ratio = (alpha_bar / (1 - alpha_bar)).sqrt()
+    return per_sample(ratio, images) * (images - images_hat)
+
+
 def ism(eps_hat_t: Tensor, eps_0_s: Tensor) -> Tensor:
     """Interval score matching (LucidDreamer, arXiv 2311.11284 eq. 14): eps_hat(z_t, y) - eps_0(z_s), s < t inverted."""
     return eps_hat_t - eps_0_s
@@ -93,7 +133,7 @@ def ddim_step(z: Tensor, eps: Tensor, alpha_bar: Tensor, alpha_bar_next: Tensor)
 
 
 def clipped(gradient: Tensor, limit: float | None) -> Tensor:
-    """D-SDS's clamp of each entry of the gradient to [-limit, limit] (arXiv 2303.15413 sec. 4.1)."""
+    """D-SDS's clamp of each entry of the gradient to [-limit, limit] (arXiv 2303.15413), its limit ramping up."""
     return gradient if limit is None else gradient.clamp(-limit, limit)
 
 

@@ -6,6 +6,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from stages.guidance.vsd import VsdSettings
+
 Fraction = tuple[float, float]
 
 
@@ -14,7 +16,7 @@ class GuidanceSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    rule: Literal["sds", "sjc", "csd", "nfsd", "ism", "sdi"] = Field("sds", description="distillation rule")
+    rule: Literal["sds", "sjc", "csd", "nfsd", "ism", "sdi", "vsd"] = Field("sds", description="distillation rule")
     scale: float = Field(20.0, ge=0, description="guidance scale s = 1 + w; 1 is the plain conditional model")
     rescale: float = Field(0.0, ge=0, le=1, description="CFG rescale phi: give x0 back the conditional one's contrast")
     weighting: Literal["sds", "uniform", "fantasia3d", "x0"] = Field(
@@ -34,16 +36,24 @@ class GuidanceSettings(BaseModel):
     threshold_range: tuple[float, float] | None = Field(
         None, description="range of the prior's data; none: its own, [-1, 1] for pixels, unknown for latents"
     )
+    t_caps: list[Fraction] = Field(
+        [], description="[[share, t], ...]: from this share of the stage on, no t above; steps, where annealing glides"
+    )
     grad_clip: tuple[float, float] | None = Field(None, description="clamp of the gradient's entries, start to end")
+    grad_clip_anneal: Fraction = Field((0.0, 1.0), description="shares of the stage between which the clamp widens")
+    image_term: float = Field(
+        0.0, ge=0, description="weight of HiFA's term between render and decoded x0_hat; 0 none, 0.01 in the paper"
+    )
     negative_anneal: Fraction = Field((0.0, 0.5), description="csd: shares between which the negative prompt fades in")
     ism_delta: Fraction = Field((0.1, 0.025), description="ism: t - s as a fraction of the schedule, start to end")
     inversion_steps: int = Field(5, ge=1, le=50, description="ism, sdi: DDIM inversion steps from clean to noisy")
     inversion_scale: float = Field(-7.5, description="sdi: guidance scale s of the inversion")
+    vsd: VsdSettings = Field(default_factory=VsdSettings, description="vsd: the score of the renders")
     srgb: bool = Field(True, description="convert linear renders to sRGB, which priors were trained on")
 
     @model_validator(mode="after")
     def _ordered(self) -> GuidanceSettings:
-        for name in ("t_range", "t_anneal", "negative_anneal"):
+        for name in ("t_range", "t_anneal", "negative_anneal", "grad_clip_anneal"):
             low, high = getattr(self, name)
             if not 0 <= low <= high <= 1:
                 raise ValueError(f"{name}: wanted 0 <= low <= high <= 1, got [{low}, {high}]")
@@ -51,12 +61,16 @@ class GuidanceSettings(BaseModel):
         high = high if self.t_max_end is None else self.t_max_end
         if low > high:
             raise ValueError(f"t_min_end, t_max_end: the range ends as [{low}, {high}], low above high")
+        if self.t_caps != sorted(self.t_caps) or not all(0 <= v <= 1 for cap in self.t_caps for v in cap):
+            raise ValueError(f"t_caps: wanted shares in order and numbers in [0, 1], got {self.t_caps}")
+        if any(cap < self.t_range[0] for _, cap in self.t_caps):
+            raise ValueError(f"t_caps: {self.t_caps} goes below the lowest t, {self.t_range[0]}")
         for name in ("grad_clip", "ism_delta"):
             value = getattr(self, name)
             if value is not None and min(value) <= 0:
                 raise ValueError(f"{name}: wanted two positive numbers, got {list(value)}")
         if self.threshold_range is not None and self.threshold_range[0] >= self.threshold_range[1]:
             raise ValueError(f"threshold_range: wanted low < high, got {list(self.threshold_range)}")
-        if self.rescale > 0 and self.rule not in ("sds", "sjc", "ism", "sdi"):
-            raise ValueError(f"rescale: works with the rules sds, sjc, ism and sdi, got rule {self.rule}")
+        if self.rescale > 0 and self.rule not in ("sds", "sjc", "ism", "sdi", "vsd"):
+            raise ValueError(f"rescale: works with the rules sds, sjc, ism, sdi and vsd, got rule {self.rule}")
         return self

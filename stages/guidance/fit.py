@@ -1,0 +1,74 @@
+"""Which rule and cure fits which prior: what does not ends here, in the user's terms, before any step."""
+
+from __future__ import annotations
+
+from stages.errors import UserError
+from stages.guidance.prior import Prior
+from stages.guidance.settings import GuidanceSettings
+from stages.guidance.vsd import check_trainable
+from stages.prompts import ViewPrompts
+
+NEEDS_WORDS = {
+    "csd": "it distils the difference that the prompt makes",
+    "nfsd": "it distils the difference that the prompt makes",
+    "vsd": "it needs a network that learns",
+}
+INVERTING = ("ism", "sdi")
+
+
+def check_words(settings: GuidanceSettings, prompts: ViewPrompts, name: str) -> None:
+    """Refuse what has no meaning with a prior that reads no prompts, such as the reference prior called `name`."""
+    if settings.rule in NEEDS_WORDS:
+        raise UserError(
+            f"rule={settings.rule} does not fit the prior {name}",
+            f"{NEEDS_WORDS[settings.rule]}, and this prior reads no prompt",
+            "use rule=sds, sjc, ism or sdi with it",
+        )
+    if prompts.settings.blend != "classes":
+        raise UserError(
+            f"prompts.blend={prompts.settings.blend} does not fit the prior {name}",
+            "it mixes the texts of views, and this prior reads no prompt",
+            "set prompts.blend=classes",
+        )
+
+
+def check_fit(prior: Prior, settings: GuidanceSettings, prompts: ViewPrompts) -> None:
+    """Raise UserError for a rule or cure that cannot work with this prior or these prompts."""
+    if not getattr(prior, "reads_prompts", True):
+        check_words(settings, prompts, prior.name)
+    if settings.rule == "vsd":
+        check_trainable(prior, settings.vsd)
+    if settings.rule in INVERTING and getattr(prior, "prediction", "epsilon") == "sample":
+        raise UserError(
+            f"rule={settings.rule} does not fit the prior {prior.name}",
+            "its inversion starts at the clean image, where noise cannot be read off the clean image that this prior "
+            "predicts (prediction type sample): an error in x0 counts 1 / sigma times, about 30",
+            "use a prior that predicts epsilon, v or flow, or rule=sds or csd",
+        )
+    if settings.rule == "nfsd" and not any(prompts.negatives()):
+        raise UserError(
+            "rule=nfsd has no negative prompt",
+            "it tells the model's own bias by a prompt of bad pictures; without one it is csd above t = 0.2",
+            'give one, such as negative="blurry, low quality", or use rule=csd',
+        )
+    if prompts.settings.blend == "perp_neg" and settings.scale == 1 and settings.rule not in ("csd", "nfsd"):
+        raise UserError(
+            "prompts.blend=perp_neg does not fit scale=1",
+            "Perp-Neg turns the direction of guidance, and at scale 1 there is none",
+            "raise the guidance scale, or set prompts.blend=interpolated",
+        )
+    data_range(prior, settings)
+
+
+def data_range(prior: Prior, settings: GuidanceSettings) -> tuple[float, float] | None:
+    """The range x0_hat is brought back to, None without a threshold; UserError where the prior's range is not known."""
+    if settings.threshold == "none":
+        return None
+    found = settings.threshold_range or getattr(prior, "data_range", None)
+    if found is None:
+        raise UserError(
+            f"threshold={settings.threshold} does not fit the prior {prior.name}",
+            "its data are latents, whose range is not stated",
+            "give threshold_range=[LOW, HIGH] beside it, or set threshold=none for this stage",
+        )
+    return found

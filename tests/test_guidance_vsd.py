@@ -1,0 +1,228 @@
+"""Variational score distillation: its rule in closed form, the score it learns, and that score's way through a resume."""
+
+import pytest
+import tiny_families
+import tiny_folders
+import torch
+
+from pipeline.checkpoint import load_checkpoint, save_checkpoint
+from stages.cameras import orbit_views
+from stages.coarse import CoarseSettings, CoarseStage
+from stages.errors import UserError
+from stages.guidance.diffusion import DiffusionSettings, load_prior
+from stages.guidance.guidance import Guidance, GuidanceSettings
+from stages.guidance.prior import PREDICTIONS, add_noise, eps_from_prediction, per_sample, scaled_linear_alphas_cumprod
+from stages.guidance.residuals import RULES, Problem
+from stages.guidance.vsd import RenderScore, VsdSettings, attention_layers, camera_numbers, native_weight
+from stages.prompts import ViewPrompts
+from tests.gaussian_prior import PROMPT, GaussianPrior, k_of
+
+FAMILIES = ("stable_diffusion", "pocket_pixel", "sdxl", "sd3", "flux")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("vsd")
+    builders = {name: getattr(tiny_folders, name, None) or getattr(tiny_families, name) for name in FAMILIES}
+    return {name: build(root / name) for name, build in builders.items()}
+
+
+# --- the rule, where every score is known ------------------------------------------------------------------------
+
+T = torch.full((4096,), 400)
+ALPHA_BAR = scaled_linear_alphas_cumprod()[400].item()
+
+
+def gaussian_noise(z, t, mean, std):
+    alpha_bar = per_sample(scaled_linear_alphas_cumprod()[t], z)
+    return (1 - alpha_bar).sqrt() / (alpha_bar * std**2 + 1 - alpha_bar) * (z - alpha_bar.sqrt() * mean)
+
+
+def residual_of(x, score, rule="vsd", scale=1.0):
+    """The rule on data N(PROMPT) for points x [B, 1, 1, 1] with the score of the renders given."""
+    prior, generator = GaussianPrior(), torch.Generator().manual_seed(0)
+    eps = torch.randn(x.shape, generator=generator)
+
+    def predict(z, t, *names):
+        embedding = prior.embed([{"prompt": "a mug", "empty": "", "negative": ""}[name] for name in names for _ in z])
+        k = len(names)
+        return list(prior.predict_noise(z.repeat(k, 1, 1, 1), t.repeat(k), embedding, embedding).chunk(k))
+
+    problem = Problem(x, eps, T[: len(x)], prior.alphas_cumprod, 0.0, predict, score=lambda z, t: score(z, t, eps))
+    return RULES[rule](problem, GuidanceSettings(rule=rule, scale=scale)).residual
+
+
+def test_vsd_of_one_fixed_image_is_sds():
+    x = torch.full((16, 1, 1, 1), 0.2)
+    got = residual_of(x, lambda z, t, eps: eps, scale=7.5)  # the best score of a single picture is the noise itself
+    assert torch.equal(got, residual_of(x, None, rule="sds", scale=7.5))
+
+
+def test_vsd_is_zero_at_every_point_when_renders_are_distributed_as_the_prior_says():
+    mean, std = PROMPT
+    x = mean + std * torch.randn(64, 1, 1, 1, generator=torch.Generator().manual_seed(3))
+    got = residual_of(x, lambda z, t, eps: gaussian_noise(z, t, mean, std))
+    assert got.abs().max() < 1e-5
+    assert residual_of(x, None, rule="sds").abs().mean() > 0.1  # SDS is not: it pulls them all to the mode
+
+
+def test_monte_carlo_gradient_of_vsd_is_its_formula():
+    mu, spread, x = -0.3, 0.2, 0.4  # of the renders, and where one of them is
+    got = residual_of(torch.full((4096, 1, 1, 1), x), lambda z, t, eps: gaussian_noise(z, t, mu, spread))
+    a = torch.tensor(ALPHA_BAR)
+    wanted = k_of(a, PROMPT[1]) * (x - PROMPT[0]) - k_of(a, spread) * (x - mu)
+    assert got.mean().item() == pytest.approx(wanted.item(), abs=5 * got.std().item() / 64)
+    assert abs(wanted) > 10 * got.std() / 64
+
+
+# --- the score of the renders --------------------------------------------------------------------------------------
+
+
+def renders(prior, batch=2, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    x = prior.encode(torch.rand(batch, 64, 64, 3, generator=generator), generator).detach()
+    t = torch.linspace(100, 800, batch).long()
+    z = add_noise(x, torch.randn(x.shape, generator=generator), prior.alphas_cumprod[t])
+    camera = camera_numbers(orbit_views(torch.arange(batch) * 40.0, 20.0))
+    return x, z, t, prior.embed(["a red mug", "a blue cat"] * (batch // 2)), camera
+
+
+def scores(folder, model, max_batch=0, **settings):
+    side = 64 if folder.name == "flux" else None
+    prior = load_prior(folder, "cpu", settings=DiffusionSettings(max_batch=max_batch, resolution=side))
+    return prior, RenderScore(prior, VsdSettings(model=model, **settings), torch.Generator().manual_seed(4))
+
+
+@pytest.mark.parametrize("model", ["lora", "copy"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_score_begins_as_the_prior_under_the_prompt_for_every_camera(folders, family, model):
+    prior, score = scores(folders[family], model)
+    x, z, t, embedding, camera = renders(prior)
+    begin = score.predict(z, t, embedding, camera)
+    torch.testing.assert_close(begin, prior.predict_noise(z, t, embedding))
+    assert torch.equal(score.predict(z, t, embedding, 2 * camera), begin)
+    assert score.train(x, embedding, camera, torch.Generator().manual_seed(0)) > 0
+    assert not torch.equal(score.predict(z, t, embedding, camera), begin)  # whatever the family, it learns
+
+
+@pytest.mark.parametrize(("model", "share"), [("lora", 0.99), ("copy", 0.95)])
+def test_training_fits_the_renders_and_their_cameras_and_leaves_the_prior_alone(folders, model, share):
+    prior, score = scores(folders["pocket_pixel"], model, lr=5e-3, updates=20, camera_drop=0.0)
+    x, z, t, embedding, camera = renders(prior)
+    before = prior.predict_noise(z, t, embedding)
+    alpha_bar = per_sample(prior.alphas_cumprod[t], z)
+    eps = (z - alpha_bar.sqrt() * x) / (1 - alpha_bar).sqrt()
+    assert score.train(x, embedding, camera, torch.Generator().manual_seed(7)) > 0
+    learned = score.predict(z, t, embedding, camera)
+    assert (learned - eps).square().mean() < share * (before - eps).square().mean()
+    assert (score.predict(z, t, embedding, camera.flip(0)) - learned).abs().max() > 1e-4
+    assert torch.equal(prior.predict_noise(z, t, embedding), before)
+    assert not any(p.requires_grad or p.grad is not None for p in prior.unet.parameters())
+
+
+def test_first_gradient_is_zero_in_the_inner_matrices_and_not_in_the_outer_ones(folders):
+    """y = W x + U D x with U = 0 at first: the loss sees D only through U."""
+    prior, score = scores(folders["stable_diffusion"], "lora", rank=3)
+    x, _, _, embedding, camera = renders(prior)
+    assert len(score.parameters) == 2 * len(attention_layers(prior.unet)) + 2
+    assert all(p.shape[0] == 3 for name, p in score.parameters.items() if name.endswith(".down"))
+    old = {name: p.detach().clone() for name, p in score.parameters.items()}
+    score.train(x, embedding, camera, torch.Generator().manual_seed(0))
+    moved = {name for name, p in score.parameters.items() if not torch.equal(p, old[name])}
+    assert moved == {name for name in old if name.endswith((".up", "camera.out"))}
+
+
+@pytest.mark.parametrize("model", ["lora"])
+def test_a_batch_that_the_prior_splits_gives_each_sample_its_own_camera(folders, model):
+    whole, parts = (scores(folders["stable_diffusion"], model, max_batch=n, lr=3e-3, updates=2) for n in (0, 3))
+    x, z, t, embedding, camera = renders(whole[0], batch=4)
+    for prior, score in (whole, parts):
+        score.train(x, embedding, camera, torch.Generator().manual_seed(0))
+    got, wanted = (score.predict(z, t, embedding, camera) for _, score in (parts, whole))
+    torch.testing.assert_close(got, wanted, atol=1e-3, rtol=1e-3)
+
+
+def test_errors_are_weighed_as_the_network_predicts():
+    alpha_bar, generator = torch.tensor([0.9, 0.2]), torch.Generator().manual_seed(0)
+    z, a, b = (torch.randn(2, 1, 1, 1, generator=generator) for _ in range(3))
+    for kind in PREDICTIONS:
+        eps = eps_from_prediction(a, z, alpha_bar, kind) - eps_from_prediction(b, z, alpha_bar, kind)
+        weighed = native_weight(alpha_bar, kind) * eps.flatten().square()
+        torch.testing.assert_close(weighed, (a - b).flatten().square(), rtol=1e-4, atol=1e-5)
+
+
+def test_a_step_that_is_not_finite_is_not_taken(folders):
+    prior, score = scores(folders["stable_diffusion"], "lora")
+    x, _, _, embedding, camera = renders(prior)
+    before = score.state_dict()
+    assert score.train(x * float("nan"), embedding, camera, torch.Generator()) == -1.0
+    assert all(torch.equal(value, before[key]) for key, value in score.state_dict().items())
+
+
+def test_a_prior_without_attention_is_refused():
+    class Plain:
+        name, unet, noise = "plain", torch.nn.Sequential(torch.nn.Linear(2, 2)), None
+
+    with pytest.raises(UserError, match="rule=vsd does not fit the prior plain.*Sequential lacks a time embedding"):
+        RenderScore(Plain(), VsdSettings(), torch.Generator())
+
+
+def test_a_whole_copy_in_half_precision_and_offloaded_weights_are_refused(folders):
+    half = load_prior(folders["stable_diffusion"], "cpu", torch.bfloat16)
+    with pytest.raises(UserError, match="half precision is too coarse") as caught:
+        RenderScore(half, VsdSettings(model="copy"), torch.Generator())
+    assert "vsd.model=lora" in caught.value.fix
+    x, _, _, embedding, camera = renders(half)
+    score = RenderScore(half, VsdSettings(), torch.Generator().manual_seed(0))
+    assert score.train(x, embedding, camera, torch.Generator().manual_seed(0)) > 0
+    assert all(p.dtype == torch.float32 for p in score.parameters.values())
+    away = load_prior(folders["stable_diffusion"], "cpu", settings=DiffusionSettings(offload="blocks"))
+    with pytest.raises(UserError, match="leave the device"):
+        RenderScore(away, VsdSettings(), torch.Generator())
+
+
+# --- resume ----------------------------------------------------------------------------------------------------------
+
+
+def make(folder, model):
+    settings = GuidanceSettings(rule="vsd", scale=7.5, vsd=VsdSettings(model=model, lr=1e-3))
+    return Guidance(load_prior(folder, "cpu"), settings, ViewPrompts("a red mug"), torch.Generator().manual_seed(1))
+
+
+def step(guidance, progress):
+    picture = torch.rand(2, 32, 32, 3, generator=torch.Generator().manual_seed(9)).requires_grad_()
+    output = guidance(picture, orbit_views([0.0, 90.0]), progress)
+    output.loss.backward()
+    return picture.grad, output.metrics
+
+
+@pytest.mark.parametrize("model", ["lora", "copy"])
+def test_restored_guidance_goes_on_to_the_same_bytes(folders, model):
+    guidance = make(folders["pocket_pixel"], model)
+    for progress in (0.0, 0.1):
+        step(guidance, progress)
+    state = {key: value.clone() for key, value in guidance.state_dict().items()}
+    later = make(folders["pocket_pixel"], model)
+    later.load_state_dict(state)
+    for progress in (0.2, 0.3):
+        (wanted, facts), (got, found) = step(guidance, progress), step(later, progress)
+        assert torch.equal(got, wanted) and found == facts
+    assert facts["score_error"] > 0
+    assert not torch.equal(step(make(folders["pocket_pixel"], model), 0.3)[0], wanted)
+
+
+def test_coarse_stage_under_vsd_resumes_from_its_checkpoint_to_the_same_bytes(folders, tmp_path):
+    settings = CoarseSettings(steps=6, resolution=16, views_per_step=2, accumulate=2, samples=16)
+
+    def stage():
+        return CoarseStage(settings, make(folders["pocket_pixel"], "lora"), torch.device("cpu"), seed=3)
+
+    whole = stage()
+    whole.step()
+    save_checkpoint(tmp_path / "c.safetensors", whole.state_dict(), {"step": 1})
+    resumed = stage()
+    resumed.load_state_dict(load_checkpoint(tmp_path / "c.safetensors")[0])
+    assert resumed.step() == whole.step()
+    wanted, got = whole.state_dict(), resumed.state_dict()
+    assert wanted.keys() == got.keys() and any(key.startswith("guidance.score.adam.") for key in wanted)
+    assert all(torch.equal(value, got[key]) for key, value in wanted.items())
