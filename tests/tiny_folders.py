@@ -79,9 +79,12 @@ def tiny_unet(channels: int, out_channels: int, sample_size: int, width: int = 3
 
 
 def save_folder(folder: Path, pipeline: str, **parts) -> Path:
-    """Write components and model_index.json the way DiffusionPipeline.save_pretrained does."""
+    """Write components and model_index.json the way DiffusionPipeline.save_pretrained does; flags go in as they are."""
     index: dict[str, object] = {"_class_name": pipeline, "_diffusers_version": "0.30.0"}
     for name, part in parts.items():
+        if isinstance(part, bool):
+            index[name] = part
+            continue
         part.save_pretrained(str(folder / name))
         library = "diffusers" if type(part).__module__.startswith("diffusers") else "transformers"
         index[name] = [library, type(part).__name__]
@@ -170,7 +173,7 @@ def pocket_pixel(folder: Path, patch: int = 4) -> Path:
     )
 
 
-def deepfloyd(folder: Path) -> Path:
+def deepfloyd(folder: Path, length: int = LENGTH) -> Path:
     """Pixels, T5, learned variance (six output channels), epsilon prediction; images of 16x16."""
     from diffusers import DDPMScheduler
     from transformers import T5Config, T5EncoderModel
@@ -181,7 +184,7 @@ def deepfloyd(folder: Path) -> Path:
     return save_folder(
         folder,
         "IFPipeline",
-        tokenizer=word_tokenizer(),
+        tokenizer=word_tokenizer(length=length),
         text_encoder=text_encoder,
         unet=tiny_unet(3, 6, 16, **extra),
         scheduler=DDPMScheduler(

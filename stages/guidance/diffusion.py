@@ -251,7 +251,8 @@ class _Loader:
                 output_loading_info=True,
             )
 
-        network = self._finish(part, load_part(self.folder, part, load))
+        network = load_part(self.folder, part, load).to(dtype)  # torch_dtype alone leaves some models in float32
+        network = self._finish(part, network)
         if self.settings.attention_slicing and hasattr(network, "set_attention_slice"):
             network.set_attention_slice("auto")
         return network
