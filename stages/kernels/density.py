@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from stages.kernels.backend import choose_backend
-from stages.kernels.hashgrid import HashGridSpec, hash_encode, hash_gradient
-from stages.kernels.mlp import mlp_with_slope
+from stages.kernels.hashgrid import HashGridSpec, compiled_grid, hash_encode, hash_gradient
+from stages.kernels.mlp import compiled_perceptron, mlp_with_slope
 
 Weights = tuple[Tensor, Tensor, Tensor, Tensor]  # w1 [H, W], b1 [H], w2 [1, H], b2 [1], as mlp takes them
 
@@ -37,8 +37,8 @@ def hash_density(
         choose_backend(backend, points, table, family="hash", adaptor=True),
         choose_backend(backend, points, *weights, family="mlp"),
     }
-    if chosen == {"numba"} and spec.features == 2:
-        return _Density.apply(points, table, *weights, spec, known)
+    if chosen in ({"numba"}, {"warp"}) and spec.features == 2:
+        return _Density.apply(points, table, *weights, spec, known, chosen.pop())
     features = hash_encode(points, table, spec, known=known, backend=backend)
     raw, slope = mlp_with_slope(features, *weights, backend=backend)
     return features, raw[:, 0], hash_gradient(points, table, spec, slope, backend=backend)
@@ -46,27 +46,25 @@ def hash_density(
 
 class _Density(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, points, table, w1, b1, w2, b2, spec, known):
-        from stages.kernels import cpu_hashgrid, cpu_mlp
-
-        features = cpu_hashgrid.encode(points, table, spec) if known is None else known.view_as(known)
-        raw, slope = cpu_mlp.forward(features, w1, b1, w2, b2, True)
+    def forward(ctx, points, table, w1, b1, w2, b2, spec, known, backend):
+        grid, perceptron = compiled_grid(backend), compiled_perceptron(backend)
+        features = grid.encode(points, table, spec) if known is None else known.view_as(known)
+        raw, slope = perceptron.forward(features, w1, b1, w2, b2, True)
         ctx.save_for_backward(points, table, features, slope, w1, b1, w2)
-        ctx.spec = spec
+        ctx.spec, ctx.backend = spec, backend
         ctx.set_materialize_grads(False)
-        return features, raw[:, 0], cpu_hashgrid.gradient(points, table, spec, slope)
+        return features, raw[:, 0], grid.gradient(points, table, spec, slope)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g_features, g_raw, g_gradient):
-        from stages.kernels import cpu_hashgrid, cpu_mlp
-
+        grid, perceptron = compiled_grid(ctx.backend), compiled_perceptron(ctx.backend)
         points, table, features, slope, w1, b1, w2 = ctx.saved_tensors
-        g_slope = None if g_gradient is None else cpu_hashgrid.directional(points, table, ctx.spec, g_gradient)
+        g_slope = None if g_gradient is None else grid.directional(points, table, ctx.spec, g_gradient)
         g_raw = points.new_zeros(points.shape[0]) if g_raw is None else g_raw
-        g_encoded, *g_weights = cpu_mlp.backward(features, w1, b1, w2, g_raw[:, None], g_slope)
+        g_encoded, *g_weights = perceptron.backward(features, w1, b1, w2, g_raw[:, None], g_slope)
         if g_features is not None:
             g_encoded = g_encoded.add_(g_features)
         up = None if g_gradient is None else slope
-        g_table = cpu_hashgrid.scatter(points, ctx.spec, g_encoded, up, g_gradient)
-        return None, g_table, *g_weights, None, None
+        g_table = grid.scatter(points, ctx.spec, g_encoded, up, g_gradient)
+        return None, g_table, *g_weights, None, None, None

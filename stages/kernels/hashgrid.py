@@ -81,12 +81,12 @@ def hash_encode(
         table: [T, F] float32.
         known: [N, L * F], the result for these very points and table where a pass without gradients already has it;
             it is returned as it is, and only the derivative is added. The torch twin computes it again.
-        backend: a key of stages.kernels.backend.BACKENDS; numba wants F = 2.
+        backend: a key of stages.kernels.backend.BACKENDS; numba and warp want F = 2.
     Returns: [N, L * F], level-major. Differentiable in points and table.
     """
     backend = _check(points, table, spec, backend)
-    if backend == "numba":
-        return _Encode.apply(points, table, spec, known)
+    if backend in ("numba", "warp"):
+        return _Encode.apply(points, table, spec, known, backend)
     if backend == "tinycudann":
         from stages.kernels import adaptor_tinycudann
 
@@ -104,8 +104,8 @@ def hash_gradient(points: Tensor, table: Tensor, spec: HashGridSpec, g: Tensor, 
     """
     backend = _check(points, table, spec, backend)
     check_shape("g", g, (points.shape[0], spec.width))
-    if backend == "numba":
-        return _Gradient.apply(points, table, g, spec)
+    if backend in ("numba", "warp"):
+        return _Gradient.apply(points, table, g, spec, backend)
     if backend == "tinycudann":
         from stages.kernels import adaptor_tinycudann
 
@@ -117,54 +117,55 @@ def _check(points: Tensor, table: Tensor, spec: HashGridSpec, backend: str) -> s
     check_shape("points", points, (None, 3))
     check_shape("table", table, (spec.rows, spec.features))
     chosen = choose_backend(backend, points, table, family="hash", adaptor=True)
-    if chosen == "numba" and spec.features != 2:
-        if backend == "numba":
-            raise ValueError(f"backend: 'numba' is written for 2 features a level, got {spec.features}")
+    if chosen in ("numba", "warp") and spec.features != 2:
+        if backend == chosen:
+            raise ValueError(f"backend: {chosen!r} is written for 2 features a level, got {spec.features}")
         return "torch"
     return chosen
 
 
+def compiled_grid(backend: str):
+    """The module that computes the ops for "numba" or "warp"; both have the same functions."""
+    if backend == "warp":
+        from stages.kernels import cuda_hashgrid as module
+    else:
+        from stages.kernels import cpu_hashgrid as module
+    return module
+
+
 class _Encode(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, points: Tensor, table: Tensor, spec: HashGridSpec, known: Tensor | None) -> Tensor:
-        from stages.kernels import cpu_hashgrid
-
+    def forward(ctx, points: Tensor, table: Tensor, spec: HashGridSpec, known: Tensor | None, backend: str) -> Tensor:
         ctx.save_for_backward(points, table)
-        ctx.spec = spec
-        return cpu_hashgrid.encode(points, table, spec) if known is None else known.view_as(known)
+        ctx.spec, ctx.grid = spec, compiled_grid(backend)
+        return ctx.grid.encode(points, table, spec) if known is None else known.view_as(known)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor):
-        from stages.kernels import cpu_hashgrid
-
         points, table = ctx.saved_tensors
         grad_points = grad_table = None
         if ctx.needs_input_grad[0]:
-            grad_points = cpu_hashgrid.gradient(points, table, ctx.spec, grad)
+            grad_points = ctx.grid.gradient(points, table, ctx.spec, grad)
         if ctx.needs_input_grad[1]:
-            grad_table = cpu_hashgrid.encode_backward(points, ctx.spec, grad)
-        return grad_points, grad_table, None, None
+            grad_table = ctx.grid.encode_backward(points, ctx.spec, grad)
+        return grad_points, grad_table, None, None, None
 
 
 class _Gradient(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, points: Tensor, table: Tensor, g: Tensor, spec: HashGridSpec) -> Tensor:
-        from stages.kernels import cpu_hashgrid
-
+    def forward(ctx, points: Tensor, table: Tensor, g: Tensor, spec: HashGridSpec, backend: str) -> Tensor:
         ctx.save_for_backward(points, table, g)
-        ctx.spec = spec
-        return cpu_hashgrid.gradient(points, table, spec, g)
+        ctx.spec, ctx.grid = spec, compiled_grid(backend)
+        return ctx.grid.gradient(points, table, spec, g)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor):
-        from stages.kernels import cpu_hashgrid
-
         points, table, g = ctx.saved_tensors
         grad_table = grad_g = None
         if ctx.needs_input_grad[1]:
-            grad_table = cpu_hashgrid.gradient_backward_table(points, ctx.spec, g, grad)
+            grad_table = ctx.grid.gradient_backward_table(points, ctx.spec, g, grad)
         if ctx.needs_input_grad[2]:
-            grad_g = cpu_hashgrid.directional(points, table, ctx.spec, grad)
-        return None, grad_table, grad_g, None
+            grad_g = ctx.grid.directional(points, table, ctx.spec, grad)
+        return None, grad_table, grad_g, None, None

@@ -11,16 +11,19 @@ from torch import Tensor
 from stages.errors import check_shape
 from stages.kernels.backend import choose_backend
 
+WARP_MAX = (128, 16)  # inputs and outputs of the Warp kernels; beyond, a point's vectors leave the registers
+
 
 def mlp(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, *, backend: str = "auto") -> Tensor:
     """One-hidden-layer ReLU perceptron; differentiable in every argument.
 
-    Args: x [N, I]; w1 [H, I]; b1 [H]; w2 [O, H]; b2 [O]; backend a key of stages.kernels.backend.BACKENDS.
+    Args: x [N, I]; w1 [H, I]; b1 [H]; w2 [O, H]; b2 [O]; backend a key of stages.kernels.backend.BACKENDS; warp
+        takes up to WARP_MAX inputs and outputs, beyond which "auto" is torch.
     Returns: [N, O].
     """
     chosen = _check(x, w1, b1, w2, b2, backend, adaptor=True)
-    if chosen == "numba":
-        return _Mlp.apply(x, w1, b1, w2, b2, False)[0]
+    if chosen in ("numba", "warp"):
+        return _Mlp.apply(x, w1, b1, w2, b2, False, chosen)[0]
     if chosen == "tinycudann":
         from stages.kernels import adaptor_tinycudann
 
@@ -38,8 +41,9 @@ def mlp_with_slope(
     op, nor a second derivative to make it of: under that name it goes by device and dtype.
     Returns: out [N, O] and slope [N, I].
     """
-    if _check(x, w1, b1, w2, b2, backend) == "numba":
-        return _Mlp.apply(x, w1, b1, w2, b2, True)
+    chosen = _check(x, w1, b1, w2, b2, backend)
+    if chosen in ("numba", "warp"):
+        return _Mlp.apply(x, w1, b1, w2, b2, True, chosen)
     hidden = torch.addmm(b1, x, w1.T)  # [N, H]
     slope = (w2[0] * (hidden > 0).to(x.dtype)) @ w1
     return torch.addmm(b2, hidden.relu(), w2.T), slope
@@ -51,28 +55,40 @@ def _check(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, backend: s
     check_shape("w2", w2, (None, w1.shape[0]))
     check_shape("b2", b2, (w2.shape[0],))
     check_shape("x", x, (None, w1.shape[1]))
-    return choose_backend(backend, x, w1, b1, w2, b2, family="mlp", adaptor=adaptor)
+    chosen = choose_backend(backend, x, w1, b1, w2, b2, family="mlp", adaptor=adaptor)
+    sizes = (x.shape[1], w2.shape[0])
+    if chosen == "warp" and not all(1 <= size <= most for size, most in zip(sizes, WARP_MAX, strict=True)):
+        if backend == "warp":
+            wanted = "{} inputs and {} outputs".format(*WARP_MAX)
+            raise ValueError(f"backend: 'warp' is written for 1 to {wanted}, got {sizes[0]} and {sizes[1]}")
+        return "torch"
+    return chosen
+
+
+def compiled_perceptron(backend: str):
+    """The module that computes the op for "numba" or "warp"; both have the same functions."""
+    if backend == "warp":
+        from stages.kernels import cuda_mlp as module
+    else:
+        from stages.kernels import cpu_mlp as module
+    return module
 
 
 class _Mlp(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, with_slope: bool):
-        from stages.kernels import cpu_mlp
-
+    def forward(ctx, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, with_slope: bool, backend: str):
         ctx.save_for_backward(x, w1, b1, w2)
-        ctx.with_slope = with_slope
+        ctx.with_slope, ctx.perceptron = with_slope, compiled_perceptron(backend)
         ctx.set_materialize_grads(False)
-        return cpu_mlp.forward(x, w1, b1, w2, b2, with_slope)
+        return ctx.perceptron.forward(x, w1, b1, w2, b2, with_slope)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_out: Tensor | None, grad_slope: Tensor | None):
-        from stages.kernels import cpu_mlp
-
         x, w1, b1, w2 = ctx.saved_tensors
         if grad_out is None and grad_slope is None:
-            return None, None, None, None, None, None
+            return None, None, None, None, None, None, None
         if grad_out is None:
-            grad_out = torch.zeros(x.shape[0], w2.shape[0])
-        gradients = cpu_mlp.backward(x, w1, b1, w2, grad_out, grad_slope if ctx.with_slope else None)
-        return (*gradients, None)
+            grad_out = x.new_zeros(x.shape[0], w2.shape[0])
+        gradients = ctx.perceptron.backward(x, w1, b1, w2, grad_out, grad_slope if ctx.with_slope else None)
+        return (*gradients, None, None)

@@ -74,9 +74,7 @@ def march(
         raise ValueError(f"step_size: wanted a positive length, got {step_size}")
     if stride < 1:
         raise ValueError(f"stride: wanted at least 1, got {stride}")
-    module = reference_volume
-    if choose_backend(backend, rays_o, rays_d, jitter, family="volume") == "numba":
-        from stages.kernels import cpu_volume as module
+    module = _module(choose_backend(backend, rays_o, rays_d, jitter, family="volume"))
     return Samples(*module.march(rays_o.detach(), rays_d.detach(), occupancy, step_size, jitter, stride))
 
 
@@ -92,8 +90,9 @@ def composite(
     n = len(samples)
     check_shape("sigmas", sigmas, (n,))
     check_shape("values", values, (n, None))
-    if choose_backend(backend, sigmas, values, family="volume") == "numba":
-        return _Composite.apply(sigmas, values, samples.t, samples.delta, samples.ray_offsets)
+    chosen = choose_backend(backend, sigmas, values, family="volume")
+    if chosen != "torch":
+        return _Composite.apply(sigmas, values, samples.t, samples.delta, samples.ray_offsets, _module(chosen))
     return reference_volume.composite(sigmas, values, samples.t, samples.delta, samples.ray_offsets)
 
 
@@ -108,19 +107,27 @@ def visible(
     Returns: indices [M] of the samples kept, ascending, and those samples. Not differentiable in: anything.
     """
     check_shape("sigmas", sigmas, (len(samples),))
-    module = reference_volume
-    if choose_backend(backend, sigmas, family="volume") == "numba":
-        from stages.kernels import cpu_volume as module
+    module = _module(choose_backend(backend, sigmas, family="volume"))
     index, offsets = module.visible(sigmas.detach(), samples.delta, samples.ray_offsets, threshold, faint)
     return index, Samples(samples.t[index], samples.delta[index], offsets)
 
 
+def _module(backend: str):
+    """The module that computes the ops under a backend's name; all three have the same functions."""
+    if backend == "warp":
+        from stages.kernels import cuda_volume as module
+    elif backend == "numba":
+        from stages.kernels import cpu_volume as module
+    else:
+        module = reference_volume
+    return module
+
+
 class _Composite(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, sigmas: Tensor, values: Tensor, t: Tensor, delta: Tensor, ray_offsets: Tensor):
-        from stages.kernels import cpu_volume
-
-        out, weights, opacity, depth = cpu_volume.composite(sigmas, values, t, delta, ray_offsets)
+    def forward(ctx, sigmas: Tensor, values: Tensor, t: Tensor, delta: Tensor, ray_offsets: Tensor, module):
+        ctx.module = module
+        out, weights, opacity, depth = module.composite(sigmas, values, t, delta, ray_offsets)
         ctx.save_for_backward(sigmas, values, t, delta, ray_offsets)
         ctx.set_materialize_grads(False)
         return out, weights, opacity, depth
@@ -128,8 +135,6 @@ class _Composite(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g_out, g_weights, g_opacity, g_depth):
-        from stages.kernels import cpu_volume
-
         saved = ctx.saved_tensors
-        grad_sigmas, grad_values = cpu_volume.composite_backward(*saved, g_out, g_weights, g_opacity, g_depth)
-        return grad_sigmas, grad_values, None, None, None
+        grad_sigmas, grad_values = ctx.module.composite_backward(*saved, g_out, g_weights, g_opacity, g_depth)
+        return grad_sigmas, grad_values, None, None, None, None
