@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 
 from pipeline.export.settings import ExportSettings
-from pipeline.layers import Layer, from_file, from_flags, from_overrides, merge, validate
+from pipeline.layers import Layer, from_file, from_flags, from_overrides, from_recipe, merge, validate
 from stages.coarse import CoarseSettings
 from stages.errors import UserError
 from stages.fine import FineSettings
@@ -97,18 +97,18 @@ def load_config(name: str | None, overrides: list[str], flags: dict[str, Any]) -
     """The configuration of a new run. Raises UserError for anything that cannot be used.
 
     Args:
-        name: a recipe's name or a YAML file, over the code's defaults; None for configs/default.yaml, which is a
-            recipe like any other (the pocket prior's) and lies under none of them.
+        name: a recipe's name or a YAML file, over the code's defaults or over the recipe it `extends`; None for
+            configs/default.yaml, which is a recipe like any other (the pocket prior's).
         overrides: `key.sub=value` words. flags: the command's own options that were given, by key.
     """
     upper = [from_overrides(overrides), from_flags(flags)]
     if name is not None:
-        upper.insert(0, from_file(find_recipe(name)))
+        upper = [*from_recipe(find_recipe(name), find_recipe), *upper]
     source = merge(upper).values.get("from_run")
     if isinstance(source, str):
         layers = [_inherited(Path(source)), *upper]
     else:
-        layers = [from_file(find_recipe("default")), *upper] if name is None else upper
+        layers = [*from_recipe(find_recipe("default"), find_recipe), *upper] if name is None else upper
     return _anchored(validate(Config, layers))
 
 

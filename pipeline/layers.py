@@ -12,7 +12,7 @@ import json
 import math
 import re
 import typing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -81,6 +81,32 @@ def from_file(path: Path) -> Layer:
     finally:
         loader.dispose()
     return layer
+
+
+def from_recipe(path: Path, find: Callable[[str], Path]) -> list[Layer]:
+    """A YAML file and the recipes it is written over, lowest first: `extends: NAME` lays it over another.
+
+    Args:
+        find: the path of a recipe by its name. Raises: UserError for a chain that comes back to itself.
+    """
+    layers: list[Layer] = []
+    seen: list[Path] = []
+    while True:
+        if path.resolve() in seen:
+            raise UserError(
+                f"{path}: extends itself",
+                " -> ".join(p.name for p in [*seen, path]),
+                "take one `extends` out of the chain",
+            )
+        seen.append(path.resolve())
+        layer = from_file(path)
+        layers.insert(0, layer)
+        if "extends" not in layer.values:
+            return layers
+        name, origin = layer.values.pop("extends"), layer.origins.pop(("extends",))
+        if not isinstance(name, str):
+            raise UserError(f"{origin}: extends: {name!r}", "it is not the name of a recipe", "extends: default")
+        path = find(name)
 
 
 def _construct(loader: _Loader, node: yaml.Node, key: Key, path: Path, origins: dict[Key, str]) -> Any:

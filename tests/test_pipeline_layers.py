@@ -6,7 +6,7 @@ from typing import Literal
 import pytest
 from pydantic import BaseModel, ConfigDict, Field
 
-from pipeline.layers import dump, from_file, from_flags, from_overrides, validate
+from pipeline.layers import dump, from_file, from_flags, from_overrides, from_recipe, merge, validate
 from stages.errors import UserError
 
 
@@ -162,3 +162,22 @@ def test_dump_reads_back_to_the_same_settings_and_text(tmp_path, settings):
 
 def test_dump_carries_each_meaning(tmp_path):
     assert "  learning_rate: 0.01  # step size of Adam\n" in dump(Settings())
+
+
+def test_recipe_lies_over_the_one_it_extends(tmp_path):
+    (tmp_path / "low.yaml").write_text("steps: 5\noptimiser:\n  lr: 0.5\n")
+    (tmp_path / "middle.yaml").write_text("extends: low\nsteps: 6\n")
+    (tmp_path / "high.yaml").write_text("# over middle\nextends: middle\noptimiser:\n  lr: 7\n")
+    layers = from_recipe(tmp_path / "high.yaml", lambda name: tmp_path / f"{name}.yaml")
+    assert [layer.values for layer in layers] == [{"steps": 5, "optimiser": {"lr": 0.5}}, {"steps": 6}, {"optimiser": {"lr": 7}}]
+    assert merge(layers).values == {"steps": 6, "optimiser": {"lr": 7}}
+
+
+def test_recipe_that_extends_itself_or_no_name_is_refused(tmp_path):
+    (tmp_path / "a.yaml").write_text("extends: b\n")
+    (tmp_path / "b.yaml").write_text("extends: a\n")
+    (tmp_path / "c.yaml").write_text("steps: 1\nextends: [a, b]\n")
+    with pytest.raises(UserError, match=r"extends itself: a.yaml -> b.yaml -> a.yaml"):
+        from_recipe(tmp_path / "a.yaml", lambda name: tmp_path / f"{name}.yaml")
+    with pytest.raises(UserError, match=r"c.yaml:2: extends"):
+        from_recipe(tmp_path / "c.yaml", lambda name: tmp_path / f"{name}.yaml")
