@@ -41,7 +41,8 @@ def test_auto_is_numba_on_the_cpu_warp_on_cuda_and_torch_for_what_they_do_not_co
     installed(monkeypatch, "warp")
     assert choose_backend("auto", tensor(), tensor(), family=family) == "numba"
     assert choose_backend("auto", tensor("cuda"), family=family) == "warp"
-    for odd in (tensor(dtype=torch.float64), tensor("cuda", torch.float64), tensor("cuda", torch.float16), tensor("mps")):
+    twins = (("cpu", torch.float64), ("cuda", torch.float64), ("cuda", torch.float16), ("mps", torch.float32))
+    for odd in (tensor(*of) for of in twins):
         assert choose_backend("auto", odd, family=family) == "torch"
     assert choose_backend("auto", tensor(), tensor("cuda"), family=family) == "torch"  # the op says what is wrong
     installed(monkeypatch)

@@ -41,8 +41,8 @@ def rasterise(clip: Tensor, triangles: Tensor, height: int, width: int) -> Tenso
 
     if not clip.numel() or not triangles.numel():
         return twin.rasterise(clip, triangles, height, width)
-    context = context(clip.device)
-    return dr.rasterize(context, _mirrored(clip), triangles.contiguous(), (height, width), grad_db=False)[0]
+    buffers = context(clip.device)
+    return dr.rasterize(buffers, _mirrored(clip), triangles.contiguous(), (height, width), grad_db=False)[0]
 
 
 def interpolate(attributes: Tensor, rast: Tensor, triangles: Tensor) -> Tensor:
