@@ -100,6 +100,21 @@ def test_hash_ops_in_warp_are_their_twins_at_a_hundred_sizes(device):
         compare(gradient, sloped, f"gradient {n}", skip=("points",))
 
 
+@every_device
+def test_known_features_and_a_broadcast_gradient_are_taken_as_they_are(device):
+    draw = Draw(0, device)
+    points, table = draw(300, 3, uniform=True), draw(SMALL.rows, 2)
+    known = hash_encode(points, table, SMALL, backend="warp")
+    gradients = []
+    for kwargs in ({"backend": "warp"}, {"backend": "warp", "known": known}, {"backend": "torch"}):
+        t = table.detach().requires_grad_()
+        encoded = hash_encode(points, t, SMALL, **kwargs)
+        encoded.sum().backward()  # upstream is one number, with strides of 0
+        gradients.append(t.grad)
+    assert torch.equal(gradients[0], gradients[1])
+    assert_close(gradients[0], gradients[2], "sum of features")
+
+
 def away_from_kinks(points, table, w1, b1) -> torch.Tensor:
     """The points none of whose hidden units is within rounding of zero, where the slope jumps."""
     hidden = hash_encode(points.double(), table.double(), SMALL, backend="torch") @ w1.double().T + b1.double()

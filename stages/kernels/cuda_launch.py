@@ -98,6 +98,6 @@ def _array(warp, parameter, tensor: Tensor, device: torch.device):
     if tensor.ndim - inner != wanted.ndim:
         raise ValueError(f"{name}: wanted {wanted.ndim + inner} dimensions, got shape {list(tensor.shape)}")
     try:
-        return warp.from_torch(tensor.detach(), dtype=wanted.dtype, requires_grad=False, return_ctype=True)
+        return warp.from_torch(tensor, dtype=wanted.dtype, requires_grad=False, return_ctype=True)
     except RuntimeError as error:
         raise ValueError(f"{name}: {error}") from error
