@@ -92,7 +92,7 @@ def call_sdxl(network, z, timestep, tokens, pooled, denoiser, **conditions) -> T
 
 
 def call_sd3(network, z, timestep, tokens, pooled, denoiser, **conditions) -> Tensor:
-    """Stable Diffusion 3 (arXiv 2403.03206): joint attention over image and text tokens, pooled text beside the time."""
+    """Stable Diffusion 3 (arXiv 2403.03206): joint attention over image and text tokens, pooled text with the time."""
     return network(
         hidden_states=z, timestep=timestep, encoder_hidden_states=tokens, pooled_projections=pooled, **conditions
     ).sample

@@ -67,7 +67,9 @@ class DiffusionSettings(BaseModel):
     offload: Literal["none", "blocks"] = Field(
         "none", description="blocks: the denoiser's weights wait in main memory and visit the device block by block"
     )
-    text_device: Literal["prior", "cpu"] = Field("prior", description="where prompts are embedded; cpu: slow, no memory")
+    text_device: Literal["prior", "cpu"] = Field(
+        "prior", description="where prompts are embedded; cpu: slowly, in main memory"
+    )
     channels_last: bool = Field(False, description="channels-last memory layout of the networks")
 
 
