@@ -1,7 +1,7 @@
 """Show what was measured: `python -m benchmarks.report`.
 
 python -m benchmarks.report OUT             one HTML page of a suite's folder: OUT/report.html, no network needed
-python -m benchmarks.report --markdown      the README's tables from results/pocket.jsonl and quality_<suite>.json
+python -m benchmarks.report --markdown      the README's tables from what is in results/
 python -m benchmarks.report --into FILE     the same, put between FILE's <!-- benchmarks:NAME --> marks
 """
 

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.environment import RESULTS, read_lines
+from benchmarks.kernel_tables import kernels_markdown
+from benchmarks.markdown import markdown_table, origin
 from benchmarks.summary import METRICS, shown
 from pipeline.export.files import write_whole
 
@@ -76,11 +78,6 @@ def _sentence(c: dict[str, Any], label: str, digits: int) -> str:
 # --- Markdown ---------------------------------------------------------------------------------------------------
 
 
-def markdown_table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---", *("---:" for _ in head[1:])], *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
 def pocket_markdown(line: dict[str, Any]) -> str:
     """The pocket models' table from one line of pocket.jsonl."""
     rows = []
@@ -109,7 +106,7 @@ def pocket_markdown(line: dict[str, Any]) -> str:
     s = line["settings"]
     note = (
         f"R-Precision at 1 under the pocket CLIP; {s['captions']} held-out captions, guidance {s['scale']:g}, "
-        f"{s['steps']} steps. {_origin([line['date'][:10]], [str(line['git'])])}, {line['cores']} cores."
+        f"{s['steps']} steps. {origin([line['date'][:10]], [str(line['git'])])}, {line['cores']} cores."
     )
     return markdown_table(["what", "8 views", "1 view", "candidates"], rows) + f"\n\n{note}"
 
@@ -129,12 +126,12 @@ def reference_markdown(lines: list[dict[str, Any]]) -> str:
     rows.append(["wanted", *wanted, _bound(targets.get("fine", {}), "chamfer"), "closed, manifold, 1 part", ""])
     head = ["mesh", "coarse IoU", "coarse PSNR", "fine IoU", "fine PSNR", "Chamfer", "surface", "time"]
     chosen = list(latest.values())
-    origin = _origin(*(sorted({str(line[k])[:10] for line in chosen}) for k in ("date", "git")))
+    where = origin(*(sorted({str(line[k])[:10] for line in chosen}) for k in ("date", "git")))
     floors = [line["chamfer_floor"] for line in chosen if "chamfer_floor" in line]
     note = "Silhouettes and unshaded pictures on views that training has not seen; Chamfer over the box's diagonal"
     note += f" (the truth against itself: {max(floors):.4f})" if floors else ""
     bold = "; bold misses its target" if any(line["missed"] for line in chosen) else ""
-    return markdown_table(head, rows) + f"\n\n{note}{bold}. {origin}, {chosen[-1]['cores']} cores."
+    return markdown_table(head, rows) + f"\n\n{note}{bold}. {where}, {chosen[-1]['cores']} cores."
 
 
 _DIGITS = {"iou": "{:.3f}", "psnr_db": "{:.1f} dB", "chamfer": "{:.4f}"}
@@ -188,18 +185,14 @@ def quality_markdown(
     prompts, seeds = sum(summary["prompts"].values()), max(f["seeds"] for f in summary["systems"].values())
     note = (
         f"{prompts} prompts, {seeds} seed{'s' if seeds > 1 else ''}, pocket world; 95 % bootstrap intervals. "
-        f"{_origin(summary['dates'], summary['revisions'])}, {'; '.join(summary['machines'])}."
+        f"{origin(summary['dates'], summary['revisions'])}, {'; '.join(summary['machines'])}."
     )
     said = "\n".join(f"- {text}" for text in answers(summary))
     return f"{table}\n\n{note}\n\n{said}".rstrip()
 
 
-def _origin(dates: list[str], revisions: list[str]) -> str:
-    return f"{', '.join(dates)}, revision {', '.join(r[:10] for r in revisions)}"
-
-
 def markdown_blocks(results: Path = RESULTS) -> dict[str, str]:
-    """Every table there are results for, by name: pocket, reference, and quality_<suite>."""
+    """Every table there are results for, by name: pocket, reference, kernels, and quality_<suite>."""
     blocks = {}
     lines = read_lines(results / "pocket.jsonl")
     if lines:
@@ -207,6 +200,9 @@ def markdown_blocks(results: Path = RESULTS) -> dict[str, str]:
     lines = read_lines(results / "reference.jsonl")
     if lines:
         blocks["reference"] = reference_markdown(lines)
+    lines = read_lines(results / "kernels.jsonl")
+    if lines:
+        blocks["kernels"] = kernels_markdown(lines)
     for path in sorted(results.glob("quality_*.json")):
         blocks[path.stem] = quality_markdown(json.loads(path.read_text(encoding="utf-8")))
     return blocks

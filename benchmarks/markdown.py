@@ -1,0 +1,14 @@
+"""The pieces that Markdown tables are made of."""
+
+from __future__ import annotations
+
+
+def markdown_table(head: list[str], rows: list[list[str]]) -> str:
+    """A table with its first column to the left and the others to the right."""
+    lines = [head, ["---", *("---:" for _ in head[1:])], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def origin(dates: list[str], revisions: list[str]) -> str:
+    """Where numbers come from, in a few words."""
+    return f"{', '.join(dates)}, revision {', '.join(r[:10] for r in revisions)}"
