@@ -1,9 +1,9 @@
 """The small perceptron of mlp.py in Warp: one thread a point, its input and its slope in registers.
 
 The numbers of inputs and of outputs (rounded up to 4) are constants of a module that is built for each pair on first
-use. Hidden units are a loop, so any number of them does without a module of its own. All threads read a row of the first
-layer at once, in 16-byte pieces, from L1. Inputs are read with their own strides: encodings come feature by feature
-from cuda_hashgrid.py, so a warp reads 32 neighbours.
+use. Hidden units are a loop, so any number of them does without a module of its own. All threads read a row of the
+first layer at once, in 16-byte pieces, from L1. Inputs are read with their own strides: encodings come feature by
+feature from cuda_hashgrid.py, so a warp reads 32 neighbours.
 
 The backward recomputes the hidden layer and writes it and its gradient, unit by unit. The weights' gradients are then
 matrix products of these over the points; they are left to torch, in pieces of PIECE points added in order, so that
