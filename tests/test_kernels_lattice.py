@@ -1,4 +1,6 @@
-"""Diffusion on a band: against a dense solve, positive definite, twin against numba, and its length in world units."""
+"""Diffusion on a band: a dense solve, positive definite, twin against compiled kernels, its length in world units."""
+
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -7,7 +9,7 @@ import torch
 from stages.kernels.lattice import diffuse
 from stages.mesh.tetrahedra import STRENGTH_PER_CELL, Lattice, build_band, dilate
 
-BACKENDS = ("torch", "numba")
+BACKENDS = ("torch", "numba", *(["warp"] if find_spec("warp") else []))
 
 
 @pytest.fixture(scope="module")
@@ -50,11 +52,13 @@ def test_the_cut_iteration_is_symmetric_and_positive_definite(band, strength):
 
 
 @pytest.mark.parametrize("strength", [0.5, 12.0, 150.0])
-def test_numba_and_twin_agree(band, strength):
+def test_compiled_kernels_and_twin_agree(band, strength):
     v, neighbours = values(band, 1), torch.from_numpy(band.neighbours)
-    a, b = (diffuse(v, neighbours, strength, backend=backend) for backend in BACKENDS)
-    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
-    assert torch.equal(b, diffuse(v, neighbours, strength, backend="numba"))
+    want = diffuse(v, neighbours, strength, backend="torch")
+    for backend in BACKENDS[1:]:
+        got = diffuse(v, neighbours, strength, backend=backend)
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+        assert torch.equal(got, diffuse(v, neighbours, strength, backend=backend))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -85,5 +89,7 @@ def test_bad_arguments_are_named():
     neighbours = torch.zeros(4, 14, dtype=torch.int32)
     with pytest.raises(ValueError, match="neighbours"):
         diffuse(torch.zeros(5), neighbours, 1.0)
+    with pytest.raises(ValueError, match=r"neighbours: wanted indices in \[-1, 4\), got 4 to 4"):
+        diffuse(torch.zeros(4), neighbours + 4, 1.0)
     with pytest.raises(ValueError, match="strength"):
         diffuse(torch.zeros(4), neighbours, -1.0)

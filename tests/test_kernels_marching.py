@@ -1,6 +1,7 @@
-"""Marching tetrahedra: by hand, twin against numba, gradients against float64 differences, closedness on noise."""
+"""Marching tetrahedra: by hand, twin against compiled kernels, float64 differences, closedness on noise."""
 
 import itertools
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from stages.mesh.measure import measure
 from stages.mesh.mesh import Mesh
 from stages.mesh.tetrahedra import Lattice, build_band
 
-BACKENDS = ("torch", "numba")
+BACKENDS = ("torch", "numba", *(["warp"] if find_spec("warp") else []))
 CORNERS = torch.tensor([[0.0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1]])
 EDGES = torch.tensor([[0, 1], [0, 2], [0, 3], [1, 2], [1, 3], [2, 3]], dtype=torch.int32)
 ONE = (EDGES, torch.arange(4, dtype=torch.int32)[None], torch.arange(6, dtype=torch.int32)[None])
@@ -69,7 +70,7 @@ def test_random_signs_with_exact_zeros_give_a_solid(cube, seed):
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_numba_and_twin_agree_forward_and_backward(cube, seed):
+def test_every_backend_agrees_forward_and_backward(cube, seed):
     positions, cells, _ = cube
     sdf = noise(cube, seed, zeros=0.2 * seed)
     found = []
@@ -78,18 +79,20 @@ def test_numba_and_twin_agree_forward_and_backward(cube, seed):
         v, f, edge = marching_tetrahedra(p, s, *cells, guard=0.01, backend=backend)
         (v * torch.randn(v.shape, generator=torch.Generator().manual_seed(1))).sum().backward()
         found.append((v.detach(), f, edge, p.grad, s.grad))
-    (v0, f0, e0, p0, s0), (v1, f1, e1, p1, s1) = found
-    assert torch.equal(f0, f1) and torch.equal(e0, e1)
-    torch.testing.assert_close(v0, v1, rtol=1e-6, atol=1e-7)
-    torch.testing.assert_close(p0, p1, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(s0, s1, rtol=1e-4, atol=1e-4)
+    (v0, f0, e0, p0, s0), *others = found
+    for v1, f1, e1, p1, s1 in others:
+        assert torch.equal(f0, f1) and torch.equal(e0, e1)
+        torch.testing.assert_close(v0, v1, rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(p0, p1, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(s0, s1, rtol=1e-4, atol=1e-4)
 
 
-def test_gradients_of_numba_match_float64_differences_of_the_twin(cube):
+@pytest.mark.parametrize("backend", BACKENDS[1:])
+def test_gradients_match_float64_differences_of_the_twin(cube, backend):
     positions, cells, _ = cube
     sdf = noise(cube, 5)
     p, s = positions.clone().requires_grad_(), sdf.clone().requires_grad_()
-    v, _, _ = marching_tetrahedra(p, s, *cells, guard=0.05, backend="numba")
+    v, _, _ = marching_tetrahedra(p, s, *cells, guard=0.05, backend=backend)
     weight = torch.randn(v.shape, generator=torch.Generator().manual_seed(2))
     (v * weight).sum().backward()
     p64, s64, w64 = positions.double(), sdf.double(), weight.double()
@@ -137,8 +140,10 @@ def test_edges_of_a_tetrahedron_by_hand(backend):
 def test_edges_agree_between_backends_on_noise(cube):
     positions, cells, _ = cube
     v, f, _ = marching_tetrahedra(positions, noise(cube, 3), *cells, guard=1e-3)
-    for a, b in zip(*(mesh_edges(f, len(v), backend=backend) for backend in BACKENDS)):
-        assert torch.equal(a, b) and a.dtype == b.dtype
+    want, *others = (mesh_edges(f, len(v), backend=backend) for backend in BACKENDS)
+    for found in others:
+        for a, b in zip(found, want, strict=True):
+            assert torch.equal(a, b) and a.dtype == b.dtype
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -163,6 +168,14 @@ def test_arguments_are_checked():
         marching_tetrahedra(CORNERS, sdf, *ONE, guard=0.0)
     with pytest.raises(ValueError, match="sdf: wanted shape"):
         marching_tetrahedra(CORNERS, sdf[:3], *ONE, guard=1e-3)
+    with pytest.raises(ValueError, match=r"edges: wanted indices in \[0, 4\), got 0 to 4"):
+        marching_tetrahedra(CORNERS, sdf, EDGES + (EDGES == 3), *ONE[1:], guard=1e-3)
+    with pytest.raises(ValueError, match=r"tets: wanted indices in \[0, 4\), got 1 to 4"):
+        marching_tetrahedra(CORNERS, sdf, EDGES, ONE[1] + 1, ONE[2], guard=1e-3)
+    with pytest.raises(ValueError, match=r"tet_edges: wanted indices in \[0, 6\), got -1 to 4"):
+        marching_tetrahedra(CORNERS, sdf, *ONE[:2], ONE[2] - 1, guard=1e-3)
+    with pytest.raises(ValueError, match=r"faces: wanted indices in \[0, 3\), got 0 to 3"):
+        mesh_edges(tetrahedron_faces(), 3)
     with pytest.raises(ValueError, match="backend"):
         marching_tetrahedra(CORNERS, sdf, *ONE, guard=1e-3, backend="cuda")
 

@@ -1,5 +1,7 @@
 """Rasteriser ops: worked cases, a slow ray caster, the torch twin, and finite differences."""
 
+from importlib.util import find_spec
+
 import numba
 import numpy as np
 import pytest
@@ -11,7 +13,9 @@ from stages.kernels import cpu_raster, reference_antialias, reference_raster
 from stages.kernels.raster import antialias, edge_topology, interpolate, rasterise, texture, vertex_normals
 from stages.mesh.mesh import Mesh
 
-BOTH = pytest.mark.parametrize("backend", ["numba", "torch"])
+WARP = pytest.param("warp", marks=pytest.mark.skipif(find_spec("warp") is None, reason="warp-lang is not installed"))
+FAST = pytest.mark.parametrize("backend", ["numba", WARP])
+EVERY = pytest.mark.parametrize("backend", ["numba", "torch", WARP])
 ONE = torch.tensor([[0, 1, 2]], dtype=torch.int32)
 
 
@@ -48,7 +52,7 @@ EACH = pytest.mark.parametrize("name", MESHES)
 # --- rasterise -------------------------------------------------------------------------------------------------------
 
 
-@BOTH
+@EVERY
 def test_one_triangle_covers_the_pixel_centres_inside_it_row_0_at_the_top(backend):
     clip = flat([[-1.0, 1.0], [-1.0, -1.0], [1.0, 1.0]], z=0.25)  # the upper left half
     rast = rasterise(clip, ONE, 4, 4, backend=backend)
@@ -59,7 +63,7 @@ def test_one_triangle_covers_the_pixel_centres_inside_it_row_0_at_the_top(backen
     assert rast[0, 3, 3].tolist() == [0, 0, 0, 0]
 
 
-@BOTH
+@EVERY
 def test_the_nearer_triangle_wins_and_of_equals_the_first(backend):
     corners = [[-1.0, 1.0], [-1.0, -3.0], [3.0, 1.0]]
     clip = torch.cat([flat(corners, z) for z in (0.5, -0.5, -0.5)], 1)
@@ -67,7 +71,7 @@ def test_the_nearer_triangle_wins_and_of_equals_the_first(backend):
     assert (rasterise(clip, triangles, 5, 6, backend=backend)[..., 3] == 2).all()
 
 
-@BOTH
+@EVERY
 def test_back_faces_are_drawn(backend):
     clip = flat([[-1.0, 1.0], [3.0, 1.0], [-1.0, -3.0]])
     for triangle in (ONE, ONE.flip(1)):
@@ -91,7 +95,7 @@ def cast(vertices, triangles, views, height, width):
     return torch.where(near < torch.inf, f + 1, 0), near, margin
 
 
-@BOTH
+@EVERY
 @EACH
 def test_visible_triangles_and_positions_are_those_of_a_ray_caster(name, backend):
     vertices, triangles, views = MESHES[name]
@@ -113,15 +117,16 @@ def test_visible_triangles_and_positions_are_those_of_a_ray_caster(name, backend
 
 
 @EACH
-def test_numba_gives_the_twins_pixels(name):
+@FAST
+def test_compiled_kernels_give_the_twins_pixels(name, backend):
     vertices, triangles, views = MESHES[name]
     clip = to_clip(vertices, views, 57 / 50)
-    fast, slow = (rasterise(clip, triangles, 50, 57, backend=b) for b in ("numba", "torch"))
+    fast, slow = (rasterise(clip, triangles, 50, 57, backend=b) for b in (backend, "torch"))
     assert torch.equal(fast[..., 3], slow[..., 3])
     torch.testing.assert_close(fast, slow, atol=1e-6, rtol=0)
 
 
-@BOTH
+@EVERY
 def test_no_pixel_falls_between_neighbours(backend):
     """Vertices on pixel centres, on their borders and anywhere, split under separate indices or shared."""
     g = torch.Generator().manual_seed(3)
@@ -141,7 +146,7 @@ def test_no_pixel_falls_between_neighbours(backend):
         assert (rasterise(flat(split), apart, 32, 32, backend=backend)[..., 3] > 0).all()
 
 
-@BOTH
+@EVERY
 def test_a_triangle_through_the_near_plane_is_cut_there_and_one_through_the_eye_is_left_out(backend):
     view = orbit_views([0.0], 0.0, distance=3.0, fov_deg=90.0)
     floor = torch.tensor([[-50.0, -0.5, -40.0], [50.0, -0.5, -40.0], [0.0, -0.5, 2.99]])  # to 0.01 before the eye
@@ -157,7 +162,7 @@ def test_a_triangle_through_the_near_plane_is_cut_there_and_one_through_the_eye_
     assert (rasterise(to_clip(floor, view), ONE, 64, 64, backend=backend) == 0).all()
 
 
-@BOTH
+@EVERY
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 3e38])
 def test_what_is_not_finite_or_too_far_is_left_out_and_the_rest_is_drawn(bad, backend):
     corners = flat([[-1.0, 1.0], [-1.0, -3.0], [3.0, 1.0]])
@@ -169,7 +174,7 @@ def test_what_is_not_finite_or_too_far_is_left_out_and_the_rest_is_drawn(bad, ba
         assert (rast[..., 3] == 2).all() and torch.isfinite(rast).all()
 
 
-@BOTH
+@EVERY
 def test_huge_triangles_keep_their_edges(backend):
     """A half plane whose edge runs through the image, spanned by corners a million pixels away."""
     clip = flat([[0.1 - 1e5, -1e5], [0.1 + 1e5, 1e5], [-3e5, 1e5]])  # the edge y = x - 0.1
@@ -178,14 +183,14 @@ def test_huge_triangles_keep_their_edges(backend):
     assert torch.equal(rast[0, ..., 3] == 1, y > x - 0.1)
 
 
-@BOTH
+@EVERY
 def test_degenerate_triangles_draw_nothing(backend):
     clip = flat([[-1.0, -1.0], [1.0, 1.0], [0.0, 0.0], [0.0, 0.0]])
     triangles = torch.tensor([[0, 1, 2], [2, 3, 2], [0, 0, 0], [0, 1, 1]], dtype=torch.int32)
     assert (rasterise(clip, triangles, 8, 8, backend=backend) == 0).all()
 
 
-@BOTH
+@EVERY
 def test_empty_input_gives_empty_images(backend):
     none = torch.zeros(0, 3, dtype=torch.int32)
     for clip in (torch.zeros(2, 0, 4), flat([[0.0, 0.0]]).expand(2, 1, 4)):
@@ -202,7 +207,7 @@ def test_empty_input_gives_empty_images(backend):
     assert antialias(colour, no_views, torch.zeros(0, 3, 4), ONE, topology, backend=backend).shape == (0, 3, 5, 3)
 
 
-@BOTH
+@EVERY
 def test_tensors_need_not_be_contiguous(backend):
     vertices, triangles, views = MESHES["sphere"]
     clip = to_clip(vertices, views)
@@ -246,6 +251,8 @@ def test_wrong_arguments_are_refused_by_name():
         interpolate(torch.zeros(2, 3, 1), rast, ONE)
     with pytest.raises(ValueError, match="topology: wanted shape"):
         antialias(torch.zeros(1, 4, 4, 3), rast, clip, ONE, torch.zeros(2, 3, dtype=torch.int32))
+    with pytest.raises(ValueError, match=r"topology: wanted indices in \[-1, 3\), got 3 to 3"):
+        antialias(torch.zeros(1, 4, 4, 3), rast, clip, ONE, torch.full((1, 3), 3, dtype=torch.int32))
     with pytest.raises(ValueError, match="image: wanted at least one texel"):
         texture(torch.zeros(0, 4, 3), torch.zeros(5, 2))
     with pytest.raises(ValueError, match=r"uv: wanted shape \[5, 2\], got \[5, 3\]"):
@@ -287,9 +294,10 @@ def gradients(name, backend, size=(50, 57)):
 
 
 @EACH
-def test_numba_gives_the_twins_gradients(name):
-    """The whole chain; the antialiasing kernel walks edges and the twin pixel pairs, so this compares two ways."""
-    fast, slow = gradients(name, "numba"), gradients(name, "torch")
+@FAST
+def test_compiled_kernels_give_the_twins_gradients(name, backend):
+    """The whole chain; numba's antialiasing walks edges and the twin's pixel pairs, so this compares two ways."""
+    fast, slow = gradients(name, backend), gradients(name, "torch")
     assert torch.equal(fast[1], slow[1])
     torch.testing.assert_close(fast[0], slow[0], atol=1e-6, rtol=0)
     for got, want in zip(fast[2], slow[2], strict=True):
@@ -303,13 +311,14 @@ def test_attributes_per_view_get_gradients_per_view():
     attributes = torch.rand(2, len(vertices), 3)
     weight = torch.randn(2, 20, 20, 3)
     grads = {}
-    for backend in ("numba", "torch"):
+    for backend in ("numba", "torch", *(["warp"] if find_spec("warp") else [])):
         leaf = attributes.clone().requires_grad_()
         out = interpolate(leaf, rast, triangles, backend=backend)
         torch.testing.assert_close(out[1], interpolate(attributes[1], rast[1:], triangles, backend=backend)[0])
         grads[backend] = torch.autograd.grad((out * weight).sum(), (leaf, rast))
-    for got, want in zip(*grads.values(), strict=True):
-        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+    for found in grads.values():
+        for got, want in zip(found, grads["torch"], strict=True):
+            torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
 
 
 def test_bytes_do_not_depend_on_runs_or_threads():
@@ -339,7 +348,7 @@ def coverage(points, triangles, height, width, backend, z=0.0):
     return antialias(mask, rast, clip, triangles, topology, backend=backend)[0, ..., 0]
 
 
-@BOTH
+@EVERY
 @pytest.mark.parametrize("edge", [2.1, 2.3, 2.5, 2.7, 2.95])
 def test_an_upright_or_level_edge_covers_its_share_of_each_pixel(edge, backend):
     x = edge / 2 - 1  # in an image of 4 x 4 pixels
@@ -350,7 +359,7 @@ def test_an_upright_or_level_edge_covers_its_share_of_each_pixel(edge, backend):
     torch.testing.assert_close(got, torch.tensor([1.0, 1.0, edge - 2, 0.0])[:, None].expand(4, 4), atol=1e-5, rtol=0)
 
 
-@BOTH
+@EVERY
 @pytest.mark.parametrize("angle", [10.0, 40.0, 50.0, 80.0, 130.0, 250.0])
 def test_a_slanted_half_plane_has_its_exact_area(angle, backend):
     c, s = np.cos(np.radians(angle)), np.sin(np.radians(angle))
@@ -360,7 +369,7 @@ def test_a_slanted_half_plane_has_its_exact_area(angle, backend):
     assert abs(got - fine) < 0.004  # what crosses the image border is not seen
 
 
-@BOTH
+@EVERY
 def test_edges_inside_a_surface_are_left_alone(backend):
     wall = torch.tensor([[-9.0, -9.0], [0.1, -9.0], [9.0, -9.0], [9.0, 9.0], [0.3, 9.0], [-9.0, 9.0]])
     triangles = torch.tensor([[0, 1, 4], [0, 4, 5], [1, 2, 3], [1, 3, 4]], dtype=torch.int32)
@@ -378,7 +387,7 @@ def test_edges_inside_a_surface_are_left_alone(backend):
     assert not torch.equal(antialias(colour, rast, clip, triangles, apart, backend=backend), colour)
 
 
-@BOTH
+@EVERY
 def test_a_hidden_silhouette_changes_nothing_and_one_before_a_surface_blends_with_it(backend):
     small = [[-0.43, -0.43], [0.43, -0.43], [0.43, 0.43], [-0.43, 0.43]]
     wide = [[-9.0, -9.0], [9.0, -9.0], [9.0, 9.0], [-9.0, 9.0]]
@@ -455,7 +464,7 @@ def test_antialiasing_takes_nine_tenths_of_the_coverage_error_away():
     assert (soft - want).abs().sum() < 0.15 * (hard - want).abs().sum()
 
 
-@BOTH
+@EVERY
 def test_topology_pairs_the_half_edges_of_closed_meshes_and_marks_borders_and_fins(backend):
     vertices, triangles = sphere(2)
     topology = edge_topology(triangles, len(vertices), backend=backend).long()
@@ -473,7 +482,7 @@ def test_topology_pairs_the_half_edges_of_closed_meshes_and_marks_borders_and_fi
 # --- texture and vertex normals --------------------------------------------------------------------------------------
 
 
-@BOTH
+@EVERY
 def test_texture_blends_texels_v_up_and_clamps(backend):
     image = torch.tensor([[[0.0], [1.0]], [[2.0], [3.0]]])  # row 0 at the top
     uv = torch.tensor([[0.25, 0.75], [0.75, 0.25], [0.5, 0.5], [0.5, 0.75], [-5.0, 9.0], [7.0, -1.0]])
@@ -483,7 +492,7 @@ def test_texture_blends_texels_v_up_and_clamps(backend):
     assert texture(image[:1, :1], uv, backend=backend)[:, 0].tolist() == [0] * 6
 
 
-@BOTH
+@EVERY
 def test_texture_is_that_of_grid_sample(backend):
     g = torch.Generator().manual_seed(0)
     image, uv = torch.rand(7, 5, 3, generator=g), torch.rand(2, 30, 4, 2, generator=g) * 1.4 - 0.2
@@ -507,7 +516,7 @@ def test_texture_gradients_match_finite_differences_and_the_twin():
         torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
 
 
-@BOTH
+@EVERY
 def test_vertex_normals_are_area_weighted_and_guarded(backend):
     vertices, triangles = sphere(2)
     got = vertex_normals(vertices, triangles, backend=backend)

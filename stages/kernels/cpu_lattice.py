@@ -133,9 +133,14 @@ def _laplace(neighbours, x, scale, out):
             out[i] = x[i] + scale * (np.float32(degree) * x[i] - total)
 
 
-@njit(cache=True, nogil=True)
-def diffuse(neighbours, values, scale, coefficients, theta):
+def diffuse(neighbours, values, scale: float, pairs: list[tuple[float, float]], theta: float):
     """Chebyshev iteration for (I + scale (D - A)) x = values from x = 0; see reference_lattice.diffuse."""
+    coefficients = np.array(pairs, dtype=np.float32).reshape(-1, 2)
+    return _diffuse(neighbours, values, np.float32(scale), coefficients, np.float32(theta))
+
+
+@njit(cache=True, nogil=True)
+def _diffuse(neighbours, values, scale, coefficients, theta):
     x = np.zeros_like(values)
     residual = values.copy()
     step = values / theta

@@ -186,7 +186,7 @@ def _share(task, tasks, batch, height):
 def _reduce(private, out):
     """out [O, V, C] = sums of private [P, V, C] in order, P / O of them each."""
     owners, vertices, channels = out.shape
-    each = private.shape[0] // owners
+    each = private.shape[0] // max(owners, 1)
     for v in prange(vertices):
         for o in range(owners):
             for k in range(channels):

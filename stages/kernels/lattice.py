@@ -8,6 +8,8 @@ from torch import Tensor
 from stages.errors import check_shape
 from stages.kernels import reference_lattice
 from stages.kernels.backend import choose_backend
+from stages.kernels.compiled import run
+from stages.kernels.indices import check_indices
 
 
 def diffuse(
@@ -16,14 +18,15 @@ def diffuse(
     """Solve (I + strength (D - A) / K) x = values approximately: D degrees, A adjacency of the graph.
 
     As a preconditioner it turns a gradient at scattered vertices into a smooth displacement (Nicolet et al. 2021,
-    "Large steps in inverse rendering of geometry", eq. 10). The Chebyshev iteration is cut when no eigenvector is off by more
-    than `tolerance`, so the result is a symmetric positive definite function of the values: a descent direction stays
-    one.
+    "Large steps in inverse rendering of geometry", eq. 10). The Chebyshev iteration is cut when no eigenvector
+    is off by more than `tolerance`, so the result is a symmetric positive definite function of the values: a descent
+    direction stays one.
 
     Args:
         values: [N]. neighbours: [N, K] int32, -1 where there is none; if i lists j, then j lists i.
         strength: >= 0, the squared smoothing length over that of the lattice; 0 returns the values.
     Returns: [N]. Not differentiable.
+    Raises: ValueError naming argument, wanted and got.
     """
     check_shape("values", values, (None,))
     check_shape("neighbours", neighbours, (values.shape[0], None))
@@ -31,14 +34,9 @@ def diffuse(
         raise ValueError(f"strength, tolerance: wanted >= 0 and in (0, 1), got {strength} and {tolerance}")
     if strength == 0:
         return values.detach().clone()
-    if choose_backend(backend, values, family="marching") == "torch":
+    check_indices("neighbours", neighbours, len(values), start=-1)
+    chosen = choose_backend(backend, values, family="marching")
+    if chosen == "torch":
         return reference_lattice.diffuse(values.detach(), neighbours, strength, tolerance)
-    import numpy as np
-
-    from stages.kernels import cpu_lattice
-
     pairs, theta = reference_lattice.chebyshev(strength, tolerance)
-    coefficients = np.array(pairs, dtype=np.float32).reshape(-1, 2)
-    scale = np.float32(strength / neighbours.shape[1])
-    arrays = [x.detach().contiguous().numpy() for x in (neighbours, values)]
-    return torch.from_numpy(cpu_lattice.diffuse(*arrays, scale, coefficients, np.float32(theta)))
+    return run(chosen, "lattice", "diffuse", neighbours.int(), values, strength / neighbours.shape[1], pairs, theta)

@@ -11,6 +11,8 @@ from torch import Tensor
 from stages.errors import check_shape
 from stages.kernels import reference_marching
 from stages.kernels.backend import choose_backend
+from stages.kernels.compiled import run
+from stages.kernels.indices import check_indices, vouch
 
 
 def marching_tetrahedra(
@@ -37,6 +39,7 @@ def marching_tetrahedra(
         backend: a key of stages.kernels.backend.BACKENDS.
     Returns: vertices [V, 3], faces [F, 3] int32 counter-clockwise from outside, and the lattice edge [V] int32 of each
         vertex, ascending. Differentiable in positions and sdf. Not differentiable in: faces, that is in topology.
+    Raises: ValueError naming argument, wanted and got.
     """
     check_shape("positions", positions, (None, 3))
     check_shape("sdf", sdf, (positions.shape[0],))
@@ -45,9 +48,14 @@ def marching_tetrahedra(
     check_shape("tet_edges", tet_edges, (tets.shape[0], 6))
     if not guard > 0:
         raise ValueError(f"guard: wanted > 0, got {guard}")
+    check_indices("edges", edges, len(sdf))
+    check_indices("tets", tets, len(sdf))
+    check_indices("tet_edges", tet_edges, len(edges))
     chosen = choose_backend(backend, positions, sdf, family="marching", adaptor=True)
-    if chosen == "numba":
-        return _March.apply(positions, sdf, edges, tets, tet_edges, guard)
+    if chosen in ("numba", "warp"):
+        arguments = (positions, sdf, edges.int(), tets.int(), tet_edges.int(), guard, chosen)
+        vertices, faces, crossing = _March.apply(*arguments)
+        return vertices, vouch(faces, 0, len(vertices) - 1), crossing
     if chosen == "kaolin":
         from stages.kernels import adaptor_kaolin
 
@@ -65,36 +73,28 @@ def mesh_edges(faces: Tensor, vertices: int, *, backend: str = "auto") -> tuple[
     Raises: ValueError unless every edge has exactly two half edges of opposite direction.
     """
     check_shape("faces", faces, (None, 3))
-    if choose_backend(backend, torch.empty(0, device=faces.device), family="marching") == "torch":
+    check_indices("faces", faces, vertices)
+    chosen = choose_backend(backend, torch.empty(0, device=faces.device), family="marching")
+    if chosen == "torch":
         return reference_marching.mesh_edges(faces, vertices)
-    from stages.kernels import cpu_marching
-
-    found = cpu_marching.mesh_edges(faces.int().contiguous().numpy(), vertices)
+    found = run(chosen, "marching", "mesh_edges", faces.int(), vertices)
     if found is None:
         raise ValueError("faces: wanted a closed oriented surface, got an edge without exactly two opposite half edges")
-    return torch.from_numpy(found[0]), torch.from_numpy(found[1])
+    return found
 
 
 class _March(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, positions, sdf, edges, tets, tet_edges, guard):
-        from stages.kernels import cpu_marching
-
-        arrays = [x.detach().contiguous().numpy() for x in (positions, sdf)]
-        arrays += [x.int().contiguous().numpy() for x in (edges, tets, tet_edges)]
-        vertices, faces, crossing = (torch.from_numpy(x) for x in cpu_marching.march(*arrays, guard))
+    def forward(ctx, positions, sdf, edges, tets, tet_edges, guard, backend):
+        arguments = (positions, sdf, edges, tets, tet_edges, guard)
+        vertices, faces, crossing = run(backend, "marching", "march", *arguments)
         ctx.save_for_backward(positions, sdf, edges, crossing)
-        ctx.guard = guard
+        ctx.guard, ctx.backend = guard, backend
         ctx.mark_non_differentiable(faces, crossing)
         return vertices, faces, crossing
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad, *_):
-        from stages.kernels import cpu_marching
-
-        positions, sdf, edges, crossing = ctx.saved_tensors
-        arrays = [x.detach().contiguous().numpy() for x in (positions, sdf)]
-        arrays += [x.int().contiguous().numpy() for x in (edges, crossing)]
-        grads = cpu_marching.crossing_backward(*arrays, ctx.guard, grad.contiguous().numpy())
-        return *(torch.from_numpy(g) for g in grads), None, None, None, None
+        grads = run(ctx.backend, "marching", "crossing_backward", *ctx.saved_tensors, ctx.guard, grad)
+        return *grads, None, None, None, None, None

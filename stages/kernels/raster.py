@@ -14,6 +14,8 @@ from stages.errors import check_shape
 from stages.kernels import reference_antialias
 from stages.kernels import reference_raster as twin
 from stages.kernels.backend import choose_backend
+from stages.kernels.compiled import run
+from stages.kernels.indices import check_indices, vouch
 
 TRIANGLES_MAX = 1 << 24  # ids travel as float32, exact up to here
 
@@ -43,7 +45,7 @@ def rasterise(clip: Tensor, triangles: Tensor, height: int, width: int, *, backe
         from stages.kernels import adaptor_nvdiffrast
 
         return adaptor_nvdiffrast.rasterise(clip, triangles, height, width)
-    return _Rasterise.apply(clip, triangles, height, width)
+    return _Rasterise.apply(clip, triangles, height, width, chosen)
 
 
 def interpolate(attributes: Tensor, rast: Tensor, triangles: Tensor, *, backend: str = "auto") -> Tensor:
@@ -67,7 +69,7 @@ def interpolate(attributes: Tensor, rast: Tensor, triangles: Tensor, *, backend:
         from stages.kernels import adaptor_nvdiffrast
 
         return adaptor_nvdiffrast.interpolate(batched, rast, triangles)
-    return _Interpolate.apply(batched, rast, triangles)
+    return _Interpolate.apply(batched, rast, triangles, chosen)
 
 
 def edge_topology(triangles: Tensor, vertices: int, *, backend: str = "auto") -> Tensor:
@@ -79,11 +81,10 @@ def edge_topology(triangles: Tensor, vertices: int, *, backend: str = "auto") ->
         than one shares the edge. Vertices at one place under two indices are two vertices.
     """
     _check_triangles(triangles, vertices)
-    if choose_backend(backend, triangles.new_empty(0, dtype=torch.float32), family="raster") == "torch":
+    chosen = choose_backend(backend, triangles.new_empty(0, dtype=torch.float32), family="raster")
+    if chosen == "torch":
         return reference_antialias.edge_topology(triangles, vertices)
-    from stages.kernels import cpu_antialias
-
-    return torch.from_numpy(cpu_antialias.edge_topology(_array(triangles), vertices))
+    return vouch(run(chosen, "antialias", "edge_topology", triangles, vertices), -1, 3 * len(triangles) - 1)
 
 
 def antialias(
@@ -114,6 +115,7 @@ def antialias(
     _check_triangles(triangles, vertices)
     if topology.dtype != torch.int32:
         raise ValueError(f"topology: wanted dtype int32, got {str(topology.dtype).removeprefix('torch.')}")
+    check_indices("topology", topology, 3 * len(triangles), start=-1)
     chosen = choose_backend(backend, colour, rast, clip, family="raster", adaptor=True)
     if chosen == "torch":
         return reference_antialias.antialias(colour, rast, clip, triangles, topology)
@@ -121,7 +123,7 @@ def antialias(
         from stages.kernels import adaptor_nvdiffrast
 
         return adaptor_nvdiffrast.antialias(colour, rast, clip, triangles)
-    return _Antialias.apply(colour, rast, clip, triangles, topology)
+    return _Antialias.apply(colour, rast, clip, triangles, topology, chosen)
 
 
 def texture(image: Tensor, uv: Tensor, *, backend: str = "auto") -> Tensor:
@@ -145,7 +147,7 @@ def texture(image: Tensor, uv: Tensor, *, backend: str = "auto") -> Tensor:
         from stages.kernels import adaptor_nvdiffrast
 
         return adaptor_nvdiffrast.texture(image, uv)
-    return _Texture.apply(image, uv.reshape(-1, 2)).reshape(*uv.shape[:-1], image.shape[2])
+    return _Texture.apply(image, uv.reshape(-1, 2), chosen).reshape(*uv.shape[:-1], image.shape[2])
 
 
 def vertex_normals(vertices: Tensor, triangles: Tensor, *, backend: str = "auto") -> Tensor:
@@ -158,9 +160,10 @@ def vertex_normals(vertices: Tensor, triangles: Tensor, *, backend: str = "auto"
     check_shape("vertices", vertices, (None, 3))
     _check_float("vertices", vertices)
     _check_triangles(triangles, len(vertices))
-    if choose_backend(backend, vertices, family="raster") == "torch":
+    chosen = choose_backend(backend, vertices, family="raster")
+    if chosen == "torch":
         return twin.vertex_normals(vertices, triangles)
-    return _VertexNormals.apply(vertices, triangles)
+    return _VertexNormals.apply(vertices, triangles, chosen)
 
 
 def _check_triangles(triangles: Tensor, vertices: int) -> None:
@@ -169,10 +172,7 @@ def _check_triangles(triangles: Tensor, vertices: int) -> None:
         raise ValueError(f"triangles: wanted dtype int32, got {str(triangles.dtype).removeprefix('torch.')}")
     if len(triangles) >= TRIANGLES_MAX:
         raise ValueError(f"triangles: wanted fewer than {TRIANGLES_MAX}, got {len(triangles)}")
-    if len(triangles):
-        low, high = (int(t) for t in torch.aminmax(triangles))
-        if low < 0 or high >= vertices:
-            raise ValueError(f"triangles: wanted indices in [0, {vertices}), got {low} to {high}")
+    check_indices("triangles", triangles, vertices)
 
 
 def _check_float(name: str, tensor: Tensor) -> None:
@@ -181,100 +181,82 @@ def _check_float(name: str, tensor: Tensor) -> None:
         raise ValueError(f"{name}: wanted dtype float32 (or float64 with the torch backend), got {got}")
 
 
-def _array(tensor: Tensor):
-    return tensor.detach().contiguous().numpy()
-
-
 class _Rasterise(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, clip, triangles, height, width):
-        from stages.kernels import cpu_raster
-
-        rast = torch.empty(clip.shape[0], height, width, 4)
-        cpu_raster.rasterise_forward(_array(clip), _array(triangles), rast.numpy())
+    def forward(ctx, clip, triangles, height, width, backend):
+        rast = clip.new_empty(clip.shape[0], height, width, 4)
+        run(backend, "raster", "rasterise_forward", clip, triangles, rast)
         ctx.save_for_backward(clip, triangles, rast)
+        ctx.backend = backend
         return rast
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        from stages.kernels import cpu_raster
-
-        clip, triangles, rast = (_array(t) for t in ctx.saved_tensors)
-        return torch.from_numpy(cpu_raster.rasterise_backward(clip, triangles, rast, _array(grad))), None, None, None
+        return run(ctx.backend, "raster", "rasterise_backward", *ctx.saved_tensors, grad), None, None, None, None
 
 
 class _Interpolate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, attributes, rast, triangles):
-        from stages.kernels import cpu_raster
-
-        out = torch.empty(*rast.shape[:3], attributes.shape[-1])
-        cpu_raster.interpolate_forward(_array(attributes), _array(rast), _array(triangles), out.numpy())
+    def forward(ctx, attributes, rast, triangles, backend):
+        out = attributes.new_empty(*rast.shape[:3], attributes.shape[-1])
+        run(backend, "raster", "interpolate_forward", attributes, rast, triangles, out)
         ctx.save_for_backward(attributes, rast, triangles)
+        ctx.backend = backend
         return out
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        from stages.kernels import cpu_raster
-
-        attributes, rast, triangles = (_array(t) for t in ctx.saved_tensors)
-        grads = cpu_raster.interpolate_backward(attributes, rast, triangles, _array(grad))
-        return *(torch.from_numpy(g) for g in grads), None
+        return *run(ctx.backend, "raster", "interpolate_backward", *ctx.saved_tensors, grad), None, None
 
 
 class _Antialias(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, colour, rast, clip, triangles, topology):
-        from stages.kernels import cpu_antialias
-
-        arrays = (_array(t) for t in (colour, rast, clip, triangles, topology))
-        out, ctx.crossings = cpu_antialias.antialias_forward(*arrays)
+    def forward(ctx, colour, rast, clip, triangles, topology, backend):
+        tensors = (colour, rast, clip, triangles, topology)
+        out, ctx.crossings = run(backend, "antialias", "antialias_forward", *tensors)
         ctx.save_for_backward(colour, clip)
-        return torch.from_numpy(out)
+        ctx.backend = backend
+        return out
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        from stages.kernels import cpu_antialias
-
-        colour, clip = (_array(t) for t in ctx.saved_tensors)
-        grads = cpu_antialias.antialias_backward(colour, clip, ctx.crossings, _array(grad))
-        grad_colour, grad_clip = (torch.from_numpy(g) for g in grads)
-        return grad_colour, None, grad_clip, None, None
+        arguments = (*ctx.saved_tensors, ctx.crossings, grad)
+        grad_colour, grad_clip = run(ctx.backend, "antialias", "antialias_backward", *arguments)
+        return grad_colour, None, grad_clip, None, None, None
 
 
 class _Texture(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, image, uv):
-        from stages.kernels import cpu_texture
-
-        out = torch.empty(len(uv), image.shape[2])
-        cpu_texture.texture_forward(_array(image), _array(uv), out.numpy())
+    def forward(ctx, image, uv, backend):
+        out = image.new_empty(len(uv), image.shape[2])
+        run(backend, "texture", "texture_forward", image, uv, out)
         ctx.save_for_backward(image, uv)
+        ctx.backend = backend
         return out
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        from stages.kernels import cpu_texture
-
-        image, uv = (_array(t) for t in ctx.saved_tensors)
-        return tuple(torch.from_numpy(g) for g in cpu_texture.texture_backward(image, uv, _array(grad)))
+        return *run(ctx.backend, "texture", "texture_backward", *ctx.saved_tensors, grad), None
 
 
 class _VertexNormals(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, vertices, triangles):
-        from stages.kernels import cpu_normals
-
-        normals, length = torch.empty(len(vertices), 3), torch.empty(len(vertices), dtype=torch.float64)
-        cpu_normals.normals_forward(_array(vertices), _array(triangles), normals.numpy(), length.numpy())
+    def forward(ctx, vertices, triangles, backend):
+        normals = vertices.new_empty(len(vertices), 3)
+        length = vertices.new_empty(len(vertices), dtype=torch.float64)
+        run(backend, "normals", "normals_forward", vertices, triangles, normals, length)
         ctx.save_for_backward(vertices, triangles, normals, length)
+        ctx.backend = backend
         return normals
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        from stages.kernels import cpu_normals
-
-        vertices, triangles, normals, length = (_array(t) for t in ctx.saved_tensors)
-        out = torch.zeros(vertices.shape, dtype=torch.float64)
-        cpu_normals.normals_backward(vertices, triangles, normals, length, _array(grad), out.numpy())
-        return out.float(), None
+        vertices = ctx.saved_tensors[0]
+        out = torch.zeros_like(vertices, dtype=torch.float64, memory_format=torch.contiguous_format)
+        run(ctx.backend, "normals", "normals_backward", *ctx.saved_tensors, grad, out)
+        return out.float(), None, None

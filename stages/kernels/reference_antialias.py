@@ -50,7 +50,9 @@ def crossings(clip: Tensor, rast: Tensor, triangles: Tensor, opposite: Tensor) -
     The weight is how far the crossing lies beyond the border between the two pixels, towards the second.
     """
     height, width, _ = rast.shape
-    points, drawable = screen(clip.double(), height, width)
+    drawable = screen(clip.detach().double(), height, width)[1]
+    kept = torch.where(drawable[:, None], clip.double(), 1.0)  # what is not finite would send back nan, not nothing
+    points, _ = screen(kept, height, width)
     edge = silhouettes(points.detach(), drawable, triangles, opposite)
     found = [_walk(points, edge, rast, triangles.long(), opposite.long(), axis) for axis in (0, 1)]
     return tuple(torch.cat(parts) for parts in zip(*found, strict=True))

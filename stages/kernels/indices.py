@@ -1,0 +1,42 @@
+"""Range checks of index tensors, each tensor looked at once: a look at CUDA memory would wait for the device."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+_seen = WeakIdKeyDictionary()  # tensor -> (its version, lowest, highest)
+
+
+def extent(tensor: Tensor) -> tuple[int, int]:
+    """Lowest and highest value of a tensor that is not empty, or bounds that somebody vouched for.
+
+    Waits for the device the first time and after torch changed the tensor in place (not after a change through numpy or
+    `.data`, which torch does not count); a tensor made in inference mode is looked at every time.
+    """
+    version = None if tensor.is_inference() else tensor._version
+    known = _seen.get(tensor)
+    if version is None or known is None or known[0] != version:
+        low, high = torch.stack(torch.aminmax(tensor)).tolist()
+        known = (version, low, high)
+        if version is not None:
+            _seen[tensor] = known
+    return known[1:]
+
+
+def vouch(tensor: Tensor, low: int, high: int) -> Tensor:
+    """The tensor, whose values are known to lie in [low, high] by the way it was made: nobody has to look at it."""
+    if not tensor.is_inference():
+        _seen[tensor] = (tensor._version, low, high)
+    return tensor
+
+
+def check_indices(name: str, tensor: Tensor, stop: int, start: int = 0) -> None:
+    """Raise ValueError naming argument, wanted and got unless all values are whole numbers in [start, stop)."""
+    if tensor.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"{name}: wanted dtype int32, got {str(tensor.dtype).removeprefix('torch.')}")
+    if tensor.numel():
+        low, high = extent(tensor)
+        if low < start or high >= stop:
+            raise ValueError(f"{name}: wanted indices in [{start}, {stop}), got {low} to {high}")

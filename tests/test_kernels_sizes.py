@@ -1,0 +1,284 @@
+"""Every mesh kernel on a hundred random inputs of every size, against its plain-torch twin, forward and backward.
+
+Of each ten inputs one is empty, one a single triangle, one degenerate, one huge, one behind the eye, one not finite and
+one not contiguous, in the ways that the op knows. The backends are numba and Warp, on Warp's CPU device and on CUDA.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+
+import pytest
+import torch
+from torch import Tensor
+
+from stages.kernels.lattice import diffuse
+from stages.kernels.marching import marching_tetrahedra, mesh_edges
+from stages.kernels.raster import antialias, edge_topology, interpolate, rasterise, texture, vertex_normals
+
+SIZES = range(100)
+KINDS = ("empty", "one", "degenerate", "huge", "behind", "broken", "strided", "plain", "plain", "plain")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call: op(*leaves, *rest, **options); gradients go to the leaves."""
+
+    op: Callable
+    leaves: tuple[Tensor, ...]
+    rest: tuple = ()
+    options: tuple[tuple[str, object], ...] = ()
+    strided: bool = False
+
+    def __call__(self, leaves: tuple[Tensor, ...], backend: str, device: str) -> tuple[Tensor, ...]:
+        rest = tuple(self.laid(t.to(device)) if isinstance(t, Tensor) else t for t in self.rest)
+        out = self.op(*(self.laid(leaf) for leaf in leaves), *rest, backend=backend, **dict(self.options))
+        return out if isinstance(out, tuple) else (out,)
+
+    def laid(self, tensor: Tensor) -> Tensor:
+        """The tensor, with gaps between its values where the case is about that."""
+        return torch.stack([tensor, tensor], -1)[..., 0] if self.strided else tensor
+
+
+def random(seed: int) -> tuple[torch.Generator, str, Callable[[int, int], int]]:
+    g = torch.Generator().manual_seed(seed)
+    return g, KINDS[seed % len(KINDS)], lambda low, high: int(torch.randint(low, high + 1, (), generator=g))
+
+
+def soup(seed: int) -> tuple[Tensor, Tensor, int, int]:
+    """clip [B, V, 4], triangles [F, 3], height, width."""
+    g, kind, pick = random(seed)
+    views, height, width = pick(1, 3), pick(1, 24), pick(1, 24)
+    count = {"empty": 0, "one": 1}.get(kind, pick(2, 40))
+    vertices = pick(3, 30)
+    clip = torch.randn(views, vertices, 4, generator=g)
+    clip[..., 3] = 1.0 + 2.0 * torch.rand(views, vertices, generator=g)
+    triangles = torch.randint(0, vertices, (count, 3), generator=g).int()
+    sets = [frozenset(t) for t in triangles.tolist()]  # of two triangles with the same corners, rounding picks one
+    triangles = triangles[[n for n, corners in enumerate(sets) if corners not in sets[:n]]]
+    if kind == "one":
+        triangles = torch.tensor([[0, 1, 2]], dtype=torch.int32)
+    if kind == "empty" and seed % 20 == 0:
+        clip = clip[:0]
+    if kind == "degenerate":
+        triangles[::2, 1] = triangles[::2, 0]  # two corners at one vertex
+        clip[:, : vertices // 2, :2] = clip[:, :1, :2]  # several vertices at one place
+    if kind == "huge":
+        clip[..., :2] *= 10.0 ** torch.randint(2, 6, (views, vertices, 1), generator=g)
+    if kind == "behind":
+        clip[..., 3] = torch.randn(views, vertices, generator=g)
+    if kind == "broken":
+        at = torch.randint(0, vertices, (3,), generator=g)
+        clip[:, at, torch.tensor([0, 1, 3])] = torch.tensor([torch.nan, torch.inf, -torch.inf])
+    return clip, triangles, height, width
+
+
+def case_of_rasterise(seed: int) -> Case:
+    clip, triangles, height, width = soup(seed)
+    return Case(rasterise, (clip,), (triangles, height, width))
+
+
+def case_of_interpolate(seed: int) -> Case:
+    g, kind, pick = random(seed)
+    clip, triangles, height, width = soup(seed)
+    rast = rasterise(clip, triangles, height, width, backend="torch").detach()
+    shape = (clip.shape[1], pick(1, 5)) if seed % 3 else (*clip.shape[:2], pick(1, 5))
+    attributes = torch.randn(shape, generator=g) * (1e6 if kind == "huge" else 1)
+    return Case(interpolate, (attributes, rast), (triangles,))
+
+
+def case_of_antialias(seed: int) -> Case:
+    g, _, pick = random(seed)
+    clip, triangles, height, width = soup(seed)
+    if seed % 2:  # a fan, so that edges have two triangles and the walk goes on beyond the first
+        n = torch.arange(min(len(triangles), clip.shape[1] - 2), dtype=torch.int32)
+        triangles = torch.stack([0 * n, n + 1, n + 2], 1)
+    rast = rasterise(clip, triangles, height, width, backend="torch").detach()
+    colour = torch.rand(*rast.shape[:3], pick(1, 5), generator=g)
+    topology = edge_topology(triangles, clip.shape[1], backend="torch")
+    return Case(lambda c, p, *rest, backend: antialias(c, rest[0], p, *rest[1:], backend=backend), (colour, clip),
+                (rast, triangles, topology))  # fmt: skip
+
+
+def case_of_texture(seed: int) -> Case:
+    g, kind, pick = random(seed)
+    count = {"empty": 0, "one": 1}.get(kind, pick(2, 30))
+    image = torch.rand(pick(1, 9), pick(1, 9), pick(1, 5), generator=g)
+    uv = torch.rand(count, 2, generator=g) * 1.6 - 0.3
+    if kind == "huge":
+        uv *= 1e8
+    if kind == "broken":
+        uv[0], uv[1] = torch.nan, torch.inf
+    if kind == "degenerate":
+        uv[:] = uv[:1]  # every look-up in one place
+    return Case(texture, (image, uv))
+
+
+def case_of_normals(seed: int) -> Case:
+    clip, triangles, _, _ = soup(seed)
+    if KINDS[seed % len(KINDS)] == "huge":  # without slivers, whose rounding is a direction at this size
+        triangles = triangles.sort(1)[0].unique(dim=0)
+        triangles = triangles[(triangles[:, :-1] != triangles[:, 1:]).all(1)]
+    vertices = clip[0, :, :3] if len(clip) else torch.zeros(0, 3)
+    return Case(vertex_normals, (vertices.nan_to_num(0.0, 0.0, 0.0).contiguous(),), (triangles,))
+
+
+def case_of_marching(seed: int) -> Case:
+    g, kind, pick = random(seed)
+    n, count = pick(4, 20), {"empty": 0, "one": 1}.get(kind, pick(2, 40))
+    positions, sdf = torch.randn(n, 3, generator=g), torch.randn(n, generator=g)
+    drawn = [torch.randperm(n, generator=g)[:4] for _ in range(count)]
+    tets = torch.stack(drawn) if drawn else torch.zeros(0, 4, dtype=torch.long)
+    pairs = torch.stack([tets[:, [a, b]] for a, b in ((0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3))], 1)  # [T, 6, 2]
+    edges, number = pairs.sort(-1)[0].reshape(-1, 2).unique(dim=0, return_inverse=True)
+    if kind == "degenerate":
+        sdf[:: pick(1, 3)] = 0.0
+    if kind == "huge":
+        positions, sdf = positions * 1e6, sdf * 1e6
+    integers = (edges.int(), tets.int(), number.reshape(-1, 6).int())
+    return Case(marching_tetrahedra, (positions, sdf), integers, (("guard", 0.01),))
+
+
+def case_of_topology(seed: int) -> Case:
+    clip, triangles, _, _ = soup(seed)
+    return Case(edge_topology, (), (triangles, clip.shape[1]))
+
+
+def case_of_mesh_edges(seed: int) -> Case:
+    """Separate tetrahedra under shuffled numbers, some glued at a vertex."""
+    g, kind, pick = random(seed)
+    count = {"empty": 0, "one": 1}.get(kind, pick(2, 12))
+    solid = torch.tensor([[0, 2, 1], [0, 1, 3], [0, 3, 2], [1, 2, 3]])
+    faces = (solid + 4 * torch.arange(count)[:, None, None]).reshape(-1, 3)
+    if kind == "degenerate":
+        faces[faces == 4] = 0
+    shuffled = torch.randperm(4 * max(count, 1), generator=g)[faces]
+    return Case(mesh_edges, (), (shuffled[torch.randperm(len(faces), generator=g)].int(), 4 * max(count, 1)))
+
+
+def case_of_diffuse(seed: int) -> Case:
+    g, kind, pick = random(seed)
+    n = {"empty": 0, "one": 1}.get(kind, pick(2, 40))
+    joined = (torch.rand(n, n, generator=g) < 0.2).tril(-1)
+    joined = joined | joined.T
+    slots = int(joined.sum(1).max()) + 1 if n else 3
+    neighbours = torch.full((n, slots), -1, dtype=torch.int32)
+    for i, row in enumerate(joined):
+        found = row.nonzero()[:, 0].int()
+        neighbours[i, torch.randperm(slots, generator=g)[: len(found)]] = found
+    values = torch.randn(n, generator=g) * (1e8 if kind == "huge" else 1)
+    strength = 10.0 ** (2 * torch.rand((), generator=g).item() - 0.5)
+    return Case(diffuse, (values,), (neighbours, strength))
+
+
+OPS = {
+    "rasterise": case_of_rasterise,
+    "interpolate": case_of_interpolate,
+    "antialias": case_of_antialias,
+    "texture": case_of_texture,
+    "vertex_normals": case_of_normals,
+    "marching_tetrahedra": case_of_marching,
+    "edge_topology": case_of_topology,
+    "mesh_edges": case_of_mesh_edges,
+    "diffuse": case_of_diffuse,
+}
+FAST = [
+    pytest.param("numba", "cpu", id="numba"),
+    pytest.param("warp", "cpu", id="warp-cpu"),
+    pytest.param("warp", "cuda", id="warp-cuda", marks=pytest.mark.cuda),
+]
+
+
+def outputs(case: Case, backend: str, device: str, keep: Tensor | None):
+    """What the op returns and the gradients of the leaves, on the CPU; `keep` masks the pixels that count."""
+    leaves = tuple(leaf.to(device).requires_grad_() for leaf in case.leaves)
+    found = case(leaves, backend, device)
+    first = found[0]
+    grads = ()
+    if first.requires_grad:
+        g = torch.Generator().manual_seed(1)
+        weight = torch.randn(first.shape, generator=g)
+        if keep is not None:
+            weight = torch.where(keep[..., None], weight, 0.0)
+        grads = torch.autograd.grad(first, leaves, weight.to(device), allow_unused=True)
+        grads = [torch.zeros_like(leaf) if g is None else g for g, leaf in zip(grads, leaves, strict=True)]
+    return tuple(t.detach().cpu() for t in found), tuple(g.cpu() for g in grads)
+
+
+def near_silhouettes(ids: Tensor) -> Tensor:
+    """Pixels [B, H, W] with another triangle among their eight neighbours."""
+    if not ids.numel():
+        return ids.bool()
+    high = torch.nn.functional.max_pool2d(ids[:, None], 3, 1, 1)[:, 0]
+    low = -torch.nn.functional.max_pool2d(-ids[:, None], 3, 1, 1)[:, 0]
+    return high != low
+
+
+@lru_cache(maxsize=None)
+def twins(name: str, seed: int):
+    case = OPS[name](seed)
+    return case, outputs(case, "torch", "cpu", None)
+
+
+@pytest.mark.parametrize(("backend", "device"), FAST)
+@pytest.mark.parametrize("name", OPS)
+def test_agrees_with_the_twin_at_a_hundred_random_sizes(name, backend, device):
+    if backend == "warp":
+        pytest.importorskip("warp")
+    pixels = wrong_pixels = 0
+    for seed in SIZES:
+        case, (want, want_grads) = twins(name, seed)
+        case = Case(case.op, case.leaves, case.rest, case.options, strided=KINDS[seed % len(KINDS)] == "strided")
+        keep = None
+        if name == "rasterise":
+            ids = case(tuple(leaf.to(device) for leaf in case.leaves), backend, device)[0][..., 3].cpu()
+            keep = ids == want[0][..., 3]
+            assert (keep | near_silhouettes(want[0][..., 3])).all(), f"input {seed}"
+            pixels, wrong_pixels = pixels + ids.numel(), wrong_pixels + int((~keep).sum())
+            if not keep.all():  # compare the gradients of the other pixels
+                want, want_grads = outputs(case, "torch", "cpu", keep)
+                want = (torch.where(keep[..., None], want[0], 0.0),)
+        got, got_grads = outputs(case, backend, device, keep)
+        if keep is not None:
+            got = (torch.where(keep[..., None], got[0], 0.0),)
+        for n, (a, b) in enumerate(zip((*got, *got_grads), (*want, *want_grads), strict=True)):
+            assert a.shape == b.shape and a.dtype == b.dtype, f"input {seed}, tensor {n}"
+            if not a.is_floating_point():
+                assert torch.equal(a, b), f"input {seed}, tensor {n}"
+                continue
+            size = float(b.abs().max()) if b.numel() else 0.0
+            assert math.isfinite(size), f"input {seed}, tensor {n}: the twin is not finite"
+            wrong = float((a - b).abs().max()) if b.numel() else 0.0
+            assert wrong <= 1e-5 * max(size, 1e-3), f"input {seed}, tensor {n}: off by {wrong} of {size}"
+    assert wrong_pixels <= 1e-3 * pixels
+
+
+def test_the_random_inputs_reach_what_they_are_meant_to_reach():
+    """A comparison of empty pictures would pass too."""
+    covered = [float((twins("rasterise", s)[1][0][0][..., 3] > 0).float().mean()) for s in SIZES if s % 20]
+    assert sum(c > 0.2 for c in covered) > 40
+    blended = [twins("antialias", s) for s in SIZES]
+    changed = sum(int((out[0] != case.leaves[0]).any(-1).sum()) for case, (out, _) in blended)
+    assert changed > 1000
+    assert sum(int(twins("marching_tetrahedra", s)[1][0][1].shape[0]) for s in SIZES) > 500
+    assert sum(int((twins("edge_topology", s)[1][0][0] >= 0).sum()) for s in SIZES) > 20
+
+
+@pytest.mark.parametrize("backend", ["numba", "warp"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+@pytest.mark.parametrize("name", [name for name in OPS if OPS[name](7).leaves])
+def test_other_floats_are_refused_by_name_and_double_is_left_to_the_twin(name, dtype, backend):
+    if backend == "warp":
+        pytest.importorskip("warp")
+    case = OPS[name](7)
+    leaves = tuple(leaf.to(dtype) for leaf in case.leaves)
+    kind = str(dtype).removeprefix("torch.")
+    with pytest.raises(ValueError, match=rf"wanted dtype float32.*got {kind}|'{backend}' takes float32.*got {kind}"):
+        case(leaves, backend, "cpu")
+    if dtype == torch.float64:
+        rest = tuple(t.double() if isinstance(t, Tensor) and t.is_floating_point() else t for t in case.rest)
+        (out, *_) = Case(case.op, leaves, rest, case.options)(leaves, "auto", "cpu")
+        assert out.dtype == torch.float64
