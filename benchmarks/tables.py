@@ -10,6 +10,7 @@ from typing import Any
 from benchmarks.environment import RESULTS, read_lines
 from benchmarks.kernel_tables import kernels_markdown
 from benchmarks.markdown import markdown_table, origin
+from benchmarks.speed_tables import speed_markdown
 from benchmarks.summary import METRICS, shown
 from pipeline.export.files import write_whole
 
@@ -192,7 +193,7 @@ def quality_markdown(
 
 
 def markdown_blocks(results: Path = RESULTS) -> dict[str, str]:
-    """Every table there are results for, by name: pocket, reference, kernels, and quality_<suite>."""
+    """Every table there are results for, by name: pocket, reference, kernels, speed, and quality_<suite>."""
     blocks = {}
     lines = read_lines(results / "pocket.jsonl")
     if lines:
@@ -203,6 +204,9 @@ def markdown_blocks(results: Path = RESULTS) -> dict[str, str]:
     lines = read_lines(results / "kernels.jsonl")
     if lines:
         blocks["kernels"] = kernels_markdown(lines)
+    lines = read_lines(results / "speed.jsonl")
+    if lines:
+        blocks["speed"] = speed_markdown(lines)
     for path in sorted(results.glob("quality_*.json")):
         blocks[path.stem] = quality_markdown(json.loads(path.read_text(encoding="utf-8")))
     return blocks
