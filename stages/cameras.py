@@ -30,6 +30,9 @@ class CameraSettings(BaseModel):
     fov_deg: tuple[float, float] = Field((34.0, 42.0), description="vertical field of view in degrees")
     elevation_deg: tuple[float, float] = Field((-10.0, 65.0), description="elevation range in degrees")
     area_uniform: float = Field(0.5, ge=0, le=1, description="probability of sampling elevation uniformly in area")
+    elevation_beta: float | None = Field(
+        None, gt=0, description="elevations low + (high - low) * Beta(1, this), so mostly low; none: uniform ones"
+    )
     jitter_position: float = Field(0.05, ge=0, description="half width of the uniform position jitter, per axis")
     jitter_target: float = Field(0.03, ge=0, description="standard deviation of the look-at point, per axis")
     jitter_up: float = Field(0.01, ge=0, description="standard deviation added to the up vector, per axis")
@@ -117,10 +120,14 @@ def sample_views(settings: CameraSettings, batch: int, generator: torch.Generato
 
     azimuth = (torch.rand(1, generator=generator) + torch.arange(batch)) / batch * 360
     angle = uniform(settings.elevation_deg)
+    if settings.elevation_beta is not None:  # CLIP-Mesh: 5; by the inverse of Beta(1, b)'s distribution function
+        least, most = settings.elevation_deg
+        share = (angle - least) / max(most - least, 1e-6)
+        angle = least + (most - least) * (1 - (1 - share).clamp(0, 1) ** (1 / settings.elevation_beta))
     low, high = (math.sin(math.radians(e)) for e in settings.elevation_deg)
     area = torch.rad2deg(torch.asin(uniform((low, high))))
     by_area = torch.rand(batch, generator=generator) < settings.area_uniform
-    elevation = torch.where(by_area, area, angle)
+    elevation = torch.where(by_area & (settings.elevation_beta is None), area, angle)
     distance, fov_deg = uniform(settings.distance), uniform(settings.fov_deg)
 
     position = distance[:, None] * direction(azimuth, elevation)

@@ -3,7 +3,7 @@
 One step, top to bottom in :meth:`CoarseStage.step`:
     views, shading, background  <- random
     images                      <- volume render of the field over the background
-    loss = guidance(images) + orientation + opacity + entropy
+    loss = guidance(images) + orientation + opacity + entropy + transmittance
     Adam on field and environment
 
 Loss convention: the guidance loss is SUMMED over an image's pixels and channels and averaged over the views (12,288
@@ -24,12 +24,14 @@ from torch import Tensor, nn
 
 from stages.cameras import CameraSettings, Views, linear_to_srgb, orbit_views, sample_views
 from stages.errors import UserError
+from stages.fields.backdrops import BackdropSettings, random_backdrops, show_on
 from stages.fields.background import Background, BackgroundSettings, random_background
 from stages.fields.check import check_object
 from stages.fields.hashfield import FieldSettings, HashField
 from stages.fields.occupancy import OccupancyGrid, OccupancySettings
 from stages.phases import phase
 from stages.render.shade import ALBEDO, LAMBERT, ShadingSettings, sample_shading
+from stages.render.transmittance import TransmittanceSettings, transmittance_loss
 from stages.render.volume import VolumeImages, render_field
 from stages.stage import Asset
 
@@ -55,6 +57,9 @@ class CoarseSettings(BaseModel):
         default_factory=lambda: ShadingSettings(albedo_steps=150), description="mix of shadings"
     )
     background: BackgroundSettings = Field(default_factory=BackgroundSettings, description="what is behind the object")
+    backdrops: BackdropSettings = Field(
+        default_factory=BackdropSettings, description="pictures behind copies of every view, as CLIP guidance needs"
+    )
 
     orientation: tuple[float, float, float] = Field(
         (10.0, 1000.0, 0.5), description="weight at the start, weight at the end, share of the stage of the ramp"
@@ -62,6 +67,10 @@ class CoarseSettings(BaseModel):
     orientation_always: bool = Field(False, description="also on albedo steps, which then compute normals (slower)")
     opacity: float = Field(1.0, ge=0, description="weight of mean sqrt(opacity^2 + 0.01), which keeps space empty")
     entropy: float = Field(0.0, ge=0, description="weight of the mean entropy of opacity, which decides half-open rays")
+
+    transmittance: TransmittanceSettings = Field(
+        default_factory=TransmittanceSettings, description="Dream Fields' term against fog"
+    )
 
     lr: float = Field(0.01, gt=0, description="Adam learning rate of table and heads")
     lr_background: float = Field(0.001, gt=0, description="Adam learning rate of the environment")
@@ -127,16 +136,20 @@ class CoarseStage:
         with phase("views", times):
             views = sample_views(s.cameras, s.views_per_step, self.generator).to(self.device)
             shading = sample_shading(s.shading, self.step_index, self.generator)
-            backdrop = random_background(s.background, s.views_per_step, self.generator)
+            backdrop, copies = self._behind()
 
         totals: dict[str, float] = {}
         part = s.views_per_step // s.accumulate
         for low in range(0, s.views_per_step, part):
             chosen = slice(low, low + part)
+            if copies:
+                under = torch.zeros(3)  # the pictures come behind afterwards
+            else:
+                under = self.background if backdrop is None else backdrop[chosen]
             with phase("render", times):
                 images = render_field(
                     self.field,
-                    self.background if backdrop is None else backdrop[chosen],
+                    under,
                     self.occupancy.cells,
                     views[chosen],
                     s.resolution,
@@ -149,17 +162,17 @@ class CoarseStage:
                     faint=s.faint,
                     stride=s.stride,
                 )
+            seen, colour, behind = views[chosen], images.colour, images.background.detach()
+            if copies:
+                behind = backdrop[low * copies : (low + part) * copies]
+                colour = show_on(images.colour, images.opacity, behind)
+                seen = seen[torch.arange(part).repeat_interleave(copies)]
             with phase("guidance", times):
                 guided = self.guidance(
-                    images.colour,
-                    views[chosen],
-                    progress,
-                    shading.textureless,
-                    background=images.background.detach(),
-                    shading=shading,
+                    colour, seen, progress, shading.textureless, background=behind, shading=shading
                 )
             with phase("regularisers", times):
-                loss, metrics = self._regularised(guided.loss, images, progress)
+                loss, metrics = self._regularised(guided.loss, images, views[chosen], progress)
             with phase("backward", times):
                 (loss / s.accumulate).backward()
             for name, value in (guided.metrics | metrics).items():
@@ -170,7 +183,18 @@ class CoarseStage:
         self.step_index += 1
         return totals
 
-    def _regularised(self, loss: Tensor, images: VolumeImages, progress: float) -> tuple[Tensor, dict[str, float]]:
+    def _behind(self) -> tuple[Tensor | None, int]:
+        """What this step's views stand in front of: a flat grey each, or None for the learned environment, and 0; or
+        pictures [views * copies, S, S, 3] and how many of them belong to each view."""
+        s, copies = self.settings, self.settings.backdrops.copies
+        if not copies:
+            return random_background(s.background, s.views_per_step, self.generator), 0
+        pictures = random_backdrops(s.backdrops, s.views_per_step * copies, s.resolution, self.generator)
+        return pictures.to(self.device), copies
+
+    def _regularised(
+        self, loss: Tensor, images: VolumeImages, views: Views, progress: float
+    ) -> tuple[Tensor, dict[str, float]]:
         """The guidance loss plus the stage's own terms, and the metrics of these renders."""
         s = self.settings
         opacity = images.opacity
@@ -181,6 +205,8 @@ class CoarseStage:
         if s.entropy > 0:
             sure = opacity.clamp(1e-3, 1 - 1e-3)
             loss = loss + s.entropy * nn.functional.binary_cross_entropy(sure, sure)
+        if s.transmittance.weight > 0:
+            loss = loss + transmittance_loss(opacity, views, progress, s.transmittance)
         metrics = {"cover": float(opacity.detach().mean()), "samples": float(images.samples)}
         if images.normal is not None:
             metrics["orientation"] = float(images.orientation.detach())
@@ -215,6 +241,8 @@ class CoarseStage:
         text = f"cover {100 * metrics['cover']:.0f} %"
         if "agreement_db" in metrics:
             text += f", agreement {metrics['agreement_db']:.1f} dB"
+        if "clip" in metrics:
+            text += f", CLIP {metrics['clip']:.1f}"
         return text
 
     @torch.no_grad()

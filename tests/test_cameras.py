@@ -127,6 +127,15 @@ def test_area_uniform_elevation_is_uniform_in_its_sine():
     assert by_angle.mean().item() == pytest.approx(32.5, abs=1.5)
 
 
+def test_beta_elevation_has_betas_mean_and_distribution_function():
+    share = (sampled(4096, elevation_beta=5.0, elevation_deg=(10.0, 60.0)).elevation_deg - 10) / 50
+    assert share.mean().item() == pytest.approx(1 / 6, abs=0.01)
+    for x in (0.1, 0.3):
+        assert (share < x).float().mean().item() == pytest.approx(1 - (1 - x) ** 5, abs=0.03)
+    plain = sampled(64, area_uniform=0.0)  # the draws are the same, so all else is
+    assert torch.equal(sampled(64, area_uniform=0.0, elevation_beta=5.0).fov_deg, plain.fov_deg)
+
+
 def test_views_are_a_function_of_the_generator():
     for name in ("c2w", "fov_deg", "azimuth_deg", "elevation_deg", "light"):
         assert torch.equal(getattr(sampled(4, seed=3), name), getattr(sampled(4, seed=3), name))

@@ -10,10 +10,12 @@ import torch
 from stages.cameras import CameraSettings, linear_to_srgb, orbit_views, rays
 from stages.coarse import CoarseSettings, CoarseStage
 from stages.errors import UserError
+from stages.fields.backdrops import BackdropSettings
 from stages.fields.background import BackgroundSettings
 from stages.fields.hashfield import FieldSettings
 from stages.fields.occupancy import OccupancySettings
 from stages.render.shade import ALBEDO, ShadingSettings, shade
+from stages.render.transmittance import TransmittanceSettings, target_opacity
 
 RADIUS = 0.55
 
@@ -146,6 +148,56 @@ def test_rendering_in_parts_gives_the_step_of_the_whole():
     assert np.allclose(norms[0], norms[1], rtol=2e-3) and np.allclose(norms[0], norms[2], rtol=2e-3)
 
 
+def test_copies_of_a_view_show_one_object_on_different_pictures():
+    seen = []
+
+    class Spy(Noisy):
+        def __call__(self, images, views, *args, background, **kwargs):
+            seen.append((images.detach(), views, background))
+            return super().__call__(images, views, *args, background=background, **kwargs)
+
+    stage = CoarseStage(small(backdrops=BackdropSettings(copies=3)), Spy(), torch.device("cpu"), 0, None)
+    stage.step()
+    images, views, behind = seen[0]
+    assert images.shape == behind.shape == (6, 16, 16, 3) and len(views) == 6
+    azimuth = views.azimuth_deg.tolist()
+    assert azimuth[0] == azimuth[1] == azimuth[2] != azimuth[3] == azimuth[5]
+    for view in (0, 3):
+        transmittance = (images[view] - images[view + 1]) / (behind[view] - behind[view + 1])
+        sure = (behind[view] - behind[view + 1]).abs() > 0.1
+        low, high = transmittance[sure].min(), transmittance[sure].max()
+        assert -1e-3 < low < 0.95 and high < 1 + 1e-3 and 0.05 < high - low
+        alone = images[view] - transmittance * behind[view]  # the object over black, whatever stands behind it
+        again = images[view + 2] - transmittance * behind[view + 2]
+        assert torch.allclose(alone[sure], again[sure], atol=1e-3)
+
+
+def test_copies_rendered_in_parts_give_the_step_of_the_whole():
+    norms = []
+    for accumulate in (1, 2):
+        settings = small(views_per_step=2, accumulate=accumulate, backdrops=BackdropSettings(copies=2))
+        stage = CoarseStage(settings, PosedImages(), torch.device("cpu"), 0, None)
+        norms.append([m["grad_norm"] for m in run(stage, 2)])
+    assert np.allclose(norms[0], norms[1], rtol=2e-3)
+
+
+def test_transmittance_thins_the_field_down_to_its_target_and_no_further():
+    class Nothing(Noisy):
+        def __call__(self, images, *args, **kwargs):
+            return SimpleNamespace(loss=0 * images.sum(), metrics={})
+
+    cameras = CameraSettings(distance=(3.0, 3.0), fov_deg=(38.0, 38.0), jitter_position=0, jitter_target=0)
+    term = TransmittanceSettings(weight=0.5, opacity=(0.05, 0.05))
+    settings = small(steps=60, opacity=0.0, orientation=(0, 0, 0.5), transmittance=term, cameras=cameras, lr=0.01)
+    stage = CoarseStage(settings, Nothing(), torch.device("cpu"), 0, None)
+    metrics = run(stage, 60)
+    covers = [m["cover"] for m in metrics]
+    target = float(target_opacity(orbit_views([0.0], 0.0, 3.0, 38.0), 1.0, term))
+    assert covers[0] > 1.5 * target
+    assert metrics[0]["grad_norm"] > 0 and metrics[-1]["grad_norm"] == 0  # below the target nothing pushes
+    assert 0.25 * target < covers[-1] < 1.2 * target  # Adam's momentum carries it on for some steps
+
+
 def test_accumulate_must_divide_the_views():
     with pytest.raises(UserError, match="divisor of 4"):
         CoarseStage(small(views_per_step=4, accumulate=3), Noisy(), torch.device("cpu"), 0, None)
@@ -203,6 +255,7 @@ def test_headline_names_cover_and_agreement():
     stage = CoarseStage(small(), Noisy(), torch.device("cpu"), 0, None)
     assert stage.headline({"cover": 0.314}) == "cover 31 %"
     assert stage.headline({"cover": 0.314, "agreement_db": 12.34}) == "cover 31 %, agreement 12.3 dB"
+    assert stage.headline({"cover": 0.314, "clip": 27.31}) == "cover 31 %, CLIP 27.3"
 
 
 def test_times_by_phase_add_up_and_metrics_are_finite():

@@ -94,7 +94,7 @@ def test_limit_positions_are_where_subdividing_on_and_on_leads(points, faces):
 
 
 def test_limit_of_a_regular_patch_reproduces_planes_and_shifts_squares_by_a_quarter():
-    # the quartic box spline: weights 1/2 and six times 1/12; sum of x^2 over the six neighbours is 3, so x^2 -> x^2 + 1/4
+    # the quartic box spline: 1/2 and six times 1/12; x^2 of the six neighbours sums to 3, so x^2 becomes x^2 + 1/4
     points, faces = hexagonal(8)
     values = np.stack([3 + 2 * points[:, 0] - points[:, 1], points[:, 0] ** 2, points[:, 0] * points[:, 1]], -1)
     for levels in (0, 1, 2):

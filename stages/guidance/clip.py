@@ -87,14 +87,7 @@ class ClipScorer:
         import transformers
 
         folder = Path(folder).expanduser()
-        what = f"Cannot load the CLIP {folder}"
-        if not folder.is_dir():
-            raise UserError(what, "there is no such folder", "name a folder with a CLIPModel and its processor")
-        kind = read_json(folder / "config.json", what).get("model_type")
-        if kind != "clip":
-            raise UserError(what, f"its config.json says model_type {kind!r}", "use a CLIPModel folder")
-        if not any(folder.glob("*.safetensors")):
-            raise UserError(what, "it has no *.safetensors", "convert its weights, or get the folder again")
+        check_clip_folder(folder)
         self.name, self.device = folder.name, torch.device(device)
         self.preprocess = Preprocessing.read(folder)
         model = load_part(
@@ -154,6 +147,19 @@ class ClipScorer:
     def scores(self, images: Tensor, texts: list[str]) -> Tensor:
         """Cosines [B, P] of linear images [B, H, W, 3] and texts; differentiable in the images."""
         return self.embed_images(images) @ self.embed_texts(texts).T
+
+
+def check_clip_folder(folder: Path) -> None:
+    """Raise UserError unless the folder looks like a CLIPModel's; reads its small files alone."""
+    what = f"Cannot load the CLIP {folder}"
+    if not folder.is_dir():
+        raise UserError(what, "there is no such folder", "name a folder with a CLIPModel and its processor")
+    kind = read_json(folder / "config.json", what).get("model_type")
+    if kind != "clip":
+        raise UserError(what, f"its config.json says model_type {kind!r}", "use a CLIPModel folder")
+    if not any(folder.glob("*.safetensors")):
+        raise UserError(what, "it has no *.safetensors", "convert its weights, or get the folder again")
+    Preprocessing.read(folder)
 
 
 def _size(value: dict | int | list, what: str) -> tuple[int, int] | int:

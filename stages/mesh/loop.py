@@ -2,8 +2,8 @@
 
 Loop 1987, "Smooth subdivision surfaces based on triangles"; creases and borders after Hoppe et al. 1994, sec. 3. One
 step splits every triangle in four. Interior vertices of valence n keep 1 - n b of themselves and take b of each
-neighbour, b = (5/8 - (3/8 + cos(2 pi / n) / 4)^2) / n; new vertices on edges take 3/8 of the edge's ends and 1/8 of the
-two corners opposite. The limit of an interior vertex is (1 - n c) v + c (sum of its neighbours), c = 1 / (n + 3 / (8 b)).
+neighbour, b = (5/8 - (3/8 + cos(2 pi / n) / 4)^2) / n; new ones on edges take 3/8 of the edge's ends and 1/8 of the two
+corners opposite. The limit of an interior vertex is (1 - n c) v + c (sum of its neighbours), c = 1 / (n + 3 / (8 b)).
 An edge with one face or more than two is a crease: its curve is the cubic B-spline (1/2 1/2; 1/8 3/4 1/8; limit 1/6 2/3
 1/6), and a vertex where other than two creases meet stays where it is.
 Since all of that is linear, the surface is a fixed matrix times the control vertices, and so is its gradient.

@@ -1,0 +1,139 @@
+"""Guidance by CLIP: the cosine of a render and its words, as the systems before diffusion used it.
+
+Called as stages/guidance/guidance.py's Guidance is, so every stage takes either. Dream Fields (arXiv 2112.01455 eq. 6)
+and CLIP-Mesh (arXiv 2203.13333 eq. 3) minimise
+    loss = -weight * mean over images of cos(CLIP(random crop of the image), CLIP(words))
+Loss convention: a mean of cosines, about 0.3, not the sum over pixels of the diffusion priors' losses. A stage's other
+weights must be of that size: the recipes of both systems set them.
+A CLIP that guides a run has been optimised against and cannot judge it; benchmarks.quality leaves its scores out.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+from torch import Tensor
+
+from stages.cameras import Views
+from stages.errors import UserError, check_shape
+from stages.guidance.clip import ClipScorer
+from stages.guidance.guidance import GuidanceOutput
+from stages.phases import backward_phase, phase
+from stages.prompts import ViewPrompts, without_contradictions
+
+TEXTURELESS = "textureless"  # what without_contradictions knows these words by; no view class has that name
+
+
+class ClipGuidanceSettings(BaseModel):
+    """How a stage is guided whose prior is a CLIP."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    weight: float = Field(1.0, gt=0, description="weight of the mean cosine")
+    crops: int = Field(1, ge=1, le=32, description="random crops of each image")
+    crop: tuple[float, float] = Field(
+        (0.9, 0.9), description="range of the side of a random crop, as a share of the image's; 1, 1: the whole image"
+    )
+    textureless_without: list[str] = Field(
+        [], description="words left out of the prompt of textureless renders, as the colours of a CLIP that minds them"
+    )
+
+    @field_validator("crop")
+    @classmethod
+    def _shares(cls, crop: tuple[float, float]) -> tuple[float, float]:
+        if not 0 < crop[0] <= crop[1] <= 1:
+            raise ValueError(f"wanted 0 < low <= high <= 1, got {list(crop)}")
+        return crop
+
+
+class ClipGuidance:
+    """A CLIP asked how well views show the words, with all its randomness in one generator.
+
+    Args:
+        scorer: the CLIP. settings: crops and weight. prompts: the words by view. generator: a CPU generator of its own.
+    Raises: UserError for a negative prompt or mixed prompts, which a cosine has no use for, and words that do not fit.
+    """
+
+    def __init__(
+        self, scorer: ClipScorer, settings: ClipGuidanceSettings, prompts: ViewPrompts, generator: torch.Generator
+    ) -> None:
+        check_prompts(scorer.name, prompts)
+        self.scorer, self.settings, self.prompts, self.generator = scorer, settings, prompts, generator
+        texts = prompts.all_texts()
+        scorer.embed_texts(list(dict.fromkeys([*texts, *map(self._bare, texts)])))
+
+    def __call__(
+        self,
+        images: Tensor,
+        views: Views,
+        progress: float,
+        textureless: bool = False,
+        *,
+        background: Tensor | None = None,
+        shading: Any = None,
+    ) -> GuidanceOutput:
+        """The loss of linear images [B, H, W, 3] in [0, 1] seen from B views, and `clip`, 100 times the mean cosine.
+
+        Args:
+            images: linear colour, differentiable. views: their cameras. textureless: the images show no colours
+                (chooses the words). progress, background, shading: not used; a CLIP sees pixels alone.
+        """
+        check_shape("images", images, (len(views), None, None, 3))
+        texts = self.prompts.texts(views, textureless)
+        if textureless:
+            texts = [self._bare(text) for text in texts]
+        with phase("crop"):
+            seen = random_crops(images, self.settings.crop, self.settings.crops, self.generator)
+        with phase("networks"):
+            found = self.scorer.embed_images(seen)  # [B crops, D]
+            wanted = self.scorer.embed_texts(texts).repeat_interleave(self.settings.crops, 0)
+            backward_phase("networks", seen, found)
+        cosine = (found * wanted).sum(-1).mean()
+        return GuidanceOutput(-self.settings.weight * cosine, {"clip": 100 * float(cosine.detach())})
+
+    def _bare(self, text: str) -> str:
+        """The words of a textureless render."""
+        return without_contradictions(text, TEXTURELESS, {TEXTURELESS: self.settings.textureless_without})
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The generator's state: all that makes a resumed guidance equal to an uninterrupted one."""
+        return {"generator": self.generator.get_state()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Inverse of state_dict."""
+        self.generator.set_state(state["generator"].cpu())
+
+
+def check_prompts(clip: str, prompts: ViewPrompts) -> None:
+    """Raise UserError for what a diffusion prior can be asked and a CLIP cannot."""
+    what = f"The CLIP {clip} cannot be asked that"
+    if any(prompts.negatives()):
+        raise UserError(what, "it has no negative prompt: a cosine is not guided away from words", "leave it empty")
+    if prompts.settings.blend != "classes":
+        raise UserError(
+            what, f"prompts.blend={prompts.settings.blend} mixes a diffusion prior's texts", "prompts.blend=classes"
+        )
+
+
+def random_crops(images: Tensor, share: tuple[float, float], count: int, generator: torch.Generator) -> Tensor:
+    """Square crops at random places, `count` of each image, all of one random side (Dream Fields sec. 3.2).
+
+    Args:
+        images: [B, S, S, C]. share: range of the crop's side, as a share of S.
+    Returns: [B count, n, n, C], the crops of an image beside each other; the images themselves where nothing is cut.
+    """
+    batch, height, width, channels = images.shape
+    check_shape("images", images, (batch, width, width, channels))
+    draws = torch.rand(1 + 2 * batch * count, generator=generator)
+    low, high = share
+    side = max(1, round(float(low + (high - low) * draws[0]) * width))
+    repeated = images.repeat_interleave(count, 0) if count > 1 else images
+    if side >= width:
+        return repeated
+    corners = (draws[1:] * (width - side + 1)).long().clamp_max(width - side).view(2, -1)  # [2, B count]
+    cut = [
+        repeated[k, row : row + side, column : column + side] for k, (row, column) in enumerate(corners.T.tolist())
+    ]
+    return torch.stack(cut)
