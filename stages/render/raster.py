@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -35,10 +36,22 @@ class MeshImages:
     rast: Tensor  # [B, H, W, 4] see stages.kernels.raster.rasterise
 
 
+@runtime_checkable
+class Material(Protocol):
+    """A surface whose colour depends on more than the place: on the triangle and where in it, as a texture's does."""
+
+    def at(self, rast: Tensor, covered: Tensor, normals: Tensor) -> tuple[Tensor, Tensor]:
+        """Linear colours [N, 3] and unit normals [N, 3] of the covered pixels.
+
+        Args:
+            rast: [B, H, W, 4]. covered: [N] flat indices of the pixels with a triangle. normals: [N, 3] interpolated.
+        """
+
+
 def render_mesh(
     vertices: Tensor,
     triangles: Tensor,
-    albedo: Callable[[Tensor], Tensor] | Tensor,
+    albedo: Callable[[Tensor], Tensor] | Tensor | Material,
     views: Views,
     height: int,
     width: int,
@@ -53,7 +66,7 @@ def render_mesh(
     Args:
         vertices: [V, 3] world. triangles: [F, 3] int32, counter-clockwise seen from outside.
         albedo: a function from world points [N, 3] to linear colours [N, 3], called once with the covered pixels
-            (not at all when there are none), or one linear colour per vertex [V, 3].
+            (not at all when there are none), one linear colour per vertex [V, 3], or a Material, which sees more.
         views: B views. height, width: pixels.
         background: linear, [3] or [B, H, W, 3]; None is black.
         topology: edge_topology(triangles, V) where it is known already.
@@ -82,7 +95,11 @@ def render_mesh(
         points, normals, *colours = planes.index_select(0, covered).split(3, -1)  # [N, 3]
     normals = torch.nn.functional.normalize(normals, dim=-1, eps=NORMAL_MIN)
     view = covered // (height * width)
-    if callable(albedo):
+    if isinstance(albedo, Material):
+        with phase("colour"):
+            colour, normals = albedo.at(rast, covered, normals)
+            colours = [colour]
+    elif callable(albedo):
         with phase("colour"):
             colours = [albedo(points) if len(covered) else points]
     shaded = shade(colours[0], normals, points, views.light.index_select(0, view), shading)
