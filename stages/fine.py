@@ -17,7 +17,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -28,13 +28,17 @@ from torch import Tensor
 from stages.cameras import CameraSettings, Views, linear_to_srgb, orbit_views, sample_views
 from stages.errors import UserError
 from stages.fields.background import BackgroundSettings, random_background
-from stages.fields.hashfield import FieldSettings, HashField
+from stages.fields.fit import FitSettings, fit_albedo
+from stages.fields.hashfield import DetailSettings, FieldSettings, HashField
 from stages.mesh.clean import drop_floaters
 from stages.mesh.dmtet import DMTet, Surface, from_function
 from stages.mesh.initialise import InitialiseSettings, dmtet_from_density
 from stages.mesh.measure import measure
 from stages.mesh.mesh import Mesh
+from stages.mesh.orient import creased
 from stages.mesh.regularise import laplacian, normal_consistency
+from stages.mesh.sample import painted_samples
+from stages.mesh.solidify import SolidifySettings, dmtet_from_mesh
 from stages.mesh.tetrahedra import SAFE_MOVE, Lattice
 from stages.phases import phase
 from stages.render.raster import MeshImages, render_mesh
@@ -42,17 +46,8 @@ from stages.render.shade import ALBEDO, LAMBERT, Shading, ShadingSettings, sampl
 from stages.stage import Asset
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+SPECK = 1e-3  # of the largest part's area: below it a part is no part of a user's mesh
 Guide = Callable[..., Any]  # see stages/guidance/guidance.py
-
-
-class DetailSettings(BaseModel):
-    """Finer hash levels that the colour field gets for this stage."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    levels: int = Field(4, ge=0, le=16, description="levels added, from twice the coarse field's finest; 0: none")
-    log2_table: int = Field(17, ge=10, le=22, description="log2 of the rows a level may have")
-    finest: int = Field(1024, ge=16, le=8192, description="cells a side of the finest level")
 
 
 class FineSettings(BaseModel):
@@ -69,7 +64,9 @@ class FineSettings(BaseModel):
     tets: int = Field(64, ge=8, le=512, description="cells of the tetrahedral lattice along a side of the box")
     deformation: float = Field(0.24, ge=0, lt=SAFE_MOVE, description="largest move of a lattice vertex in cells")
     initialise: InitialiseSettings = Field(default_factory=InitialiseSettings, description="from density to surface")
-    sphere: float = Field(0.6, gt=0.05, lt=0.95, description="radius of the start where there is no coarse stage")
+    sphere: float = Field(0.6, gt=0.05, lt=0.95, description="radius of the start where there is nothing to refine")
+    solidify: SolidifySettings = Field(default_factory=SolidifySettings, description="from a given mesh to surface")
+    fit: FitSettings = Field(default_factory=FitSettings, description="from a given mesh's colours to the colour field")
 
     cameras: CameraSettings = Field(
         default_factory=lambda: CameraSettings(fov_deg=(28.0, 34.0)), description="distribution of views and lights"
@@ -109,8 +106,8 @@ class FineStage:
 
     Args:
         settings, guidance (None where the stage only loads and finishes), device, seed.
-        previous: the coarse stage's asset: its density becomes the surface, its field the colour. None starts from a
-            sphere of no particular colour. With a mesh and no density, geometry must be "locked".
+        previous: the coarse stage's asset: its density becomes the surface, its field the colour. Or a user's mesh,
+            whose colours the field learns first. None starts from a sphere of no particular colour.
     """
 
     name = "fine"
@@ -124,7 +121,8 @@ class FineStage:
                 f"{settings.views_per_step} views cannot be rendered in {settings.accumulate} equal parts",
                 f"set fine.accumulate to a divisor of {settings.views_per_step}",
             )
-        self.settings, self.guidance, self.device, self.previous = settings, guidance, torch.device(device), previous
+        self.settings, self.guidance, self.device = settings, guidance, torch.device(device)
+        self.previous = previous or Asset()
         self.steps, self.step_index, self.skipped, self.times = settings.steps, 0, 0, {}
         self.generator = torch.Generator().manual_seed(seed)
         self.field = self._inherited_field()
@@ -134,11 +132,8 @@ class FineStage:
         self.start: dict[str, float] = {}  # how the first surface was found, for the first step's metrics
 
     def _inherited_field(self) -> HashField:
-        s = self.settings
-        if self.previous is not None and self.previous.field is not None:
-            field = copy.deepcopy(self.previous.field)
-        else:
-            field = HashField(s.field, self.generator)
+        s, given = self.settings, self.previous.field
+        field = HashField(s.field, self.generator) if given is None else copy.deepcopy(given)
         field = field.to(self.device)
         field.set_progress(1.0)
         if s.detail.levels and field.detail is None and s.detail.finest > field.spec.finest:
@@ -157,24 +152,28 @@ class FineStage:
     def _initialise(self) -> None:
         s, previous = self.settings, self.previous
         options = {"deformation": s.deformation, "device": self.device}
-        if s.geometry == "locked" and previous is not None and previous.mesh is not None:
-            self._lock(torch.from_numpy(previous.mesh.vertices), torch.from_numpy(previous.mesh.faces))
-        elif previous is None:
-            self.dmtet = from_function(Lattice(s.tets), lambda p: p.norm(dim=-1) - s.sphere, **options)
-        elif previous.density is not None:
+        if previous.density is not None:
             self.dmtet, level = dmtet_from_density(previous.density, Lattice(s.tets), s.initialise, **options)
             self.start = {f"start_{name}": float(value) for name, value in asdict(level).items()}
+        elif previous.mesh is not None:
+            self._take_over(previous.mesh, options)
         else:
-            raise UserError(
-                "The fine stage has nothing to refine",
-                "what it was given has a mesh but no density",
-                "set fine.geometry=locked to paint the mesh, or start from a coarse stage",
-            )
+            self.dmtet = from_function(Lattice(s.tets), lambda p: p.norm(dim=-1) - s.sphere, **options)
         if s.geometry == "locked" and self.locked is None:
-            with torch.no_grad():
-                surface = self.dmtet.surface()
-            self.dmtet = self._lock(surface.vertices, surface.faces)
+            surface = self.dmtet.surface()
+            self.dmtet = self._lock(surface.vertices.detach(), surface.faces)
         self._optimise()
+
+    def _take_over(self, mesh: Mesh, options: dict[str, Any]) -> None:
+        """Start from a user's mesh: itself where it is locked, else the body it encloses; and its colours."""
+        if self.settings.geometry == "locked":
+            shown = creased(mesh)  # the same triangles, shaded without the seams and edges turned over that files have
+            self._lock(torch.from_numpy(shown.vertices), torch.from_numpy(shown.faces))
+        else:
+            self.dmtet, facts = dmtet_from_mesh(mesh, Lattice(self.settings.tets), self.settings.solidify, **options)
+            self.start = {f"start_{name}": value for name, value in facts.items()}
+        samples = painted_samples(mesh, self.generator)
+        self.start["start_colour_error"] = fit_albedo(self.field, samples, self.settings.fit, self.device)
 
     def _lock(self, vertices: Tensor, faces: Tensor) -> None:
         none = torch.zeros(0, 2, dtype=torch.int32, device=self.device)  # smoothness terms are not asked for
@@ -201,6 +200,8 @@ class FineStage:
         with phase("views", times):
             views = sample_views(s.cameras, s.views_per_step, self.generator).to(self.device)
             shading = sample_shading(s.shading, self.step_index, self.generator)
+            if self.locked is not None:
+                shading = replace(shading, textureless=False)  # a shape that stays learns nothing from bare views
             grey = random_background(s.background, s.views_per_step, self.generator)
             backdrop = (grey if grey is not None else torch.full((s.views_per_step, 1, 1, 3), 0.5)).to(self.device)
 
@@ -216,7 +217,7 @@ class FineStage:
                     images.colour, views[chosen], progress, shading.textureless, background=behind, shading=shading
                 )
             with phase("backward", times):
-                if guided.loss.requires_grad:  # a textureless view of a locked mesh has nothing to learn from
+                if guided.loss.requires_grad:  # a view that misses a locked mesh has nothing to learn from
                     (guided.loss / s.accumulate).backward()
             for name, value in (guided.metrics | {"cover": float(images.mask.detach().mean())}).items():
                 totals[name] = totals.get(name, 0.0) + value / s.accumulate
@@ -370,10 +371,13 @@ class FineStage:
     @torch.no_grad()
     def finish(self) -> Asset:
         """Drop floaters, check that the surface bounds a body, and hand it on with its colours."""
-        surface = self.surface()
+        surface, own = self.surface(), self.previous.mesh
         mesh = Mesh(surface.vertices.detach().cpu().numpy().copy(), surface.faces.cpu().numpy().copy())
-        if self.dmtet is not None:
-            mesh = drop_floaters(mesh, self.settings.keep)
+        locked = self.locked is not None and own is not None
+        if locked:
+            mesh = replace(own)  # the file's own triangles, seams and texture coordinates
+        elif self.dmtet is not None:
+            mesh = drop_floaters(mesh, self.settings.keep if own is None else min(self.settings.keep, SPECK))
             found = measure(mesh)
             if not found.solid:
                 raise UserError(
@@ -389,7 +393,7 @@ class FineStage:
                 f"{100 * (1 - np.isfinite(mesh.colours).mean()):.1f} % of them are not numbers",
                 "lower fine.lr_texture; for a half-precision prior set its dtype to float32",
             )
-        return Asset(albedo=self._albedo, field=self.field, mesh=mesh)
+        return Asset(albedo=self._albedo, field=self.field, mesh=mesh, placement=self.previous.placement, locked=locked)
 
     @torch.no_grad()
     def _albedo(self, points: Tensor) -> Tensor:

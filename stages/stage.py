@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from stages.mesh.mesh import Mesh
+from stages.mesh.place import Placement
 
 Density = Callable[[Tensor], Tensor]  # [N, 3] in [-1, 1]^3 -> [N] >= 0
 Albedo = Callable[[Tensor], Tensor]  # [N, 3] in [-1, 1]^3 -> [N, 3] linear RGB in [0, 1]
@@ -23,13 +24,19 @@ class Asset:
     density: volume density at points, from a radiance field.
     albedo: linear base colour at points, from any colour field.
     field: the module behind them, for a next stage that inherits its weights.
-    mesh: a triangle surface in world coordinates, from a mesh stage.
+    mesh: a triangle surface in world coordinates, from a mesh stage or a file.
+    background: the module of the environment that the field was trained in front of.
+    placement: how a user's mesh came into the scene; what is made of it goes back to its place and size.
+    locked: the mesh is the user's own, to be painted and otherwise left as it came.
     """
 
     density: Density | None = None
     albedo: Albedo | None = None
     field: torch.nn.Module | None = None
     mesh: Mesh | None = None
+    background: torch.nn.Module | None = None
+    placement: Placement | None = None
+    locked: bool = False
 
 
 class Stage(Protocol):

@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from mesh_shapes import torus
+from mesh_shapes import join, make, moved, sphere, torus
 
 from stages.cameras import orbit_views
 from stages.errors import UserError
+from stages.fields.fit import FitSettings
 from stages.fields.hashfield import FieldSettings, HashField
 from stages.fine import DetailSettings, FineSettings, FineStage
 from stages.guidance.guidance import GuidanceOutput
@@ -196,6 +197,76 @@ def test_locked_geometry_is_painted_and_not_moved():
     assert equal(again.state_dict(), fine.state_dict())
 
 
+def painted(mesh: Mesh) -> Mesh:
+    """With the target's colours at its vertices."""
+    mesh.colours = colour(torch.from_numpy(mesh.vertices)).numpy()
+    return mesh
+
+
+def test_a_users_mesh_becomes_the_first_surface_in_its_own_colours():
+    fit = FitSettings(steps=60, points=1024)
+    fine = stage(previous=Asset(mesh=painted(torus(0.55, 0.22))), tets=24, fit=fit, steps=3)
+    first = fine.step()
+    assert first["start_missed"] == 0 and first["start_faces"] == 4096 and first["start_colour_error"] < 0.08
+    fine = stage(previous=Asset(mesh=painted(torus(0.55, 0.22))), tets=24, fit=fit)
+    mesh = fine.finish().mesh
+    ring = np.hypot(np.linalg.norm(mesh.vertices[:, [0, 2]], axis=1) - 0.55, mesh.vertices[:, 1])
+    np.testing.assert_allclose(ring, 0.22, atol=0.03)
+    wanted = colour(torch.from_numpy(mesh.vertices)).numpy()
+    assert np.abs(mesh.colours - wanted).mean() < 0.06
+
+
+def test_resumed_start_from_a_mesh_equals_uninterrupted_one_bitwise():
+    def fresh(seed):
+        return stage(seed=seed, previous=Asset(mesh=painted(torus())), fit=FitSettings(steps=4, points=256), steps=4)
+
+    whole = fresh(0)
+    for k in range(4):
+        whole.step()
+        if k == 1:
+            saved = {key: value.clone() for key, value in whole.state_dict().items()}
+    resumed = fresh(9)
+    resumed.load_state_dict(saved)
+    for _ in range(2):
+        resumed.step()
+    assert equal(whole.state_dict(), resumed.state_dict())
+
+
+def test_small_parts_of_a_users_mesh_are_kept():
+    both = join(sphere(0.4, 24, 12), moved(sphere(0.06, 12, 8), (0.7, 0, 0)))  # 2 % of the large one's area
+    assert measure(stage(previous=Asset(mesh=both), tets=32).finish().mesh).components == 2
+    assert measure(stage(previous=Asset(mesh=both), tets=32, keep=1e-4).finish().mesh).components == 2
+
+
+def test_a_locked_file_with_seams_keeps_its_bytes_and_only_its_colours_learn():
+    ball = sphere(0.7, 16, 8)
+    own = make(ball.vertices[ball.faces].reshape(-1, 3), np.arange(3 * len(ball.faces)).reshape(-1, 3))
+    own.uv, own.uv_faces = np.random.default_rng(0).random((len(own.vertices), 2)).astype(np.float32), own.faces
+    before = {k: v.copy() for k, v in vars(own).items() if v is not None}
+    target = Target(ball)
+    kinds = []
+    call = Target.__call__
+
+    def watched(images, views, progress, textureless=False, **named):
+        kinds.append(named["shading"].kind)
+        return call(target, images, views, progress, textureless, **named)
+
+    bare = ShadingSettings(albedo_steps=0, diffuse_probability=1, textureless_probability=1)
+    fine = stage(watched, Asset(mesh=own), geometry="locked", steps=4, shading=bare)
+    for _ in range(4):
+        assert fine.step()["grad_norm"] > 0
+    assert kinds == ["lambert"] * 4  # a shape that stays has nothing to learn from a textureless view
+    assert all(name.startswith("field.") for name in fine._parameters())
+    assert not fine.surface().vertices.requires_grad
+    assert len(fine.surface().vertices) == len(ball.vertices)  # shaded smoothly, without the file's seams
+    asset = fine.finish()
+    assert asset.locked
+    for name, value in before.items():
+        np.testing.assert_array_equal(getattr(asset.mesh, name), value)
+        np.testing.assert_array_equal(getattr(own, name), value)
+    assert not np.array_equal(asset.mesh.colours, own.colours)
+
+
 def test_smoothness_terms_smooth():
     roughness = []
     for weight in (0.0, 3000.0):
@@ -271,7 +342,7 @@ def test_finish_drops_floaters():
     ("previous", "changes", "what"),
     [
         (None, {"views_per_step": 3, "accumulate": 2}, "accumulate"),
-        (Asset(mesh=torus()), {}, "nothing to refine"),
+        (Asset(mesh=make([[0, 0, 0], [1, 0, 0], [0, 1, 0]], [[0, 1, 2]])), {}, "cannot be made a body"),
         (Asset(density=lambda p: torch.zeros(len(p))), {}, "nothing to make a mesh of"),
     ],
 )

@@ -49,6 +49,16 @@ class FieldSettings(BaseModel):
         return HashGridSpec(levels=self.levels, log2_table=self.log2_table, base=self.base, finest=self.finest)
 
 
+class DetailSettings(BaseModel):
+    """Finer hash levels that the colour field gets for this stage."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    levels: int = Field(4, ge=0, le=16, description="levels added, from twice the coarse field's finest; 0: none")
+    log2_table: int = Field(17, ge=10, le=22, description="log2 of the rows a level may have")
+    finest: int = Field(1024, ge=16, le=8192, description="cells a side of the finest level")
+
+
 class Head(nn.Module):
     """One-hidden-layer perceptron; uniform initialisation in +-1 / sqrt(fan in), drawn from the generator."""
 

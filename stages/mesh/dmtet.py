@@ -213,8 +213,6 @@ def extend(lattice: Lattice, ids: np.ndarray, sdf: np.ndarray, known: np.ndarray
 def from_function(lattice: Lattice, sdf, *, deformation: float = 0.24, device="cpu") -> DMTet:
     """A DMTet of a signed distance function that is 1-Lipschitz, such as a sphere's.
 
-    The surface is found coarse to fine: a box can hold a vertex within a cell of it only where |sdf| at its centre is
-    at most half its diagonal and a cell, so the work is proportional to the surface.
     Args:
         sdf: points [N, 3] float32 Tensor in [-1, 1]^3 to [N].
     Raises: UserError where the function has no surface inside the lattice.
@@ -223,14 +221,7 @@ def from_function(lattice: Lattice, sdf, *, deformation: float = 0.24, device="c
     def values(points: np.ndarray) -> np.ndarray:
         return sdf(torch.from_numpy(points.astype(np.float32))).detach().cpu().numpy().astype(np.float32)
 
-    centres, half = np.zeros((1, 3)), 1.0
-    while half > 2 * lattice.cell:
-        half /= 2
-        children = np.stack(np.meshgrid(*[[-half, half]] * 3, indexing="ij"), -1).reshape(1, 8, 3)
-        centres = (centres[:, None] + children).reshape(-1, 3)
-        centres = centres[np.abs(values(centres)) <= half * np.sqrt(3) + lattice.cell]
-    # 1e-6: a vertex exactly on the far side of the box [-1, 1]^3 belongs to the last box
-    ids = lattice.ids_in_boxes(centres - half, centres + half + 1e-6)
+    ids = ids_near(lattice, values, lattice.cell)
     distance = values(lattice.positions(ids))
     core = ids[np.abs(distance) <= lattice.cell]
     if not (distance < 0).any() or not len(core):
@@ -239,3 +230,21 @@ def from_function(lattice: Lattice, sdf, *, deformation: float = 0.24, device="c
         )
     ids = dilate(lattice, core, MARGIN)
     return DMTet(lattice, ids, values(lattice.positions(ids)), deformation=deformation, device=device)
+
+
+def ids_near(lattice: Lattice, distance, reach: float) -> np.ndarray:
+    """Sorted lattice vertices that hold all those within `reach` of the zeros of a 1-Lipschitz function.
+
+    Found coarse to fine: a box can hold such a vertex only where |distance| at its centre is at most half its diagonal
+    and the reach, so the work is proportional to the surface.
+    Args:
+        distance: points [N, 3] float64 to [N], signed or not.
+    """
+    centres, half = np.zeros((1, 3)), 1.0
+    while half > 2 * lattice.cell:
+        half /= 2
+        children = np.stack(np.meshgrid(*[[-half, half]] * 3, indexing="ij"), -1).reshape(1, 8, 3)
+        centres = (centres[:, None] + children).reshape(-1, 3)
+        centres = centres[np.abs(distance(centres)) <= half * np.sqrt(3) + reach]
+    # 1e-6: a vertex exactly on the far side of the box [-1, 1]^3 belongs to the last box
+    return lattice.ids_in_boxes(centres - half, centres + half + 1e-6)

@@ -305,6 +305,20 @@ def _bisected_surface(
     band: Band, inside: np.ndarray, raw: np.ndarray, density: Density, level: float, device: torch.device | str
 ) -> tuple[np.ndarray, np.ndarray]:
     """Vertices [V, 3] where the density itself crosses the level on the lattice's edges, and faces [F, 3]."""
+    ends, faces = crossing_edges(band, inside)
+    a, b = (torch.from_numpy(band.lattice.positions(band.ids[side])) for side in ends.T)
+    t = bisect(a, b, density, level, device)
+    moved = (raw != inside)[ends].any(1) | (raw[ends[:, 0]] == raw[ends[:, 1]])
+    t[torch.from_numpy(moved)] = 0.5  # an end of a dropped or filled part: the density has no crossing to find
+    return (a + (b - a) * t[:, None]).numpy(), faces
+
+
+def crossing_edges(band: Band, inside: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The edges of a band that the surface of `inside` [N] crosses, and the triangles between the crossings.
+
+    Returns: ends [V, 2], indices into the band, the inside end first; faces [F, 3] into ends.
+    Raises: UserError where there is no triangle.
+    """
     cells = [torch.from_numpy(x) for x in (band.edges, band.tets, band.tet_edges)]
     points = torch.from_numpy(band.lattice.positions(band.ids))
     sdf = torch.from_numpy(np.where(inside, np.float32(-1), np.float32(1)))
@@ -313,18 +327,19 @@ def _bisected_surface(
         raise UserError("The first surface is empty", "its parts do not meet the lattice", "raise fine.tets")
     ends = band.edges[crossing.numpy()]
     flip = ~inside[ends[:, 0]]
-    ends[flip] = ends[flip][:, ::-1]  # the inside end first
-    a, b = points[ends[:, 0]], points[ends[:, 1]]
-    low, high = torch.zeros(len(ends)), torch.ones(len(ends))
-    for _ in range(8):  # to 1/256 of an edge
+    ends[flip] = ends[flip][:, ::-1]
+    return ends, faces.numpy()
+
+
+def bisect(a: Tensor, b: Tensor, density: Density, level: float, device: torch.device | str) -> Tensor:
+    """Where on the segments from a [V, 3], denser than the level, to b [V, 3] it is crossed: t [V], to 1/512."""
+    low, high = torch.zeros(len(a)), torch.ones(len(a))
+    for _ in range(8):
         middle = (low + high) / 2
         value = _evaluate(density, (a + (b - a) * middle[:, None]).to(device))
         dense = torch.from_numpy(value > level)
         low, high = torch.where(dense, middle, low), torch.where(dense, high, middle)
-    t = (low + high) / 2
-    moved = (raw != inside)[ends].any(1) | (raw[ends[:, 0]] == raw[ends[:, 1]])
-    t[torch.from_numpy(moved)] = 0.5  # an end of a dropped or filled part: the density has no crossing to find
-    return (a + (b - a) * t[:, None]).numpy(), faces.numpy()
+    return (low + high) / 2
 
 
 def distance_to_surface(points: np.ndarray, vertices: np.ndarray, faces: np.ndarray) -> np.ndarray:

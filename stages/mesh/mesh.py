@@ -15,6 +15,7 @@ class Mesh:
     colours [V, 3] float32 linear RGB in [0, 1], or None.
     uv [T, 2] float32 in [0, 1], origin at the texture's lower left, with uv_faces [F, 3] int32 into uv, or None.
     texture [H, W, 3] uint8 sRGB, row 0 at the top (v = 1), or None.
+    normals [V, 3] float32 unit, in place of those that follow from the faces, or None.
     """
 
     vertices: np.ndarray
@@ -23,6 +24,7 @@ class Mesh:
     uv: np.ndarray | None = None
     uv_faces: np.ndarray | None = None
     texture: np.ndarray | None = None
+    normals: np.ndarray | None = None
 
     def face_normals(self) -> np.ndarray:
         """Unit normals [F, 3]; zero for a degenerate face."""
@@ -31,7 +33,9 @@ class Mesh:
         return n / np.maximum(np.linalg.norm(n, axis=1, keepdims=True), 1e-20)
 
     def vertex_normals(self) -> np.ndarray:
-        """Area-weighted unit vertex normals [V, 3]; +y where no face gives one."""
+        """The mesh's own unit normals [V, 3], else area-weighted ones; +y where no face gives one."""
+        if self.normals is not None:
+            return self.normals
         a, b, c = (self.vertices[self.faces[:, k]].astype(np.float64) for k in range(3))
         n = np.cross(b - a, c - a)
         total = np.zeros((len(self.vertices), 3))

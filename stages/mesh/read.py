@@ -5,6 +5,7 @@ Colours become linear: texture pixels and PLY / OBJ vertex colours are sRGB, glT
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -13,34 +14,82 @@ import torch
 
 from stages.cameras import linear_to_srgb, srgb_to_linear
 from stages.errors import UserError
+from stages.mesh.measure import face_areas
 from stages.mesh.mesh import Mesh
 
+log = logging.getLogger(__name__)
+
 GREY = 0.6  # linear colour of a mesh that has none
+LARGEST = 8192  # side of a texture in texels after it has been repeated
 
 
 def read_mesh(path: str | Path) -> Mesh:
     """Read a mesh file, all its parts joined in world space, with a texture, vertex colours or plain grey.
 
-    Raises: UserError for a missing or unreadable file, one without triangles, or one with non-finite coordinates.
+    Raises: UserError for a missing or unreadable file, and for one that holds no surface: no triangles, triangles
+        without area, indices out of range, coordinates that are not finite.
     """
     import trimesh
 
     path = Path(path).expanduser()
     what = f"Cannot read the mesh {path}"
     if not path.is_file():
-        raise UserError(what, "there is no such file", "give the path of a GLB, OBJ, PLY or STL file")
+        why = "it is a folder" if path.is_dir() else "there is no such file"
+        raise UserError(what, why, "give the path of a GLB, OBJ, PLY or STL file")
     try:
         scene = trimesh.load_scene(str(path), process=False)
-        part = scene.to_mesh() if scene.geometry else None
+        part = _joined(scene) if scene.geometry else None
     except Exception as error:  # each of trimesh's readers raises its own kinds
         reason = str(error).strip().splitlines()
         raise UserError(what, reason[0][:300] if reason else type(error).__name__, "save it again as GLB") from error
     if part is None or len(getattr(part, "faces", ())) == 0:
-        raise UserError(what, "it holds no triangles", "save a triangle mesh")
-    vertices, faces = np.asarray(part.vertices, np.float32), np.asarray(part.faces, np.int32)
+        raise UserError(what, "it holds no triangles", "save a triangle mesh; a point cloud has no surface to refine")
+    with np.errstate(over="ignore"):  # beyond float32 is infinite, and refused
+        vertices, faces = np.asarray(part.vertices).astype(np.float32), np.asarray(part.faces, np.int32)
+    if faces.min() < 0 or faces.max() >= len(vertices):
+        raise UserError(what, f"its faces name vertex {faces.max()} of {len(vertices)}", "save it again")
     if not np.isfinite(vertices).all():
         raise UserError(what, "it has coordinates that are not finite numbers", "save it again")
+    if face_areas(vertices, faces).sum() <= 0:
+        raise UserError(what, "its triangles have no area", "save a mesh with a surface")
     return Mesh(vertices, faces, **_appearance(part, linear=path.suffix.lower() in (".glb", ".gltf")))
+
+
+def _joined(scene: Any) -> Any:
+    """All meshes of a trimesh scene as one, in world space.
+
+    Textures are packed into one. Where only some parts have one, plain parts get a texture of their colour; trimesh
+    would drop every colour instead.
+    """
+    parts = [part for part in scene.dump() if len(getattr(part, "faces", ()))]
+    if len(parts) < 2:
+        return parts[0] if parts else None
+    if any(_textured(part) for part in parts):
+        for part in parts:
+            if not _textured(part):
+                part.visual = _plain_texture(part)
+    import trimesh
+
+    return trimesh.util.concatenate(parts)
+
+
+def _textured(part: Any) -> bool:
+    visual = part.visual
+    return visual.kind == "texture" and visual.uv is not None and _base_colour(visual.material)[0] is not None
+
+
+def _plain_texture(part: Any) -> Any:
+    """A texture of a part's mean colour, in place of its vertex colours or its material's factor."""
+    from PIL import Image
+    from trimesh.visual import TextureVisuals
+    from trimesh.visual.material import PBRMaterial
+
+    colours = _appearance(part, linear=True)["colours"]
+    if np.ptp(colours, axis=0).max() > 2 / 255:
+        log.warning("the mesh mixes textures and vertex colours; the latter are replaced by their mean")
+    mean = tuple(int(v) for v in np.round(_to_srgb(colours.mean(0)) * 255))
+    material = PBRMaterial(baseColorTexture=Image.new("RGB", (4, 4), mean))
+    return TextureVisuals(uv=np.full((len(part.vertices), 2), 0.5), material=material)
 
 
 def _appearance(part: Any, linear: bool) -> dict[str, np.ndarray]:
@@ -53,17 +102,52 @@ def _appearance(part: Any, linear: bool) -> dict[str, np.ndarray]:
             if not np.allclose(factor, 1):
                 bright = srgb_to_linear(torch.from_numpy(tinted / 255.0)).numpy() * factor
                 tinted = np.round(_to_srgb(bright) * 255).astype(np.uint8)
-            uv = np.asarray(visual.uv, np.float32)
-            inside = bool((uv >= 0).all() and (uv <= 1).all())
-            uv = uv if inside else uv - np.floor(uv)  # repeating textures wrap
-            return {"uv": uv, "uv_faces": np.asarray(part.faces, np.int32), "texture": tinted}
-        return {"colours": np.tile(factor.astype(np.float32), (vertices, 1))}
+            return _in_one_tile(np.asarray(visual.uv, np.float32), np.asarray(part.faces, np.int32), tinted)
+        return {"colours": np.tile(factor.astype(np.float32), (vertices, 1))} | _bare_layout(visual.uv, part.faces)
     if visual.kind == "texture":
         return {"colours": np.tile(_base_colour(visual.material)[1].astype(np.float32), (vertices, 1))}
     if visual.kind in ("vertex", "face"):
         colours = np.asarray(visual.vertex_colors)[:, :3].astype(np.float32) / 255
         return {"colours": colours if linear else srgb_to_linear(torch.from_numpy(colours)).numpy()}
     return {"colours": np.full((vertices, 3), GREY, np.float32)}
+
+
+def _bare_layout(uv: Any, faces: Any) -> dict[str, np.ndarray]:
+    """Texture coordinates that come without a texture, for one to be painted into; none where they leave [0, 1]."""
+    uv = np.asarray(uv, np.float32)
+    if not np.isfinite(uv).all() or uv.min() < 0 or uv.max() > 1:
+        return {}
+    return {"uv": uv, "uv_faces": np.asarray(faces, np.int32)}
+
+
+def _in_one_tile(uv: np.ndarray, faces: np.ndarray, texture: np.ndarray) -> dict[str, np.ndarray]:
+    """uv [T, 2] in [0, 1], uv_faces and texture of coordinates that may use a repeating texture's other tiles.
+
+    Each face moves by whole tiles; where one reaches over a border, the texture itself is repeated.
+    """
+    uv = np.nan_to_num(uv.astype(np.float64))
+    if uv.min() >= 0 and uv.max() <= 1:
+        return {"uv": uv.astype(np.float32), "uv_faces": faces, "texture": texture}
+    corners = uv[faces]  # [F, 3, 2]
+    corners -= np.floor(corners.min(axis=1, keepdims=True) + 1e-6)
+    tiles = np.maximum(np.ceil(corners.max(axis=(0, 1)) - 1e-6), 1).astype(int)  # across, up
+    if tiles.max() > 1:
+        texture = _repeated(texture, tiles)
+    corners, uv_faces = np.unique(np.clip(corners / tiles, 0, 1).reshape(-1, 2), axis=0, return_inverse=True)
+    uv_faces = uv_faces.reshape(-1, 3).astype(np.int32)
+    return {"uv": corners.astype(np.float32), "uv_faces": uv_faces, "texture": texture}
+
+
+def _repeated(texture: np.ndarray, tiles: np.ndarray) -> np.ndarray:
+    """The texture [H, W, 3] laid out `tiles` times across and up, made smaller first where that is too large."""
+    from PIL import Image
+
+    height, width = texture.shape[:2]
+    size = (max(1, min(width, LARGEST // tiles[0])), max(1, min(height, LARGEST // tiles[1])))
+    if size != (width, height):
+        log.warning("the texture repeats %d x %d times; it is kept at %d x %d texels a tile", *tiles, *size)
+        texture = np.asarray(Image.fromarray(texture).resize(size, Image.Resampling.BOX))
+    return np.tile(texture, (min(tiles[1], LARGEST), min(tiles[0], LARGEST), 1))
 
 
 def _base_colour(material: Any) -> tuple[Any, np.ndarray]:

@@ -1,0 +1,96 @@
+"""A user's triangles made consistent: equal positions welded, neighbours facing the same way, outwards, creased.
+
+Files differ from an optimiser's surface: vertices are repeated along texture seams and creases, faces may wind both
+ways, surfaces may be open. Nothing here moves a vertex. Letters: V vertices, F faces.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+
+from stages.mesh.measure import adjacent_faces, edges_of, face_areas, face_volumes, label_components
+from stages.mesh.mesh import Mesh
+
+log = logging.getLogger(__name__)
+
+CREASE_DEG = 40.0  # edges bent by more than this are sharp
+
+
+def welded_faces(mesh: Mesh) -> tuple[np.ndarray, np.ndarray]:
+    """Distinct positions [V, 3] in sorted order and the faces [F, 3] int64 among them."""
+    positions, place = np.unique(mesh.vertices, axis=0, return_inverse=True)
+    return positions, place.reshape(-1)[mesh.faces]
+
+
+def turned(vertices: np.ndarray, faces: np.ndarray) -> np.ndarray:
+    """Which faces [F] bool must be turned over so that neighbours agree and bodies face outwards.
+
+    Neighbours are faces with a common edge of two faces. Each connected piece that is not consistent is made so, where
+    it can be (a Moebius strip cannot), and faced outwards by its volume; consistent pieces are left as they are, since
+    a cavity rightly faces inwards. Afterwards everything is turned where the whole volume is negative.
+    """
+    edges = edges_of(faces)
+    pairs, edge = adjacent_faces(edges)
+    pairs, count = pairs // 3, len(faces)
+    apart = edges.balance[edge] != 0  # the two run through their edge in the same direction
+    _, piece = label_components(count, pairs)
+    # every face twice, as it is and turned over: agreeing copies are joined
+    links = np.concatenate([np.stack([pairs[:, 0], pairs[:, 1] + count * apart], -1),
+                            np.stack([pairs[:, 0] + count, pairs[:, 1] + count * ~apart], -1)])  # fmt: skip
+    _, copy = label_components(2 * count, links)
+    _, root = np.unique(piece, return_index=True)  # first face of each piece
+    mixed = np.zeros(len(root), dtype=bool)
+    mixed[piece[pairs[apart, 0]]] = True
+    over = (copy[:count] != copy[root][piece]) & mixed[piece]
+    volumes = face_volumes(vertices, faces) * np.where(over, -1, 1)
+    inward = mixed & (np.bincount(piece, volumes) < 0)
+    over ^= inward[piece]
+    if mixed.any():
+        log.info("%d of %d faces turned over, so that neighbours agree", int(over.sum()), count)
+    if (face_volumes(vertices, faces) * np.where(over, -1, 1)).sum() < 0:
+        log.info("the surface faced inwards and is taken turned over")
+        over = ~over
+    return over
+
+
+def creased(mesh: Mesh, crease_deg: float = CREASE_DEG) -> Mesh:
+    """A copy to be shaded: the same faces in the same order, facing outwards, smooth across seams, sharp at edges.
+
+    Vertices are welded by position, then given one copy for each group of faces around them that no crease divides, so
+    that area-weighted vertex normals are right. It has vertices and faces only.
+    """
+    positions, faces = welded_faces(mesh)
+    over = turned(positions, faces)
+    faces = np.where(over[:, None], faces[:, ::-1], faces)
+    a, b, c = (positions[faces[:, k]].astype(np.float64) for k in range(3))
+    normals = np.cross(b - a, c - a)
+    normals /= np.maximum(np.linalg.norm(normals, axis=1, keepdims=True), 1e-30)
+    half, _ = adjacent_faces(edges_of(faces))
+    smooth = np.einsum("ij,ij->i", *(normals[half[:, k] // 3] for k in (0, 1))) >= np.cos(np.radians(crease_deg))
+    half = half[smooth]
+    face, k = half // 3, half % 3
+    flat = faces.reshape(-1)
+    links = []
+    for end in (0, 1):  # the corner of the first face at this end of the edge, and the second face's at the same vertex
+        own = 3 * face[:, 0] + (k[:, 0] + end) % 3
+        near, far = 3 * face[:, 1] + k[:, 1], 3 * face[:, 1] + (k[:, 1] + 1) % 3
+        links.append(np.stack([own, np.where(flat[near] == flat[own], near, far)], -1))
+    _, group = label_components(len(flat), np.concatenate(links))
+    _, first, corner_of = np.unique(group, return_index=True, return_inverse=True)
+    source = np.where(over[:, None], mesh.faces[:, ::-1], mesh.faces).reshape(-1)[first]
+    return Mesh(mesh.vertices[source], corner_of.reshape(-1, 3).astype(np.int32))
+
+
+def smooth_normals(mesh: Mesh, crease_deg: float = CREASE_DEG) -> np.ndarray:
+    """Unit normals [V, 3] float32 of a file's own vertices: outwards, smooth across seams, sharp where split."""
+    shaded = creased(mesh, crease_deg)
+    normals = shaded.vertex_normals().astype(np.float64)[shaded.faces]  # [F, 3, 3] by corner
+    normals *= face_areas(mesh.vertices, mesh.faces)[:, None, None]
+    over = (shaded.vertices[shaded.faces] != mesh.vertices[mesh.faces]).any((1, 2))
+    normals = np.where(over[:, None, None], normals[:, ::-1], normals)
+    total = np.zeros((len(mesh.vertices), 3))
+    np.add.at(total, mesh.faces.reshape(-1), normals.reshape(-1, 3))
+    length = np.linalg.norm(total, axis=1, keepdims=True)
+    return np.where(length > 0, total / np.where(length > 0, length, 1), [0.0, 1.0, 0.0]).astype(np.float32)

@@ -1,0 +1,108 @@
+"""A user's mesh brought into the scene (centred, scaled, y up, front towards +z), and the way back for what is made.
+
+    scene = scale * R_y(yaw) (own - centre)      own: the file's coordinates, turned so that y is up
+
+`own` is a swap of axes and signs of what the file says, so it keeps its bits; an exported mesh goes back to it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+
+from stages.errors import UserError
+from stages.mesh.mesh import Mesh
+
+Axis = Literal["x", "-x", "y", "-y", "z", "-z"]
+LIMIT = 0.95  # a mesh that keeps its own place must lie within this half side of the scene's box
+
+# (source axis, sign) of the new x, y and z: rotations that bring the named axis to +y
+_TURNS: dict[str, tuple[tuple[int, int], ...]] = {
+    "x": ((1, -1), (0, 1), (2, 1)),
+    "-x": ((1, 1), (0, -1), (2, 1)),
+    "y": ((0, 1), (1, 1), (2, 1)),
+    "-y": ((0, 1), (1, -1), (2, -1)),
+    "z": ((0, 1), (2, 1), (1, -1)),
+    "-z": ((0, 1), (2, -1), (1, 1)),
+}
+
+
+class PlaceSettings(BaseModel):
+    """How a user's mesh comes into the scene."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    up: Literal["auto", Axis] = Field(
+        "auto", description="axis of the file that points up; auto: z in STL files (but for our own), y in all others"
+    )
+    yaw_deg: float = Field(0.0, ge=-360, le=360, description="turn about the vertical that brings its front to +z")
+    radius: float | None = Field(
+        0.85, gt=0.05, le=LIMIT, description="of its sphere about the box's centre; none: the file's own place and size"
+    )
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a mesh in the scene comes from.
+
+    own [V, 3] float32: the user's vertices, y up. centre [3], scale, yaw_deg: see the module's docstring.
+    """
+
+    own: np.ndarray
+    centre: np.ndarray
+    scale: float
+    yaw_deg: float
+
+    def into_scene(self, points: np.ndarray) -> np.ndarray:
+        """Scene coordinates [N, 3] float32 of points in the user's own."""
+        return (self.scale * (points.astype(np.float64) - self.centre) @ _yaw(self.yaw_deg).T).astype(np.float32)
+
+    def out_of_scene(self, points: np.ndarray) -> np.ndarray:
+        """The user's own coordinates [N, 3] float32 of points in the scene."""
+        return (points.astype(np.float64) @ _yaw(self.yaw_deg) / self.scale + self.centre).astype(np.float32)
+
+
+def upright(mesh: Mesh, up: str) -> Mesh:
+    """The mesh with its axis `up` turned to +y, to the bit."""
+    if up == "y":
+        return mesh
+    columns = [mesh.vertices[:, axis] * np.float32(sign) for axis, sign in _TURNS[up]]
+    return replace(mesh, vertices=np.stack(columns, -1))
+
+
+def place(mesh: Mesh, settings: PlaceSettings, up: str = "y") -> tuple[Mesh, Placement]:
+    """The mesh in scene coordinates, faces, colours and texture kept, and how it came there.
+
+    Args:
+        mesh: as read. up: its axis that points up, where the settings leave it to the file's format.
+    Raises: UserError where it has no size, or is to keep a place outside the scene.
+    """
+    mesh = upright(mesh, up if settings.up == "auto" else settings.up)
+    used = mesh.vertices[np.unique(mesh.faces)].astype(np.float64)
+    centre, scale = np.zeros(3), 1.0
+    if settings.radius is not None:
+        centre = (used.min(0) + used.max(0)) / 2
+        radius = float(np.linalg.norm(used - centre, axis=1).max())
+        if radius <= 0 or not math.isfinite(settings.radius / radius):
+            raise UserError("The mesh cannot be placed", f"its radius is {radius:g}", "give a mesh with some extent")
+        scale = settings.radius / radius
+    placement = Placement(mesh.vertices, centre, scale, settings.yaw_deg)
+    placed = placement.into_scene(mesh.vertices)
+    reach = float(np.abs(placement.into_scene(used.astype(np.float32))).max())
+    if settings.radius is None and reach > LIMIT:
+        raise UserError(
+            "The mesh does not fit into the scene",
+            f"it reaches {reach:.3g} from the origin, and the scene ends at {LIMIT:g}",
+            "leave place.radius alone, so that the mesh is centred and scaled",
+        )
+    return replace(mesh, vertices=placed), placement
+
+
+def _yaw(degrees: float) -> np.ndarray:
+    """Turn about +y, +z towards +x."""
+    c, s = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+    return np.array([[c, 0, s], [0, 1, 0], [-s, 0, c]])

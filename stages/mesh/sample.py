@@ -1,0 +1,59 @@
+"""Points on a mesh's surface, and the colours it has there: from its texture, its vertices, or plain."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stages.cameras import srgb_to_linear
+from stages.mesh.measure import face_areas
+from stages.mesh.mesh import Mesh
+
+
+def surface_samples(mesh: Mesh, count: int, generator: torch.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Random places spread evenly over the area: face [N] int64 and barycentric weights [N, 3] float64.
+
+    One draw falls into each N-th of the area, faces taken in their order.
+    """
+    share = np.cumsum(face_areas(mesh.vertices, mesh.faces))
+    u, v, w = torch.rand(3, count, generator=generator, dtype=torch.float64).numpy()
+    face = np.searchsorted(share / share[-1], (np.arange(count) + u) / count)
+    face = np.minimum(face, len(mesh.faces) - 1)
+    v = np.sqrt(v)
+    return face, np.stack([1 - v, v * (1 - w), v * w], -1)
+
+
+def painted_samples(mesh: Mesh, generator: torch.Generator) -> Callable[[int], tuple[Tensor, Tensor]]:
+    """A function from a count to that many random surface points [N, 3] and the mesh's linear colours [N, 3] there."""
+
+    def draw(count: int) -> tuple[Tensor, Tensor]:
+        face, weights = surface_samples(mesh, count, generator)
+        return torch.from_numpy(points_at(mesh, face, weights)).float(), colours_at(mesh, face, weights)
+
+    return draw
+
+
+def points_at(mesh: Mesh, face: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Positions [N, 3] float64 of barycentric places."""
+    return np.einsum("nc,nck->nk", weights, mesh.vertices[mesh.faces[face]].astype(np.float64))
+
+
+def colours_at(mesh: Mesh, face: np.ndarray, weights: np.ndarray) -> Tensor:
+    """The mesh's own linear colours [N, 3] float32 at barycentric places; mid grey where it has none."""
+    if mesh.texture is not None and mesh.uv is not None:
+        uv = np.einsum("nc,nck->nk", weights, mesh.uv[mesh.uv_faces[face]].astype(np.float64))
+        return _looked_up(mesh.texture, uv)
+    if mesh.colours is None:
+        return torch.full((len(face), 3), 0.5)
+    return torch.from_numpy(np.einsum("nc,nck->nk", weights, mesh.colours[mesh.faces[face]])).float()
+
+
+def _looked_up(texture: np.ndarray, uv: np.ndarray) -> Tensor:
+    """Bilinear look-up in linear colour, clamped at the border; row 0 of the texture is v = 1."""
+    picture = srgb_to_linear(torch.from_numpy(np.ascontiguousarray(texture[..., :3])).float() / 255)
+    grid = torch.from_numpy(np.stack([2 * uv[:, 0] - 1, 1 - 2 * uv[:, 1]], -1)).float()[None, None]
+    image = picture.permute(2, 0, 1)[None]
+    return torch.nn.functional.grid_sample(image, grid, padding_mode="border", align_corners=False)[0, :, 0].T

@@ -1,0 +1,88 @@
+"""Faces made to agree, and the copies that are shaded: by hand on boxes, spheres and a Moebius strip."""
+
+import numpy as np
+from mesh_shapes import box, join, make, moved, sphere
+
+from stages.mesh.measure import measure
+from stages.mesh.mesh import Mesh
+from stages.mesh.orient import creased, smooth_normals, turned
+
+
+def flipped(mesh, which):
+    faces = mesh.faces.copy()
+    faces[which] = faces[which][:, ::-1]
+    return Mesh(mesh.vertices, faces)
+
+
+def apply(mesh):
+    over = turned(mesh.vertices, mesh.faces)
+    return flipped(mesh, over)
+
+
+def split_corners(mesh):
+    """Every face with vertices of its own, as in an STL file."""
+    return make(mesh.vertices[mesh.faces].reshape(-1, 3), np.arange(3 * len(mesh.faces)).reshape(-1, 3))
+
+
+def test_randomly_wound_faces_agree_and_face_outwards_again():
+    ball = sphere(n=16, m=9)
+    mixed = flipped(ball, np.random.default_rng(0).random(len(ball.faces)) < 0.5)
+    assert not measure(mixed).oriented
+    np.testing.assert_array_equal(apply(mixed).faces, ball.faces)
+
+
+def test_a_mesh_turned_inside_out_is_turned_back():
+    cube = box()
+    assert turned(cube.vertices, cube.faces[:, ::-1]).all()
+
+
+def test_a_consistent_mesh_with_a_cavity_is_left_alone():
+    hollow = join(box(), flipped(moved(box(), (0, 0, 0), 0.5), slice(None)))
+    assert not turned(hollow.vertices, hollow.faces).any()
+
+
+def test_each_part_is_faced_outwards_by_itself():
+    one, two = flipped(box(), [0, 1, 2]), flipped(moved(box(), (3, 0, 0)), [5])
+    assert measure(apply(join(one, two))).volume == 2
+
+
+def test_a_moebius_strip_is_survived():
+    n = 12
+    angle = np.arange(n) * 2 * np.pi / n
+    rim = [(1 + s * 0.2 * np.cos(angle / 2)) for s in (-1, 1)]
+    points = [
+        np.stack([r * np.cos(angle), s * 0.2 * np.sin(angle / 2), r * np.sin(angle)], -1) for r, s in zip(rim, (-1, 1))
+    ]
+    faces = []
+    for k in range(n):
+        a, b = k, k + n
+        c, d = ((k + 1), (k + 1 + n)) if k + 1 < n else (n, 0)  # the last pair meets the first one crossed
+        faces += [[a, c, b], [c, d, b]]
+    assert turned(np.concatenate(points), np.array(faces)).shape == (2 * n,)
+
+
+def test_a_shaded_copy_of_a_split_sphere_is_smooth_and_of_a_cube_is_sharp():
+    ball = sphere(n=32, m=16)
+    shaded = creased(split_corners(ball))
+    assert len(shaded.vertices) == len(ball.vertices)
+    np.testing.assert_array_equal(shaded.vertices[shaded.faces], ball.vertices[ball.faces])
+    radial = shaded.vertices / np.linalg.norm(shaded.vertices, axis=1, keepdims=True)
+    assert (shaded.vertex_normals() * radial).sum(1).min() > 0.995
+    cube = creased(box())
+    assert len(cube.vertices) == 24
+    assert np.allclose(np.abs(cube.vertex_normals()).max(1), 1)
+
+
+def test_a_shaded_copy_faces_outwards_whatever_the_file_says():
+    ball = sphere(n=16, m=9)
+    shaded = creased(flipped(ball, [3, 4, 5]))
+    radial = shaded.vertices[shaded.faces].mean(1)
+    assert ((shaded.face_normals() * radial).sum(1) > 0).all()
+
+
+def test_normals_of_a_split_sphere_are_smooth_and_outward_at_the_files_own_vertices():
+    ball = flipped(split_corners(sphere(n=32, m=16)), [1, 7])
+    normals = smooth_normals(ball)
+    radial = ball.vertices / np.linalg.norm(ball.vertices, axis=1, keepdims=True)
+    assert normals.dtype == np.float32
+    assert (normals * radial).sum(1).min() > 0.995

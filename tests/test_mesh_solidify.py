@@ -1,0 +1,104 @@
+"""From meshes as files hold them to a DMTet: closed, open, overlapping, inconsistent, thin."""
+
+import numpy as np
+import pytest
+import torch
+from mesh_shapes import box, join, make, moved, sphere, torus
+
+from stages.errors import UserError
+from stages.mesh.measure import measure
+from stages.mesh.mesh import Mesh
+from stages.mesh.solidify import SolidifySettings, dmtet_from_mesh
+from stages.mesh.tetrahedra import Lattice
+from stages.mesh.tree import TriangleTree
+
+BALL = sphere(0.7, 40, 20)
+VOLUME = 4 / 3 * np.pi * 0.7**3
+
+
+def started(mesh, tets=24, **settings):
+    """The first surface as a mesh, and the facts."""
+    dmtet, facts = dmtet_from_mesh(mesh, Lattice(tets), SolidifySettings(**settings))
+    with torch.no_grad():
+        surface = dmtet.surface()
+    return Mesh(surface.vertices.numpy(), surface.faces.numpy()), facts
+
+
+def test_a_closed_mesh_keeps_its_place_and_shape():
+    for mesh in (torus(), box((1.2, 0.9, 0.6))):
+        surface, facts = started(mesh, 32)
+        report = measure(surface)
+        assert report.solid and report.euler_number == measure(mesh).euler_number
+        assert report.volume == pytest.approx(measure(mesh).volume, rel=0.02)
+        assert TriangleTree(mesh.vertices[mesh.faces]).distances(surface.vertices).max() < 0.02
+        assert facts == {"faces": len(mesh.faces), "missed": 0.0}
+
+
+def test_distances_are_stored_not_signs():
+    dmtet, _ = dmtet_from_mesh(BALL, Lattice(24))
+    radius = np.linalg.norm(dmtet.lattice.positions(dmtet.band.ids), axis=1)
+    np.testing.assert_allclose(dmtet.sdf.detach().numpy(), radius - 0.7, atol=0.02)
+
+
+def test_a_hole_is_closed_and_the_rest_stays_where_it_was():
+    centre = BALL.vertices[BALL.faces].mean(1)
+    for top in (0.45, 0.0):
+        surface, facts = started(Mesh(BALL.vertices, BALL.faces[centre[:, 1] < top]))
+        report = measure(surface)
+        assert report.solid and report.euler_number == 2 and facts["missed"] == 0
+        below = surface.vertices[surface.vertices[:, 1] < top - 0.15]
+        np.testing.assert_allclose(np.linalg.norm(below, axis=1), 0.7, atol=0.02)
+        cap = np.pi * (0.7 - top) ** 2 * (2 * 0.7 + top) / 3
+        assert VOLUME - cap < report.volume + 0.02 and report.volume < VOLUME
+
+
+def test_faces_wound_anyhow_and_corners_of_their_own_make_no_difference():
+    plain, _ = started(BALL)
+    split = make(BALL.vertices[BALL.faces].reshape(-1, 3), np.arange(3 * len(BALL.faces)).reshape(-1, 3))
+    mixed = BALL.faces.copy()
+    mixed[np.random.default_rng(0).random(len(mixed)) < 0.5] = mixed[np.random.default_rng(0).random(len(mixed)) < 0.5][
+        :, ::-1
+    ]
+    for other in (split, Mesh(BALL.vertices, mixed), Mesh(BALL.vertices, BALL.faces[:, ::-1])):
+        surface, _ = started(other)
+        assert measure(surface).volume == pytest.approx(measure(plain).volume, rel=1e-4)
+
+
+def test_overlapping_parts_become_one_body_without_walls_inside():
+    both = join(moved(BALL, (-0.15, 0, 0), 0.7), moved(BALL, (0.15, 0, 0), 0.7))
+    dmtet, facts = dmtet_from_mesh(both, Lattice(32))
+    with torch.no_grad():
+        surface = dmtet.surface()
+    report = measure(Mesh(surface.vertices.numpy(), surface.faces.numpy()))
+    assert report.solid and report.components == 1 and report.euler_number == 2 and facts["missed"] == 0
+    points = dmtet.lattice.positions(dmtet.band.ids)
+    centre = np.abs(points[:, 0]) < 0.08
+    inner = centre & (np.linalg.norm(points[:, 1:], axis=1) < 0.25)  # where the two hidden walls are
+    assert not inner.any()  # the band has no vertex there: no wall to keep
+
+
+def test_a_sheet_is_refused_with_ways_out_and_may_be_thickened():
+    sheet = make([[-0.5, 0, -0.5], [0.5, 0, -0.5], [0.5, 0, 0.5], [-0.5, 0, 0.5]], [[0, 2, 1], [0, 3, 2]])
+    with pytest.raises(UserError, match="cannot be made a body") as caught:
+        started(sheet)
+    assert "fine.geometry=locked" in caught.value.fix and "fine.solidify.shell=1" in caught.value.fix
+    surface, _ = started(sheet, 32, shell=1.0)
+    half = 2 / 32
+    assert measure(surface).solid
+    assert measure(surface).volume == pytest.approx(2 * half * 1 + np.pi * half**2 * 2, rel=0.1)  # slab and round edges
+    np.testing.assert_allclose(np.abs(surface.vertices[:, 1]).max(), half, atol=0.01)
+
+
+def test_a_shell_leaves_closed_parts_alone():
+    sheet = make([[-0.9, 0.8, -0.1], [0.9, 0.8, -0.1], [0.9, 0.8, 0.1], [-0.9, 0.8, 0.1]], [[0, 2, 1], [0, 3, 2]])
+    surface, _ = started(join(moved(BALL, (0, -0.3, 0), 0.7), sheet), 32, shell=1.0)
+    low = surface.vertices[surface.vertices[:, 1] < 0.3] + np.float32([0, 0.3, 0])
+    np.testing.assert_allclose(np.linalg.norm(low, axis=1), 0.49, atol=0.02)
+
+
+def test_what_is_lost_to_a_coarse_lattice_is_told():
+    needle = moved(box((0.02, 1.6, 0.02)), (0.03, 0, 0.03))  # between the lattice's vertices
+    with pytest.raises(UserError, match="encloses no point"):
+        started(needle, 16)
+    surface, facts = started(join(moved(BALL, (0, 0, 0), 0.5), needle), 16)
+    assert 0.02 < facts["missed"] < 0.5 and measure(surface).solid
