@@ -12,6 +12,7 @@ from torch import Tensor
 from stages.kernels.backend import choose_backend
 from stages.kernels.hashgrid import HashGridSpec, compiled_grid, hash_encode, hash_gradient
 from stages.kernels.mlp import compiled_perceptron, mlp_with_slope
+from stages.kernels.untraced import untraced
 
 Weights = tuple[Tensor, Tensor, Tensor, Tensor]  # w1 [H, W], b1 [H], w2 [1, H], b2 [1], as mlp takes them
 
@@ -38,7 +39,7 @@ def hash_density(
         choose_backend(backend, points, *weights, family="mlp"),
     }
     if chosen in ({"numba"}, {"warp"}) and spec.features == 2:
-        return _Density.apply(points, table, *weights, spec, known, chosen.pop())
+        return untraced(_Density.apply, points, table, *weights, spec, known, chosen.pop())
     features = hash_encode(points, table, spec, known=known, backend=backend)
     raw, slope = mlp_with_slope(features, *weights, backend=backend)
     return features, raw[:, 0], hash_gradient(points, table, spec, slope, backend=backend)

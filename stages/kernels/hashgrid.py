@@ -14,6 +14,7 @@ from torch import Tensor
 from stages.errors import check_shape
 from stages.kernels import reference_hashgrid
 from stages.kernels.backend import choose_backend
+from stages.kernels.untraced import untraced
 
 
 @dataclass(frozen=True)
@@ -86,11 +87,11 @@ def hash_encode(
     """
     backend = _check(points, table, spec, backend)
     if backend in ("numba", "warp"):
-        return _Encode.apply(points, table, spec, known, backend)
+        return untraced(_Encode.apply, points, table, spec, known, backend)
     if backend == "tinycudann":
         from stages.kernels import adaptor_tinycudann
 
-        return adaptor_tinycudann.hash_encode(points, table, spec)
+        return untraced(adaptor_tinycudann.hash_encode, points, table, spec)
     return reference_hashgrid.hash_encode(points, table, spec)
 
 
@@ -105,11 +106,11 @@ def hash_gradient(points: Tensor, table: Tensor, spec: HashGridSpec, g: Tensor, 
     backend = _check(points, table, spec, backend)
     check_shape("g", g, (points.shape[0], spec.width))
     if backend in ("numba", "warp"):
-        return _Gradient.apply(points, table, g, spec, backend)
+        return untraced(_Gradient.apply, points, table, g, spec, backend)
     if backend == "tinycudann":
         from stages.kernels import adaptor_tinycudann
 
-        return adaptor_tinycudann.hash_gradient(points, table, spec, g)
+        return untraced(adaptor_tinycudann.hash_gradient, points, table, spec, g)
     return reference_hashgrid.hash_gradient(points, table, spec, g)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from stages.errors import check_shape
 from stages.kernels.backend import choose_backend
+from stages.kernels.untraced import untraced
 
 WARP_MAX = (128, 16)  # inputs and outputs of the Warp kernels; beyond, a point's vectors leave the registers
 
@@ -23,11 +24,11 @@ def mlp(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, *, backend: s
     """
     chosen = _check(x, w1, b1, w2, b2, backend, adaptor=True)
     if chosen in ("numba", "warp"):
-        return _Mlp.apply(x, w1, b1, w2, b2, False, chosen)[0]
+        return untraced(_Mlp.apply, x, w1, b1, w2, b2, False, chosen)[0]
     if chosen == "tinycudann":
         from stages.kernels import adaptor_tinycudann
 
-        return adaptor_tinycudann.mlp(x, w1, b1, w2, b2)
+        return untraced(adaptor_tinycudann.mlp, x, w1, b1, w2, b2)
     return torch.addmm(b2, torch.addmm(b1, x, w1.T).relu(), w2.T)
 
 
@@ -43,7 +44,7 @@ def mlp_with_slope(
     """
     chosen = _check(x, w1, b1, w2, b2, backend)
     if chosen in ("numba", "warp"):
-        return _Mlp.apply(x, w1, b1, w2, b2, True, chosen)
+        return untraced(_Mlp.apply, x, w1, b1, w2, b2, True, chosen)
     hidden = torch.addmm(b1, x, w1.T)  # [N, H]
     slope = (w2[0] * (hidden > 0).to(x.dtype)) @ w1
     return torch.addmm(b2, hidden.relu(), w2.T), slope

@@ -16,6 +16,7 @@ from torch import Tensor
 from stages.errors import check_shape
 from stages.kernels import reference_volume
 from stages.kernels.backend import choose_backend
+from stages.kernels.untraced import untraced
 
 
 @dataclass(frozen=True)
@@ -74,8 +75,8 @@ def march(
         raise ValueError(f"step_size: wanted a positive length, got {step_size}")
     if stride < 1:
         raise ValueError(f"stride: wanted at least 1, got {stride}")
-    module = _module(choose_backend(backend, rays_o, rays_d, jitter, family="volume"))
-    return Samples(*module.march(rays_o.detach(), rays_d.detach(), occupancy, step_size, jitter, stride))
+    chosen = choose_backend(backend, rays_o, rays_d, jitter, family="volume")
+    return Samples(*_run(chosen, "march", rays_o.detach(), rays_d.detach(), occupancy, step_size, jitter, stride))
 
 
 def composite(
@@ -92,7 +93,8 @@ def composite(
     check_shape("values", values, (n, None))
     chosen = choose_backend(backend, sigmas, values, family="volume")
     if chosen != "torch":
-        return _Composite.apply(sigmas, values, samples.t, samples.delta, samples.ray_offsets, _module(chosen))
+        packed = (samples.t, samples.delta, samples.ray_offsets)
+        return untraced(_Composite.apply, sigmas, values, *packed, _module(chosen))
     return reference_volume.composite(sigmas, values, samples.t, samples.delta, samples.ray_offsets)
 
 
@@ -107,8 +109,9 @@ def visible(
     Returns: indices [M] of the samples kept, ascending, and those samples. Not differentiable in: anything.
     """
     check_shape("sigmas", sigmas, (len(samples),))
-    module = _module(choose_backend(backend, sigmas, family="volume"))
-    index, offsets = module.visible(sigmas.detach(), samples.delta, samples.ray_offsets, threshold, faint)
+    chosen = choose_backend(backend, sigmas, family="volume")
+    packed = (samples.delta, samples.ray_offsets)
+    index, offsets = _run(chosen, "visible", sigmas.detach(), *packed, threshold, faint)
     return index, Samples(samples.t[index], samples.delta[index], offsets)
 
 
@@ -121,6 +124,12 @@ def _module(backend: str):
     else:
         module = reference_volume
     return module
+
+
+def _run(backend: str, function: str, *arguments):
+    """One of that module's functions; torch.compile looks into the twin's alone."""
+    call = getattr(_module(backend), function)
+    return call(*arguments) if backend == "torch" else untraced(call, *arguments)
 
 
 class _Composite(torch.autograd.Function):
