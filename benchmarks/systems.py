@@ -46,11 +46,12 @@ Make = Callable[[Job], tuple[Mesh, dict[str, Any]]]  # the mesh and what it took
 
 @dataclass(frozen=True)
 class System:
-    """A name's maker and meaning; seeded: whether its result depends on the seed."""
+    """A name's maker and meaning; seeded: whether its result depends on the seed; recipe: of the run it makes, if any."""
 
     make: Make
     meaning: str
     seeded: bool = True
+    recipe: str | None = None
 
 
 class Failed(Exception):
@@ -201,23 +202,36 @@ def write_ply(mesh: Mesh, path: Path) -> None:
 
 
 SYSTEMS: dict[str, System] = {
-    "coarse": System(_coarse, "DreamFusion: the coarse stage alone, meshed"),
-    "magic3d": System(_magic3d, "Magic3D: coarse, then fine"),
-    "reference": System(_reference, "Magic3D under the exact prior of the ground truth: upper bound"),
+    "coarse": System(_coarse, "DreamFusion: the coarse stage alone, meshed", recipe="default"),
+    "magic3d": System(_magic3d, "Magic3D: coarse, then fine", recipe="default"),
+    "reference": System(
+        _reference, "Magic3D under the exact prior of the ground truth: upper bound", recipe="reference"
+    ),
     "truth": System(_truth, "ground truth: ceiling", seeded=False),
     "floor": System(_floor, "random smooth blob: floor"),
 }
 
 
+CURES = Path(__file__).parent / "cures"  # plain SDS with one cure each: sds+NAME
+
+
+def cures() -> list[str]:
+    """The systems sds+NAME, for the recipes of benchmarks/cures."""
+    return [f"sds+{path.stem}" for path in sorted(CURES.glob("*.yaml"))]
+
+
 def find_system(name: str) -> System:
-    """A system by name, or any recipe of configs/ or YAML file by its name. UserError for an unknown one."""
+    """A system by name, sds+CURE, or any recipe of configs/ or YAML file by its name. UserError for an unknown one."""
     if name in SYSTEMS:
         return SYSTEMS[name]
     from pipeline.config import find_recipe, recipes
 
+    if name in cures():
+        path = str(CURES / f"{name.removeprefix('sds+')}.yaml")
+        return System(_recipe(path), "plain SDS with one cure", recipe=path)
     try:
         path = find_recipe(name)
     except UserError as error:
-        known = [*SYSTEMS, *recipes()]
+        known = [*SYSTEMS, *recipes(), *cures()]
         raise UserError(f"no such system: {name}", f"known: {', '.join(known)}", "choose among them") from error
-    return System(_recipe(str(path)), f"recipe {path.stem}")
+    return System(_recipe(str(path)), f"recipe {path.stem}", recipe=str(path))
