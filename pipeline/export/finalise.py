@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 
@@ -9,7 +11,10 @@ from pipeline.export.settings import ExportSettings
 from stages.errors import UserError
 from stages.mesh.finalise import finalise as finalise_mesh
 from stages.mesh.mesh import Mesh
+from stages.mesh.repaint import repaint
 from stages.stage import Asset
+
+SPECK = 1e-3  # of the largest part's area: below it a part is no part of a user's mesh
 
 
 def _device_of(asset: Asset) -> torch.device:
@@ -38,11 +43,39 @@ def surface_of(asset: Asset, resolution: int) -> Mesh:
 
 
 def finalise(asset: Asset, settings: ExportSettings, *, notes: dict[str, object] | None = None) -> Mesh:
-    """The asset's surface cleaned, decimated, unwrapped and baked with the asset's colour.
+    """The asset's surface cleaned, decimated, unwrapped and baked with the asset's colour; a locked one only baked.
 
     Args:
         asset: with a mesh or a density. notes: filled with times, the mesh report and how it was unwrapped.
+    Returns: the mesh in the scene.
     Raises: UserError if there is no surface, or it cannot be used.
     """
-    mesh = surface_of(asset, settings.tets)
-    return finalise_mesh(mesh, asset.albedo, settings, device=_device_of(asset), notes=notes)
+    mesh, device = surface_of(asset, settings.tets), _device_of(asset)
+    if asset.locked:
+        return repaint(
+            mesh,
+            asset.albedo,
+            settings.texture_size,
+            own_uv=settings.own_uv,
+            padding=settings.padding,
+            method=settings.unwrap,
+            time_limit_s=settings.unwrap_limit_s,
+            device=device,
+            notes=notes,
+        )
+    if asset.placement is not None:  # the small parts of a user's mesh are no floaters
+        settings = settings.model_copy(update={"floaters": min(settings.floaters, SPECK)})
+    return finalise_mesh(mesh, asset.albedo, settings, device=device, notes=notes)
+
+
+def in_own_place(mesh: Mesh, asset: Asset) -> Mesh:
+    """A finished mesh as its files hold it: at the place and size of the user's mesh it was made from.
+
+    A locked mesh has the positions of the user's file to the bit (its up axis turned to y).
+    """
+    place = asset.placement
+    if place is None:
+        return mesh
+    vertices = place.own if asset.locked else place.out_of_scene(mesh.vertices)
+    normals = None if mesh.normals is None else place.turned_back(mesh.normals)
+    return replace(mesh, vertices=vertices, normals=normals)

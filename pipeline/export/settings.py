@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from stages.mesh.finalise import ExportSettings as MeshSettings
+from stages.mesh.repaint import OwnLayout
 
 
 def _split_commas(value: Any) -> Any:
@@ -20,6 +21,9 @@ class ExportSettings(MeshSettings):
         ["glb", "obj"], description="mesh files to write at the end of a run"
     )
     tets: int = Field(96, ge=16, le=256, description="lattice cells a side for a mesh straight from a density field")
+    own_uv: OwnLayout = Field(
+        "auto", description="keep a locked mesh's texture coordinates: where they can carry a texture, always, never"
+    )
     turntable_frames: int = Field(36, ge=0, le=720, description="pictures in a turn; 0 writes no turntable")
     turntable_size: int = Field(384, ge=16, le=2048, multiple_of=2, description="side of the turntable in pixels")
     mp4: bool = Field(True, description="write the turntable as .mp4 as well, where imageio-ffmpeg is installed")

@@ -65,6 +65,10 @@ class Placement:
         """The user's own coordinates [N, 3] float32 of points in the scene."""
         return (points.astype(np.float64) @ _yaw(self.yaw_deg) / self.scale + self.centre).astype(np.float32)
 
+    def turned_back(self, directions: np.ndarray) -> np.ndarray:
+        """Directions [N, 3] float32 of the scene, such as normals, in the user's own coordinates."""
+        return (directions.astype(np.float64) @ _yaw(self.yaw_deg)).astype(np.float32)
+
 
 def upright(mesh: Mesh, up: str) -> Mesh:
     """The mesh with its axis `up` turned to +y, to the bit."""

@@ -53,7 +53,7 @@ def colours_at(mesh: Mesh, face: np.ndarray, weights: np.ndarray) -> Tensor:
 
 def _looked_up(texture: np.ndarray, uv: np.ndarray) -> Tensor:
     """Bilinear look-up in linear colour, clamped at the border; row 0 of the texture is v = 1."""
-    picture = srgb_to_linear(torch.from_numpy(np.ascontiguousarray(texture[..., :3])).float() / 255)
+    picture = srgb_to_linear(torch.from_numpy(texture[..., :3].astype(np.float32) / 255))
     grid = torch.from_numpy(np.stack([2 * uv[:, 0] - 1, 1 - 2 * uv[:, 1]], -1)).float()[None, None]
     image = picture.permute(2, 0, 1)[None]
     return torch.nn.functional.grid_sample(image, grid, padding_mode="border", align_corners=False)[0, :, 0].T

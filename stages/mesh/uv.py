@@ -60,8 +60,13 @@ def texel_corners(uv: np.ndarray, uv_faces: np.ndarray, size: int) -> np.ndarray
     return (uv.astype(np.float64) * size)[uv_faces]
 
 
-def check_layout(mesh: Mesh, uv: np.ndarray, uv_faces: np.ndarray, size: int) -> float:
-    """Raise LayoutError unless the layout can carry a texture of `size`; returns its coverage in [0, 1]."""
+def check_layout(
+    mesh: Mesh, uv: np.ndarray, uv_faces: np.ndarray, size: int, *, fair: float = 0.1, starved: float = STARVED
+) -> float:
+    """Raise LayoutError unless the layout can carry a texture of `size`; returns its coverage in [0, 1].
+
+    At most `starved` of the surface may get less than `fair` of its share of texels.
+    """
     if uv_faces.shape != mesh.faces.shape or uv_faces.min() < 0 or uv_faces.max() >= len(uv):
         raise LayoutError(f"it has {len(uv_faces)} faces for {len(mesh.faces)}, or indices out of range")
     if not np.isfinite(uv).all() or uv.min() < 0 or uv.max() > 1:
@@ -77,10 +82,9 @@ def check_layout(mesh: Mesh, uv: np.ndarray, uv_faces: np.ndarray, size: int) ->
     if len(double) > DOUBLE * max(covered, 1):
         raise LayoutError(f"it covers {len(double)} of {covered} texels twice")
     areas = face_areas(mesh.vertices, mesh.faces)
-    fair = texels >= 0.1 * areas * (texels.sum() / areas.sum())
-    starved = areas[~fair].sum() / areas.sum()
-    if starved > STARVED:
-        raise LayoutError(f"{100 * starved:.1f} % of the surface gets under a tenth of its share of texels")
+    poor = areas[texels < fair * areas * (texels.sum() / areas.sum())].sum() / areas.sum()
+    if poor > starved:
+        raise LayoutError(f"{100 * poor:.1f} % of the surface gets under {fair:g} of its share of texels")
     return covered / size**2
 
 
