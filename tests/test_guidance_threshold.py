@@ -25,10 +25,10 @@ def test_dynamic_threshold_divides_by_the_quantile_and_leaves_samples_in_range_a
     torch.testing.assert_close(shifted, got[:1] * 3 + 5)
 
 
-def x0_of_gradient(guidance, t=900):
+def x0_of_gradient(guidance, t=900, **context):
     """The x0_hat that a step pushes towards: with weight 1 the residual is eps(x0_hat) - eps."""
     picture = images(batch=4)
-    output = guidance(picture, orbit_views(torch.arange(4) * 90.0), 0.0)
+    output = guidance(picture, orbit_views(torch.arange(4) * 90.0), 0.0, **context)
     output.loss.backward()
     residual = picture.grad.permute(0, 3, 1, 2) * 4 / 2
     alpha_bar = guidance.prior.alphas_cumprod[[t] * 4]

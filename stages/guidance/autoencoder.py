@@ -6,7 +6,7 @@ Latents x = (z - shift_factor - mean) * scaling_factor / std, z what the encoder
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -75,7 +75,7 @@ def downsampling(config) -> int:
 
 def no_autocast(device: torch.device) -> AbstractContextManager:
     """The networks run in the precision they were loaded in, whatever the caller's."""
-    return torch.autocast(device.type, enabled=False)
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 def _on(value: float | Tensor, like: Tensor) -> float | Tensor:

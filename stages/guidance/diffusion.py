@@ -8,6 +8,7 @@ Memory: prompts given to load_prior are embedded before the denoiser is loaded, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,27 +19,17 @@ from torch import Tensor
 from stages.errors import check_shape
 from stages.guidance.autoencoder import Autoencoder, no_autocast
 from stages.guidance.denoisers import Denoiser
-from stages.guidance.families import (
-    SDXL,
-    Configs,
-    Family,
-    check_fit,
-    check_folder,
-    read_configs,
-    readings_of,
-    with_autoencoder,
-)
-from stages.guidance.folder import load_part, locate, locate_autoencoder, read_json
-from stages.guidance.noise_schedule import NoiseSchedule, load_schedule
+from stages.guidance.families import SDXL, Family
+from stages.guidance.folder import load_part, locate, read_json
+from stages.guidance.noise_schedule import NoiseSchedule
 from stages.guidance.offload import offload_blocks
+from stages.guidance.plan import Plan, make_plan, network_dtype, vae_dtype
 from stages.guidance.prior import ViewContext, eps_from_prediction, flow_scale, per_sample, resized
-from stages.guidance.text import PromptEncoder, Reading, TextEncoder, load_tokenizer
+from stages.guidance.text import PromptEncoder, Reading, TextEncoder
 from stages.phases import backward_phase, phase
 
 if TYPE_CHECKING:
     from stages.guidance.lora import Lora
-
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 class DiffusionSettings(BaseModel):
@@ -185,87 +176,66 @@ def load_prior(
     """
     settings, device = settings or DiffusionSettings(), torch.device(device)
     folder = locate(str(path_or_id), settings.revision, settings.variant)
-    family, classes = check_folder(folder, settings.variant)
-    dtype = dtype or _dtype(settings, family, device)
-    configs = read_configs(folder, family, classes)
-    vae_folder = folder
-    if settings.autoencoder is not None and "vae" in classes:
-        vae_folder = locate_autoencoder(settings.autoencoder)
-        configs, classes = with_autoencoder(vae_folder, configs, classes)
-    geometry = check_fit(family, configs, folder, settings.resolution)
-    schedule = load_schedule(folder, classes["scheduler"], geometry.image_tokens)
-    if lora is not None:
-        lora.check(folder, family, classes, configs, settings.variant)
+    plan = make_plan(folder, settings, prompts, lora)
+    family, dtype = plan.family, dtype or network_dtype(settings, plan.family, device)
 
-    text_device = torch.device("cpu") if settings.text_device == "cpu" else device
-    parts = _Loader(folder, classes, configs, settings, lora)
-    text = parts.text(family, text_device, device, dtype)
+    loader = _Loader(plan, settings, lora)
+    text = loader.text(torch.device("cpu") if settings.text_device == "cpu" else device, device, dtype)
     if prompts is None:
         for encoder in text.encoders:
             encoder.load()
     else:
         text.embed(prompts, keep=False)
 
-    network = parts.network(family.part, folder / family.part, dtype)
+    network = loader.network(family.part, dtype)
     if settings.offload == "blocks":
         offload_blocks(network, device)
     else:
         network.to(device)
-    denoiser = Denoiser(network, family.call, geometry, device, dtype, settings.embedded_guidance)
-    vae = parts.autoencoder(family, vae_folder, device, dtype) if "vae" in classes else None
-    prior = DiffusionPrior(
-        Path(path_or_id).name or str(path_or_id), family, denoiser, vae, text, schedule, settings
-    )
+    denoiser = Denoiser(network, family.call, plan.geometry, device, dtype, settings.embedded_guidance)
+    vae = loader.autoencoder(device, dtype) if "vae" in plan.classes else None
+    name = Path(path_or_id).name or str(path_or_id)
+    prior = DiffusionPrior(name, family, denoiser, vae, text, plan.schedule, settings)
     words = folder / "pocket.json"
     if words.is_file():
         prior.known_words = sorted(read_json(words, f"Cannot load the prior {folder}").get("words", []))
     return prior
 
 
-def _dtype(settings: DiffusionSettings, family: Family, device: torch.device) -> torch.dtype:
-    if settings.dtype != "auto":
-        return DTYPES[settings.dtype]
-    if device.type != "cuda":
-        return torch.float32
-    return torch.bfloat16 if family.wants_bfloat16 else torch.float16
-
-
 class _Loader:
-    """Loads the parts of one folder, all alike."""
+    """Loads the parts of one plan, all alike."""
 
-    def __init__(
-        self, folder: Path, classes: dict[str, str], configs: Configs, settings: DiffusionSettings, lora: Lora | None
-    ) -> None:
-        self.folder, self.classes, self.configs, self.settings, self.lora = folder, classes, configs, settings, lora
+    def __init__(self, plan: Plan, settings: DiffusionSettings, lora: Lora | None) -> None:
+        self.plan, self.settings, self.lora = plan, settings, lora
 
-    def network(self, part: str, directory: Path, dtype: torch.dtype) -> torch.nn.Module:
+    def network(self, part: str, dtype: torch.dtype) -> torch.nn.Module:
+        """The denoiser or the autoencoder."""
         import diffusers
         from diffusers.utils import is_accelerate_available
 
+        plan, directory = self.plan, self.plan.directories[part]
+
         def load() -> Any:
-            return getattr(diffusers, self.classes[part]).from_pretrained(
+            return getattr(diffusers, plan.classes[part]).from_pretrained(
                 directory,
                 torch_dtype=dtype,
                 use_safetensors=True,
                 local_files_only=True,
-                variant=self.settings.variant if directory.parent == self.folder else None,
+                variant=plan.variant if directory.parent == plan.folder else None,
                 low_cpu_mem_usage=is_accelerate_available(),
                 output_loading_info=True,
             )
 
-        network = load_part(self.folder, part, load).to(dtype)  # torch_dtype alone leaves some models in float32
-        network = self._finish(part, network)
+        network = load_part(plan.folder, part, load)
+        torch.nn.Module.to(network, dtype)  # torch_dtype leaves some models in float32; diffusers' own to() complains
+        self._finish(part, network)
         if self.settings.attention_slicing and hasattr(network, "set_attention_slice"):
             network.set_attention_slice("auto")
         return network
 
-    def autoencoder(self, family: Family, folder: Path, device: torch.device, dtype: torch.dtype) -> Autoencoder:
-        """The autoencoder; SDXL's own overflows in float16 and says so (force_upcast), as its pipeline heeds."""
-        s, config = self.settings, self.configs["vae"]
-        if family is SDXL and dtype == torch.float16 and getattr(config, "force_upcast", False):
-            dtype = torch.float32
-        directory = folder / "vae" if (folder / "vae").is_dir() else folder
-        vae = self.network("vae", directory, dtype).to(device)
+    def autoencoder(self, device: torch.device, dtype: torch.dtype) -> Autoencoder:
+        s = self.settings
+        vae = self.network("vae", vae_dtype(self.plan.family, self.plan.configs["vae"], dtype)).to(device)
         if s.vae_checkpointing:
             vae.enable_gradient_checkpointing()
             vae.train()  # checkpointing is active in training mode only; no dropout or batch statistics in there
@@ -273,35 +243,35 @@ class _Loader:
             vae.enable_tiling()
         return Autoencoder(vae, sample=s.vae_sample == "sample", one_by_one=s.vae_slicing)
 
-    def text(
-        self, family: Family, text_device: torch.device, device: torch.device, dtype: torch.dtype
-    ) -> PromptEncoder:
-        encoders = []
-        for reading in readings_of(family, self.classes):
-            tokenizer = load_tokenizer(self.folder, reading.tokenizer)
-            config = self.configs[reading.part]
-            encoders.append(TextEncoder(reading, tokenizer, self._encoder(reading, text_device, dtype), config))
-        index = read_json(self.folder / "model_index.json", f"Cannot load the prior {self.folder}")
+    def text(self, text_device: torch.device, device: torch.device, dtype: torch.dtype) -> PromptEncoder:
+        plan, family = self.plan, self.plan.family
+        encoders = [
+            TextEncoder(r, plan.tokenizers[r.part], self._encoder(r, text_device, dtype), plan.configs[r.part])
+            for r in plan.readings
+        ]
+        index = read_json(plan.folder / "model_index.json", f"Cannot load the prior {plan.folder}")
         return PromptEncoder(
             encoders,
-            lambda encoded: family.join(encoded, self.configs[family.part]).to(dtype),
+            lambda encoded: family.join(encoded, plan.configs[family.part]).to(dtype),
             device,
             empty_is_zero=family is SDXL and bool(index.get("force_zeros_for_empty_prompt", True)),
         )
 
-    def _encoder(self, reading: Reading, device: torch.device, dtype: torch.dtype):
+    def _encoder(self, reading: Reading, device: torch.device, dtype: torch.dtype) -> Callable[[], torch.nn.Module]:
         import transformers
+
+        plan = self.plan
 
         def load() -> torch.nn.Module:
             model = load_part(
-                self.folder,
+                plan.folder,
                 reading.part,
-                lambda: getattr(transformers, self.classes[reading.part]).from_pretrained(
-                    self.folder / reading.part,
+                lambda: getattr(transformers, plan.classes[reading.part]).from_pretrained(
+                    plan.directories[reading.part],
                     dtype=dtype,
                     use_safetensors=True,
                     local_files_only=True,
-                    variant=self.settings.variant,
+                    variant=plan.variant,
                     output_loading_info=True,
                 ),
             )

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.errors import UserError, out_of_memory
+from stages.guidance.presets import find_preset
 from stages.guidance.weights import check_files
 
 PARTS = ("unet", "transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
@@ -64,6 +65,19 @@ def locate_autoencoder(path_or_id: str) -> Path:
     )
 
 
+def cached(model_id: str, revision: str | None = None) -> Path | None:
+    """The snapshot of a hub id that is on this machine already; None for none, or for what is no hub id."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    if not _HUB_ID.fullmatch(model_id):
+        return None
+    try:
+        return Path(snapshot_download(model_id, revision=revision, local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError):
+        return None
+
+
 def _download(repo_id: str, revision: str | None, variant: str | None) -> Path:
     dot = f".{variant}" if variant else ""
     patterns = ["model_index.json", "pocket.json", "scheduler/*.json"]
@@ -89,9 +103,11 @@ def _snapshot(repo_id: str, revision: str | None, patterns: list[str], what: str
         why = "HF_HUB_OFFLINE is set and it is not in the cache" if offline else "the hub cannot be reached"
         raise UserError(what, why, "give a local folder, or download it once while online") from error
     except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise UserError(
-            what, f"no such folder here, and the hub says: {_first_line(error)}", "check the id or give a local folder"
-        ) from error
+        why, fix = f"no such folder here, and the hub says: {_first_line(error)}", "check the id or give a local folder"
+        preset = find_preset(repo_id)
+        if preset is not None and preset.status == "withdrawn":
+            fix = f"it was withdrawn; use {preset.instead}"
+        raise UserError(what, why, fix) from error
 
 
 def read_json(path: Path, what: str) -> dict[str, Any]:
@@ -137,7 +153,7 @@ def load_part(folder: Path, part: str, load: Callable[[], Any]) -> Any:
     """
     what = f"Cannot load the {part} of {folder}"
     try:
-        with _quiet():
+        with quiet():
             loaded = load()
     except Exception as error:  # safetensors and tokenizers raise their own kinds, the latter bare Exceptions
         if out_of_memory(error):
@@ -155,7 +171,7 @@ def load_part(folder: Path, part: str, load: Callable[[], Any]) -> Any:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """No progress bars and no warnings of the two libraries while a part loads; what matters is checked here."""
     from diffusers.utils import logging as diffusers_log
     from transformers.utils import logging as transformers_log

@@ -102,6 +102,7 @@ class Guidance:
         with torch.no_grad(), phase("rule"):
             problem = Problem(x.detach(), eps, t, alphas_cumprod, progress, predict)
             problem.data_range, problem.against, problem.score = self._data_range, conditions.against, score
+            problem.backdrop = self._backdrop(background, images)
             found = RULES[s.rule](problem, s)
             alpha_bar = alphas_cumprod[t]
             w_t = WEIGHTINGS[s.weighting](alpha_bar)
@@ -124,6 +125,15 @@ class Guidance:
                 embedding = conditions.embedding("prompt")
                 metrics["score_error"] = self._score.train(x.detach(), embedding, camera, self.generator)
         return GuidanceOutput(loss, metrics)
+
+    def _backdrop(self, background: Tensor | None, images: Tensor) -> Tensor | None:
+        """What the images were composited on, in the prior's space, where the settings want x0_hat put on it."""
+        if self.settings.backdrop is None:
+            return None
+        if background is None:
+            raise ValueError("background: wanted what the images were composited on, for guidance.backdrop; got None")
+        behind = background.detach().expand_as(images)
+        return self.prior.encode(linear_to_srgb(behind) if self.settings.srgb else behind, self.generator)
 
     def _image_term(self, shown: Tensor, found: Found, weight: Tensor, alpha_bar: Tensor) -> Tensor:
         """HiFA's second half: sRGB renders [B, H, W, 3] against what the rule's x0_hat decodes to."""

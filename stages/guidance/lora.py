@@ -22,10 +22,11 @@ import torch
 from torch import Tensor
 
 from stages.errors import UserError
-from stages.guidance.weights import PICKLED, check_files, read_header, read_headers
+from stages.guidance.weights import PICKLED, read_header
 
 if TYPE_CHECKING:
     from stages.guidance.families import Configs, Family
+    from stages.guidance.plan import Plan
 
 DENOISER = "denoiser"  # the unet or the transformer
 # Longest first where one begins another. kohya calls every denoiser unet.
@@ -107,21 +108,18 @@ class Lora:
         self._changes: dict[str, dict[str, LowRank]] = {}
         self._whole: dict[str, dict[str, Tensor]] = {}
 
-    def check(
-        self, folder: Path, family: Family, classes: dict[str, str], configs: Configs, variant: str | None = None
-    ) -> None:
-        """That every key fits a layer of the folder's networks, by their headers; needed before :meth:`merge`.
+    def check(self, plan: Plan) -> None:
+        """That every key fits a layer of the planned networks, by their headers; needed before :meth:`merge`.
 
         Raises: UserError naming the keys that do not, or whose shape is of another model.
         """
-        self._read(family, configs)
+        self._read(plan.family, plan.configs)
+        stems = plan.stems()
         for part in {**self._changes, **self._whole}:
-            directory = family.part if part == DENOISER else part
-            if directory not in classes:
-                self._refuse([*self._keys(part)], f"for a {part} that {family.name} does not have")
-            stem = "diffusion_pytorch_model" if part == DENOISER else "model"
-            headers = read_headers(check_files(folder / directory, stem, variant, self.what))
-            shapes = {name: header.shape for name, header in headers.items()}
+            own = plan.family.part if part == DENOISER else part
+            if own not in stems:
+                self._refuse(self._keys(part), f"for a {part} that {plan.family.name} does not have")
+            shapes = {name: header.shape for name, header in plan.headers(own, stems[own]).items()}
             if self.low_rank:
                 layers = {_flat(name.removesuffix(".weight"), part): shape for name, shape in shapes.items()}
                 self._check_low_rank(part, layers)

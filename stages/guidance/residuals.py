@@ -32,7 +32,8 @@ class Found(NamedTuple):
 class Problem:
     """One step as a rule sees it; `predict(z, t, *branches)` evaluates branches prompt / negative / empty at once.
 
-    data_range: what x0_hat is brought back to, None for no threshold. against: Perp-Neg's weights [B] of the branches
+    data_range: what x0_hat is brought back to, None for no threshold. backdrop: what x was composited on, in its space,
+    where x0_hat is to be put on it. against: Perp-Neg's weights [B] of the branches
     "against 0", ...; empty without it. score: eps_phi(z, t) of the present renders, for vsd. metrics: what the rule
     has to report.
     """
@@ -44,9 +45,15 @@ class Problem:
     progress: float
     predict: Callable[..., list[Tensor]]
     data_range: tuple[float, float] | None = None
+    backdrop: Tensor | None = None
     against: list[Tensor] = field(default_factory=list)
     score: Callable[[Tensor, Tensor], Tensor] | None = None
     metrics: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def bounds(self) -> bool:
+        """Whether `bounded` does anything."""
+        return self.data_range is not None or self.backdrop is not None
 
     def noisy(self, eps: Tensor) -> Tensor:
         return add_noise(self.x, eps, self.alphas_cumprod[self.t])
@@ -69,17 +76,20 @@ class Problem:
         return [rules.perp_neg(eps_y, found[0], pushed, self.against) if pushed else eps_y, *found]
 
     def bounded(self, eps_hat: Tensor, z: Tensor, t: Tensor, settings: GuidanceSettings) -> Tensor:
-        """eps_hat with its x0_hat brought back to the data range, as the settings' threshold says."""
-        if self.data_range is None:
+        """eps_hat with its x0_hat brought back to the data range and put on the true backdrop, as the settings say."""
+        if not self.bounds:
             return eps_hat
         alpha_bar = self.alphas_cumprod[t]
         x0 = x0_from_eps(eps_hat, z, alpha_bar)
-        low, high = self.data_range
-        self.metrics["clamped"] = float(((x0 < low) | (x0 > high)).double().mean())
-        if settings.threshold == "static":
-            x0 = x0.clamp(low, high)
-        else:
-            x0 = rules.dynamic_threshold(x0, self.data_range, settings.threshold_quantile)
+        if self.data_range is not None:
+            low, high = self.data_range
+            self.metrics["clamped"] = float(((x0 < low) | (x0 > high)).double().mean())
+            if settings.threshold == "static":
+                x0 = x0.clamp(low, high)
+            else:
+                x0 = rules.dynamic_threshold(x0, self.data_range, settings.threshold_quantile)
+        if self.backdrop is not None:
+            x0 = rules.on_backdrop(x0, self.backdrop, settings.backdrop)
         return eps_from_x0(x0, z, alpha_bar)
 
     def invert(self, t_end: Tensor, steps: int, scale: float) -> Tensor:
@@ -137,7 +147,7 @@ def _measured_from(
 ) -> Found:
     """A residual eps_hat - reference with its eps_hat bounded."""
     eps_hat = reference + residual
-    if p.data_range is not None:
+    if p.bounds:
         eps_hat = p.bounded(eps_hat, z_t, p.t, s)
         residual = eps_hat - reference
     return Found(residual, eps_hat, eps_y, z_t)

@@ -36,6 +36,9 @@ class GuidanceSettings(BaseModel):
     threshold_range: tuple[float, float] | None = Field(
         None, description="range of the prior's data; none: its own, [-1, 1] for pixels, unknown for latents"
     )
+    backdrop: float | None = Field(
+        None, gt=0, description="width on [-1, 1] of the band about x0_hat's own backdrop that is put on the true one"
+    )
     t_caps: list[Fraction] = Field(
         [], description="[[share, t], ...]: from this share of the stage on, no t above; steps, where annealing glides"
     )

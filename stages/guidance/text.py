@@ -35,6 +35,14 @@ class Reading:
     clean: bool = False
     optional: bool = False
 
+    def cleaned(self, prompt: str) -> str:
+        """The prompt as the encoder is given it."""
+        return prompt.lower().strip() if self.clean else prompt
+
+    def count(self, tokenizer: Any, prompt: str) -> int:
+        """Tokens of a prompt, special tokens included, without cutting or padding."""
+        return len(tokenizer(self.cleaned(prompt), padding=False, truncation=False, verbose=False).input_ids)
+
 
 Encoded = tuple[Tensor | None, Tensor | None]  # tokens [P, L, D], pooled [P, W]
 
@@ -57,13 +65,9 @@ class TextEncoder:
         asks = bool(getattr(config, "use_attention_mask", False))
         self.use_mask = reading.mask == "always" or (reading.mask == "config" and asks)
 
-    def _clean(self, prompt: str) -> str:
-        return prompt.lower().strip() if self.reading.clean else prompt
-
     def count(self, prompt: str) -> int:
-        """Tokens of a prompt, special tokens included, without cutting or padding."""
-        ids = self.tokenizer(self._clean(prompt), padding=False, truncation=False, verbose=False).input_ids
-        return len(ids)
+        """Tokens of a prompt; see Reading.count."""
+        return self.reading.count(self.tokenizer, prompt)
 
     def unknown_words(self, prompt: str) -> list[str]:
         """Words of the prompt that the tokenizer maps to its unknown token, in order, each once.
@@ -73,7 +77,7 @@ class TextEncoder:
         unknown = self.tokenizer.unk_token_id
         if unknown is None:
             return []
-        text = self._clean(prompt)
+        text = self.reading.cleaned(prompt)
         encoded = self.tokenizer(
             text,
             add_special_tokens=False,
@@ -101,7 +105,7 @@ class TextEncoder:
         model, reading = self.load(), self.reading
         device = next(model.parameters()).device
         tokens = self.tokenizer(
-            [self._clean(p) for p in prompts],
+            [self.reading.cleaned(p) for p in prompts],
             padding="max_length",
             max_length=self.limit,
             truncation=True,
