@@ -185,3 +185,21 @@ def test_kernel_gives_the_same_bytes_twice(cube):
     arrays = [x.numpy() for x in (positions, noise(cube, 7), *cells)]
     first, second = (cpu_marching.march(*arrays, 1e-3) for _ in range(2))
     assert all(np.array_equal(a, b) for a, b in zip(first, second))
+
+
+@pytest.mark.parametrize("backend", BACKENDS[1:])
+def test_the_ops_work_inside_torch_compile(cube, backend):
+    positions, cells, _ = cube
+
+    def value(p, s):
+        v, f, _ = marching_tetrahedra(p * 2, s + 0.1, *cells, guard=0.01, backend=backend)
+        edges, _ = mesh_edges(f, len(v), backend=backend)
+        return (v[edges[:, 0].long()] - v[edges[:, 1].long()]).square().sum()
+
+    found = []
+    for function in (value, torch.compile(value, backend="aot_eager")):
+        p, s = positions.clone().requires_grad_(), noise(cube, 4).requires_grad_()
+        out = function(p, s)
+        found.append((out, *torch.autograd.grad(out, (p, s))))
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)

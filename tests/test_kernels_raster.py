@@ -539,3 +539,29 @@ def test_the_walk_over_triangles_is_bounded_alike_in_both_backends():
     from stages.kernels import cpu_antialias
 
     assert cpu_antialias.STEPS_MAX == reference_antialias.STEPS_MAX
+
+
+@FAST
+def test_the_ops_work_inside_torch_compile(backend):
+    """As breaks in its graph: the same image and gradients, forward and backward, also for a second size."""
+    vertices, triangles, views = MESHES["box"]
+    texels = torch.rand(4, 5, 3, generator=torch.Generator().manual_seed(0))
+
+    def picture(points, image, size):
+        clip = to_clip(points, views) * 1.0
+        rast = rasterise(clip, triangles, size, size, backend=backend)
+        planes = interpolate(torch.cat([points, vertex_normals(points, triangles, backend=backend)], 1) + 0.5, rast,
+                             triangles, backend=backend)  # fmt: skip
+        colour = texture(image * 2, planes[..., :2], backend=backend) + planes[..., 3:]
+        topology = edge_topology(triangles, len(points), backend=backend)
+        return antialias(colour, rast, clip, triangles, topology, backend=backend).sin()
+
+    compiled = torch.compile(picture, backend="aot_eager")
+    for size in (12, 13):
+        found = []
+        for function in (picture, compiled):
+            leaves = [t.clone().requires_grad_() for t in (vertices, texels)]
+            out = function(*leaves, size)
+            found.append((out, *torch.autograd.grad(out.sum(), leaves)))
+        for got, want in zip(*found, strict=True):
+            torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)

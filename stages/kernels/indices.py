@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from stages.kernels.untraced import untraced
+
 _seen = WeakIdKeyDictionary()  # tensor -> (its version, lowest, highest)
 
 
@@ -27,9 +29,13 @@ def extent(tensor: Tensor) -> tuple[int, int]:
 
 def vouch(tensor: Tensor, low: int, high: int) -> Tensor:
     """The tensor, whose values are known to lie in [low, high] by the way it was made: nobody has to look at it."""
+    untraced(_remember, tensor, low, high)
+    return tensor
+
+
+def _remember(tensor: Tensor, low: int, high: int) -> None:
     if not tensor.is_inference():
         _seen[tensor] = (tensor._version, low, high)
-    return tensor
 
 
 def check_indices(name: str, tensor: Tensor, stop: int, start: int = 0) -> None:
@@ -37,6 +43,6 @@ def check_indices(name: str, tensor: Tensor, stop: int, start: int = 0) -> None:
     if tensor.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"{name}: wanted dtype int32, got {str(tensor.dtype).removeprefix('torch.')}")
     if tensor.numel():
-        low, high = extent(tensor)
+        low, high = untraced(extent, tensor)
         if low < start or high >= stop:
             raise ValueError(f"{name}: wanted indices in [{start}, {stop}), got {low} to {high}")

@@ -10,6 +10,7 @@ from stages.kernels import reference_lattice
 from stages.kernels.backend import choose_backend
 from stages.kernels.compiled import run
 from stages.kernels.indices import check_indices
+from stages.kernels.untraced import untraced
 
 
 def diffuse(
@@ -39,4 +40,5 @@ def diffuse(
     if chosen == "torch":
         return reference_lattice.diffuse(values.detach(), neighbours, strength, tolerance)
     pairs, theta = reference_lattice.chebyshev(strength, tolerance)
-    return run(chosen, "lattice", "diffuse", neighbours.int(), values, strength / neighbours.shape[1], pairs, theta)
+    scale = strength / neighbours.shape[1]
+    return untraced(run, chosen, "lattice", "diffuse", neighbours.int(), values, scale, pairs, theta)

@@ -13,6 +13,7 @@ from stages.kernels import reference_marching
 from stages.kernels.backend import choose_backend
 from stages.kernels.compiled import run
 from stages.kernels.indices import check_indices, vouch
+from stages.kernels.untraced import untraced
 
 
 def marching_tetrahedra(
@@ -54,12 +55,12 @@ def marching_tetrahedra(
     chosen = choose_backend(backend, positions, sdf, family="marching", adaptor=True)
     if chosen in ("numba", "warp"):
         arguments = (positions, sdf, edges.int(), tets.int(), tet_edges.int(), guard, chosen)
-        vertices, faces, crossing = _March.apply(*arguments)
+        vertices, faces, crossing = untraced(_March.apply, *arguments)
         return vertices, vouch(faces, 0, len(vertices) - 1), crossing
     if chosen == "kaolin":
         from stages.kernels import adaptor_kaolin
 
-        return adaptor_kaolin.march(positions, sdf, edges, tets, tet_edges, guard)
+        return untraced(adaptor_kaolin.march, positions, sdf, edges, tets, tet_edges, guard)
     return reference_marching.march(positions, sdf, edges, tets, tet_edges, guard)
 
 
@@ -77,7 +78,7 @@ def mesh_edges(faces: Tensor, vertices: int, *, backend: str = "auto") -> tuple[
     chosen = choose_backend(backend, torch.empty(0, device=faces.device), family="marching")
     if chosen == "torch":
         return reference_marching.mesh_edges(faces, vertices)
-    found = run(chosen, "marching", "mesh_edges", faces.int(), vertices)
+    found = untraced(run, chosen, "marching", "mesh_edges", faces.int(), vertices)
     if found is None:
         raise ValueError("faces: wanted a closed oriented surface, got an edge without exactly two opposite half edges")
     return found

@@ -16,6 +16,7 @@ from stages.kernels import reference_raster as twin
 from stages.kernels.backend import choose_backend
 from stages.kernels.compiled import run
 from stages.kernels.indices import check_indices, vouch
+from stages.kernels.untraced import untraced
 
 TRIANGLES_MAX = 1 << 24  # ids travel as float32, exact up to here
 
@@ -44,8 +45,8 @@ def rasterise(clip: Tensor, triangles: Tensor, height: int, width: int, *, backe
     if chosen == "nvdiffrast":
         from stages.kernels import adaptor_nvdiffrast
 
-        return adaptor_nvdiffrast.rasterise(clip, triangles, height, width)
-    return _Rasterise.apply(clip, triangles, height, width, chosen)
+        return untraced(adaptor_nvdiffrast.rasterise, clip, triangles, height, width)
+    return untraced(_Rasterise.apply, clip, triangles, height, width, chosen)
 
 
 def interpolate(attributes: Tensor, rast: Tensor, triangles: Tensor, *, backend: str = "auto") -> Tensor:
@@ -68,8 +69,8 @@ def interpolate(attributes: Tensor, rast: Tensor, triangles: Tensor, *, backend:
     if chosen == "nvdiffrast":
         from stages.kernels import adaptor_nvdiffrast
 
-        return adaptor_nvdiffrast.interpolate(batched, rast, triangles)
-    return _Interpolate.apply(batched, rast, triangles, chosen)
+        return untraced(adaptor_nvdiffrast.interpolate, batched, rast, triangles)
+    return untraced(_Interpolate.apply, batched, rast, triangles, chosen)
 
 
 def edge_topology(triangles: Tensor, vertices: int, *, backend: str = "auto") -> Tensor:
@@ -84,7 +85,8 @@ def edge_topology(triangles: Tensor, vertices: int, *, backend: str = "auto") ->
     chosen = choose_backend(backend, triangles.new_empty(0, dtype=torch.float32), family="raster")
     if chosen == "torch":
         return reference_antialias.edge_topology(triangles, vertices)
-    return vouch(run(chosen, "antialias", "edge_topology", triangles, vertices), -1, 3 * len(triangles) - 1)
+    topology = untraced(run, chosen, "antialias", "edge_topology", triangles, vertices)
+    return vouch(topology, -1, 3 * len(triangles) - 1)
 
 
 def antialias(
@@ -122,8 +124,8 @@ def antialias(
     if chosen == "nvdiffrast":
         from stages.kernels import adaptor_nvdiffrast
 
-        return adaptor_nvdiffrast.antialias(colour, rast, clip, triangles)
-    return _Antialias.apply(colour, rast, clip, triangles, topology, chosen)
+        return untraced(adaptor_nvdiffrast.antialias, colour, rast, clip, triangles)
+    return untraced(_Antialias.apply, colour, rast, clip, triangles, topology, chosen)
 
 
 def texture(image: Tensor, uv: Tensor, *, backend: str = "auto") -> Tensor:
@@ -146,8 +148,8 @@ def texture(image: Tensor, uv: Tensor, *, backend: str = "auto") -> Tensor:
     if chosen == "nvdiffrast":
         from stages.kernels import adaptor_nvdiffrast
 
-        return adaptor_nvdiffrast.texture(image, uv)
-    return _Texture.apply(image, uv.reshape(-1, 2), chosen).reshape(*uv.shape[:-1], image.shape[2])
+        return untraced(adaptor_nvdiffrast.texture, image, uv)
+    return untraced(_Texture.apply, image, uv.reshape(-1, 2), chosen).reshape(*uv.shape[:-1], image.shape[2])
 
 
 def vertex_normals(vertices: Tensor, triangles: Tensor, *, backend: str = "auto") -> Tensor:
@@ -163,7 +165,7 @@ def vertex_normals(vertices: Tensor, triangles: Tensor, *, backend: str = "auto"
     chosen = choose_backend(backend, vertices, family="raster")
     if chosen == "torch":
         return twin.vertex_normals(vertices, triangles)
-    return _VertexNormals.apply(vertices, triangles, chosen)
+    return untraced(_VertexNormals.apply, vertices, triangles, chosen)
 
 
 def _check_triangles(triangles: Tensor, vertices: int) -> None:
