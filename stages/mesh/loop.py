@@ -110,7 +110,8 @@ def _vertex_rule(edges: Edges, vertices: int, valence: np.ndarray, weight: np.nd
 def control_of(faces: np.ndarray, positions: np.ndarray) -> np.ndarray:
     """Control vertices [V, 3] float64 whose limit surface passes through the given positions [V, 3]."""
     _check(faces, len(positions))
-    return spsolve(limit_matrix(faces, len(positions)).tocsc(), positions.astype(np.float64)).reshape(-1, 3)
+    control = spsolve(limit_matrix(faces, len(positions)).tocsc(), positions.astype(np.float64))
+    return np.ascontiguousarray(control.reshape(-1, 3))
 
 
 def as_torch(matrix: csr_matrix, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Tensor:
