@@ -1,0 +1,117 @@
+"""Everything about a diffusers folder that is known before a weight is loaded, and every refusal that needs no weight.
+
+A plan is made twice: when a run is checked, so that a wrong folder or a prompt too long is answered before any work,
+and when its prior is loaded.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from stages.guidance.families import (
+    SDXL,
+    Configs,
+    Family,
+    Geometry,
+    check_fit,
+    check_folder,
+    components,
+    read_configs,
+    readings_of,
+    with_autoencoder,
+)
+from stages.guidance.folder import locate_autoencoder
+from stages.guidance.noise_schedule import NoiseSchedule, load_schedule
+from stages.guidance.text import Reading, load_tokenizer, token_limit
+from stages.guidance.weights import Header, check_files, read_headers
+from stages.prompts import check_length
+
+if TYPE_CHECKING:
+    from stages.guidance.diffusion import DiffusionSettings
+    from stages.guidance.lora import Lora
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A folder's family, the class, config and directory of each part it uses, its tokenizers, sizes and noise."""
+
+    folder: Path
+    family: Family
+    classes: dict[str, str]
+    configs: Configs
+    directories: dict[str, Path]
+    tokenizers: dict[str, Any]
+    geometry: Geometry
+    schedule: NoiseSchedule
+    variant: str | None
+
+    @property
+    def readings(self) -> list[Reading]:
+        """The text encoders that the folder has."""
+        return readings_of(self.family, self.classes)
+
+    def headers(self, part: str, stem: str) -> dict[str, Header]:
+        """The tensors of a part's weight files."""
+        directory = self.directories[part]
+        variant = self.variant if directory.parent == self.folder else None
+        return read_headers(check_files(directory, stem, variant, f"Cannot load the prior {self.folder}"))
+
+    def stems(self) -> dict[str, str]:
+        """The stem of the weight files by part."""
+        return {c.part: c.stem for c in components(self.family, self.classes) if c.stem is not None}
+
+    def check_prompts(self, prompts: list[str]) -> None:
+        """Refuse prompts that any of the text encoders would cut; see stages.prompts.check_length."""
+        for reading in self.readings:
+            tokenizer = self.tokenizers[reading.part]
+            limit = token_limit(reading, tokenizer, self.configs[reading.part])
+            check_length(prompts, lambda text, r=reading, t=tokenizer: r.count(t, text), limit)
+
+
+def make_plan(
+    folder: Path, settings: DiffusionSettings, prompts: list[str] | None = None, lora: Lora | None = None
+) -> Plan:
+    """The plan of a folder for these settings, after checking that prompts and LoRA fit it.
+
+    Raises: UserError for anything missing, damaged, unsupported or not belonging together.
+    """
+    family, classes = check_folder(folder, settings.variant)
+    configs, vae_folder = read_configs(folder, family, classes), folder
+    if settings.autoencoder is not None and "vae" in classes:
+        vae_folder = locate_autoencoder(settings.autoencoder)
+        configs, classes = with_autoencoder(vae_folder, configs, classes)
+    geometry = check_fit(family, configs, folder, settings.resolution)
+    schedule = load_schedule(folder, classes["scheduler"], geometry.image_tokens)
+    directories = {part: folder / part for part in classes}
+    if vae_folder is not folder:
+        directories["vae"] = vae_folder / "vae" if (vae_folder / "vae").is_dir() else vae_folder
+    tokenizers = {r.part: load_tokenizer(folder, r.tokenizer) for r in readings_of(family, classes)}
+    plan = Plan(
+        folder, family, classes, configs, directories, tokenizers, geometry, schedule, settings.variant
+    )
+    if prompts is not None:
+        plan.check_prompts(prompts)
+    if lora is not None:
+        lora.check(plan)
+    return plan
+
+
+def network_dtype(settings: DiffusionSettings, family: Family, device: torch.device) -> torch.dtype:
+    """The precision that a family's networks run in on a device."""
+    if settings.dtype != "auto":
+        return DTYPES[settings.dtype]
+    if device.type != "cuda":
+        return torch.float32
+    return torch.bfloat16 if family.wants_bfloat16 else torch.float16
+
+
+def vae_dtype(family: Family, config: Any, dtype: torch.dtype) -> torch.dtype:
+    """SDXL's own autoencoder overflows in float16 and says so (force_upcast), which its pipeline heeds."""
+    upcast = family is SDXL and dtype == torch.float16 and getattr(config, "force_upcast", False)
+    return torch.float32 if upcast else dtype

@@ -1,0 +1,92 @@
+"""Memory counted before loading equals the memory of what is then loaded and run."""
+
+import pytest
+import tiny_families
+import tiny_folders
+import torch
+
+from stages.guidance.diffusion import DiffusionSettings, load_prior
+from stages.guidance.footprint import footprint, live_bytes, resident
+from stages.guidance.plan import make_plan
+from stages.guidance.weights import Header
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("footprint")
+    return {
+        "sdxl": tiny_families.sdxl(root / "sdxl"),
+        "sd3": tiny_families.sd3(root / "sd3"),
+        "deepfloyd": tiny_folders.deepfloyd(root / "if"),
+    }
+
+
+def found(folder, images=2, predictions=4, device=CPU, **settings):
+    made = DiffusionSettings(**settings)
+    return footprint(make_plan(folder, made), made, device, images=images, predictions=predictions)
+
+
+def test_weights_are_those_of_the_loaded_networks(folders):
+    prior = load_prior(folders["sdxl"], "cpu")
+    counted = found(folders["sdxl"])
+    assert counted.weights == {"unet": size(prior.unet), "vae": size(prior.vae)}
+    sizes = {f"text_encoder{end}": size(e.load()) for end, e in zip(("", "_2"), prior.text.encoders, strict=True)}
+    assert counted.text == sizes
+    assert found(folders["deepfloyd"]).weights.keys() == {"unet"}
+
+
+def size(network):
+    return sum(p.numel() * p.element_size() for p in network.parameters())
+
+
+def test_precision_halves_weights_but_not_sdxls_autoencoder_in_float16(folders):
+    whole, half = found(folders["sdxl"]), found(folders["sdxl"], dtype="float16")
+    assert half.weights["unet"] * 2 == whole.weights["unet"] and half.weights["vae"] == whole.weights["vae"]
+    assert found(folders["sdxl"], dtype="bfloat16").weights["vae"] * 2 == whole.weights["vae"]
+    assert found(folders["sdxl"], device=torch.device("cuda")).dtype == torch.float16
+    assert found(folders["sd3"], device=torch.device("cuda")).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("name", ["sdxl", "sd3"])
+def test_bytes_counted_without_memory_are_those_counted_in_memory(folders, name):
+    """The same forward and backward passes once on the meta device and once for real."""
+    prior = load_prior(folders[name], "cpu", settings=DiffusionSettings(vae_sample="mode"))
+    pictures = torch.rand(2, 3, 64, 64, requires_grad=True)
+    kept, peak = live_bytes(prior.vae, lambda: prior.autoencoder.encode(pictures, torch.Generator()), backward=True)
+    z, t, embedding = torch.randn(4, 4, 8, 8), torch.full((4,), 500.0), prior.embed(["a"] * 4)
+    with torch.no_grad():
+        _, predicting = live_bytes(prior.unet, lambda: prior.denoiser(z, t, embedding))
+    from stages.guidance.denoisers import split_pooled
+
+    length = split_pooled(embedding, prior.denoiser.pooled_width)[0].shape[1]
+    settings = DiffusionSettings()
+    plan = make_plan(folders[name], settings)
+    counted = footprint(plan, settings, CPU, images=2, predictions=4, length=length)
+    assert counted.images == pytest.approx(max(peak, kept + predicting), rel=0.02)
+
+
+def test_careful_settings_take_less(folders):
+    plain = found(folders["sdxl"])
+    assert found(folders["sdxl"], vae_slicing=True).images < 0.7 * plain.images
+    assert found(folders["sdxl"], vae_checkpointing=True).images < 0.9 * plain.images
+    assert found(folders["sdxl"], max_batch=1).images < plain.images
+    assert found(folders["sdxl"], offload="blocks").weights["unet"] < 0.6 * plain.weights["unet"]
+    assert found(folders["sdxl"], text_device="cpu").text == {}
+    assert found(folders["sdxl"], images=1, predictions=2).images < 0.6 * plain.images
+
+
+def test_blocks_in_main_memory_leave_the_largest_and_the_rest():
+    numbers = {"conv_in.weight": 1, "down_blocks.0.a": 20, "down_blocks.0.b": 3, "down_blocks.1.a": 15, "mid_block.a": 8}
+    assert resident({name: Header("F16", (n,)) for name, n in numbers.items()}) == 1 + 23
+    assert resident({"single_transformer_blocks.7.a": Header("F32", (5,)), "x": Header("F32", (2, 2))}) == 4 + 5
+
+
+def test_the_peak_is_the_largest_text_encoder_or_a_step(folders):
+    counted = found(folders["sdxl"])
+    assert counted.peak == sum(counted.weights.values()) + counted.images
+    from dataclasses import replace
+
+    assert replace(counted, text={"t5": 10**9}).peak == 10**9
+    assert "GB at most" in counted.describe() and "float32" in counted.describe()
