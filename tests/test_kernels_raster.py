@@ -541,9 +541,9 @@ def test_the_walk_over_triangles_is_bounded_alike_in_both_backends():
     assert cpu_antialias.STEPS_MAX == reference_antialias.STEPS_MAX
 
 
-@FAST
+@pytest.mark.parametrize("backend", [WARP])
 def test_the_ops_work_inside_torch_compile(backend):
-    """As breaks in its graph: the same image and gradients, forward and backward, also for a second size."""
+    """As breaks in its graph, at two sizes; for numba in test_kernels_compile.py."""
     vertices, triangles, views = MESHES["box"]
     texels = torch.rand(4, 5, 3, generator=torch.Generator().manual_seed(0))
 
