@@ -34,12 +34,12 @@ def make_stage(name: str, settings: Any, guidance: Any, device: torch.device, se
     """The stage of that name. Weights drawn from torch's global generator are fixed by the seed as well."""
     import torch
 
-    from stages.coarse import CoarseStage
     from stages.fine import FineStage
+    from stages.particles import make_coarse
 
     torch.manual_seed(seed)
-    classes = {"coarse": CoarseStage, "fine": FineStage}
-    return classes[name](settings, guidance, device, seed, previous)
+    makers = {"coarse": make_coarse, "fine": FineStage}
+    return makers[name](settings, guidance, device, seed, previous)
 
 
 class StageLoop:

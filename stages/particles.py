@@ -1,0 +1,122 @@
+"""Several coarse fields under one guidance: the particles of variational score distillation.
+
+ProlificDreamer (arXiv 2305.16213 alg. 1) lets n scenes share the score that vsd learns, so that it is the score of a
+distribution and not of one scene; each step takes one of them. With another rule they are n independent tries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stages.coarse import CoarseSettings, CoarseStage
+from stages.errors import UserError
+from stages.stage import Asset
+
+SMOOTHING = 0.9  # of the running agreement by which a particle is chosen
+
+
+def make_coarse(
+    settings: CoarseSettings,
+    guidance: Callable[..., Any],
+    device: torch.device,
+    seed: int,
+    previous: Asset | None = None,
+) -> CoarseStage | ParticleStage:
+    """The coarse stage of these settings: one field, or several."""
+    kind = CoarseStage if settings.particles == 1 else ParticleStage
+    return kind(settings, guidance, device, seed, previous)
+
+
+class ParticleStage:
+    """A Stage (stages/stage.py) of `settings.particles` coarse stages that take its steps in turn.
+
+    Args: as CoarseStage; `settings.steps` counts the steps of all particles together.
+    Raises: UserError for steps that cannot be shared equally and a chosen particle that does not exist.
+    """
+
+    name = "coarse"
+
+    def __init__(
+        self,
+        settings: CoarseSettings,
+        guidance: Callable[..., Any],
+        device: torch.device,
+        seed: int,
+        previous: Asset | None = None,
+    ) -> None:
+        n = settings.particles
+        if settings.steps % n:
+            raise UserError(
+                "coarse.particles does not divide coarse.steps",
+                f"{settings.steps} steps cannot be shared equally among {n} particles",
+                f"set coarse.steps={settings.steps + n - settings.steps % n}",
+            )
+        if settings.particle is not None and settings.particle >= n:
+            raise UserError(
+                f"coarse.particle={settings.particle} is not there",
+                f"there are {n} particles, counted from 0",
+                f"choose 0 to {n - 1}, or leave it out to take the one the prior agrees with best",
+            )
+        self.settings, self.steps, self.times = settings, settings.steps, {}
+        share = settings.model_copy(update={"steps": settings.steps // n})
+        self.members = [CoarseStage(share, guidance, device, (seed + 7919 * k) % 2**31) for k in range(n)]
+        for member in self.members:
+            member.times = self.times
+        self.agreement = torch.full((n,), float("nan"), dtype=torch.float64)
+
+    @property
+    def step_index(self) -> int:
+        """Steps taken by all particles."""
+        return sum(member.step_index for member in self.members)
+
+    def step(self) -> dict[str, float]:
+        """One step of the particle whose turn it is."""
+        k = self.step_index % len(self.members)
+        metrics = self.members[k].step()
+        if "agreement_db" in metrics:
+            old, new = float(self.agreement[k]), metrics["agreement_db"]
+            self.agreement[k] = new if old != old else SMOOTHING * old + (1 - SMOOTHING) * new
+        return metrics | {"particle": float(k)}
+
+    def headline(self, metrics: dict[str, float]) -> str:
+        """The coarse stage's, and which particle it was."""
+        return f"particle {int(metrics['particle'])}: {self.members[0].headline(metrics)}"
+
+    def preview(self) -> np.ndarray:
+        """The particles' contact sheets, one below the other."""
+        return np.concatenate([member.preview() for member in self.members])
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The particles' states by number; the guidance they share once."""
+        state: dict[str, Tensor] = {"agreement": self.agreement.clone()}
+        for k, member in enumerate(self.members):
+            for key, value in member.state_dict().items():
+                state[key if key.startswith("guidance.") else f"particle{k}.{key}"] = value
+        return state
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Inverse of state_dict on a freshly constructed stage."""
+        self.agreement = state["agreement"].clone()
+        shared = {key: value for key, value in state.items() if key.startswith("guidance.")}
+        for k, member in enumerate(self.members):
+            prefix = f"particle{k}."
+            own = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+            member.load_state_dict(own | shared)
+
+    def finish(self) -> Asset:
+        """The chosen particle's object, or that of the one the prior agrees with best among those that are objects."""
+        if self.settings.particle is not None:
+            return self.members[self.settings.particle].finish()
+        order = torch.nan_to_num(self.agreement, nan=float("-inf")).argsort(descending=True, stable=True).tolist()
+        failed: UserError | None = None
+        for k in order:
+            try:
+                return self.members[k].finish()
+            except UserError as error:
+                failed = failed or error
+        raise UserError(f"No particle is an object; the best: {failed.what}", failed.why, failed.fix)
