@@ -34,6 +34,7 @@ def check_priors(config: Config) -> None:
         source = getattr(config.prior, stage)
         if source == "reference":
             _check_reference(config.reference.mesh)
+            _check_rule(config, stage)
         elif source == "pocket":
             words = pocket_words(POCKET_FOLDERS[stage])
             if not config.force:
@@ -86,6 +87,15 @@ def _check_reference(mesh: str) -> None:
     from stages.mesh.read import read_mesh
 
     read_mesh(mesh)
+
+
+def _check_rule(config: Config, stage: str) -> None:
+    """What has no meaning with the reference prior; other priors are asked when they are loaded."""
+    from stages.guidance.fit import check_wordless
+    from stages.prompts import ViewPrompts
+
+    prompts = ViewPrompts(config.prompt, config.negative, config.prompts)
+    check_wordless(getattr(config.guidance, stage), prompts, "reference")
 
 
 def _check_folder(stage: str, source: str) -> None:

@@ -90,6 +90,23 @@ def test_folder_without_a_model_is_refused(tmp_path):
         priors.check_priors(config(f"prior.coarse={tmp_path}"))
 
 
+@pytest.mark.parametrize(
+    ("setting", "what"),
+    [
+        ("guidance.fine.rule=csd", "rule=csd does not fit the prior reference"),
+        ("guidance.fine.rule=vsd", "rule=vsd does not fit the prior reference"),
+        ("prompts.blend=perp_neg", "prompts.blend=perp_neg does not fit the prior reference"),
+    ],
+)
+def test_rule_that_needs_words_is_refused_before_the_stage_before_it_is_made(tmp_path, pocket, setting, what):
+    import trimesh
+
+    trimesh.creation.box().export(tmp_path / "mesh.glb")
+    words = ["prior.fine=reference", f"reference.mesh={tmp_path / 'mesh.glb'}", setting]
+    with pytest.raises(UserError, match=what):
+        priors.check_priors(config(*words, prompt="a red mug"))
+
+
 def test_reference_prior_has_the_size_of_its_stage(tmp_path):
     from pipeline.export.glb import write_glb
     from stages.mesh.mesh import Mesh

@@ -16,7 +16,7 @@ NEEDS_WORDS = {
 INVERTING = ("ism", "sdi")
 
 
-def check_words(settings: GuidanceSettings, prompts: ViewPrompts, name: str) -> None:
+def check_wordless(settings: GuidanceSettings, prompts: ViewPrompts, name: str) -> None:
     """Refuse what has no meaning with a prior that reads no prompts, such as the reference prior called `name`."""
     if settings.rule in NEEDS_WORDS:
         raise UserError(
@@ -35,7 +35,7 @@ def check_words(settings: GuidanceSettings, prompts: ViewPrompts, name: str) -> 
 def check_fit(prior: Prior, settings: GuidanceSettings, prompts: ViewPrompts) -> None:
     """Raise UserError for a rule or cure that cannot work with this prior or these prompts."""
     if not getattr(prior, "reads_prompts", True):
-        check_words(settings, prompts, prior.name)
+        check_wordless(settings, prompts, prior.name)
     if settings.rule == "vsd":
         check_trainable(prior, settings.vsd)
     if settings.rule in INVERTING and getattr(prior, "prediction", "epsilon") == "sample":
