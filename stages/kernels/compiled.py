@@ -11,9 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from stages.kernels.untraced import stepped_over
+
 _MODULES = {"numba": "cpu", "warp": "cuda"}
 
 
+@stepped_over
 def run(backend: str, part: str, function: str, *arguments):
     """Run a function of a part's module for a backend.
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from stages.kernels.backend import choose_backend
 from stages.kernels.hashgrid import HashGridSpec, compiled_grid, hash_encode, hash_gradient
 from stages.kernels.mlp import compiled_perceptron, mlp_with_slope
-from stages.kernels.untraced import untraced
+from stages.kernels.untraced import stepped_over, untraced
 
 Weights = tuple[Tensor, Tensor, Tensor, Tensor]  # w1 [H, W], b1 [H], w2 [1, H], b2 [1], as mlp takes them
 
@@ -57,6 +57,7 @@ class _Density(torch.autograd.Function):
         return features, raw[:, 0], grid.gradient(points, table, spec, slope)
 
     @staticmethod
+    @stepped_over
     @torch.autograd.function.once_differentiable
     def backward(ctx, g_features, g_raw, g_gradient):
         grid, perceptron = compiled_grid(ctx.backend), compiled_perceptron(ctx.backend)

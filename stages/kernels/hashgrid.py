@@ -14,7 +14,7 @@ from torch import Tensor
 from stages.errors import check_shape
 from stages.kernels import reference_hashgrid
 from stages.kernels.backend import choose_backend
-from stages.kernels.untraced import untraced
+from stages.kernels.untraced import stepped_over, untraced
 
 
 @dataclass(frozen=True)
@@ -142,6 +142,7 @@ class _Encode(torch.autograd.Function):
         return ctx.grid.encode(points, table, spec) if known is None else known.view_as(known)
 
     @staticmethod
+    @stepped_over
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor):
         points, table = ctx.saved_tensors
@@ -161,6 +162,7 @@ class _Gradient(torch.autograd.Function):
         return ctx.grid.gradient(points, table, spec, g)
 
     @staticmethod
+    @stepped_over
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor):
         points, table, g = ctx.saved_tensors

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from stages.errors import check_shape
 from stages.kernels.backend import choose_backend
-from stages.kernels.untraced import untraced
+from stages.kernels.untraced import stepped_over, untraced
 
 WARP_MAX = (128, 16)  # inputs and outputs of the Warp kernels; beyond, a point's vectors leave the registers
 
@@ -84,6 +84,7 @@ class _Mlp(torch.autograd.Function):
         return ctx.perceptron.forward(x, w1, b1, w2, b2, with_slope)
 
     @staticmethod
+    @stepped_over
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_out: Tensor | None, grad_slope: Tensor | None):
         x, w1, b1, w2 = ctx.saved_tensors

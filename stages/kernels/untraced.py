@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import wraps
 
 _break: list[Callable] = []
 
@@ -30,3 +31,13 @@ def untraced(function: Callable, *arguments):
 
         _break.append(torch.compiler.disable(_call))
     return _break[0](function, *arguments)
+
+
+def stepped_over(function: Callable) -> Callable:
+    """A decorator: the function is called through :func:`untraced`; for backward passes, which a step may contain."""
+
+    @wraps(function)
+    def call(*arguments):
+        return untraced(function, *arguments)
+
+    return call

@@ -16,7 +16,7 @@ from torch import Tensor
 from stages.errors import check_shape
 from stages.kernels import reference_volume
 from stages.kernels.backend import choose_backend
-from stages.kernels.untraced import untraced
+from stages.kernels.untraced import stepped_over, untraced
 
 
 @dataclass(frozen=True)
@@ -142,6 +142,7 @@ class _Composite(torch.autograd.Function):
         return out, weights, opacity, depth
 
     @staticmethod
+    @stepped_over
     @torch.autograd.function.once_differentiable
     def backward(ctx, g_out, g_weights, g_opacity, g_depth):
         saved = ctx.saved_tensors
