@@ -110,11 +110,11 @@ def lamp(v: Vary, c: Palette) -> list[Part]:
 def candle(v: Vary, c: Palette) -> list[Part]:
     """A dish with a ring handle at -x carries the candle."""
     gold = c.trim("gold", "steel")
-    r, h = v(0.32, 0.12), v(1.1, 0.12)
+    r, h = v(0.36, 0.12), v(1.1, 0.12)
     flame = [(0, 0), (0.11, 0.07), (0.15, 0.16), (0.12, 0.28), (0.06, 0.4), (0, 0.5)]
     parts = [
-        lathe([(0, 0), (0.5, 0), (0.62, 0.16), (0.56, 0.16), (0.46, 0.07), (0, 0.07)], gold),
-        ring(0.15, 0.055, gold, sides=18).turn("x", 90).move(-0.70, 0.14, 0),
+        lathe([(0, 0), (0.46, 0), (0.56, 0.14), (0.51, 0.14), (0.44, 0.07), (0, 0.07)], gold),
+        ring(0.15, 0.055, gold, sides=18).turn("x", 90).move(-0.65, 0.13, 0),
         lathe([(0, 0.04), (r, 0.04), (r, h - 0.05), (r - 0.06, h), (0, h - 0.03)], c.main, sides=32),
         frustum(0.035, 0.03, 0.18, (0, h - 0.06, 0), c.trim("ink"), sides=10),
         lathe(flame, c.trim("flame", "orange"), sides=18).move(0, h + 0.06, 0),
@@ -214,9 +214,11 @@ def castle(v: Vary, c: Palette) -> list[Part]:
             merlon = box((step * 0.5, 0.14, 0.12), (-half + step * i, wall + 0.06, half - 0.06), c.main)
             parts.append(merlon.turn("y", turn))
         parts.append(box((0.1, 0.24, 0.06), (0, wall * 0.58, half + 0.0), ink).turn("y", turn) if turn else
-                     box((0.36, 0.34, 0.08), (0, 0.17, half), ink))
-    arch = frustum(0.18, 0.18, 0.08, (0, 0, 0), ink, sides=20).turn("x", 90).move(0, 0.34, half - 0.04)
+                     box((0.46, 0.34, 0.08), (0, 0.17, half), ink))
+    arch = frustum(0.23, 0.23, 0.08, (0, 0, 0), ink, sides=20).turn("x", 90).move(0, 0.34, half - 0.04)
     parts.append(arch)
+    shield = [(-0.13, 0.1), (-0.11, -0.06), (0, -0.16), (0.11, -0.06), (0.13, 0.1)]
+    parts.append(prism(shield, 0.1, c.trim("gold", "red")).move(0, wall + 0.02, half))
     for sx in (-1, 1):
         for sz in (-1, 1):
             x, z = sx * half, sz * half

@@ -23,13 +23,13 @@ def _wheels(c: Palette, x: float, zs: tuple[float, ...], radius: float, width: f
 
 def car(v: Vary, c: Palette) -> list[Part]:
     """Headlights and bumper at +z, red tail lights at -z."""
-    w, length, h, wheel = v(0.9, 0.1), v(1.9, 0.1), v(0.38, 0.12), v(0.26, 0.1)
+    w, length, h, wheel = v(0.9, 0.1), v(1.9, 0.1), v(0.46, 0.12), v(0.26, 0.1)
     glass, lights = c.trim("glass", "slate"), c.trim("flame", "white")
-    base, cab, cz = wheel * 0.75, v(0.38, 0.1), -0.1
+    base, cab, cz = wheel * 0.75, v(0.34, 0.1), -0.1
     top = base + h
     parts = [box((w, h, length), (0, base + h / 2, 0), c.main, bevel=0.1)]
     parts.append(wedge((w * 0.92, cab, length * 0.56), (0.82, 0.68), (0, top + cab / 2 - 0.02, cz), glass))
-    parts.append(box((w * 0.8, 0.1, length * 0.41), (0, top + cab, cz), c.main, bevel=0.03))
+    parts.append(box((w * 0.82, 0.13, length * 0.42), (0, top + cab, cz), c.main, bevel=0.03))
     pillar = wedge((w * 0.935, cab, length * 0.1), (0.83, 1.0), (0, top + cab / 2 - 0.01, cz), c.main)
     parts.append(pillar)
     for side in (-1, 1):
@@ -51,13 +51,13 @@ def bus(v: Vary, c: Palette) -> list[Part]:
     for side in (-1, 1):
         for i in range(4):
             z = (i - 1.5) * length * 0.215
-            parts.append(box((0.06, h * 0.32, length * 0.165), (side * w / 2, y, z), glass, bevel=0.02))
+            parts.append(box((0.06, h * 0.3, length * 0.155), (side * w / 2, y, z), glass, bevel=0.02))
         parts.append(box((0.05, 0.09, length * 0.86), (side * w / 2, base + h * 0.3, 0), white))
         lamp = (side * w * 0.33, base + h * 0.2, length / 2)
         parts.append(ellipsoid((0.1, 0.1, 0.06), lamp, c.trim("flame", "white"), sides=14))
         parts.append(box((0.14, 0.14, 0.06), (side * w * 0.34, base + h * 0.2, -length / 2), c.trim("red", "white")))
-    parts.append(box((w * 0.82, h * 0.4, 0.06), (0, y - 0.02, length / 2), glass, bevel=0.02))
-    parts.append(box((w * 0.5, h * 0.1, 0.06), (0, base + h * 0.93, length / 2 - 0.02), white))
+    parts.append(box((w * 0.74, h * 0.3, 0.06), (0, y, length / 2), glass, bevel=0.02))
+    parts.append(box((w * 0.5, h * 0.09, 0.06), (0, base + h * 0.89, length / 2 - 0.02), white))
     parts.append(box((w * 0.5, h * 0.26, 0.06), (0, y, -length / 2), glass, bevel=0.02))
     parts.append(box((w * 0.98, 0.1, 0.1), (0, base + 0.06, length / 2), c.trim("dark", "steel"), bevel=0.02))
     return parts + _wheels(c, w / 2 - 0.05, (length * 0.3, -length * 0.3), wheel, 0.18)
@@ -86,10 +86,11 @@ def boat(v: Vary, c: Palette) -> list[Part]:
     cabin, cz = v(0.42, 0.1), -0.12 * length
     parts = [
         hull(0.72, 1.0, 0.0, h, c.main),
-        hull(0.985, 1.06, h * 0.86, h * 1.06, white),
-        hull(0.9, 0.93, h * 0.9, h * 1.1, deck),
+        hull(0.96, 1.04, h * 0.52, h * 0.72, white),
+        hull(0.985, 1.06, h * 0.86, h * 1.06, c.main),
+        hull(0.76, 0.8, h * 0.9, h * 1.1, deck),
         box((w * 0.56, cabin, length * 0.3), (0, h * 1.08 + cabin / 2, cz + 0.12), white, bevel=0.03),
-        box((w * 0.66, 0.1, length * 0.36), (0, h * 1.08 + cabin + 0.04, cz + 0.12), c.main, bevel=0.03),
+        box((w * 0.7, 0.1, length * 0.38), (0, h * 1.08 + cabin + 0.04, cz + 0.12), c.main, bevel=0.03),
         frustum(0.16, 0.15, 0.46, (0, h * 1.08 + cabin, cz), c.main, sides=20),
         frustum(0.165, 0.165, 0.14, (0, h * 1.08 + cabin + 0.4, cz), c.trim("dark", "white"), sides=20),
         box((w * 0.44, cabin * 0.42, 0.06), (0, h * 1.1 + cabin * 0.58, cz + 0.12 + length * 0.15), glass),
@@ -111,7 +112,8 @@ def rocket(v: Vary, c: Palette) -> list[Part]:
     parts = [
         lathe([*body, (0, h)], c.main, sides=32),
         lathe([(0, 0), (top * 1.03, 0), *((top * np.cos(a), nose * np.sin(a)) for a in (0.35, 0.7, 1.05, 1.3)),
-               (0, nose)], trim, sides=32).move(0, h - 0.02, 0),
+               (0, nose)], c.main, sides=32).move(0, h - 0.02, 0),
+        frustum(top * 1.07, top * 1.04, 0.12, (0, h - 0.07, 0), trim, sides=32),
         lathe([(0, 0), (0.3, 0), (0.2, 0.2), (0, 0.2)], steel, sides=24).move(0, -0.16, 0),
         lathe([(0, -0.34), (0.1, -0.22), (0.17, -0.08), (0.14, 0.04), (0, 0.06)], c.trim("flame", "orange"), sides=16)
         .move(0, -0.14, 0),

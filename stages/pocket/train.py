@@ -50,7 +50,7 @@ def diffusion_loss(unet, alphas_cumprod: Tensor, x0: Tensor, text: Tensor, gener
     noise = torch.randn(x0.shape, generator=generator)
     a = alphas_cumprod[t].view(-1, 1, 1, 1)
     x_t, v = a.sqrt() * x0 + (1 - a).sqrt() * noise, a.sqrt() * noise - (1 - a).sqrt() * x0
-    with torch.autocast(x0.device.type, torch.bfloat16), sdpa_kernel(SDPBackend.MATH):  # tiny grids: 6 % a step faster
+    with torch.autocast(x0.device.type, torch.bfloat16), sdpa_kernel(SDPBackend.MATH):  # 6 % faster on these grids
         out = unet(x_t.to(memory_format=torch.channels_last), t, text).sample
     snr = a / (1 - a)
     weight = snr.clamp(*SNR_RANGE) / (snr + 1)
@@ -107,6 +107,10 @@ def save_prior(folder: Path, *, pipeline: str, unet, scheduler, tokenizer, text_
     if vae is not None:
         index["vae"] = ["diffusers", "AutoencoderTiny"]
         half(vae).save_pretrained(part / "vae")
+    for path in part.glob("*/config.json"):  # no word of where its parts were read from
+        config = json.loads(path.read_text())
+        if config.pop("_name_or_path", None) is not None:
+            path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     (part / "model_index.json").write_text(json.dumps(index, indent=2))
     pocket = {"words": sorted(world.words()), "kinds": list(world.KINDS), "colours": list(world.COLOURS)}
     (part / "pocket.json").write_text(json.dumps(pocket, indent=1))
@@ -287,7 +291,7 @@ def train_latent(args: argparse.Namespace) -> None:
 
 
 def train_clip(args: argparse.Namespace) -> None:
-    """The CLIPModel for scores: symmetric InfoNCE on renders of its own seed, full captions or shapes alone for clay."""
+    """The CLIPModel for scores: symmetric InfoNCE on renders of its own seed, full captions, or shapes for clay."""
     count = args.images or 40000
     pool = data.make_pool(args.data / "clip", size=64, count=count, seed=args.seed + 1, textureless=CLIP_TEXTURELESS)
     images, records = data.load_pool(pool)
