@@ -29,6 +29,7 @@ ALLOWED = {
     "stages.guidance": _SURFACE | {"stages.prompts", "stages.render"},
     "stages.coarse": _SURFACE | {"stages.fields", "stages.render", "stages.guidance", "stages.prompts", "stages.stage"},
     "stages.fine": _SURFACE | {"stages.fields", "stages.render", "stages.guidance", "stages.prompts", "stages.stage"},
+    "stages.clip_mesh": _SURFACE | {"stages.fields", "stages.render", "stages.stage"},
     "stages.particles": _BASE | {"stages.coarse", "stages.stage"},
     "stages.pocket": _SURFACE | {"stages.render", "stages.guidance", "stages.prompts"},
     "pipeline": {"stages"},

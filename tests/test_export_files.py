@@ -10,8 +10,9 @@ import pytest
 import torch
 import trimesh
 from mesh_shapes import box, make, torus
+from PIL import Image
 from pydantic import ValidationError
-from test_export_glb import coloured_box, textured_torus
+from test_export_glb import bumpy_torus, coloured_box, textured_torus
 
 from pipeline.export import files
 from pipeline.export.files import write_whole
@@ -50,6 +51,14 @@ def test_obj_lines_are_the_formats_own(tmp_path):
     numbers = np.array([line.split()[1:] for line in lines if line.startswith("v ")], dtype=np.float32)
     np.testing.assert_array_equal(numbers, mesh.vertices)  # to the last bit
     assert "map_Kd mesh.png" in (tmp_path / "mesh.mtl").read_text().splitlines()
+
+
+def test_obj_names_the_normal_map_beside_it(tmp_path):
+    mesh = bumpy_torus()
+    paths = write_obj(mesh, tmp_path / "mesh.obj")
+    assert [p.name for p in paths] == ["mesh.obj", "mesh.mtl", "mesh.png", "mesh_normal.png"]
+    assert "norm mesh_normal.png" in (tmp_path / "mesh.mtl").read_text().splitlines()
+    np.testing.assert_array_equal(np.asarray(Image.open(paths[3])), mesh.normal_map)
 
 
 def test_obj_side_files_have_no_blanks_in_their_names(tmp_path):

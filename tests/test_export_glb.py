@@ -38,6 +38,13 @@ def textured_torus(size: int = 64) -> Mesh:
     return replace(mesh, uv=uv, uv_faces=uv_faces, texture=np.ascontiguousarray(texture))
 
 
+def bumpy_torus(mirror: bool = False) -> Mesh:
+    mesh = textured_torus()
+    bumps = np.full((16, 16, 3), (160, 128, 240), np.uint8)
+    uv = mesh.uv * np.float32([-1, 1]) + np.float32([1, 0]) if mirror else mesh.uv
+    return replace(mesh, normal_map=bumps, uv=uv)
+
+
 def coloured_box() -> Mesh:
     mesh = box()
     return replace(mesh, colours=np.clip(mesh.vertices + 0.5, 0, 1))
@@ -86,8 +93,15 @@ def validate(path: Path, node_modules: str) -> dict:
 
 @pytest.mark.parametrize(
     "mesh",
-    [textured_torus(), coloured_box(), box(), join(box(), moved(torus(n=8, m=6), (2, 0, 0))), torus(n=300, m=250)],
-    ids=["textured", "coloured", "plain", "two_parts", "wide_indices"],
+    [
+        textured_torus(),
+        bumpy_torus(),
+        coloured_box(),
+        box(),
+        join(box(), moved(torus(n=8, m=6), (2, 0, 0))),
+        torus(n=300, m=250),
+    ],
+    ids=["textured", "normal_map", "coloured", "plain", "two_parts", "wide_indices"],
 )
 def test_khronos_validator_finds_nothing(mesh, tmp_path, node_modules):
     report = validate(write_glb(mesh, tmp_path / "mesh.glb")[0], node_modules)
@@ -161,6 +175,37 @@ def test_texture_is_an_embedded_png_and_the_factor_white():
     assert "COLOR_0" not in document["meshes"][0]["primitives"][0]["attributes"]  # it would multiply the texture
     assert "baseColorFactor" not in document["materials"][0]["pbrMetallicRoughness"]
     assert all(view["byteOffset"] % 4 == 0 for view in document["bufferViews"])
+
+
+@pytest.mark.parametrize("mirror", [False, True])
+def test_normal_map_comes_with_tangents_along_u_and_bitangents_up_the_picture(mirror):
+    mesh = bumpy_torus(mirror)
+    document, binary = chunks(glb_bytes(mesh))
+    attributes = document["meshes"][0]["primitives"][0]["attributes"]
+
+    def read(name: str, width: int) -> np.ndarray:
+        accessor = document["accessors"][attributes[name]]
+        start = document["bufferViews"][accessor["bufferView"]]["byteOffset"]
+        return np.frombuffer(binary, "<f4", width * accessor["count"], start).reshape(-1, width).astype(np.float64)
+
+    widths = {"POSITION": 3, "NORMAL": 3, "TEXCOORD_0": 2, "TANGENT": 4}
+    points, normals, uv, found = (read(name, width) for name, width in widths.items())
+    tangent, handed = found[:, :3], found[:, 3:]
+    np.testing.assert_allclose(np.linalg.norm(tangent, axis=1), 1, atol=1e-5)
+    np.testing.assert_allclose(np.einsum("vk,vk->v", tangent, normals), 0, atol=1e-5)
+    assert set(handed[:, 0]) == {-1.0 if mirror else 1.0}
+    bitangent = np.cross(normals, tangent) * handed
+    faces = np.unique(np.stack([mesh.faces.reshape(-1), mesh.uv_faces.reshape(-1)], -1), axis=0, return_inverse=True)[1]
+    for face in faces.reshape(-1, 3)[::17]:
+        edge, grow = points[face[1:]] - points[face[0]], uv[face[1:]] - uv[face[0]]
+        along = np.linalg.lstsq(grow, edge, rcond=None)[0]  # dP/du and dP/dv, v down as the file has it
+        assert along[0] @ tangent[face[0]] > 0.5 * np.linalg.norm(along[0])
+        assert -along[1] @ bitangent[face[0]] > 0.5 * np.linalg.norm(along[1])  # green is up
+    material = document["materials"][0]
+    assert material["normalTexture"] == {"index": 1} and len(document["images"]) == 2
+    view = document["bufferViews"][document["images"][1]["bufferView"]]
+    picture = Image.open(io.BytesIO(binary[view["byteOffset"] : view["byteOffset"] + view["byteLength"]]))
+    np.testing.assert_array_equal(np.asarray(picture), mesh.normal_map)
 
 
 def test_colours_are_linear_in_the_file():

@@ -1,4 +1,6 @@
-"""glTF 2.0 binary (Khronos), one mesh with a PBR base colour; y up, front towards +z, as the format wants it.
+"""glTF 2.0 binary (Khronos), one mesh with a PBR base colour and a normal map where it has one.
+
+y is up and the front faces +z, as the format wants it.
 
 Layout: 12 byte header, JSON chunk, BIN chunk, all 4-byte aligned; each bufferView holds one accessor or the PNG.
 Texture coordinates have v down in glTF and v up in Mesh.
@@ -13,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.export.files import write_whole
-from pipeline.export.surface import GENERATOR, png_bytes, split_seams, textured
+from pipeline.export.surface import GENERATOR, png_bytes, split_seams, tangents, textured
 from stages.mesh.mesh import Mesh
 
 FLOAT, USHORT, UINT = 5126, 5123, 5125
@@ -69,7 +71,9 @@ def glb_bytes(mesh: Mesh, *, name: str = "mesh", roughness: float = 0.9) -> byte
         flipped = surface.uv * np.array([1, -1]) + np.array([0, 1])
         attributes["TEXCOORD_0"] = buffer.accessor(flipped.astype("<f4"), "VEC2", FLOAT, ARRAY_BUFFER)
         pbr["baseColorTexture"] = {"index": 0}
-        document["textures"] = [{"source": 0, "sampler": 0}]
+        document["textures"] = [{"source": k, "sampler": 0} for k in range(1 if mesh.normal_map is None else 2)]
+        if mesh.normal_map is not None:
+            attributes["TANGENT"] = buffer.accessor(tangents(surface), "VEC4", FLOAT, ARRAY_BUFFER)
         document["samplers"] = [
             {"magFilter": LINEAR, "minFilter": LINEAR_MIPMAP_LINEAR, "wrapS": CLAMP, "wrapT": CLAMP}
         ]
@@ -88,10 +92,15 @@ def glb_bytes(mesh: Mesh, *, name: str = "mesh", roughness: float = 0.9) -> byte
         "mode": 4,
     }
     document["meshes"] = [{"name": name, "primitives": [primitive]}]
-    document["materials"] = [{"name": name, "pbrMetallicRoughness": pbr, "doubleSided": False}]
+    material: dict[str, object] = {"name": name, "pbrMetallicRoughness": pbr, "doubleSided": False}
+    document["materials"] = [material]
     if textured(mesh):
-        image = buffer.view(png_bytes(mesh.texture))
-        document["images"] = [{"bufferView": image, "mimeType": "image/png", "name": name}]
+        pictures = {name: mesh.texture}
+        if mesh.normal_map is not None:
+            material["normalTexture"] = {"index": 1}
+            pictures[f"{name}_normal"] = mesh.normal_map
+        views = {title: buffer.view(png_bytes(picture)) for title, picture in pictures.items()}
+        document["images"] = [{"bufferView": v, "mimeType": "image/png", "name": t} for t, v in views.items()]
     buffer.data += b"\0" * (-len(buffer.data) % 4)
     document["accessors"], document["bufferViews"] = buffer.accessors, buffer.views
     document["buffers"] = [{"byteLength": len(buffer.data)}]

@@ -49,16 +49,17 @@ def obj_text(mesh: Mesh, material_file: str | None) -> str:
     return "".join(parts)
 
 
-def mtl_text(texture_file: str) -> str:
-    """A matt white material that takes its colour from the texture."""
+def mtl_text(texture_file: str, normal_file: str | None = None) -> str:
+    """A matt white material that takes its colour from the texture, and its normals from a map where there is one
+    (`norm`, of the PBR extension to MTL)."""
     return (
         f"# {GENERATOR}\nnewmtl material\nKa 0 0 0\nKd 1 1 1\nKs 0 0 0\nd 1\nillum 1\n"
-        f"Pr 0.9\nPm 0\nmap_Kd {texture_file}\n"
+        f"Pr 0.9\nPm 0\nmap_Kd {texture_file}\n" + (f"norm {normal_file}\n" if normal_file else "")
     )
 
 
 def write_obj(mesh: Mesh, path: str | Path) -> list[Path]:
-    """Write PATH.obj and, with a texture, PATH.mtl and PATH.png beside it; returns the paths.
+    """Write PATH.obj and, with a texture, PATH.mtl and PATH.png (PATH_normal.png) beside it; returns the paths.
 
     The OBJ comes last, so it never names files that are not there. Blanks in the name become underscores in the side
     files' names, since readers split at blanks.
@@ -70,5 +71,8 @@ def write_obj(mesh: Mesh, path: str | Path) -> list[Path]:
     material, picture = path.with_name(f"{stem}.mtl"), path.with_name(f"{stem}.png")
     text = obj_text(mesh, material.name).encode()
     write_whole(picture, png_bytes(mesh.texture))
-    write_whole(material, mtl_text(picture.name).encode())
-    return [write_whole(path, text), material, picture]
+    pictures = [picture]
+    if mesh.normal_map is not None:
+        pictures.append(write_whole(path.with_name(f"{stem}_normal.png"), png_bytes(mesh.normal_map)))
+    write_whole(material, mtl_text(*(p.name for p in pictures)).encode())
+    return [write_whole(path, text), material, *pictures]

@@ -51,6 +51,29 @@ def split_seams(mesh: Mesh) -> Surface:
     return Surface(mesh.vertices[source].astype(np.float32), normals[source], uv, colours, faces.reshape(-1, 3), source)
 
 
+def tangents(surface: Surface) -> np.ndarray:
+    """Unit directions of growing u, square to the normals, and the handedness that glTF wants, [V, 4] float32.
+
+    n x t times the fourth number points along growing v (up); it is -1 where a chart is mirrored. Towards +x or +z
+    where the texture coordinates give no direction.
+    """
+    p, q = surface.positions[surface.faces].astype(np.float64), surface.uv[surface.faces].astype(np.float64)
+    (edge, other), (d, s) = (p[:, 1] - p[:, 0], p[:, 2] - p[:, 0]), (q[:, 1] - q[:, 0], q[:, 2] - q[:, 0])
+    area = d[:, 0] * s[:, 1] - s[:, 0] * d[:, 1]
+    along = np.sign(area)[:, None] * (edge * s[:, 1:] - other * d[:, 1:])
+    along *= (np.abs(area) / np.maximum(np.linalg.norm(along, axis=1), 1e-30))[:, None]
+    total, signed = np.zeros(surface.positions.shape), np.zeros(len(surface.positions))
+    for k in range(3):
+        np.add.at(total, surface.faces[:, k], along)
+        np.add.at(signed, surface.faces[:, k], area)
+    normals = surface.normals.astype(np.float64)
+    axis = np.where(np.abs(normals[:, :1]) < 0.9, [[1.0, 0.0, 0.0]], [[0.0, 0.0, 1.0]])
+    spare, flat = (d - normals * np.einsum("vk,vk->v", d, normals)[:, None] for d in (axis, total))
+    flat = np.where(np.linalg.norm(flat, axis=1, keepdims=True) > 1e-12, flat, spare)
+    flat /= np.linalg.norm(flat, axis=1, keepdims=True)
+    return np.concatenate([flat, np.where(signed < 0, -1.0, 1.0)[:, None]], axis=1).astype(np.float32)
+
+
 def vertex_colours(mesh: Mesh) -> np.ndarray | None:
     """Linear colours [V, 3] of the vertices: their own, else looked up in the texture, else None."""
     if mesh.colours is not None:

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
-from stages.mesh.bake import Albedo, bake, bake_vertex_colours, evaluate
-from stages.mesh.clean import decimate, drop_floaters, tidy
-from stages.mesh.measure import measure
+from stages.mesh.bake import Albedo, bake, bake_vertex_colours, evaluate, texel_points
+from stages.mesh.clean import check_mesh, decimate, drop_floaters, tidy
+from stages.mesh.measure import MeshReport, face_components, measure
 from stages.mesh.mesh import Mesh
 from stages.mesh.uv import Unwrapper, unwrap
 from stages.phases import phase
@@ -44,13 +44,16 @@ def finalise(
 
     Args:
         mesh: a raw surface. albedo: linear colour at world points [N, 3] on `device`; None takes the mesh's vertex
-            colours, and mid grey where it has none.
+            colours, and mid grey where it has none. With a texture of its own and no albedo a mesh stays as it is,
+            above the face budget too: neither its texture coordinates nor what they show survive another surface.
         notes: filled with what was done: seconds by phase, the final MeshReport, how it was unwrapped and why.
     Returns: a mesh with uv, texture and vertex colours; closed and manifold if the input was.
     Raises: UserError if there is nothing to export, or the colour field is broken.
     """
     notes = {} if notes is None else notes
     times: dict[str, float] = {}
+    if albedo is None and mesh.texture is not None and mesh.uv is not None and mesh.uv_faces is not None:
+        return _as_it_is(mesh, notes)
     with phase("clean", times):
         result = drop_floaters(tidy(mesh), settings.floaters)
     with phase("decimate", times):
@@ -74,12 +77,29 @@ def finalise(
                 result = replace(result, colours=np.full_like(result.vertices, 0.5))
             texture = bake_vertex_colours(result, settings.texture_size)
         result = replace(result, texture=texture)
-    report = measure(result)
+    notes.update(report=_reported(result), times=times, unwrap=atlas.method, charts=atlas.charts)
+    notes.update(coverage=atlas.coverage, note=atlas.note)
+    return result
+
+
+def _as_it_is(mesh: Mesh, notes: dict[str, object]) -> Mesh:
+    """A mesh that brings its own texture, checked and measured."""
+    times: dict[str, float] = {}
+    with phase("clean", times):
+        check_mesh(mesh)
+        report, size = _reported(mesh), min(mesh.texture.shape[:2])
+        texel, _, _ = texel_points(mesh.uv, mesh.uv_faces, size)
+    charts = len(np.unique(face_components(mesh.uv_faces, len(mesh.uv))))
+    notes.update(report=report, times=times, unwrap="own", charts=charts, coverage=len(texel) / size**2, note="")
+    return mesh
+
+
+def _reported(mesh: Mesh) -> MeshReport:
+    """The report of a finished mesh, with a warning where it is not a closed manifold."""
+    report = measure(mesh)
     if not (report.watertight and report.manifold and report.oriented):
         log.warning(
             "the mesh is not a closed manifold: %d open edges, %d edges and %d vertices shared by too many faces",
             report.boundary_edges, report.nonmanifold_edges, report.nonmanifold_vertices,
         )  # fmt: skip
-    notes.update(report=report, times=times, unwrap=atlas.method, charts=atlas.charts, coverage=atlas.coverage)
-    notes["note"] = atlas.note
-    return result
+    return report

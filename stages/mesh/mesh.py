@@ -16,6 +16,8 @@ class Mesh:
     uv [T, 2] float32 in [0, 1], origin at the texture's lower left, with uv_faces [F, 3] int32 into uv, or None.
     texture [H, W, 3] uint8 sRGB, row 0 at the top (v = 1), or None.
     normals [V, 3] float32 unit, in place of those that follow from the faces, or None.
+    normal_map [H, W, 3] uint8, 127.5 (n + 1) of unit normals in the texture's own space: x along u, y along v, z
+        outwards; row 0 at the top, or None. It has no meaning without uv and texture.
     """
 
     vertices: np.ndarray
@@ -25,6 +27,7 @@ class Mesh:
     uv_faces: np.ndarray | None = None
     texture: np.ndarray | None = None
     normals: np.ndarray | None = None
+    normal_map: np.ndarray | None = None
 
     def face_normals(self) -> np.ndarray:
         """Unit normals [F, 3]; zero for a degenerate face."""
