@@ -64,9 +64,7 @@ def growth_plot(curves: list[Curve], title: str, x_label: str, y_label: str, *, 
         parts.append(f'<text x="{LEFT - 6}" y="{to_y(v) + 4:.1f}" text-anchor="end">{v:g}</text>')
     middle = (TOP + bottom) / 2
     parts.append(f'<text x="{(LEFT + right) / 2}" y="{HEIGHT - 8}" text-anchor="middle">{escape(x_label)}</text>')
-    parts.append(
-        f'<text transform="translate(14 {middle}) rotate(-90)" text-anchor="middle">{escape(y_label)}</text>'
-    )
+    parts.append(f'<text transform="translate(14 {middle}) rotate(-90)" text-anchor="middle">{escape(y_label)}</text>')
     for k, curve in enumerate(curves):
         parts += _drawn(curve, _colour(k), to_x, to_y, log)
         words = curve.label + (f": {fit_label(curve.fit)}" if curve.fit else "")

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-WORDS = "a an the of on in with and red blue green yellow white black mug ball cat dog house car , front side back left "
-WORDS += "right overhead view"
+WORDS = "a an the of on in with and red blue green yellow white black mug ball cat dog house car , "
+WORDS += "front side back left right overhead view"
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
 

@@ -50,6 +50,7 @@ class StandIn:
 
     name = "stand-in"
     reads_prompts = False
+    data_range = (-1.0, 1.0)
 
     def __init__(self, resolution: int, factor: int) -> None:
         self.resolution, self._factor = resolution, factor

@@ -1,8 +1,8 @@
 """Time every kernel against its plain-torch twin and against other people's packages: `python -m benchmarks.kernels`.
 
-    python -m benchmarks.kernels                        all ops, 1 and 2 threads (about 9 minutes on two cores)
+    python -m benchmarks.kernels                        all ops, 1 and 2 threads (about 8 minutes on two cores)
     python -m benchmarks.kernels --only nerf_step       some ops
-    python -m benchmarks.kernels --device cuda          Warp against the twins, and tinycudann, nvdiffrast, kaolin, nerfacc
+    python -m benchmarks.kernels --device cuda          Warp and the twins, tinycudann, nvdiffrast, kaolin, nerfacc
     python -m benchmarks.kernels --quick                tiny inputs: does everything run? The numbers mean nothing
     python -m benchmarks.kernels --publish              also into results/kernels.jsonl
 
@@ -40,7 +40,7 @@ ADAPTORS = {
 }
 ADAPTORS_ON = {"cpu": ("kaolin",), "cuda": ("tinycudann", "nvdiffrast", "kaolin")}
 FAMILY_OF = {"tinycudann": ("hash", "mlp"), "nvdiffrast": ("raster",), "kaolin": ("marching",)}
-BUDGET_S, QUICK_BUDGET_S = 5.0, 0.02
+BUDGET_S, QUICK_BUDGET_S = 4.0, 0.02
 POOLS = ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 FILE = "kernels.jsonl"
 Line = dict[str, Any]
@@ -70,6 +70,8 @@ def measure(args: argparse.Namespace, threads: int) -> Iterator[Line]:
     if device == "cpu":
         torch.set_num_threads(threads)
     first = {"benchmark": "kernels", **environment(), "threads": threads if device == "cpu" else None}
+    if device == "cpu":  # on a machine with a GPU too
+        first["device"] = device
     for name in ADAPTORS_ON[device]:
         found = probe_backend(name)
         if found.state == "ok":

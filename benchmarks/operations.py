@@ -123,23 +123,19 @@ def volume_cases(sizes: Sizes, device: str) -> Iterator[Case]:
     v = Volume(sizes, device)
     for log2 in sizes.tables:
         yield from _hash_cases(v, HashGridSpec(log2_table=log2))
+    yield _slope_case(v, HashGridSpec(log2_table=sizes.tables[0]))
     yield from _mlp_cases(v)
     yield _march_case(v)
     yield from _composite_cases(v)
 
 
 def _hash_cases(v: Volume, spec: HashGridSpec) -> Iterator[Case]:
-    n, width = len(v.points), spec.width
-    shapes = v.shapes | {"levels": spec.levels, "features": spec.features}
-    shapes |= {"log2_table": spec.log2_table, "finest": spec.finest}
-    table, up, along, g = v.leaf(spec.rows, spec.features), v.random(n, width), v.random(n, 3), v.leaf(n, width)
+    n, width, shapes = len(v.points), spec.width, _shapes(v, spec)
+    table, up = v.leaf(spec.rows, spec.features), v.random(n, width)
     density, colour, seen = v.weights(width, 1), v.weights(width, 3), v.random(len(v.rays_o), 3)
 
     def encoded(names: Names) -> Tensor:
         return hash_encode(v.points, table, spec, backend=names["hash"])
-
-    def slope(names: Names) -> Tensor:
-        return (hash_gradient(v.points, table, spec, g, backend=names["hash"]) * along).sum()
 
     def whole(names: Names) -> Tensor:
         return nerf_loss(v, table, spec, density, colour, seen, names)
@@ -153,11 +149,26 @@ def _hash_cases(v: Volume, spec: HashGridSpec) -> Iterator[Case]:
         "hash_encode", BOTH, call=lambda names: gradients(lambda: (encoded(names) * up).sum(), [table]),
         peers="hash", inputs=(v.points, spec, up), **more,
     )  # fmt: skip
-    yield Case("hash_gradient", BOTH, call=lambda names: gradients(lambda: slope(names), [table, g]), **more)
     yield Case(
         "nerf_step", BOTH, ("hash", "mlp", "volume"), shapes | {"hidden": v.sizes.hidden},
         call=lambda names: gradients(lambda: whole(names), [table, *density, *colour]),
     )  # fmt: skip
+
+
+def _shapes(v: Volume, spec: HashGridSpec) -> dict[str, Any]:
+    shapes = v.shapes | {"levels": spec.levels, "features": spec.features}
+    return shapes | {"log2_table": spec.log2_table, "finest": spec.finest}
+
+
+def _slope_case(v: Volume, spec: HashGridSpec) -> Case:
+    table, g, along = v.leaf(spec.rows, spec.features), v.leaf(len(v.points), spec.width), v.random(len(v.points), 3)
+
+    def slope(names: Names) -> Tensor:
+        return (hash_gradient(v.points, table, spec, g, backend=names["hash"]) * along).sum()
+
+    return Case(
+        "hash_gradient", BOTH, ("hash",), _shapes(v, spec), lambda names: gradients(lambda: slope(names), [table, g])
+    )
 
 
 def _mlp_cases(v: Volume) -> Iterator[Case]:

@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.environment import RESULTS, environment, quiet_libraries, read_lines
+from benchmarks.judges import check_judges, judges_of_run
 from benchmarks.suite import Suite, load_suite
 from benchmarks.systems import SYSTEMS, Failed, Job, find_system
 from pipeline.export.files import write_whole
@@ -38,7 +39,7 @@ from stages.pocket import world
 
 POCKET_CLIP = Path(world.__file__).parent / "weights" / "clip"
 DEFAULT_SYSTEMS = "floor,coarse,magic3d,reference,truth"
-QUICK_OPTIONS = ("coarse.steps=120", "fine.steps=40")
+QUICK_OPTIONS = ("coarse.steps=120", "fine.steps=40", "clipmesh.steps=120")
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,7 @@ def make_cell(cell: Cell, out: Path, clips: list[Path], options: tuple[str, ...]
     """Make and measure one cell; result.json is its last act.
 
     A run that ends without an object is a result (`failed`: it scores nothing); anything else unexpected is raised.
+    A CLIP that guided the run does not judge it: the cell goes without its scores and says so (`guided_by`).
     """
     import torch
 
@@ -107,7 +109,10 @@ def make_cell(cell: Cell, out: Path, clips: list[Path], options: tuple[str, ...]
         line["failed"] = str(error)
     else:
         began = time.perf_counter()
-        line |= assess(mesh, cell.prompt, [ClipScorer(clip) for clip in clips])
+        judges = judges_of_run(clips, folder / "run")
+        line |= assess(mesh, cell.prompt, [ClipScorer(clip) for clip in judges])
+        if len(judges) < len(clips):
+            line["guided_by"] = [clip.name for clip in clips if clip not in judges]  # and so without their scores
         draw_gallery(mesh, folder / "gallery.jpg")
         line["assess_s"] = round(time.perf_counter() - began, 1)
     write_whole(folder / "result.json", (json.dumps(line, allow_nan=False) + "\n").encode())
@@ -339,6 +344,7 @@ def run_suite(args: argparse.Namespace) -> int:
     for clip in args.clip:
         if not clip.is_dir():
             raise UserError(f"no such CLIP: {clip}", "--clip names it", "give a CLIPModel folder, or pocket")
+    check_judges({name: find_system(name).recipe for name in systems}, args.clip, args.options)
     _check_same(args, suite)
     cells = cells_of(suite, systems, args.seeds)
     broken = run_cells(cells, args)

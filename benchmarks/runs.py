@@ -34,9 +34,8 @@ def environment_of(threads: int, **more: str) -> dict[str, str]:
 def run(folder: Path, words: list[str], env: dict[str, str]) -> float:
     """`pipeline run --out folder words`; wall seconds from start to end. Raises Broken."""
     began = time.perf_counter()
-    done = subprocess.run(
-        [*COMMAND, "run", "--out", str(folder), *words], env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL
-    )
+    command = [*COMMAND, "run", "--out", str(folder), *words]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     seconds = time.perf_counter() - began
     if done.returncode:
         tail = "\n".join((done.stdout + done.stderr).strip().splitlines()[-12:])

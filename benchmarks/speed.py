@@ -122,9 +122,9 @@ def shown(line: Line) -> str:
     if line["part"] == "growth":
         spread = f"[{line['ms_low']:.1f}, {line['ms_high']:.1f}]"
         facts = ", ".join(f"{name} {value:g}" for name, value in line["facts"].items())
-        return f"{line['stage']:>6} {line['sweep']:<9}{line['value']:>8g}  {line['step_ms']:9.1f} ms {spread:<20} {facts}"
-    skipped = ("stages", "profile", "parameters")
-    keep = {k: v for k, v in line.items() if isinstance(v, (int, float, bool)) and k not in (*skipped, "threads", "cores")}
+        where = f"{line['stage']:>6} {line['sweep']:<9}{line['value']:>8g}"
+        return f"{where}  {line['step_ms']:9.1f} ms {spread:<20} {facts}"
+    keep = {k: v for k, v in line.items() if isinstance(v, int | float) and k not in ("threads", "cores")}
     return f"{line['part']:>6} {line.get('which', '')} " + ", ".join(f"{name} {value}" for name, value in keep.items())
 
 

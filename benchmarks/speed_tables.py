@@ -1,4 +1,4 @@
-"""README tables and plots of benchmarks.speed: its lines in words, fitted growth, and whether what was asked for is met."""
+"""README tables and plots of benchmarks.speed: its lines in words, fitted growth, whether what was asked for is met."""
 
 from __future__ import annotations
 

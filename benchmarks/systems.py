@@ -12,7 +12,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ Make = Callable[[Job], tuple[Mesh, dict[str, Any]]]  # the mesh and what it took
 
 @dataclass(frozen=True)
 class System:
-    """A name's maker and meaning; seeded: whether its result depends on the seed; recipe: of the run it makes, if any."""
+    """A name's maker and meaning; seeded: whether its result depends on the seed; recipe: of its run."""
 
     make: Make
     meaning: str
@@ -64,6 +65,7 @@ class Failed(Exception):
 def run_pipeline(job: Job, words: list[str]) -> tuple[Mesh, dict[str, Any]]:
     """A mesh by `pipeline run`, and its times; the GLB is read back by trimesh, not by the code that wrote it."""
     run = job.folder / "run"
+    finished = (run / "mesh.glb").is_file()
     if (run / "config.yaml").is_file():
         command = ["resume", str(run)]
     else:
@@ -82,12 +84,21 @@ def run_pipeline(job: Job, words: list[str]) -> tuple[Mesh, dict[str, Any]]:
     if done.returncode == 130 or done.returncode < 0:
         raise KeyboardInterrupt
     record = json.loads((run / "run.json").read_text()) if (run / "run.json").is_file() else {}
+    if finished:  # made before and judged again: its own record says how long it took, to the second
+        seconds = sum(_seconds_of(session) for session in record.get("sessions", []))
     if done.returncode != 0:
         tail = (job.folder / "log.txt").read_text(errors="replace").strip().splitlines()[-6:]
         if done.returncode == 2 and record:  # it ran and found that there is no object
             raise Failed("\n".join(tail))
         raise RuntimeError(f"pipeline {' '.join(command)} ended with {done.returncode}:\n" + "\n".join(tail))
     return read_mesh(run / "mesh.glb"), _times(record, seconds, job)
+
+
+def _seconds_of(session: dict[str, Any]) -> float:
+    """How long a session of a run took, 0 for one that left no end."""
+    if "ended" not in session:
+        return 0.0
+    return (datetime.fromisoformat(session["ended"]) - datetime.fromisoformat(session["started"])).total_seconds()
 
 
 def _environment(threads: int) -> dict[str, str]:
@@ -141,6 +152,28 @@ def _reference(job: Job) -> tuple[Mesh, dict[str, Any]]:
     if not target.is_file():
         write_ply(_truth_mesh(job.prompt), target)
     return run_pipeline(job, ["--config", "reference", f"reference.mesh={target}", "--stages", "coarse,fine"])
+
+
+def _sphere(job: Job) -> tuple[Mesh, dict[str, Any]]:
+    return run_pipeline(job, ["--config", "sphere"])
+
+
+def _texture(job: Job) -> tuple[Mesh, dict[str, Any]]:
+    """The ground truth's shape without its colours, painted by the prompt; that it is the same shape is checked.
+
+    The plain mesh has texture coordinates of its own, so that keeping them is checked as well.
+    Raises: RuntimeError where the result is another mesh: a bug, not a score.
+    """
+    plain = job.folder / "plain.glb"
+    if not plain.is_file():
+        write_plain(_truth_mesh(job.prompt), plain)
+    mesh, cost = run_pipeline(job, ["--config", "texture", "--init-mesh", str(plain)])
+    given = read_mesh(plain)
+    if not np.array_equal(mesh.vertices[mesh.faces], given.vertices[given.faces]):
+        raise RuntimeError(f"{job.folder}: the locked mesh came back with other triangles")
+    if not np.allclose(mesh.uv[mesh.uv_faces], given.uv[given.uv_faces], atol=1e-5):
+        raise RuntimeError(f"{job.folder}: the locked mesh came back with other texture coordinates")
+    return mesh, cost | {"geometry": "untouched", "texture_coordinates": "its own"}
 
 
 def _recipe(name: str) -> Make:
@@ -201,9 +234,22 @@ def write_ply(mesh: Mesh, path: Path) -> None:
     temporary.replace(path)
 
 
+def write_plain(mesh: Mesh, path: Path) -> None:
+    """A mesh without its colours, in charts of its own, as a GLB with a plain grey texture."""
+    from pipeline.export.glb import write_glb
+    from stages.mesh.uv import unwrap
+
+    bare = Mesh(mesh.vertices, mesh.faces)
+    atlas = unwrap(bare, 1024, method="boxes")
+    grey = np.full((4, 4, 3), 160, np.uint8)
+    write_glb(replace(bare, uv=atlas.uv, uv_faces=atlas.uv_faces, texture=grey), path)
+
+
 SYSTEMS: dict[str, System] = {
     "coarse": System(_coarse, "DreamFusion: the coarse stage alone, meshed", recipe="default"),
     "magic3d": System(_magic3d, "Magic3D: coarse, then fine", recipe="default"),
+    "sphere": System(_sphere, "fine only, from a sphere", recipe="sphere"),
+    "texture": System(_texture, "the ground truth's shape, plain, painted and not moved", recipe="texture"),
     "reference": System(
         _reference, "Magic3D under the exact prior of the ground truth: upper bound", recipe="reference"
     ),

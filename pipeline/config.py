@@ -1,31 +1,40 @@
 """The whole configuration: settings that lie beside the code they set, composed, read from YAML and checked.
 
 Layers, each over the one before: the defaults in the code, the run named by `--from`, one YAML file of differences
-(`--config`, else configs/default.yaml), `key.sub=value` overrides, the command's own flags. Every value remembers where it came from, so that a
-mistake is answered with its file and line, the value, what is allowed and the nearest name, before any work is done.
+(`--config`, else the recipe of what the run starts from), `key.sub=value` overrides, the command's own flags. Every
+value remembers where it came from, so that a mistake is answered with its file and line, the value, what is allowed
+and the nearest name, before any work is done.
 """
 
 from __future__ import annotations
 
 import difflib
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 
+from pipeline.clips import anchored
 from pipeline.export.settings import ExportSettings
 from pipeline.layers import Layer, from_file, from_flags, from_overrides, from_recipe, merge, validate
+from stages.clip_mesh import ClipMeshSettings
 from stages.coarse import CoarseSettings
 from stages.errors import UserError
 from stages.fine import FineSettings
+from stages.guidance.clip_guidance import ClipGuidanceSettings
 from stages.guidance.diffusion import DiffusionSettings
 from stages.guidance.guidance import GuidanceSettings
 from stages.guidance.reference import ReferenceSettings
 from stages.kernels.backend import KernelSettings
+from stages.mesh.place import PlaceSettings
 from stages.prompts import PromptSettings
 
-STAGES = ("coarse", "fine")  # the order in which they chain
-StageName = Literal["coarse", "fine"]
+BEFORE = {"coarse": None, "fine": "coarse", "clipmesh": None}  # whose result each stage starts from
+STAGES = tuple(BEFORE)
+ALONE = ("clipmesh",)  # stages that neither follow nor lead to others
+StageName = Literal["coarse", "fine", "clipmesh"]
+_SOURCES = "pocket, reference, a diffusers folder or a hub id"
 
 
 def _split_commas(value: Any) -> Any:
@@ -33,12 +42,18 @@ def _split_commas(value: Any) -> Any:
 
 
 class PriorSettings(BaseModel):
-    """Which diffusion prior each stage listens to."""
+    """Which diffusion prior, or which CLIP, each stage listens to."""
 
     model_config = ConfigDict(extra="forbid")
 
-    coarse: str = Field("pocket", min_length=1, description="pocket, reference, a diffusers folder or a hub id")
-    fine: str = Field("pocket", min_length=1, description="pocket, reference, a diffusers folder or a hub id")
+    coarse: str = Field("pocket", min_length=1, description=f"{_SOURCES}; or a CLIP: clip:pocket, clip:FOLDER")
+    fine: str = Field("pocket", min_length=1, description=f"{_SOURCES}; or a CLIP: clip:pocket, clip:FOLDER")
+    clipmesh: str = Field("clip:pocket", min_length=1, description=f"clip:pocket, clip:FOLDER; or {_SOURCES}")
+    lora: str | None = Field(None, min_length=1, description="LoRA or DreamBooth weights, a safetensors file")
+    lora_scale: float = Field(1.0, description="strength of a LoRA; 1 as it was trained")
+    lora_stages: Annotated[list[StageName], BeforeValidator(_split_commas)] = Field(
+        ["coarse", "fine"], description="stages whose prior takes the LoRA"
+    )
     diffusion: DiffusionSettings = Field(default_factory=DiffusionSettings)
 
 
@@ -50,6 +65,10 @@ class StageGuidance(BaseModel):
     coarse: GuidanceSettings = Field(default_factory=GuidanceSettings)
     fine: GuidanceSettings = Field(  # a finished shape needs no large t: it would be made anew (Magic3D sec. 4.2)
         default_factory=lambda: GuidanceSettings(t_range=(0.02, 0.5), t_max_end=None)
+    )
+    clipmesh: GuidanceSettings = Field(default_factory=GuidanceSettings)
+    clip: ClipGuidanceSettings = Field(
+        default_factory=ClipGuidanceSettings, description="in place of the above for a stage whose prior is a CLIP"
     )
 
 
@@ -66,6 +85,8 @@ class Config(BaseModel):
         ["coarse", "fine"], min_length=1, description="stages to run, in their order"
     )
     from_run: str | None = Field(None, description="run folder whose finished stage this run starts from")
+    init_mesh: str | None = Field(None, description="mesh file that the fine stage starts from")
+    place: PlaceSettings = Field(default_factory=PlaceSettings, description="how init_mesh comes into the scene")
     force: bool = Field(False, description="run a prompt whose words the prior does not know")
     checkpoint_every: int = Field(100, ge=1, description="steps between checkpoints")
     preview_every: int = Field(200, ge=1, description="steps between preview pictures")
@@ -75,6 +96,7 @@ class Config(BaseModel):
     prompts: PromptSettings = Field(default_factory=PromptSettings)
     coarse: CoarseSettings = Field(default_factory=CoarseSettings)
     fine: FineSettings = Field(default_factory=FineSettings)
+    clipmesh: ClipMeshSettings = Field(default_factory=ClipMeshSettings)
     export: ExportSettings = Field(default_factory=ExportSettings)
     kernels: KernelSettings = Field(default_factory=KernelSettings)
 
@@ -88,8 +110,9 @@ class Config(BaseModel):
     @field_validator("stages")
     @classmethod
     def _in_order(cls, stages: list[str]) -> list[str]:
-        if stages != sorted(set(stages), key=STAGES.index):
-            raise ValueError(f"each stage once, in the order {','.join(STAGES)}")
+        if any(BEFORE[stage] != before for before, stage in pairwise(stages)):
+            chains = ",".join(stage for stage in STAGES if stage not in ALONE), *ALONE
+            raise ValueError(f"each stage once, in the order {'; or '.join(chains)}")
         return stages
 
 
@@ -97,19 +120,33 @@ def load_config(name: str | None, overrides: list[str], flags: dict[str, Any]) -
     """The configuration of a new run. Raises UserError for anything that cannot be used.
 
     Args:
-        name: a recipe's name or a YAML file, over the code's defaults or over the recipe it `extends`; None for
-            configs/default.yaml, which is a recipe like any other (the pocket prior's).
+        name: a recipe's name or a YAML file, over the code's defaults or over the recipe it `extends`; None for the
+            recipe of what the run starts from, which is configs/default.yaml for nothing (see _own_recipe).
         overrides: `key.sub=value` words. flags: the command's own options that were given, by key.
     """
     upper = [from_overrides(overrides), from_flags(flags)]
     if name is not None:
         upper = [*from_recipe(find_recipe(name), find_recipe), *upper]
-    source = merge(upper).values.get("from_run")
-    if isinstance(source, str):
-        layers = [_inherited(Path(source)), *upper]
-    else:
-        layers = [*from_recipe(find_recipe("default"), find_recipe), *upper] if name is None else upper
+    given = merge(upper).values
+    own = _own_recipe(given) if name is None else None
+    if own is not None:
+        upper = [*from_recipe(find_recipe(own), find_recipe), *upper]
+    source = given.get("from_run")
+    layers = [_inherited(Path(source)), *upper] if isinstance(source, str) else upper
     return _anchored(validate(Config, layers))
+
+
+def _own_recipe(given: dict[str, Any]) -> str | None:
+    """The recipe that a run without --config takes, by what it starts from; None for that run's own settings."""
+    stages, fine = given.get("stages"), given.get("fine")
+    first = _split_commas(stages)[0] if isinstance(stages, str | list) and stages else STAGES[0]
+    if given.get("from_run") is not None:
+        return "edit" if first == "coarse" else None
+    if first != "fine":
+        return "default"
+    if given.get("init_mesh") is None:
+        return "sphere"
+    return "texture" if isinstance(fine, dict) and fine.get("geometry") == "locked" else "default"
 
 
 def read_config(folder: Path) -> Config:
@@ -123,7 +160,7 @@ def _inherited(folder: Path) -> Layer:
     if not path.is_file():
         raise UserError(f"--from {folder} is not a run", f"there is no {path}", "give the folder of a run")
     layer = from_file(path)
-    for key in ("stages", "from_run", "force"):
+    for key in ("stages", "from_run", "init_mesh", "force"):
         layer.values.pop(key, None)
     return layer
 
@@ -133,14 +170,21 @@ def _anchored(config: Config) -> Config:
     sources = {k: getattr(config.prior, k) for k in STAGES}
     folders = {k: str(Path(v).expanduser().absolute()) for k, v in sources.items() if Path(v).expanduser().is_dir()}
     folders = {k: v for k, v in folders.items() if sources[k] not in ("pocket", "reference")}
-    mesh, source = config.reference.mesh, config.from_run
+    folders |= {k: anchored(v) for k, v in sources.items() if k not in folders}
+    if config.prior.lora is not None:
+        folders["lora"] = str(Path(config.prior.lora).expanduser().absolute())
+    mesh, source, start = config.reference.mesh, config.from_run, config.clipmesh.mesh
     return config.model_copy(
         update={
             "prior": config.prior.model_copy(update=folders),
             "reference": config.reference.model_copy(
                 update={"mesh": mesh and str(Path(mesh).expanduser().absolute())}
             ),
+            "clipmesh": config.clipmesh.model_copy(
+                update={"mesh": start and str(Path(start).expanduser().absolute())}
+            ),
             "from_run": source and str(Path(source).expanduser().absolute()),
+            "init_mesh": config.init_mesh and str(Path(config.init_mesh).expanduser().absolute()),
         }
     )
 

@@ -120,6 +120,7 @@ _CHECKS: list[tuple[str, bool, Callable[[], tuple[str, str]], str]] = [
     ("safetensors", True, _package("safetensors"), "no checkpoints, no weights"),
     ("diffusers", True, _package("diffusers"), "no learned prior; the reference prior still works"),
     ("transformers", True, _package("transformers"), "no text encoder: no learned prior"),
+    ("sentencepiece", False, _package("sentencepiece"), "DeepFloyd IF's tokenizer cannot be read (extra: t5)"),
     ("trimesh", True, _package("trimesh"), "no reading of meshes for the reference prior"),
     ("pillow", True, _package("PIL", "pillow"), "no pictures"),
     ("pydantic", True, _package("pydantic"), "no configuration"),

@@ -149,7 +149,7 @@ def from_flags(flags: dict[str, Any]) -> Layer:
     """Options of the command with a name of their own, as --seed; top-level keys only."""
     layer = Layer()
     for name, value in flags.items():
-        _set(layer, (name,), value, f"--{name.removesuffix('_run')}")
+        _set(layer, (name,), value, f"--{name.removesuffix('_run').replace('_', '-')}")
     return layer
 
 

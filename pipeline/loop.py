@@ -17,6 +17,7 @@ from pipeline.errors import Interrupted
 from pipeline.export.files import write_whole
 from pipeline.export.surface import png_bytes
 from pipeline.interrupt import StopRequest
+from pipeline.memory import forecast
 from pipeline.priors import build_guidance
 from stages.errors import UserError
 from stages.phases import phase
@@ -34,11 +35,12 @@ def make_stage(name: str, settings: Any, guidance: Any, device: torch.device, se
     """The stage of that name. Weights drawn from torch's global generator are fixed by the seed as well."""
     import torch
 
+    from stages.clip_mesh import ClipMeshStage
     from stages.fine import FineStage
     from stages.particles import make_coarse
 
     torch.manual_seed(seed)
-    makers = {"coarse": make_coarse, "fine": FineStage}
+    makers = {"coarse": make_coarse, "fine": FineStage, "clipmesh": ClipMeshStage}
     return makers[name](settings, guidance, device, seed, previous)
 
 
@@ -66,6 +68,9 @@ class StageLoop:
         self._phases, self._seconds = meta.get("phases", {}), meta.get("seconds", 0.0)
         run.metrics.rewind(name, meta["step"], STAGES[STAGES.index(name) + 1 :])
         run.progress.note(f"{name}: loading the prior {getattr(run.config.prior, name)}")
+        expected = forecast(run.config, name, run.device)
+        if expected is not None:
+            run.progress.note(f"{name}: {expected}")
         guidance = self._timed("load_prior", lambda: build_guidance(run.config, name, run.device))
         settings = getattr(run.config, name)
         stage = self._timed(

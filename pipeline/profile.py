@@ -14,6 +14,7 @@ from __future__ import annotations
 import builtins
 import contextlib
 import json
+import os
 import sys
 import threading
 import time
@@ -55,6 +56,7 @@ class Profile:
         self._window: list[Event] = []
 
     def __enter__(self) -> Profile:
+        os.environ.setdefault("KINETO_LOG_LEVEL", "3")  # torch's tracer tells of its starts and stops otherwise
         self._stack.enter_context(recording(self.recorder))
         self._stack.enter_context(_imports_as_phases(self.recorder))
         return self

@@ -9,22 +9,23 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.checkpoint import load_checkpoint, read_meta
-from pipeline.config import STAGES, Config, read_config
+from pipeline.config import Config, read_config
 from pipeline.errors import Interrupted
 from pipeline.export.files import write_whole
 from pipeline.interrupt import StopRequest
 from pipeline.layers import dump
 from pipeline.loop import CHECKPOINT, StageLoop, make_stage
+from pipeline.memory import explain_shortage
 from pipeline.priors import check_priors
 from pipeline.progress import Progress, duration
 from pipeline.record import Lock, Metrics, Record, check_disk, new_folder, open_folder
 from pipeline.results import check_formats, finished_mesh
-from stages.errors import UserError
+from pipeline.start import check_start, load_start
+from stages.errors import UserError, out_of_memory
 from stages.kernels.backend import resolve, selected
 from stages.phases import phase
 
@@ -43,13 +44,11 @@ def start_run(
     device = choose_device(config.device)
     resolve(config.kernels, device)  # refuses what is not there
     check_priors(config)
-    inherited = _inherited(config)
+    start = check_start(config)
     folder = new_folder(out, config.prompt, config.seed)
-    progress.note(f"run folder {folder}")
+    progress.note(f"run folder {folder}" + (f"; {start.said}" if start.said else ""))
     with Lock(folder):
-        for name, path in inherited.items():
-            (folder / name).mkdir()
-            shutil.copyfile(path, folder / name / CHECKPOINT)
+        start.write(folder)
         write_whole(folder / "config.yaml", dump(config).encode())
         with profile.of_run(folder, config, device, progress.note) if profile else contextlib.nullcontext():
             Run(folder, config, device, progress).go()
@@ -73,6 +72,7 @@ def resume_run(folder: Path, progress: Progress | None = None) -> None:
 
 def export_run(folder: Path, formats: str, out: Path | None = None, progress: Progress | None = None) -> None:
     """Write the result of a finished run in the named formats, comma separated, without optimising."""
+    from pipeline.export.finalise import in_own_place
     from pipeline.export.write import write_formats
 
     progress = progress or Progress()
@@ -84,8 +84,9 @@ def export_run(folder: Path, formats: str, out: Path | None = None, progress: Pr
     with Lock(folder):
         run = Run(folder, config, choose_device(config.device), progress)
         with selected(run.kernels), progress.announce_compilation():
-            mesh = finished_mesh(run.restore(config.stages[-1]), config.export, run.device, {})
-        for path in write_formats(mesh, target, names):
+            asset = run.restore(config.stages[-1])
+            mesh = finished_mesh(asset, config.export, run.device, {})
+        for path in write_formats(in_own_place(mesh, asset), target, names):
             progress.note(f"wrote {path}")
 
 
@@ -98,49 +99,6 @@ def choose_device(name: str) -> torch.device:
         why = "torch finds no CUDA device" if torch.version.cuda else f"torch {torch.__version__} is a CPU build"
         raise UserError("device cuda is not there", why, "use --device auto (or device: auto in the run's config.yaml)")
     return torch.device("cuda" if found and name != "cpu" else "cpu")
-
-
-def _inherited(config: Config) -> dict[str, Path]:
-    """Checkpoints of stages that this run does not take itself but its first stage needs. Raises UserError."""
-    needed = STAGES[: STAGES.index(config.stages[0])]
-    if not needed:
-        if config.from_run is not None:
-            raise UserError(
-                f"--from {config.from_run} has no use here",
-                f"the run begins with {config.stages[0]}, which starts from nothing",
-                "leave it out, or choose --stages fine",
-            )
-        return {}
-    if config.from_run is None:
-        raise UserError(
-            f"{config.stages[0]} has nothing to start from",
-            f"it refines the result of {needed[-1]}",
-            f"--stages {','.join(STAGES)}, or --from RUN with a run whose {needed[-1]} stage is finished",
-        )
-    source = open_folder(Path(config.from_run))
-    theirs = read_config(source)
-    found = {}
-    for name in needed:
-        path = source / name / CHECKPOINT
-        if not path.is_file():
-            raise UserError(
-                f"--from {source} has no finished {name} stage", f"no {path}", f"pipeline resume {source}, or another run"
-            )
-        meta = read_meta(path)
-        if meta["step"] < meta["steps"]:
-            raise UserError(
-                f"--from {source} has no finished {name} stage",
-                f"it stands at step {meta['step']} of {meta['steps']}",
-                f"pipeline resume {source}",
-            )
-        if getattr(theirs, name) != getattr(config, name):
-            raise UserError(
-                f"{name}.* differs from {source}",
-                f"its {name} stage was made with other settings and is not made again",
-                f"leave {name}.* as in {source / 'config.yaml'}",
-            )
-        found[name] = path
-    return found
 
 
 class Run:
@@ -192,8 +150,11 @@ class Run:
         return step is not None and step >= getattr(self.config, name).steps
 
     def _before(self, name: str) -> Asset | None:
-        index = STAGES.index(name)
-        return self.restore(STAGES[index - 1]) if index else None
+        """What a stage of this run starts from; None for nothing."""
+        config = self.config
+        if name == "fine" and ("coarse" in config.stages or config.from_run is not None):
+            return self.restore("coarse")
+        return load_start(self.folder, config, self.device) if name == config.stages[0] else None
 
     def restore(self, name: str) -> Asset:
         """The asset of a stage from its checkpoint, without its prior."""
@@ -220,10 +181,15 @@ class Run:
         loop = StageLoop(self, name, stop)
         try:
             return loop.take(previous)
+        except Exception as error:
+            if out_of_memory(error):
+                raise explain_shortage(error, self.config, name, self.folder) from error
+            raise
         finally:
             loop.close()
 
     def _export(self, asset: Asset) -> None:
+        from pipeline.export.finalise import in_own_place
         from pipeline.export.write import write_results
 
         facts: dict[str, Any] = {"phases": {}}
@@ -232,7 +198,7 @@ class Run:
         with phase("export"):
             mesh = finished_mesh(asset, self.config.export, self.device, facts)
             with phase("write", written):
-                paths = write_results(mesh, self.folder, self.config.export)
+                paths = write_results(mesh, self.folder, self.config.export, in_own_place(mesh, asset))
         facts["phases"]["write"] = round(written["write"], 3)
         self.record.save(export=facts, outputs=[path.name for path in paths])
 

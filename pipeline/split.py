@@ -1,7 +1,8 @@
 """How a run's time splits up: from the phases that were recorded to the numbers and the table of `--profile`.
 
 What happens once per process, wherever it is first needed (imports, finding, loading and compiling kernels), is taken
-out of the phases around it and told apart. So a step's phases add up to the step as it is when everything is warm.
+out of the phases around it and told apart; so is what a stage does once in its first step. So a step's phases add up
+to the step as it is when everything is warm.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from stages.phases import Path, Span
 
 ONCE = {"imports": "imports", "kernel cache": "loading compiled kernels", "compilation": "compiling kernels"}
 STEP, TRACED, NETWORKS = "step", "traced step", "networks"
+AT_FIRST = "initialise"  # a stage's first surface, made within its first step
 DEPTH = 5  # levels of the table
 LITTLE_S = 0.0005  # rows below this are left out of the table
 
@@ -28,20 +30,25 @@ def split_of(spans: dict[Path, Span], total_s: float) -> dict[str, Any]:
     inside: dict[Path, float] = {}
     for path, span in spans.items():
         inside[path[:-1]] = inside.get(path[:-1], 0.0) + span.seconds
+    calls: dict[Path, int] = {}
+    own_s: dict[Path, float] = {}
+    for path, span in spans.items():
+        home = _home(path)
+        calls[home] = calls.get(home, 0) + span.calls
+        own_s[home] = own_s.get(home, 0.0) + max(span.seconds - inside.get(path, 0.0), 0.0)
     once = dict.fromkeys(ONCE, 0.0)
     seconds: dict[Path, float] = {}
-    for path, span in spans.items():
-        own = max(span.seconds - inside.get(path, 0.0), 0.0)
+    for path, own in own_s.items():
         kinds = [name for name in path if name in ONCE]
         if kinds:
             once[kinds[-1]] += own
             continue
         for depth in range(1, len(path) + 1):
             seconds[path[:depth]] = seconds.get(path[:depth], 0.0) + own
-    stages = {path[0]: _stage(path, spans, seconds) for path in seconds if len(path) == 2 and path[1] in (STEP, TRACED)}
+    stages = {path[0]: _stage(path, calls, seconds) for path in seconds if len(path) == 2 and path[1] in (STEP, TRACED)}
     stepping = sum(stage["step_s"] for stage in stages.values())
     networks = sum(stage["networks_s"] for stage in stages.values())
-    rank = {path: k for k, path in enumerate(spans)}
+    rank = {path: k for k, path in enumerate(calls)}
     ordered = sorted(seconds, key=lambda path: [rank[path[: k + 1]] for k in range(len(path))])
     return {
         "total_s": round(total_s, 3),
@@ -49,21 +56,26 @@ def split_of(spans: dict[Path, Span], total_s: float) -> dict[str, Any]:
         "once": {name: round(value, 3) for name, value in once.items()},
         "stages": stages,
         "networks_share": round(networks / stepping, 4) if stepping else None,
-        "phases": [{"path": [*p], "calls": spans[p].calls, "seconds": round(seconds[p], 4)} for p in ordered],
+        "phases": [{"path": [*p], "calls": calls[p], "seconds": round(seconds[p], 4)} for p in ordered],
     }
 
 
-def _stage(path: Path, spans: dict[Path, Span], seconds: dict[Path, float]) -> dict[str, Any]:
+def _home(path: Path) -> Path:
+    """Where a phase belongs: beside the steps, not within one, for what is done once."""
+    return (path[0], *path[2:]) if path[1:2] in ((STEP,), (TRACED,)) and AT_FIRST in path[2:3] else path
+
+
+def _stage(path: Path, calls: dict[Path, int], seconds: dict[Path, float]) -> dict[str, Any]:
     """One stage's steps; where all were traced, the times are theirs."""
     plain, traced = (path[0], STEP), (path[0], TRACED)
-    chosen = plain if plain in spans else traced
-    step_s, calls = seconds[chosen], spans[chosen].calls
+    chosen = plain if plain in calls else traced
+    step_s = seconds[chosen]
     networks_s = sum(s for p, s in seconds.items() if p[:2] == chosen and p[-1] == NETWORKS and NETWORKS not in p[:-1])
     return {
-        "steps": calls if chosen == plain else 0,
-        "traced_steps": spans[traced].calls if traced in spans else 0,
+        "steps": calls.get(plain, 0),
+        "traced_steps": calls.get(traced, 0),
         "step_s": round(step_s, 4),
-        "step_ms": round(1e3 * step_s / max(calls, 1), 2),
+        "step_ms": round(1e3 * step_s / max(calls[chosen], 1), 2),
         "networks_s": round(networks_s, 4),
         "networks_share": round(networks_s / step_s, 4) if step_s else None,
     }

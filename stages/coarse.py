@@ -97,7 +97,8 @@ class CoarseStage:
 
     Args:
         settings, guidance (see stages/guidance/guidance.py), device, seed.
-        previous: ignored, this is the first stage.
+        previous: what an edit goes on from (Magic3D sec. 5): the field of a finished coarse stage and its environment,
+            whose settings must be those of these ones. None starts from a blob.
     """
 
     name = "coarse"
@@ -121,6 +122,12 @@ class CoarseStage:
         self.generator = torch.Generator().manual_seed(seed)
         self.field = HashField(settings.field, self.generator).to(self.device)
         self.background = Background(settings.background, self.generator).to(self.device)
+        self.edits = previous is not None and previous.field is not None
+        if self.edits:
+            self.field.load_state_dict(previous.field.state_dict())
+            if previous.background is not None:
+                self.background.load_state_dict(previous.background.state_dict())
+            self._set_progress(0.0)
         self.occupancy = OccupancyGrid(settings.occupancy).to(self.device)
         self.step_size = 2 * math.sqrt(3) / settings.samples
         self.occupancy.update(self.field.density, 0, self.generator, self.step_size)  # previews before the first step
@@ -134,7 +141,7 @@ class CoarseStage:
     def step(self) -> dict[str, float]:
         """One optimisation step over `views_per_step` views; returns metrics."""
         s, progress, times = self.settings, self.step_index / self.steps, self.times
-        self.field.set_progress(progress)
+        self._set_progress(progress)
         with phase("occupancy", times):
             self.occupancy.update(self.field.density, self.step_index, self.generator, self.step_size)
         with phase("views", times):
@@ -298,7 +305,7 @@ class CoarseStage:
         self.generator.set_state(state["generator"].cpu())
         for name, module in self._modules().items():
             module.load_state_dict(below(name))
-        self.field.set_progress(self.step_index / self.steps)
+        self._set_progress(self.step_index / self.steps)
         moments = below("adam")
         for name, parameter in self._named_parameters().items():
             if f"{name}.step" in moments:
@@ -311,7 +318,12 @@ class CoarseStage:
         """Check that there is one finite object of sensible size and hand it on."""
         self.field.set_progress(1.0)
         check_object(self.field.density, self.device)
-        return Asset(density=self._without_gradient(self.field.density), albedo=self.field.albedo, field=self.field)
+        density = self._without_gradient(self.field.density)
+        return Asset(density=density, albedo=self.field.albedo, field=self.field, background=self.background)
+
+    def _set_progress(self, progress: float) -> None:
+        """Coarse-to-fine training; an inherited field keeps all its levels on, or its detail would be gone at once."""
+        self.field.set_progress(1.0 if self.edits else progress)
 
     @staticmethod
     def _without_gradient(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:

@@ -36,6 +36,7 @@ from stages.mesh.initialise import InitialiseSettings, dmtet_from_density
 from stages.mesh.measure import measure
 from stages.mesh.mesh import Mesh
 from stages.mesh.orient import creased
+from stages.mesh.place import SPECK
 from stages.mesh.regularise import laplacian, normal_consistency
 from stages.mesh.sample import painted_samples
 from stages.mesh.solidify import SolidifySettings, dmtet_from_mesh
@@ -46,7 +47,6 @@ from stages.render.shade import ALBEDO, LAMBERT, Shading, ShadingSettings, sampl
 from stages.stage import Asset
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-SPECK = 1e-3  # of the largest part's area: below it a part is no part of a user's mesh
 Guide = Callable[..., Any]  # see stages/guidance/guidance.py
 
 

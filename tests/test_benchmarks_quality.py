@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -211,8 +212,8 @@ def test_a_cell_that_breaks_is_reported_with_its_traceback_and_the_others_are_ma
 
 @pytest.fixture
 def fake_pipeline(monkeypatch):
-    """`python -m pipeline` that leaves a run folder; `calls` are its words, `code` how it ends."""
-    state = SimpleNamespace(calls=[], code=0)
+    """`python -m pipeline` that leaves a run folder; `calls` are its words, `code` its end, `moves` a locked mesh."""
+    state = SimpleNamespace(calls=[], code=0, moves=False)
 
     def run(command, **_):
         state.calls.append(command[3:])
@@ -224,7 +225,9 @@ def fake_pipeline(monkeypatch):
         if "--from" not in words:
             stages = {"coarse": {"seconds": 10.0, "steps": 100, "phases": {}}, **stages}
         (folder / "run.json").write_text(json.dumps({"stages": stages, "peak_memory_mb": 900, "sessions": [{}]}))
-        if state.code == 0:
+        if state.code == 0 and "--init-mesh" in words and not state.moves:
+            shutil.copy(words[words.index("--init-mesh") + 1], folder / "mesh.glb")
+        elif state.code == 0:
             trimesh.creation.icosphere(1).export(folder / "mesh.glb")
         return SimpleNamespace(returncode=state.code)
 
@@ -271,6 +274,26 @@ def test_a_taken_over_coarse_stage_counts_in_the_time(tmp_path, fake_pipeline):
     assert fake_pipeline.calls[1][-5:-1] == ["--stages", "fine", "--from", str(tmp_path / "first/run")]
     assert cost["wall_s"] >= 10
     assert list(cost["stages"]) == ["coarse", "fine"]
+
+
+def test_fine_only_from_a_sphere_is_one_recipe(tmp_path, fake_pipeline):
+    find_system("sphere").make(job(tmp_path / "cell"))
+    assert fake_pipeline.calls[0][-3:] == ["--config", "sphere", "coarse.steps=5"]
+
+
+def test_painting_starts_from_the_truths_shape_in_plain_grey_and_checks_that_it_stays(tmp_path, fake_pipeline):
+    mesh, cost = find_system("texture").make(job(tmp_path / "cell"))
+    words = fake_pipeline.calls[0]
+    assert words[words.index("--config") + 1] == "texture"
+    truth = world.build(world.parse("a red mug"))
+    plain = trimesh.load(words[words.index("--init-mesh") + 1], process=False).to_mesh()
+    np.testing.assert_array_equal(np.float32(plain.vertices[plain.faces]), truth.vertices[truth.faces])
+    picture = np.asarray(plain.visual.material.baseColorTexture.convert("RGB"))
+    assert (picture == picture[0, 0, 0]).all() and np.ptp(plain.visual.uv) > 0.5
+    assert cost["geometry"] == "untouched" and len(mesh.faces) == len(truth.faces)
+    fake_pipeline.moves = True
+    with pytest.raises(RuntimeError, match="other triangles"):
+        find_system("texture").make(job(tmp_path / "moved"))
 
 
 def test_no_object_is_a_result_and_a_crash_is_not(tmp_path, fake_pipeline):

@@ -203,7 +203,8 @@ def test_growth_of_the_fine_stage_is_fitted_where_the_surface_dominates():
     found = [row for row in by_hand() if row["part"] == "growth" and row["stage"] == "fine"]
     curve = speed_tables.curve_of(found, "step")
     kind, a, b, r2, low = curve.fit
-    assert (kind, low) == ("power", 64) and a == pytest.approx(0.01) and b == pytest.approx(2) and r2 == pytest.approx(1)
+    assert (kind, low) == ("power", 64)
+    assert (a, b, r2) == (pytest.approx(0.01), pytest.approx(2), pytest.approx(1))
     assert curve.at(100) == pytest.approx(100)
     assert fit_label(curve.fit) == "x^2.00 (R2 1.000)"
     assert speed_tables.curve_of(found, "s", "surface").fit[2] == pytest.approx(2)
@@ -224,11 +225,12 @@ def test_a_single_size_has_no_fit():
 
 def test_the_table_says_what_was_asked_for_and_what_is_missed():
     text = speed_tables.speed_markdown(by_hand())
-    assert "main job, from command to files, 2 threads: 150 s (coarse 90 s, fine 40 s, export 12 s); wanted <= 180 s;" in text
+    assert "command to files, 2 threads: 150 s (coarse 90 s, fine 40 s, export 12 s); wanted <= 180 s;" in text
     assert "peak memory 1.0 GB; wanted <= 3 GB\n" in text
     assert "step time inside the prior's networks: 55 % (coarse 50 %, fine 75 %); wanted >= 60 % **missed**" in text
     assert "first run ever: 47 s of compiling kernels; wanted <= 40 s **missed**" in text
-    assert "later starts, from command to the first step: 5.0 s [4.8, 5.3]; wanted <= 6 s; that step is done at 5.6 s" in text
+    assert "later starts, from command to the first step: 5.0 s [4.8, 5.3]; wanted <= 6 s;" in text
+    assert "that step is done at 5.6 s" in text
     assert "| coarse | 400 ms | 25 % | 75 % | - | 50 % |" in text
     assert "| fine: lattice cells a side | 2 threads | 61 ms at 32 | 369 ms at 192 | power 2.00 from 64 |" in text
     assert "| coarse: occupied share | 2 threads | 150 ms at 0.1 | 350 ms at 0.3 | linear, R2 1.0000 |" in text
@@ -239,7 +241,8 @@ def test_a_full_size_run_says_that_its_weights_are_random():
     stages = {"coarse": {"steps": 9, "step_ms": 90.0, "networks_share": 0.9}}
     facts = {"parameters": {"unet": 866e6}, "device_memory_mb": 8192.0, "profile": {"stages": stages}}
     text = speed_tables.speed_markdown([line("full", **facts)])
-    assert "random weights, time only (unet 866 M): coarse 90 ms a step, 90 % in its networks; device memory 8.0 GB" in text
+    assert "random weights, time only (unet 866 M): coarse 90 ms a step, 90 % in its networks;" in text
+    assert "device memory 8.0 GB" in text
 
 
 def test_plots_are_pictures_of_every_sweep():
@@ -313,6 +316,7 @@ def test_what_this_machine_does_not_have_is_refused_in_three_lines(capsys, monke
 
 
 def test_a_line_is_shown_for_a_person():
-    assert "fine tets" in speed.shown(step("fine", "tets", 64, 12.5)) and "12.5 ms" in speed.shown(step("fine", "tets", 64, 12.5))
+    text = speed.shown(step("fine", "tets", 64, 12.5))
+    assert "fine tets" in text and "12.5 ms" in text
     text = speed.shown(by_hand()[-1])
     assert "start later" in text and "to_first_step_s 5.0" in text and json.dumps(by_hand()[-1])

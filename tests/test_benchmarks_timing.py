@@ -1,5 +1,6 @@
 """Fair timings: the order of the runs, medians and ratios by hand, a slow contestant, and fits with known answers."""
 
+import itertools
 import math
 import time
 
@@ -17,7 +18,7 @@ def test_the_runs_of_a_slow_one_are_spread_among_those_of_the_fast():
     order = schedule({"fast": 12, "slow": 3})
     at = [k for k, name in enumerate(order) if name == "slow"]
     assert order.count("fast") == 12 and len(at) == 3
-    assert max(b - a for a, b in zip(at, at[1:])) <= 5 and at[0] >= 2 and at[-1] <= len(order) - 3
+    assert max(b - a for a, b in itertools.pairwise(at)) <= 5 and at[0] >= 2 and at[-1] <= len(order) - 3
 
 
 def test_median_and_quartiles_by_hand():

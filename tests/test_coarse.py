@@ -16,6 +16,7 @@ from stages.fields.hashfield import FieldSettings
 from stages.fields.occupancy import OccupancySettings
 from stages.render.shade import ALBEDO, ShadingSettings, shade
 from stages.render.transmittance import TransmittanceSettings, target_opacity
+from stages.stage import Asset
 
 RADIUS = 0.55
 
@@ -131,6 +132,28 @@ def test_resumed_run_has_the_same_bytes_as_an_uninterrupted_one():
         assert all(torch.equal(final[k], reference[k]) for k in final)
     assert all(isinstance(v, torch.Tensor) and v.is_contiguous() for v in reference.values())
     assert {"field.table", "adam.field.table.exp_avg", "occupancy.cells", "generator", "guidance.generator"} <= set(final)
+
+
+def test_an_edit_goes_on_from_the_field_and_environment_it_is_given_with_all_levels_on():
+    bands = FieldSettings(levels=6, log2_table=11, base=4, finest=32, hidden=16, bands_start=2, bands_until=1.0)
+    first = CoarseStage(small(field=bands), Noisy(), "cpu", 0)
+    run(first, 12)
+    first.field.set_progress(1.0)
+    asset = Asset(density=first.field.density, field=first.field, background=first.background)
+    before = {k: v.clone() for k, v in first.state_dict().items()}
+    edit = CoarseStage(small(field=bands), Noisy(), "cpu", 5, asset)
+    views = orbit_views([0.0, 120.0], 20.0)
+    torch.testing.assert_close(edit.render(views, 24).colour, first.render(views, 24).colour, atol=2e-3, rtol=0)
+    assert edit.step_index == 0 and len(edit.optimiser.state) == 0
+    run(edit, 4)
+    assert bool((edit.field.bands == 1).all())  # nothing of what is there is hidden while it is edited
+    saved = {k: v.clone() for k, v in edit.state_dict().items()}
+    run(edit, 3)
+    resumed = CoarseStage(small(field=bands), Noisy(), "cpu", 9, asset)
+    resumed.load_state_dict(saved)
+    run(resumed, 3)
+    assert all(torch.equal(v, resumed.state_dict()[k]) for k, v in edit.state_dict().items())
+    assert all(torch.equal(v, first.state_dict()[k]) for k, v in before.items())  # the source is untouched
 
 
 def test_another_seed_is_another_run_and_the_same_seed_the_same():

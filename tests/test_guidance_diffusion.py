@@ -249,6 +249,18 @@ def test_missing_component_is_named(broken, part):
     refuse(folder, f"its {part}/ is missing")
 
 
+def test_tokenizer_without_its_words_is_refused(broken, monkeypatch):
+    """transformers makes one that knows no word of it, without a sound."""
+    folder = broken()
+    for path in (folder / "tokenizer").glob("*"):
+        if path.name != "tokenizer_config.json":
+            path.unlink()
+    refuse(folder, "neither tokenizer.json, nor vocab.json and merges.txt, nor a .model file")
+    (folder / "tokenizer" / "spiece.model").write_bytes(b"")
+    monkeypatch.setattr("stages.guidance.text._installed", lambda package: package != "sentencepiece")
+    refuse(folder, r"not installed \(sentencepiece\).*pip install sentencepiece protobuf")
+
+
 @pytest.mark.parametrize(
     ("file", "pattern"),
     [

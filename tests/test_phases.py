@@ -1,4 +1,4 @@
-"""Phases: nothing without a recorder, paths and sums with one, the backward pass, and gradients that stay as they are."""
+"""Phases: nothing without a recorder, paths and sums with one, the backward pass, gradients that stay as they are."""
 
 import threading
 import time

@@ -191,7 +191,9 @@ def test_resume_after_more_steps_were_asked_for_goes_on_to_them(in_process, unin
 @pytest.mark.parametrize(
     ("arguments", "what", "fix"),
     [
-        (["--stages", "fine"], "fine has nothing to start from", "--from RUN"),
+        (["--init-mesh", "gone.glb"], "--init-mesh", "--stages fine"),
+        (["--init-mesh", "gone.glb", "--stages", "fine"], "Cannot read the mesh", "GLB, OBJ, PLY or STL"),
+        (["--stages", "fine", "place.up=w"], "place.up", "'auto', 'x', '-x'"),
         (["--stages", "fine,coarse"], "stages", "order"),
         (["--stages", "coarse,coarse"], "stages", "once"),
         (["--stages", "cores"], "stages", "'coarse' or 'fine'"),

@@ -11,10 +11,9 @@ from pipeline.export.settings import ExportSettings
 from stages.errors import UserError
 from stages.mesh.finalise import finalise as finalise_mesh
 from stages.mesh.mesh import Mesh
+from stages.mesh.place import SPECK
 from stages.mesh.repaint import repaint
 from stages.stage import Asset
-
-SPECK = 1e-3  # of the largest part's area: below it a part is no part of a user's mesh
 
 
 def _device_of(asset: Asset) -> torch.device:

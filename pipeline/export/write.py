@@ -29,12 +29,14 @@ def write_formats(mesh: Mesh, folder: str | Path, names: Sequence[str], *, stem:
     return [path for name in names for path in FORMATS[name](mesh, Path(folder) / f"{stem}.{name}")]
 
 
-def write_results(mesh: Mesh, folder: str | Path, settings: ExportSettings) -> list[Path]:
+def write_results(mesh: Mesh, folder: str | Path, settings: ExportSettings, placed: Mesh | None = None) -> list[Path]:
     """Write a run's results: its mesh files and the turntable.
 
+    Args:
+        mesh: in the scene, where the turntable is taken. placed: as the files hold it, where that is elsewhere.
     Returns: all files written; an .mp4 among them only where imageio-ffmpeg is installed.
     """
-    paths = write_formats(mesh, folder, settings.formats)
+    paths = write_formats(mesh if placed is None else placed, folder, settings.formats)
     if settings.turntable_frames:
         from pipeline.export.video import turntable
 

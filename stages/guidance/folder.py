@@ -65,17 +65,39 @@ def locate_autoencoder(path_or_id: str) -> Path:
     )
 
 
-def cached(model_id: str, revision: str | None = None) -> Path | None:
-    """The snapshot of a hub id that is on this machine already; None for none, or for what is no hub id."""
+def cached(model_id: str, revision: str | None = None, variant: str | None = None) -> Path | None:
+    """The snapshot of a hub id that is on this machine, whole; None for none, or for what is no hub id."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     if not _HUB_ID.fullmatch(model_id):
         return None
     try:
-        return Path(snapshot_download(model_id, revision=revision, local_files_only=True))
-    except (LocalEntryNotFoundError, HFValidationError):
-        return None
+        folder = Path(snapshot_download(model_id, revision=revision, local_files_only=True))
+        classes = read_index(folder)
+        for part in (*PARTS, *TOKENIZERS, "scheduler"):
+            if part in classes:
+                stem = None if part not in PARTS else "model" if part.startswith("text") else "diffusion_pytorch_model"
+                check_component(folder, Component(part, classes[part], stem), variant)
+    except (LocalEntryNotFoundError, HFValidationError, UserError):
+        return None  # an unfinished download is taken up again when the prior is loaded
+    return folder
+
+
+def check_hub(model_id: str) -> None:
+    """Refuse, before any work, a hub id that is not on this machine and cannot be had. Raises: UserError."""
+    from huggingface_hub import constants
+
+    what, preset = f"Cannot load the prior {model_id}", find_preset(model_id)
+    if preset is not None and preset.status == "withdrawn":
+        raise UserError(what, "it was withdrawn by its makers", f"use {preset.instead}, or a local folder")
+    if constants.HF_HUB_OFFLINE:
+        raise _offline(what)
+
+
+def _offline(what: str) -> UserError:
+    why = "HF_HUB_OFFLINE is set and it is not in the cache"
+    return UserError(what, why, "give a local folder, or download it once while online")
 
 
 def _download(repo_id: str, revision: str | None, variant: str | None) -> Path:
@@ -99,9 +121,11 @@ def _snapshot(repo_id: str, revision: str | None, patterns: list[str], what: str
             what, "the hub wants its licence accepted first", "accept it on the model's page, then hf auth login"
         ) from error
     except LocalEntryNotFoundError as error:
-        offline = constants.HF_HUB_OFFLINE
-        why = "HF_HUB_OFFLINE is set and it is not in the cache" if offline else "the hub cannot be reached"
-        raise UserError(what, why, "give a local folder, or download it once while online") from error
+        if constants.HF_HUB_OFFLINE:
+            raise _offline(what) from error
+        raise UserError(
+            what, "the hub cannot be reached", "give a local folder, or download it once while online"
+        ) from error
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         why, fix = f"no such folder here, and the hub says: {_first_line(error)}", "check the id or give a local folder"
         preset = find_preset(repo_id)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import gc
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from stages.errors import UserError
+from stages.guidance.folder import load_part
 from stages.prompts import check_length
 
 
@@ -195,15 +198,33 @@ def token_limit(reading: Reading, tokenizer: Any, config: Any) -> int:
     return min(limit for limit in limits if limit is not None)
 
 
-def load_tokenizer(folder: Any, part: str) -> Any:
-    """The tokenizer in a part of a folder. Raises: UserError, naming the package where one is missing."""
+def load_tokenizer(folder: Path, part: str) -> Any:
+    """The tokenizer in a part of a folder. Raises: UserError, naming the file or the package that is missing.
+
+    The files are looked at first: without them transformers makes a tokenizer that knows no word, and says nothing.
+    """
     import transformers
 
-    from stages.guidance.folder import load_part
-
+    what = f"Cannot load the {part} of {folder}"
+    names = {path.name for path in (folder / part).iterdir()}
+    if not ("tokenizer.json" in names or {"vocab.json", "merges.txt"} <= names):
+        if not any(name.endswith(".model") for name in names):
+            why = "it has neither tokenizer.json, nor vocab.json and merges.txt, nor a .model file"
+            raise UserError(what, why, "get the folder again")
+        absent = [name for name in ("sentencepiece", "google.protobuf") if not _installed(name)]
+        if absent:
+            why = f"reading its .model file takes a package that is not installed ({', '.join(absent)})"
+            raise UserError(what, why, "pip install sentencepiece protobuf")
     tokenizer = load_part(
         folder, part, lambda: transformers.AutoTokenizer.from_pretrained(folder / part, local_files_only=True)
     )
     if tokenizer.pad_token is None:
-        raise UserError(f"Cannot load the {part} of {folder}", "it has no padding token", "get the folder again")
+        raise UserError(what, "it has no padding token", "get the folder again")
     return tokenizer
+
+
+def _installed(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ModuleNotFoundError:  # of the package above it
+        return False

@@ -18,6 +18,7 @@ from stages.errors import UserError
 from stages.mesh.mesh import Mesh
 
 Axis = Literal["x", "-x", "y", "-y", "z", "-z"]
+SPECK = 1e-3  # of the largest part's area: below it a part is dirt, above it a part of a user's mesh
 LIMIT = 0.95  # a mesh that keeps its own place must lie within this half side of the scene's box
 
 # (source axis, sign) of the new x, y and z: rotations that bring the named axis to +y

@@ -1,0 +1,180 @@
+"""What a run starts from: nothing, a finished coarse stage of another run, or a user's mesh. Checked before any work.
+
+What it starts from is copied into the run's folder, which then stands on its own:
+    RUN/coarse/checkpoint.safetensors   the coarse stage of --from that the fine stage refines
+    RUN/start/checkpoint.safetensors    the coarse stage of --from that this run's coarse stage edits
+    RUN/start/mesh.safetensors          the mesh of --init-mesh as it was read
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline import loop
+from pipeline.checkpoint import load_checkpoint, read_meta, save_checkpoint
+from pipeline.config import read_config
+from pipeline.export.surface import GENERATOR
+from pipeline.loop import CHECKPOINT
+from pipeline.record import open_folder
+from stages.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+    from pipeline.config import Config
+    from stages.mesh.mesh import Mesh
+    from stages.stage import Asset
+
+START, MESH = "start", "mesh.safetensors"
+_PARTS = ("vertices", "faces", "colours", "uv", "uv_faces", "texture")
+
+
+@dataclass
+class Start:
+    """What a new run starts from.
+
+    copies: files of another run, by their place in the new folder. mesh: of --init-mesh, and which of its axes points
+    up where the settings leave it to the format. said: in a line for the user, empty where there is nothing to say.
+    """
+
+    copies: dict[str, Path] = field(default_factory=dict)
+    mesh: Mesh | None = None
+    up: str = "y"
+    said: str = ""
+
+    def write(self, folder: Path) -> None:
+        """Put the files into a new run's folder."""
+        for place, source in self.copies.items():
+            (folder / place).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, folder / place)
+        if self.mesh is not None:
+            import torch
+
+            parts = {name: getattr(self.mesh, name) for name in _PARTS}
+            state = {name: torch.from_numpy(part.copy()) for name, part in parts.items() if part is not None}
+            (folder / START).mkdir(exist_ok=True)
+            save_checkpoint(folder / START / MESH, state, {"up": self.up})
+
+
+def check_start(config: Config) -> Start:
+    """Find and check what a new run starts from. UserError where it is missing, unfinished, damaged or of no use."""
+    first = config.stages[0]
+    if config.init_mesh is not None:
+        return _from_mesh(config, first)
+    if config.from_run is None:
+        return Start(said=f"fine starts from a sphere of radius {config.fine.sphere:g}" if first == "fine" else "")
+    if first == "clipmesh":
+        raise UserError(
+            f"--from {config.from_run} has no use here",
+            "the run begins with clipmesh, which starts from a sphere or a mesh",
+            "leave it out, or choose --stages coarse,fine",
+        )
+    source, meta = _finished_coarse(Path(config.from_run))
+    theirs = read_config(source)
+    if first == "fine":
+        if theirs.coarse != config.coarse:
+            raise UserError(
+                f"coarse.* differs from {source}",
+                "its coarse stage was made with other settings and is not made again",
+                f"leave coarse.* as in {source / 'config.yaml'}",
+            )
+        return Start({f"coarse/{CHECKPOINT}": source / "coarse" / CHECKPOINT})
+    for name in ("field", "background.hidden", "occupancy.resolution"):
+        if _at(theirs.coarse, name) != _at(config.coarse, name):
+            raise UserError(
+                f"coarse.{name} differs from {source}",
+                f"its field has another shape ({_at(theirs.coarse, name)}) and cannot be gone on with",
+                f"leave coarse.{name} as in {source / 'config.yaml'}",
+            )
+    said = f'coarse goes on from step {meta["step"]} of {source}, "{theirs.prompt}", as "{config.prompt}"'
+    return Start({f"{START}/{CHECKPOINT}": source / "coarse" / CHECKPOINT}, said=said)
+
+
+def _from_mesh(config: Config, first: str) -> Start:
+    from stages.mesh.place import place
+    from stages.mesh.read import read_mesh
+
+    if first != "fine":
+        other = "clipmesh.mesh=FILE" if first == "clipmesh" else "--stages fine"
+        raise UserError(
+            f"--init-mesh {config.init_mesh} has no use here", f"the run begins with {first}", f"choose {other}"
+        )
+    if config.from_run is not None:
+        raise UserError(
+            "--from and --init-mesh were both given",
+            "the fine stage starts from the coarse stage of a run or from a mesh",
+            "leave one of them out",
+        )
+    path = Path(config.init_mesh)
+    mesh, up = read_mesh(path), _up(path)
+    place(mesh, config.place, up)  # refuses a mesh without extent, or outside the scene
+    coats = "its texture" if mesh.texture is not None else "its colours"
+    painted = "is painted and keeps its shape" if config.fine.geometry == "locked" else "is refined"
+    return Start(mesh=mesh, up=up, said=f"{path.name}, {len(mesh.faces)} faces, {painted}, starting with {coats}")
+
+
+def _up(path: Path) -> str:
+    """The axis that points up in a file of this kind: z in STL, which printers and CAD write; y in the others.
+
+    Our own STL files keep y up and say in their header who wrote them.
+    """
+    if path.suffix.lower() != ".stl":
+        return "y"
+    with open(path, "rb") as file:
+        return "y" if file.read(80).startswith(GENERATOR.encode()) else "z"
+
+
+def _finished_coarse(source: Path) -> tuple[Path, dict[str, Any]]:
+    """A run's folder and the meta of its coarse stage. Raises UserError where that is not finished."""
+    open_folder(source)
+    path = source / "coarse" / CHECKPOINT
+    what = f"--from {source} has no finished coarse stage"
+    if not path.is_file():
+        fix = f"pipeline resume {source}, or another run" if "coarse" in read_config(source).stages else "another run"
+        raise UserError(what, f"no {path}", fix)
+    meta = read_meta(path)
+    if meta["step"] < meta["steps"]:
+        raise UserError(what, f"it stands at step {meta['step']} of {meta['steps']}", f"pipeline resume {source}")
+    return source, meta
+
+
+def _at(settings: Any, name: str) -> Any:
+    for part in name.split("."):
+        settings = getattr(settings, part)
+    return settings
+
+
+def load_start(folder: Path, config: Config, device: torch.device) -> Asset | None:
+    """What the first stage of a run starts from, out of its own folder; None for nothing."""
+    if config.init_mesh is not None:
+        return _given_mesh(folder, config)
+    if config.from_run is None or config.stages[0] != "coarse":
+        return None
+    state, _ = _loaded(folder, CHECKPOINT)
+    stage = loop.make_stage("coarse", config.coarse, None, device, config.seed, None)
+    stage.load_state_dict(state)
+    return stage.finish()
+
+
+def _given_mesh(folder: Path, config: Config) -> Asset:
+    from stages.mesh.mesh import Mesh
+    from stages.mesh.place import place
+    from stages.stage import Asset
+
+    state, meta = _loaded(folder, MESH)
+    mesh = Mesh(**{name: part.numpy() for name, part in state.items()})
+    mesh, placement = place(mesh, config.place, meta["up"])
+    return Asset(mesh=mesh, placement=placement)
+
+
+def _loaded(folder: Path, name: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    path = folder / START / name
+    try:
+        return load_checkpoint(path)
+    except (UserError, OSError) as error:
+        why = error.why if isinstance(error, UserError) else str(error)
+        fix = f"start again: pipeline run --config {folder / 'config.yaml'} --out ANOTHER_FOLDER"
+        raise UserError(f"what {folder} started from is damaged: {path}", why, fix) from None

