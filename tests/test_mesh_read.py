@@ -9,9 +9,10 @@ from PIL import Image
 from trimesh.visual import TextureVisuals
 from trimesh.visual.material import PBRMaterial
 
+from pipeline.export.glb import write_glb
 from stages.cameras import srgb_to_linear
 from stages.errors import UserError
-from stages.mesh.read import GREY, read_mesh
+from stages.mesh.read import GREY, _joined, _parts, read_mesh
 from stages.mesh.sample import colours_at
 
 TRIANGLE = "v 0 0 0\nv 1 0 0\nv 0 1 0\n"
@@ -117,6 +118,23 @@ def test_textured_and_plain_parts_keep_their_colours_together(tmp_path):
     near = np.flatnonzero(mesh.vertices[mesh.faces][:, :, 0].mean(1) < 2)
     shown = colours_at(mesh, near[:1], np.array([[0.8, 0.1, 0.1]]))
     torch.testing.assert_close(shown[0], torch.tensor([1.0, 0, 0]), atol=0.05, rtol=0)
+
+
+def test_vertex_colours_beside_a_material_are_read(tmp_path):
+    """glTF multiplies COLOR_0 by the material's factor; our own GLB files hold both."""
+    own, other = torus(n=12, m=8), moved(box(), (3, 0, 0))
+    own.colours = np.linspace(0, 1, 3 * len(own.vertices), dtype=np.float32).reshape(-1, 3)
+    other.colours = np.full((8, 3), 0.25, np.float32)
+    write_glb(own, tmp_path / "own.glb")
+    back = read_mesh(tmp_path / "own.glb")
+    np.testing.assert_allclose(back.colours[back.faces], own.colours[own.faces], atol=1e-4)
+    write_glb(other, tmp_path / "other.glb")
+    scene = trimesh.Scene([*(trimesh.load_scene(tmp_path / f).geometry.popitem()[1] for f in ("own.glb", "other.glb"))])
+    assert len(scene.geometry) == 2
+    both = _joined(_parts(scene), linear=True)
+    far = both.vertices[:, 0] > 2
+    np.testing.assert_allclose(both.colours[far], 0.25, atol=1e-4)
+    assert np.ptp(both.colours[~far]) > 0.9
 
 
 def test_vertex_colours_of_a_ply_are_srgb(tmp_path):

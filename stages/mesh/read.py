@@ -37,40 +37,66 @@ def read_mesh(path: str | Path) -> Mesh:
         why = "it is a folder" if path.is_dir() else "there is no such file"
         raise UserError(what, why, "give the path of a GLB, OBJ, PLY or STL file")
     try:
-        scene = trimesh.load_scene(str(path), process=False)
-        part = _joined(scene) if scene.geometry else None
+        parts = _parts(trimesh.load_scene(str(path), process=False))
+        mesh = _joined(parts, linear=path.suffix.lower() in (".glb", ".gltf")) if parts else None
     except Exception as error:  # each of trimesh's readers raises its own kinds
         reason = str(error).strip().splitlines()
         raise UserError(what, reason[0][:300] if reason else type(error).__name__, "save it again as GLB") from error
-    if part is None or len(getattr(part, "faces", ())) == 0:
+    if mesh is None:
         raise UserError(what, "it holds no triangles", "save a triangle mesh; a point cloud has no surface to refine")
-    with np.errstate(over="ignore"):  # beyond float32 is infinite, and refused
-        vertices, faces = np.asarray(part.vertices).astype(np.float32), np.asarray(part.faces, np.int32)
-    if faces.min() < 0 or faces.max() >= len(vertices):
-        raise UserError(what, f"its faces name vertex {faces.max()} of {len(vertices)}", "save it again")
-    if not np.isfinite(vertices).all():
+    if mesh.faces.min() < 0 or mesh.faces.max() >= len(mesh.vertices):
+        raise UserError(what, f"its faces name vertex {mesh.faces.max()} of {len(mesh.vertices)}", "save it again")
+    if not np.isfinite(mesh.vertices).all():
         raise UserError(what, "it has coordinates that are not finite numbers", "save it again")
-    if face_areas(vertices, faces).sum() <= 0:
+    if face_areas(mesh.vertices, mesh.faces).sum() <= 0:
         raise UserError(what, "its triangles have no area", "save a mesh with a surface")
-    return Mesh(vertices, faces, **_appearance(part, linear=path.suffix.lower() in (".glb", ".gltf")))
+    return mesh
 
 
-def _joined(scene: Any) -> Any:
-    """All meshes of a trimesh scene as one, in world space.
+def _parts(scene: Any) -> list[tuple[Any, np.ndarray | None]]:
+    """The triangle meshes of a trimesh scene in world space, and the vertex colours [V, 3] of those with a material
+    beside them, linear; trimesh drops these when it copies a mesh."""
+    parts = []
+    for node in scene.graph.nodes_geometry:
+        transform, name = scene.graph[node]
+        source = scene.geometry[name]
+        if not len(getattr(source, "faces", ())):
+            continue
+        part = source.copy()
+        part.apply_transform(transform)
+        tint = source.visual.vertex_attributes.get("color") if source.visual.kind == "texture" else None
+        if tint is not None:
+            tint = np.asarray(tint)
+            whole = np.iinfo(tint.dtype).max if tint.dtype.kind == "u" else 1
+            tint = (tint[:, :3] / whole).astype(np.float32)
+        parts.append((part, tint))
+    return parts
 
-    Textures are packed into one. Where only some parts have one, plain parts get a texture of their colour; trimesh
-    would drop every colour instead.
-    """
-    parts = [part for part in scene.dump() if len(getattr(part, "faces", ()))]
-    if len(parts) < 2:
-        return parts[0] if parts else None
-    if any(_textured(part) for part in parts):
-        for part in parts:
+
+def _joined(parts: list[tuple[Any, np.ndarray | None]], linear: bool) -> Mesh:
+    """All parts as one mesh. Where one has a texture, all are packed into one texture, plain parts as a patch of it."""
+    if any(_textured(part) for part, _ in parts):
+        for part, tint in parts:
             if not _textured(part):
-                part.visual = _plain_texture(part)
-    import trimesh
+                part.visual = _plain_texture(_appearance(part, tint, linear)["colours"])
+        import trimesh
 
-    return trimesh.util.concatenate(parts)
+        whole = parts[0][0] if len(parts) == 1 else trimesh.util.concatenate([part for part, _ in parts])
+        return Mesh(*_geometry(whole), **_appearance(whole, None, linear))
+    meshes = [Mesh(*_geometry(part), **_appearance(part, tint, linear)) for part, tint in parts]
+    if len(meshes) == 1:
+        return meshes[0]
+    starts = np.cumsum([0] + [len(mesh.vertices) for mesh in meshes[:-1]])
+    return Mesh(
+        np.concatenate([mesh.vertices for mesh in meshes]),
+        np.concatenate([mesh.faces + start for mesh, start in zip(meshes, starts)]).astype(np.int32),
+        np.concatenate([mesh.colours for mesh in meshes]),
+    )
+
+
+def _geometry(part: Any) -> tuple[np.ndarray, np.ndarray]:
+    with np.errstate(over="ignore"):  # beyond float32 is infinite, and refused
+        return np.asarray(part.vertices).astype(np.float32), np.asarray(part.faces, np.int32)
 
 
 def _textured(part: Any) -> bool:
@@ -78,34 +104,32 @@ def _textured(part: Any) -> bool:
     return visual.kind == "texture" and visual.uv is not None and _base_colour(visual.material)[0] is not None
 
 
-def _plain_texture(part: Any) -> Any:
-    """A texture of a part's mean colour, in place of its vertex colours or its material's factor."""
+def _plain_texture(colours: np.ndarray) -> Any:
+    """A texture of the mean of linear vertex colours [V, 3]."""
     from PIL import Image
     from trimesh.visual import TextureVisuals
     from trimesh.visual.material import PBRMaterial
 
-    colours = _appearance(part, linear=True)["colours"]
     if np.ptp(colours, axis=0).max() > 2 / 255:
         log.warning("the mesh mixes textures and vertex colours; the latter are replaced by their mean")
     mean = tuple(int(v) for v in np.round(_to_srgb(colours.mean(0)) * 255))
     material = PBRMaterial(baseColorTexture=Image.new("RGB", (4, 4), mean))
-    return TextureVisuals(uv=np.full((len(part.vertices), 2), 0.5), material=material)
+    return TextureVisuals(uv=np.full((len(colours), 2), 0.5), material=material)
 
 
-def _appearance(part: Any, linear: bool) -> dict[str, np.ndarray]:
-    """The colours, or uv, uv_faces and texture, of a trimesh mesh."""
+def _appearance(part: Any, tint: np.ndarray | None, linear: bool) -> dict[str, np.ndarray]:
+    """The colours, or uv, uv_faces and texture, of a trimesh mesh; `tint` multiplies a material's plain colour."""
     visual, vertices = part.visual, len(part.vertices)
-    if visual.kind == "texture" and visual.uv is not None:
+    if visual.kind == "texture":
         image, factor = _base_colour(visual.material)
-        if image is not None:
+        if image is not None and visual.uv is not None:
             tinted = np.asarray(image.convert("RGB"), np.uint8)
             if not np.allclose(factor, 1):
                 bright = srgb_to_linear(torch.from_numpy(tinted / 255.0)).numpy() * factor
                 tinted = np.round(_to_srgb(bright) * 255).astype(np.uint8)
             return _in_one_tile(np.asarray(visual.uv, np.float32), np.asarray(part.faces, np.int32), tinted)
-        return {"colours": np.tile(factor.astype(np.float32), (vertices, 1))} | _bare_layout(visual.uv, part.faces)
-    if visual.kind == "texture":
-        return {"colours": np.tile(_base_colour(visual.material)[1].astype(np.float32), (vertices, 1))}
+        colours = np.tile(factor.astype(np.float32), (vertices, 1)) * (1 if tint is None else tint)
+        return {"colours": colours} | ({} if visual.uv is None else _bare_layout(visual.uv, part.faces))
     if visual.kind in ("vertex", "face"):
         colours = np.asarray(visual.vertex_colors)[:, :3].astype(np.float32) / 255
         return {"colours": colours if linear else srgb_to_linear(torch.from_numpy(colours)).numpy()}
