@@ -1,14 +1,21 @@
 """Memory said before loading, and the way out when it runs out: three settings that help, the run kept."""
 
+import json
+
 import pytest
 import tiny_folders
 import torch
 
 import pipeline.memory as memory
 from pipeline.cli import main
-from pipeline.config import load_config, read_config
+from pipeline.config import load_config
+from stages.errors import out_of_memory
 
-SMALL = ["coarse.steps=3", "coarse.resolution=16", "coarse.views_per_step=2", "coarse.samples=16", "checkpoint_every=1"]
+SMALL = [
+    *("coarse.steps=3", "coarse.resolution=16", "coarse.views_per_step=2", "coarse.samples=16", "checkpoint_every=1"),
+    *("coarse.field.levels=2", "coarse.field.log2_table=10", "export.tets=16", "export.turntable_frames=0"),
+    *("export.texture_size=64", "export.unwrap=boxes", "export.faces=500"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -68,15 +75,19 @@ def run(*words):
     return stopped.value.code
 
 
-@pytest.mark.parametrize(
-    "error",
-    [
-        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore"),
-        MemoryError("refused"),
-        RuntimeError("[enforce fail at alloc_cpu.cpp:114] DefaultCPUAllocator: not enough memory: you tried 9 GB"),
-    ],
-)
-def test_a_run_out_of_memory_names_three_settings_and_goes_on_with_them(error, folder, tmp_path, monkeypatch, capsys):
+SHORTAGES = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore"),
+    MemoryError("refused"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:114] DefaultCPUAllocator: not enough memory: you tried 9 GB"),
+]
+
+
+@pytest.mark.parametrize("error", SHORTAGES)
+def test_every_shortage_is_told_from_a_bug(error):
+    assert out_of_memory(error) and not out_of_memory(RuntimeError("shapes do not match"))
+
+
+def test_a_run_out_of_memory_names_three_settings_and_goes_on_with_them(folder, tmp_path, monkeypatch, capsys):
     from stages.coarse import CoarseStage
 
     monkeypatch.chdir(tmp_path)
@@ -84,21 +95,22 @@ def test_a_run_out_of_memory_names_three_settings_and_goes_on_with_them(error, f
 
     def fail(self):
         if self.step_index == 2:
-            raise error
+            raise SHORTAGES[0]
         return step(self)
 
     monkeypatch.setattr(CoarseStage, "step", fail)
     words = ["--config", "stable-diffusion", "--out", "out", "--stages", "coarse", f"prior.coarse={folder}"]
     assert run("run", *words, *SMALL) == 2
-    err = capsys.readouterr().err
-    assert "coarse ran out of memory" in err and str(error).splitlines()[0] in err
-    assert "coarse.accumulate=2, prior.diffusion.vae_checkpointing=true, prior.diffusion.offload=blocks" in err
-    assert "pipeline resume out" in err and "Traceback" not in err
+    captured = capsys.readouterr()
+    assert "memory: float32: unet" in captured.out + captured.err
+    assert "coarse ran out of memory" in captured.err and "Tried to allocate 2.00 GiB" in captured.err
+    wanted = "coarse.accumulate=2, prior.diffusion.vae_checkpointing=true, prior.diffusion.offload=blocks"
+    assert wanted in captured.err and "pipeline resume out" in captured.err and "Traceback" not in captured.err
     monkeypatch.setattr(CoarseStage, "step", step)
     path = tmp_path / "out" / "config.yaml"
     text = path.read_text()
     assert "offload: none" in text
     path.write_text(text.replace("offload: none", "offload: blocks"))
-    assert read_config(tmp_path / "out").prior.diffusion.offload == "blocks"
     assert run("resume", "out") in (0, 2)  # three steps of a random prior may leave no surface to write
-    assert (tmp_path / "out" / "metrics.jsonl").read_text().count('"step": 3') == 1
+    steps = [json.loads(line)["step"] for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3]
