@@ -85,7 +85,7 @@ class Config(BaseModel):
         ["coarse", "fine"], min_length=1, description="stages to run, in their order"
     )
     from_run: str | None = Field(None, description="run folder whose finished stage this run starts from")
-    init_mesh: str | None = Field(None, description="mesh file that the fine stage starts from")
+    init_mesh: str | None = Field(None, description="mesh file that the fine or clipmesh stage starts from")
     place: PlaceSettings = Field(default_factory=PlaceSettings, description="how init_mesh comes into the scene")
     force: bool = Field(False, description="run a prompt whose words the prior does not know")
     checkpoint_every: int = Field(100, ge=1, description="steps between checkpoints")
@@ -143,7 +143,7 @@ def _own_recipe(given: dict[str, Any]) -> str | None:
     if given.get("from_run") is not None:
         return "edit" if first == "coarse" else None
     if first != "fine":
-        return "default"
+        return "clip-mesh" if first == "clipmesh" else "default"
     if given.get("init_mesh") is None:
         return "sphere"
     return "texture" if isinstance(fine, dict) and fine.get("geometry") == "locked" else "default"
@@ -173,15 +173,12 @@ def _anchored(config: Config) -> Config:
     folders |= {k: anchored(v) for k, v in sources.items() if k not in folders}
     if config.prior.lora is not None:
         folders["lora"] = str(Path(config.prior.lora).expanduser().absolute())
-    mesh, source, start = config.reference.mesh, config.from_run, config.clipmesh.mesh
+    mesh, source = config.reference.mesh, config.from_run
     return config.model_copy(
         update={
             "prior": config.prior.model_copy(update=folders),
             "reference": config.reference.model_copy(
                 update={"mesh": mesh and str(Path(mesh).expanduser().absolute())}
-            ),
-            "clipmesh": config.clipmesh.model_copy(
-                update={"mesh": start and str(Path(start).expanduser().absolute())}
             ),
             "from_run": source and str(Path(source).expanduser().absolute()),
             "init_mesh": config.init_mesh and str(Path(config.init_mesh).expanduser().absolute()),

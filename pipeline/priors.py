@@ -35,8 +35,6 @@ _ANOTHER_PRIOR = "Stable Diffusion: --config stable-diffusion prior.coarse=FOLDE
 def check_priors(config: Config) -> None:
     """Refuse, before any work, priors that cannot be built and prompts that the pocket prior cannot read."""
     for stage in config.stages:
-        if stage == "clipmesh" and config.clipmesh.mesh:
-            _check_mesh(config.clipmesh.mesh)
         source = getattr(config.prior, stage)
         clip = clip_folder(source)
         if clip is not None:
@@ -94,13 +92,9 @@ def _check_reference(mesh: str) -> None:
             "reference.mesh is not set",
             "pipeline run --config reference reference.mesh=FILE.glb --stages coarse,fine",
         )
-    _check_mesh(mesh)
-
-
-def _check_mesh(path: str) -> None:
     from stages.mesh.read import read_mesh
 
-    read_mesh(path)
+    read_mesh(mesh)
 
 
 def _check_rule(config: Config, stage: str) -> None:

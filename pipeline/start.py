@@ -97,23 +97,25 @@ def _from_mesh(config: Config, first: str) -> Start:
     from stages.mesh.place import place
     from stages.mesh.read import read_mesh
 
-    if first != "fine":
-        other = "clipmesh.mesh=FILE" if first == "clipmesh" else "--stages fine"
+    if first == "coarse":
         raise UserError(
-            f"--init-mesh {config.init_mesh} has no use here", f"the run begins with {first}", f"choose {other}"
+            f"--init-mesh {config.init_mesh} has no use here",
+            "the run begins with coarse, which starts from nothing",
+            "choose --stages fine or --stages clipmesh",
         )
     if config.from_run is not None:
         raise UserError(
             "--from and --init-mesh were both given",
-            "the fine stage starts from the coarse stage of a run or from a mesh",
+            f"the {first} stage starts from one thing",
             "leave one of them out",
         )
     path = Path(config.init_mesh)
     mesh, up = read_mesh(path), _up(path)
     place(mesh, config.place, up)  # refuses a mesh without extent, or outside the scene
     coats = "its texture" if mesh.texture is not None else "its colours"
-    painted = "is painted and keeps its shape" if config.fine.geometry == "locked" else "is refined"
-    return Start(mesh=mesh, up=up, said=f"{path.name}, {len(mesh.faces)} faces, {painted}, starting with {coats}")
+    locked = first == "fine" and config.fine.geometry == "locked"
+    use = "is painted and keeps its shape" if locked else "is refined"
+    return Start(mesh=mesh, up=up, said=f"{path.name}, {len(mesh.faces)} faces, {use}, starting with {coats}")
 
 
 def _up(path: Path) -> str:

@@ -33,8 +33,6 @@ from stages.mesh.control import ControlMesh, control_mesh, control_sphere
 from stages.mesh.loop import as_torch, limit_surface, subdivide_linearly
 from stages.mesh.measure import edges_of
 from stages.mesh.mesh import Mesh
-from stages.mesh.place import LIMIT, PlaceSettings, place
-from stages.mesh.read import read_mesh
 from stages.mesh.regularise import laplacian
 from stages.mesh.uv import Unwrapper
 from stages.phases import phase
@@ -56,8 +54,7 @@ class ClipMeshSettings(BaseModel):
     resolution: int = Field(224, ge=16, le=2048, description="side of a training render in pixels; 512 in the paper")
     views_per_step: int = Field(25, ge=1, description="views of one optimiser step")
 
-    mesh: str = Field("", description="mesh file to start from, centred and scaled to `radius`; empty: a sphere")
-    radius: float = Field(0.6, gt=0.05, le=LIMIT, description="of the sphere that it starts from, or about the mesh")
+    radius: float = Field(0.6, gt=0.05, lt=0.95, description="of the sphere that it starts from without --init-mesh")
     control: int = Field(3, ge=0, le=5, description="control vertices of the sphere: 10 * 4^this + 2, as 642 for 3")
     control_faces: int = Field(5000, ge=4, le=100_000, description="a user's mesh of more faces is decimated to these")
     subdivisions: int = Field(1, ge=0, le=3, description="splits of the control faces in four; 0: the published code's")
@@ -111,7 +108,7 @@ class ClipMeshStage:
 
     Args:
         settings, guidance (None where the stage only loads and finishes), device, seed.
-        previous: an asset whose mesh to start from, in the scene; None starts from settings.mesh or the sphere.
+        previous: an asset whose mesh to start from, in the scene; None starts from a sphere.
     """
 
     name = "clipmesh"
@@ -142,13 +139,13 @@ class ClipMeshStage:
                 if start.texture is not None:
                     colour = torch.from_numpy(start.texture)
                 normal = torch.tensor([0.0, 0.0, 1.0]).expand(size)
+                # The scene's box, or what a start of few vertices takes: its control vertices lie far outside it.
+                self.bound = max(1.0, float(np.abs(start.vertices).max()))
                 self._build(start, colour, normal)
 
     def _start(self) -> ControlMesh:
         s = self.settings
         given = self.previous.mesh
-        if given is None and s.mesh:
-            given, _ = place(read_mesh(s.mesh), PlaceSettings(radius=s.radius))
         if given is None:
             return control_sphere(s.radius, s.control, s.texture_size, s.padding)
         return control_mesh(given, s.control_faces, s.texture_size, s.padding, s.unwrap)
@@ -254,7 +251,7 @@ class ClipMeshStage:
             for group, lr in zip(self.optimiser.param_groups, (s.lr_vertices, s.lr_texture, s.lr_normal), strict=True):
                 group["lr"] = lr * s.lr_end**progress
             self.optimiser.step()
-            self.control.clamp_(-1, 1)  # the scene's box
+            self.control.clamp_(-self.bound, self.bound)
             self.colour_map.clamp_(0, 1)
             self.normal_map.clamp_(-1, 1)
         else:
@@ -302,7 +299,7 @@ class ClipMeshStage:
         """Control mesh, maps, Adam moments, generators and counters; flat and ready for safetensors."""
         self._prepare()
         state = {"step_index": torch.tensor(self.step_index), "skipped": torch.tensor(self.skipped)}
-        state["generator"] = self.generator.get_state()
+        state |= {"bound": torch.tensor(self.bound, dtype=torch.float64), "generator": self.generator.get_state()}
         state |= {f"start.{k}": torch.from_numpy(getattr(self.start, k)) for k in ("faces", "uv", "uv_faces")}
         for name, parameter in self._parameters().items():
             state[name] = parameter.detach().clone()
@@ -315,6 +312,7 @@ class ClipMeshStage:
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Inverse of state_dict; the stage must be freshly constructed with the same settings."""
         self.step_index, self.skipped = int(state["step_index"]), int(state["skipped"])
+        self.bound = float(state["bound"])
         self.generator.set_state(state["generator"].cpu())
         topology = {k: state[f"start.{k}"].cpu().numpy().copy() for k in ("faces", "uv", "uv_faces")}
         start = ControlMesh(vertices=state["control"].cpu().numpy().copy(), **topology)

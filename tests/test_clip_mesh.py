@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.export.glb import write_glb
 from stages.cameras import CameraSettings, linear_to_srgb, orbit_views, to_clip
 from stages.clip_mesh import ClipMeshSettings, ClipMeshStage
 from stages.errors import UserError
@@ -218,8 +217,19 @@ def test_a_clip_folder_guides_it_and_resume_equals_uninterrupted(tmp_path):
     second = stage(small(steps=4), guidance(), seed=5)
     second.load_state_dict(first.state_dict())
     assert run(second, 2) == wanted[2:] and same(second.state_dict(), straight.state_dict())
-    moved = straight.control.detach() - torch.from_numpy(straight.start.vertices)
+    moved = straight.control.detach() - torch.from_numpy(control_sphere(0.6, 1, 32, 2).vertices)
     assert float(moved.abs().max()) > 1e-3  # CLIP's gradient reaches the control vertices
+
+
+def test_control_vertices_stay_within_the_box_or_within_what_the_start_needs():
+    far = CameraSettings(distance=(9.0, 9.0))
+    ball = stage(small(steps=3, lr_vertices=5.0, cameras=far))
+    few = stage(small(steps=3, lr_vertices=5.0, cameras=far), previous=Asset(mesh=octahedron()))
+    run(ball, 1)
+    run(few, 1)
+    assert float(ball.control.detach().abs().max()) == 1.0
+    # an octahedron's corners at 1/2 have control vertices at 55/24 of them
+    assert float(few.control.detach().abs().max()) == pytest.approx(55 / 48, rel=1e-5)
 
 
 def test_placement_of_what_it_is_given_goes_on_with_the_mesh():
@@ -228,28 +238,21 @@ def test_placement_of_what_it_is_given_goes_on_with_the_mesh():
     assert made.finish().placement is placement
 
 
-def test_starts_from_the_mesh_of_a_file_or_of_what_it_is_given(tmp_path):
+def test_starts_from_the_mesh_of_what_it_is_given():
     given = control_sphere(0.5, 1, 32, 2)
     flat = given.vertices * np.float32([1, 0.4, 1])
     picture = np.full((16, 16, 3), 90, np.uint8)
     mesh = Mesh(flat, given.faces, uv=given.uv, uv_faces=given.uv_faces, texture=picture)
-    write_glb(mesh, tmp_path / "flat.glb")
-    own = 2 * float(np.linalg.norm(flat, axis=1).max())
-    for made, width in ((stage(small(mesh=str(tmp_path / "flat.glb"))), 1.2), (stage(previous=Asset(mesh=mesh)), own)):
-        points = made.surface()
-        size = (points.amax(0) - points.amin(0)).detach()
-        assert float(size[1] / size[0]) == pytest.approx(0.4, abs=0.05)
-        assert float(size[0]) == pytest.approx(width, abs=0.05)  # a file is scaled to its radius; an asset is not
-        assert torch.allclose(made.colour_map, torch.tensor(90 / 255))
-        assert len(made.faces) == 4 * 80
-    first = stage(small(mesh=str(tmp_path / "flat.glb")))
-    state = first.state_dict()
-    (tmp_path / "flat.glb").unlink()  # what it began with lies in its checkpoint
-    second = stage(small(mesh=str(tmp_path / "flat.glb")))
-    second.load_state_dict(state)
+    first = stage(previous=Asset(mesh=mesh))
+    points = first.surface()
+    size = (points.amax(0) - points.amin(0)).detach()
+    assert float(size[1] / size[0]) == pytest.approx(0.4, abs=0.05)
+    assert float(size[0]) == pytest.approx(2 * float(np.linalg.norm(flat, axis=1).max()), abs=0.05)
+    assert torch.allclose(first.colour_map, torch.tensor(90 / 255))
+    assert len(first.faces) == 4 * 80
+    second = stage()  # what it began with lies in its checkpoint
+    second.load_state_dict(first.state_dict())
     assert torch.equal(second.surface(), first.surface())
-    with pytest.raises(UserError, match="Cannot read the mesh"):
-        stage(small(mesh=str(tmp_path / "flat.glb"))).step()
 
 
 def test_preview_is_a_contact_sheet_of_colours_clay_and_normals():

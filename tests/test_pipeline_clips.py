@@ -5,18 +5,22 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from pipeline.clips import POCKET_CLIP, clip_folder, clip_words
 from pipeline.config import load_config, read_config
+from pipeline.export.glb import write_glb
 from pipeline.loop import make_stage
 from pipeline.priors import build_guidance, check_priors
 from pipeline.run import resume_run, start_run
 from stages.errors import UserError
 from stages.guidance.clip_guidance import ClipGuidance
+from stages.mesh.read import read_mesh
 from stages.pocket import world
 from tests.tiny_clip import openai_like, pocket_like
+from tests.toy_pipeline import octahedron
 
 SMALL_DREAM = ["coarse.steps=4", "coarse.resolution=16", "coarse.views_per_step=2", "coarse.samples=48"]
 SMALL_DREAM += ["coarse.field.levels=6", "coarse.field.log2_table=11", "coarse.field.finest=32"]
@@ -81,9 +85,30 @@ def test_folder_that_is_no_clip_is_refused(tmp_path):
         check_priors(config("clip-mesh", f"prior.clipmesh=clip:{tmp_path}"))
 
 
-def test_missing_start_mesh_is_refused_before_any_work(tiny):
-    with pytest.raises(UserError, match=r"Cannot read the mesh .*gone.glb"):
-        check_priors(config("clip-mesh", f"prior.clipmesh=clip:{tiny}", "clipmesh.mesh=gone.glb"))
+def test_clip_mesh_refines_a_users_mesh_in_its_own_place(tiny, tmp_path):
+    far = octahedron()
+    far.vertices = 3 * far.vertices + np.float32([7, 0, 0])
+    write_glb(far, tmp_path / "mine.glb")
+    small = [f"prior.clipmesh=clip:{tiny}", *SMALL_MESH, "clipmesh.lr_vertices=1e-4"]
+    folder = start_run(config(None, *small, stages="clipmesh", init_mesh=str(tmp_path / "mine.glb")), tmp_path / "run")
+    (tmp_path / "mine.glb").unlink()
+    made = read_mesh(folder / "mesh.glb")
+    assert len(made.faces) == 4 * len(far.faces)
+    assert np.allclose((made.vertices.min(0) + made.vertices.max(0)) / 2, [7, 0, 0], atol=0.05)
+    assert np.allclose(np.abs(made.vertices - [7, 0, 0]).max(), 1.5, atol=0.05)  # and of its size
+    first = (folder / "mesh.glb").read_bytes()
+    (folder / "mesh.glb").unlink()
+    resume_run(folder)
+    assert (folder / "mesh.glb").read_bytes() == first
+    with pytest.raises(UserError, match=r"Cannot read the mesh .*mine.glb"):
+        start_run(config(None, *small, stages="clipmesh", init_mesh=str(tmp_path / "mine.glb")), tmp_path / "again")
+    with pytest.raises(UserError, match="has no use here") as caught:
+        start_run(config(None, init_mesh=str(tmp_path / "mine.glb")), tmp_path / "again")
+    assert "--stages clipmesh" in caught.value.fix
+
+
+def test_clipmesh_alone_takes_its_own_recipe():
+    assert config(None, stages="clipmesh") == config("clip-mesh")
 
 
 def test_guidance_of_a_clip_has_its_own_settings_and_words(tiny):
