@@ -18,3 +18,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return
     for item in marked:
         item.add_marker(pytest.mark.skip(reason="torch finds no CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def same_threads():
+    """Commands called in place set their own numbers of threads: the next test gets back what there was before.
+
+    One that left torch at 4,096 made the suite after it ten times slower.
+    """
+    import sys
+
+    before = {name: sys.modules[name].get_num_threads() for name in ("torch", "numba") if name in sys.modules}
+    yield
+    for name, count in before.items():
+        if sys.modules[name].get_num_threads() != count:
+            sys.modules[name].set_num_threads(count)
