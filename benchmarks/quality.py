@@ -106,13 +106,13 @@ def make_cell(cell: Cell, out: Path, clips: list[Path], options: tuple[str, ...]
             Job(cell.prompt, cell.seed, folder, threads, options, coarse_run)
         )
     except Failed as error:
-        line["failed"] = str(error)
-    else:
+        line["failed"], mesh = str(error), None
+    judges = judges_of_run(clips, folder / "run")
+    if len(judges) < len(clips):
+        line["guided_by"] = [clip.name for clip in clips if clip not in judges]  # and so without their scores
+    if mesh is not None:
         began = time.perf_counter()
-        judges = judges_of_run(clips, folder / "run")
         line |= assess(mesh, cell.prompt, [ClipScorer(clip) for clip in judges])
-        if len(judges) < len(clips):
-            line["guided_by"] = [clip.name for clip in clips if clip not in judges]  # and so without their scores
         draw_gallery(mesh, folder / "gallery.jpg")
         line["assess_s"] = round(time.perf_counter() - began, 1)
     write_whole(folder / "result.json", (json.dumps(line, allow_nan=False) + "\n").encode())

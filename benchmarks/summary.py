@@ -121,11 +121,17 @@ def score_lines(
     return scores
 
 
-def values_of(lines: list[Line], scores: dict[str, dict], name: str) -> dict[str, list[float]]:
-    """One metric of one system's lines: by prompt, a number a seed."""
+def values_of(lines: list[Line], scores: dict[str, dict], name: str, clip: str = "") -> dict[str, list[float]]:
+    """One metric of one system's lines: by prompt, a number a seed.
+
+    Args:
+        scores: of each cell under the CLIP of that name. A run that it guided has none, not even for having failed.
+    """
     metric, values = METRICS[name], {}
     for line in lines:
         value = metric.failed if "failed" in line else metric.value(line, scores.get(key_of(line), {}))
+        if "failed" in line and clip in line.get("guided_by", ()):
+            value = None
         values.setdefault(line["prompt"], []).append(math.nan if value is None else value)
     return values
 
@@ -165,17 +171,17 @@ def summarise(lines: list[Line], suite: Suite, clips: list[Path]) -> dict[str, A
         }
         for group, prompts in groups.items():
             chosen = [line for line in of[system] if line["prompt"] in prompts]
-            intervals = {name: _interval(values_of(chosen, first, name)) for name in METRICS}
+            intervals = {name: _interval(values_of(chosen, first, name, names[0])) for name in METRICS}
             facts[group] = {name: interval for name, interval in intervals.items() if interval is not None}
         summary["systems"][system] = facts
         for clip in names:
             scores = {key: found.get(clip, {}) for key, found in by_clip.items()}
             summary["by_clip"].setdefault(clip, {})[system] = {
-                name: _interval(values_of(of[system], scores, name)) for name in list(METRICS)[:4]
+                name: _interval(values_of(of[system], scores, name, clip)) for name in list(METRICS)[:4]
             }
     for a, b in itertools.combinations(systems, 2):
         for name in COMPARED:
-            result = _compare(of[a], of[b], first, name)
+            result = _compare(of[a], of[b], first, name, names[0])
             if result is not None:
                 summary["comparisons"].append({"a": a, "b": b, "metric": name, **result})
     return summary
@@ -186,9 +192,9 @@ def _interval(values: dict[str, list[float]]) -> dict[str, float] | None:
     return {k: round(v, 5) for k, v in interval.as_dict().items()} if interval.prompts else None
 
 
-def _compare(a: list[Line], b: list[Line], scores: dict, name: str) -> dict[str, Any] | None:
+def _compare(a: list[Line], b: list[Line], scores: dict, name: str, clip: str) -> dict[str, Any] | None:
     """a against b, a win being the better value."""
-    values = [values_of(lines, scores, name) for lines in (a, b)]
+    values = [values_of(lines, scores, name, clip) for lines in (a, b)]
     sign = METRICS[name].better
     signed = [{p: [sign * v for v in row] for p, row in v.items()} for v in values]
     found = compare(*signed)

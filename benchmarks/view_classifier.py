@@ -3,7 +3,8 @@
 What counts as a Janus: a view from behind (105 deg of azimuth and more) in which the classifier sees a front, where in
 the same view of the ground truth it sees none. Benchmarks' own eye: no prior and no CLIP has a part in it.
 Pictures are 48 pixels, sRGB, each to zero mean and unit width; in training they are shifted, scaled, blurred, tinted
-and mirrored, so that the fuzzy, oddly coloured objects of a distillation are judged by what they show.
+and mirrored, so that the fuzzy, oddly coloured objects of a distillation are judged by what they show, and shapeless
+blobs are among them, which show no front.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from benchmarks.assess import JANUS_ELEVATION
 from benchmarks.metrics import janus_azimuths
 from benchmarks.render import Subject, shoot
+from benchmarks.systems import random_blob
 from pipeline.export.files import write_whole
 from stages.cameras import Views, direction, linear_to_srgb, look_at, orbit_views
 from stages.pocket import world
@@ -28,8 +30,8 @@ from stages.render.shade import Shading
 
 SIDE = 48  # of the pictures, pixels
 FACING, AWAY = 75.0, 105.0  # a front is seen up to this azimuth, and from this one on none is; between, who can say
-MESHES, UNSEEN = 28, 8  # meshes of a kind to learn from, and to be tested on
-STEPS, BATCH = 400, 64
+MESHES, UNSEEN, BLOBS = 28, 8, 8  # meshes of a kind to learn from and to be tested on; blobs to learn from
+STEPS, BATCH = 800, 64
 VERSION = 1  # of all of the above; part of a saved classifier
 
 
@@ -82,7 +84,7 @@ def train(kind: str, seed: int = 0) -> ViewClassifier:
     if not world.true_front(kind):
         raise ValueError(f"kind: wanted one with a true front, got {kind!r}")
     rng, generator = np.random.default_rng([seed, *kind.encode()]), torch.Generator().manual_seed(seed)
-    pictures, fronts = _renders(kind, MESHES, rng)
+    pictures, fronts = _renders(kind, MESHES, rng, BLOBS)
     net = _Net()
     for parameter in net.parameters():  # not torch's global generator
         bound = (3 / parameter[0].numel()) ** 0.5 if parameter.dim() > 1 else 0.0
@@ -108,13 +110,15 @@ def _tested(classifier: ViewClassifier, pictures: Tensor, fronts: Tensor) -> Vie
     return classifier
 
 
-def _renders(kind: str, meshes: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-    """sRGB pictures [N, 3, 48, 48] of varied meshes of a kind from all around, and 1 where they show the front, else 0: [N]."""
+def _renders(kind: str, meshes: int, rng: np.random.Generator, blobs: int = 0) -> tuple[Tensor, Tensor]:
+    """sRGB pictures [N, 3, 48, 48] of varied meshes of a kind and of blobs from all around; 1 where they show the front
+    of the kind, else 0: [N]."""
     pictures, fronts = [], []
     colours = list(world.COLOURS)
-    for _ in range(meshes):
+    for k in range(meshes + blobs):
         pattern = str(rng.choice(world.PATTERNS)) if kind in world.PATTERNED and rng.random() < 0.2 else "plain"
-        subject = Subject.of(world.build(world.Spec(kind, str(rng.choice(colours)), pattern), rng))
+        spec = world.Spec(kind, str(rng.choice(colours)), pattern)
+        subject = Subject.of(world.build(spec, rng) if k < meshes else random_blob(rng))
         count = 24
         azimuth = torch.from_numpy((np.arange(count) + rng.random(count)) * 360 / count).float()
         elevation = torch.from_numpy(rng.uniform(JANUS_ELEVATION - 12, JANUS_ELEVATION + 12, count)).float()
@@ -125,7 +129,7 @@ def _renders(kind: str, meshes: int, rng: np.random.Generator) -> tuple[Tensor, 
         away = away_from_front(azimuth)
         sure = (away <= FACING) | (away >= AWAY)
         pictures.append(linear_to_srgb(images).permute(0, 3, 1, 2)[sure])
-        fronts.append((away <= FACING).float()[sure])
+        fronts.append(((away <= FACING) & (k < meshes)).float()[sure])
     return torch.cat(pictures), torch.cat(fronts)
 
 

@@ -11,7 +11,7 @@ from benchmarks.guidance import COLUMNS, RULES, as_markdown, main, meets, step_s
 from benchmarks.quality import Cell
 from benchmarks.render import Subject
 from benchmarks.suite import load_suite
-from benchmarks.systems import cures
+from benchmarks.systems import cures, random_blob
 from benchmarks.view_classifier import ViewClassifier, away_from_front, janus_views, load_or_train
 from stages.mesh.mesh import Mesh
 from stages.pocket import world
@@ -80,6 +80,8 @@ def test_classifier_tells_fronts_of_unseen_meshes_and_sees_the_second_face(robot
     assert janus_views(classifier, Subject.of(janus), truth)["share"] > 0.6
     other = world.build(world.Spec("robot", "blue"), np.random.default_rng(9))
     assert janus_views(classifier, Subject.of(other), truth)["share"] < 0.1
+    blobs = [Subject.of(random_blob(np.random.default_rng(k))) for k in range(3)]
+    assert max(janus_views(classifier, blob, truth)["share"] for blob in blobs) < 0.5  # no shape is no front
 
 
 def test_saved_classifier_answers_as_the_trained_one_and_is_not_trained_again(robots, monkeypatch):

@@ -66,3 +66,56 @@ def test_two_clips_of_one_name_are_refused(tmp_path, other):
     shutil.copytree(other, tmp_path / "clip")
     with pytest.raises(UserError, match="two CLIPs are called clip"):
         check_judges({}, [POCKET_CLIP, tmp_path / "clip"], [])
+
+
+def test_a_cell_goes_without_the_scores_of_its_guide_and_says_so(tmp_path, monkeypatch, other):
+    import benchmarks.assess
+    import benchmarks.quality as quality
+    from benchmarks.systems import Failed, System
+    from tests.toy_pipeline import octahedron
+
+    def make(job):
+        (job.folder / "run").mkdir()
+        chosen = config(*job.options, stages="coarse")
+        (job.folder / "run" / "config.yaml").write_text(dump(chosen))
+        if job.seed == 3:
+            raise Failed("no object")
+        return octahedron(), {"wall_s": 1.0}
+
+    monkeypatch.setattr(quality, "find_system", lambda name: System(make, name))
+    monkeypatch.setattr(benchmarks.assess, "draw_gallery", lambda mesh, path: None)
+    monkeypatch.setattr(benchmarks.assess, "assess", lambda mesh, prompt, scorers: {"clip": [s.name for s in scorers]})
+    clips, results = [POCKET_CLIP, other], []
+    pocket = ("prior.coarse=clip:pocket",)
+    for seed, options in enumerate([pocket, (f"prior.coarse=clip:{other}",), (), pocket]):
+        cell = quality.Cell("toy", "a red mug", seed)
+        quality.make_cell(cell, tmp_path, clips, options, 1, False)
+        results.append(quality.load_result(cell, tmp_path))
+    assert [r.get("clip") for r in results] == [["second"], ["clip"], ["clip", "second"], None]
+    assert [r.get("guided_by") for r in results] == [["clip"], ["second"], None, ["clip"]]
+    assert "failed" in results[3]
+
+
+def test_a_system_guided_by_the_first_judge_has_no_score_under_it_and_one_under_the_other(other):
+    from benchmarks.suite import Suite
+    from benchmarks.summary import as_text, summarise
+    from stages.guidance.clip import ClipScorer
+
+    prompts = ["a red mug", "a blue car"]
+    texts = {scorer.name: scorer.embed_texts(prompts) for scorer in map(ClipScorer, (POCKET_CLIP, other))}
+    facts = {"seed": 0, "cost": {}, "mesh": {}, "colour": {}}
+    facts |= {"date": "2026-01-01", "git": "0", "cores": 1, "cpu": "", "device": ""}
+    lines = [
+        facts | {"system": system, "prompt": prompt, "options": [], "versions": {}}
+        | {"clip": {name: dict.fromkeys(("colour", "textureless"), texts[name][k].tolist()) for name in judges}}
+        for system, judges in (("dreamfields", ["second"]), ("coarse", ["clip", "second"]))
+        for k, prompt in enumerate(prompts)
+    ]
+    lines.append(facts | {"system": "dreamfields", "prompt": "a red mug", "seed": 1, "options": [], "versions": {}})
+    lines[-1] |= {"failed": "no object", "guided_by": ["clip"]}
+    summary = summarise(lines, Suite("two", {"captions": prompts}, [], []), [POCKET_CLIP, other])
+    assert "r_precision_colour" not in summary["systems"]["dreamfields"]["all"]
+    assert summary["systems"]["coarse"]["all"]["r_precision_colour"]["mean"] == 100
+    assert summary["by_clip"]["second"]["dreamfields"]["r_precision_colour"]["mean"] == 75  # one of the mug's two failed
+    assert summary["by_clip"]["clip"]["dreamfields"]["r_precision_colour"] is None
+    assert "dreamfields" in as_text(summary)
