@@ -13,6 +13,7 @@ import json
 import re
 import textwrap
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 from pipeline.clips import build_clip_guidance, check_clip, clip_folder
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from stages.guidance.clip_guidance import ClipGuidance
     from stages.guidance.guidance import Guidance
     from stages.guidance.lora import Lora
+    from stages.guidance.plan import Plan
     from stages.guidance.prior import Prior
 
 POCKET = Path(__file__).resolve().parent.parent / "stages" / "pocket" / "weights"
@@ -48,6 +50,8 @@ def check_priors(config: Config) -> None:
                 check_words(config.prompt, words)
         else:
             _check_folder(config, stage, source)
+        if config.prompts.camera and source != "reference":
+            _check_camera(source, clip if clip is not None else POCKET_FOLDERS[stage] if source == "pocket" else source)
         _check_lora(config, stage, source)
 
 
@@ -61,6 +65,20 @@ def pocket_words(folder: Path) -> list[str]:
             f"{type(error).__name__}: {error}",
             f"install the toolkit again, make it with `python -m stages.pocket.train`, or take {_ANOTHER_PRIOR}",
         ) from None
+
+
+def _check_camera(source: str, folder: str | Path) -> None:
+    """Camera angles are words that a prior must have been taught; one that was says so in its pocket.json."""
+    try:
+        taught = json.loads((Path(folder).expanduser() / "pocket.json").read_text(encoding="utf-8")).get("camera")
+    except (OSError, ValueError, AttributeError):
+        taught = False
+    if not taught:
+        raise UserError(
+            f"prompts.camera does not fit the prior {source}",
+            "it would be told the camera's angles in words, which only priors trained on them read",
+            "set prompts.camera=false, or start from a recipe made for it, such as --config stable-diffusion",
+        )
 
 
 def unknown_words(prompt: str, known: list[str]) -> list[str]:
@@ -115,7 +133,7 @@ def _check_folder(config: Config, stage: str, source: str) -> None:
     path, settings = Path(source).expanduser(), config.prior.diffusion
     folder = path if path.is_dir() else None if path.exists() else cached(source, settings.revision, settings.variant)
     if folder is not None:
-        make_plan(folder, settings, prior_texts(config), stage_lora(config, stage))
+        _check_guidance(config, stage, make_plan(folder, settings, prior_texts(config), stage_lora(config, stage)))
     elif path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", source) or source.startswith("."):
         near = difflib.get_close_matches(source, ["pocket", "reference"], 1)
         raise UserError(
@@ -125,6 +143,22 @@ def _check_folder(config: Config, stage: str, source: str) -> None:
         )
     else:
         check_hub(source)
+
+
+def _check_guidance(config: Config, stage: str, plan: Plan) -> None:
+    """What a stage's guidance asks of a prior, as far as its folder says; VSD looks at the network once it is there."""
+    from stages.guidance.fit import check_fit
+    from stages.prompts import ViewPrompts
+
+    settings = getattr(config.guidance, stage)
+    known = SimpleNamespace(
+        name=plan.folder.name,
+        prediction=plan.schedule.prediction,
+        data_range=None if "vae" in plan.classes else (-1.0, 1.0),
+    )
+    if settings.rule == "vsd":
+        settings = settings.model_copy(update={"rule": "sds"})
+    check_fit(known, settings, ViewPrompts(config.prompt, config.negative, config.prompts))
 
 
 def _check_lora(config: Config, stage: str, source: str) -> None:

@@ -28,7 +28,7 @@ def lora(tmp_path):
 
 
 def config(*overrides, **flags):
-    return load_config(None, list(overrides), flags)
+    return load_config("stable-diffusion", list(overrides), flags)
 
 
 def refused(pattern, *overrides, **flags):
@@ -69,11 +69,20 @@ def test_a_lora_that_does_not_fit_is_refused_before_any_work(folder, lora, tmp_p
 
 
 def test_a_prompt_too_long_for_the_fine_prior_is_refused_before_the_coarse_stage(folder):
-    long = "a very very red mug of clay"  # a byte is a token of this tokenizer, of which the encoder reads 40
+    long = "a very very very red mug of clay and tin"  # a byte is a token of this tokenizer, of which the encoder reads 40
     flags = dict(stages="coarse,fine", prompt=long, force=True)
     error = refused("too long.*encoder reads 40.*cut off", f"prior.fine={folder}", **flags)
-    assert "right side view" in error.why
+    assert "overhead view" in error.why
     check_priors(config(f"prior.coarse={folder}", stages="coarse", prompt="a mug"))
+
+
+def test_guidance_that_does_not_fit_the_folder_is_refused_before_any_work(folder, tmp_path):
+    cure = "guidance.coarse.threshold=static"
+    refused("threshold=static does not fit the prior sd: its data are latents", f"prior.coarse={folder}", cure)
+    check_priors(config(f"prior.coarse={tiny_folders.deepfloyd(tmp_path / 'if', length=77)}", cure, stages="coarse"))
+    sample = tiny_folders.stable_diffusion(tmp_path / "sample", "sample")
+    refused("rule=ism does not fit the prior sample", f"prior.coarse={sample}", "guidance.coarse.rule=ism")
+    check_priors(config(f"prior.coarse={folder}", "guidance.coarse.rule=vsd", stages="coarse"))
 
 
 def test_a_folder_of_which_something_is_missing_is_refused_before_any_work(folder, tmp_path):
@@ -109,7 +118,7 @@ def test_a_hub_id_in_the_cache_is_checked_and_loaded_offline(folder, monkeypatch
     chosen = config("prior.coarse=owner/name", stages="coarse", prompt="a mug")
     check_priors(chosen)
     assert build_prior(chosen, "coarse", torch.device("cpu")).resolution == 64
-    refused("encoder reads 40", "prior.coarse=owner/name", prompt="a very very red mug of clay")
+    refused("encoder reads 40", "prior.coarse=owner/name", prompt="a very very very red mug of clay and tin")
     shutil.rmtree(snapshot / "unet")  # a download that was broken off
     refused("HF_HUB_OFFLINE is set", "prior.coarse=owner/name")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
