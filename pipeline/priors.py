@@ -50,8 +50,6 @@ def check_priors(config: Config) -> None:
                 check_words(config.prompt, words)
         else:
             _check_folder(config, stage, source)
-        if config.prompts.camera and source != "reference":
-            _check_camera(source, clip if clip is not None else POCKET_FOLDERS[stage] if source == "pocket" else source)
         _check_lora(config, stage, source)
 
 
@@ -65,20 +63,6 @@ def pocket_words(folder: Path) -> list[str]:
             f"{type(error).__name__}: {error}",
             f"install the toolkit again, make it with `python -m stages.pocket.train`, or take {_ANOTHER_PRIOR}",
         ) from None
-
-
-def _check_camera(source: str, folder: str | Path) -> None:
-    """Camera angles are words that a prior must have been taught; one that was says so in its pocket.json."""
-    try:
-        taught = json.loads((Path(folder).expanduser() / "pocket.json").read_text(encoding="utf-8")).get("camera")
-    except (OSError, ValueError, AttributeError):
-        taught = False
-    if not taught:
-        raise UserError(
-            f"prompts.camera does not fit the prior {source}",
-            "it would be told the camera's angles in words, which only priors trained on them read",
-            "set prompts.camera=false, or start from a recipe made for it, such as --config stable-diffusion",
-        )
 
 
 def unknown_words(prompt: str, known: list[str]) -> list[str]:

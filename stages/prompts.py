@@ -4,8 +4,7 @@ Classes by camera: overhead above 60 deg of elevation; else front within 45 deg 
 between. The object faces +z with y up, so its own left is towards +x: a camera at azimuth 90 sees the left side.
 
 Cures for faces on all sides (Janus): prompts and negative prompts by hand for each class, words of the prompt that
-contradict the view dropped, texts mixed by azimuth, with Perp-Neg or without (`blend`), and for a prior that was taught
-them the camera's own angles in place of the class's words (`camera`), which is what MVDream and Zero-1-to-3 condition on.
+contradict the view dropped, and texts mixed by azimuth, with Perp-Neg or without (`blend`).
 """
 
 from __future__ import annotations
@@ -22,8 +21,6 @@ from stages.cameras import Views
 from stages.errors import UserError
 
 CLASSES = ("front", "side", "left side", "right side", "back", "overhead")
-CAMERA_STEP = 15  # degrees between the angles that a prior is told
-CAMERA_WORDS = ("camera", "left", "right", "up", "down", *(str(angle) for angle in range(0, 181, CAMERA_STEP)))
 
 # What a prompt may say that a view cannot show. Hong et al. (arXiv 2303.15413) find such words by asking a
 # masked language model how likely the view is beside each word; this list is the same idea without the model, and
@@ -52,9 +49,6 @@ class PromptSettings(BaseModel):
     view_words: bool = Field(True, description="add the view's words to the prompt")
     position: Literal["suffix", "prefix"] = Field("suffix", description="'..., front view' or 'front view of ...'")
     sides: bool = Field(False, description="tell left from right: 'left side view' and 'right side view'")
-    camera: bool = Field(
-        False, description="say the camera's angles, ', camera 75 left 30 up', not its class: for a prior taught them"
-    )
     front_deg: float = Field(45.0, gt=0, le=180, description="front up to this azimuth on either side, degrees")
     back_deg: float = Field(135.0, gt=0, le=180, description="back beyond this azimuth on either side, degrees")
     overhead_deg: float = Field(60.0, gt=-90, le=90, description="overhead above this elevation, degrees")
@@ -82,8 +76,6 @@ class PromptSettings(BaseModel):
     def _blend_needs_words(self) -> PromptSettings:
         if self.blend != "classes" and not self.view_words and not self.per_view:
             raise ValueError(f"blend: {self.blend} has nothing to mix with view_words: false and no per_view")
-        if self.camera and (self.blend != "classes" or not self.view_words):
-            raise ValueError("camera: the angles stand in the place of view words; wanted view_words and blend: classes")
         return self
 
 
@@ -100,14 +92,6 @@ def view_class(azimuth_deg: float, elevation_deg: float, settings: PromptSetting
     if not settings.sides:
         return "side"
     return "left side" if azimuth > 0 else "right side"
-
-
-def camera_words(azimuth_deg: float, elevation_deg: float) -> str:
-    """The angles of a camera to the next 15 degrees: "camera 75 left 30 up"; left is the object's own left."""
-    azimuth = (azimuth_deg + 180) % 360 - 180
-    away, height = (CAMERA_STEP * math.floor(abs(a) / CAMERA_STEP + 0.5) for a in (azimuth, elevation_deg))
-    side = "right" if azimuth < 0 and away not in (0, 180) else "left"
-    return f"camera {away} {side} {height} {'down' if elevation_deg < 0 and height else 'up'}"
 
 
 def without_contradictions(prompt: str, view: str, more: dict[str, list[str]] | None = None) -> str:
@@ -195,8 +179,8 @@ class ViewPrompts:
         self.prompt, self.negative = prompt.strip(), negative.strip()
         self.settings = settings or PromptSettings()
 
-    def text(self, view: str | None, textureless: bool = False, camera: str = "") -> str:
-        """The prompt of one view class; None for a prompt without view words; with a camera's words, those instead."""
+    def text(self, view: str | None, textureless: bool = False) -> str:
+        """The prompt of one view class; None for a prompt without view words."""
         s = self.settings
         text = self.prompt
         by_hand = _of_class(s.per_view, view)
@@ -206,8 +190,8 @@ class ViewPrompts:
             if s.debias:
                 text = without_contradictions(text, view, s.contradictions)
             if s.view_words:
-                body, words = text.rstrip(" ,.;"), camera or f"{view} view"
-                text = f"{body}, {words}" if s.position == "suffix" else f"{words} of {body}"
+                body = text.rstrip(" ,.;")
+                text = f"{body}, {view} view" if s.position == "suffix" else f"{view} view of {body}"
         return text + s.textureless_suffix if textureless else text
 
     def negative_text(self, view: str) -> str:
@@ -226,20 +210,15 @@ class ViewPrompts:
         return [view_class(azimuth, elevation, self.settings) for azimuth, elevation in pairs]
 
     def texts(self, views: Views, textureless: bool = False) -> list[str]:
-        """The prompt of each view's class or camera, whatever the blend."""
-        pairs = zip(views.azimuth_deg.tolist(), views.elevation_deg.tolist(), strict=True)
-        return [self._text_of(azimuth, elevation, textureless) for azimuth, elevation in pairs]
-
-    def _text_of(self, azimuth: float, elevation: float, textureless: bool) -> str:
-        words = camera_words(azimuth, elevation) if self.settings.camera else ""
-        return self.text(view_class(azimuth, elevation, self.settings), textureless, words)
+        """The prompt of each view's class, whatever the blend."""
+        return [self.text(view, textureless) for view in self.classes(views)]
 
     def asked(self, views: Views, textureless: bool = False) -> list[ViewText]:
         """What each view asks for: its class's text, or the mixture that its azimuth gives it."""
         s = self.settings
-        found, texts = [], self.texts(views, textureless)
-        for view, own, azimuth in zip(self.classes(views), texts, views.azimuth_deg.tolist(), strict=True):
-            negative = self.negative_text(view)
+        found = []
+        for view, azimuth in zip(self.classes(views), views.azimuth_deg.tolist(), strict=True):
+            own, negative = self.text(view, textureless), self.negative_text(view)
             if s.blend == "classes" or view == "overhead":
                 found.append(ViewText(own, own, 1.0, negative))
                 continue
@@ -257,11 +236,9 @@ class ViewPrompts:
         """Every text any view can need, the negative first, without repetition."""
         sides = ("left side", "right side") if self.settings.sides else ("side",)
         views = ("front", *sides, "back", "overhead")
-        azimuths, elevations = range(-180, 180, CAMERA_STEP), range(-90, 91, CAMERA_STEP)
-        cameras = [camera_words(a, e) for a in azimuths for e in elevations] if self.settings.camera else [""]
         texts = self.negatives()
         for textureless in (False, True):
-            texts += [self.text(view, textureless, camera) for view in views for camera in cameras]
+            texts += [self.text(view, textureless) for view in views]
         return list(dict.fromkeys(texts))
 
 

@@ -9,7 +9,6 @@ from stages.prompts import (
     PromptSettings,
     ViewPrompts,
     azimuth_blend,
-    camera_words,
     check_length,
     perp_neg_weights,
     view_class,
@@ -208,35 +207,3 @@ def test_all_texts_holds_everything_that_is_asked_for(blend):
 def test_prompt_settings_that_make_no_sense_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         PromptSettings(**settings)
-
-
-@pytest.mark.parametrize(
-    "azimuth, elevation, words",
-    [
-        (0, 0, "camera 0 left 0 up"),
-        (352, 30, "camera 15 right 30 up"),
-        (353, -7, "camera 0 left 0 up"),
-        (80, 29, "camera 75 left 30 up"),
-        (-82.5, -10, "camera 90 right 15 down"),
-        (174, 67.5, "camera 180 left 75 up"),
-        (187, 90, "camera 180 left 90 up"),
-    ],
-)
-def test_camera_words_are_the_next_angles(azimuth, elevation, words):
-    assert camera_words(azimuth, elevation) == words
-
-
-def test_camera_takes_the_place_of_view_words_and_keeps_the_rest():
-    settings = PromptSettings(camera=True, textureless_suffix=", clay render", per_view={"back": "the rear of a mug"})
-    prompts = ViewPrompts("a smiling mug.", settings=settings.model_copy(update={"debias": True}))
-    views = orbit_views([40.0, 250.0, 180.0], 20.0)
-    assert prompts.texts(views) == ["a smiling mug, camera 45 left 15 up", "a smiling mug, camera 105 right 15 up",
-                                    "the rear of a mug"]  # fmt: skip
-    assert [ask.text for ask in prompts.asked(views, True)] == [t + ", clay render" for t in prompts.texts(views)]
-    texts = set(prompts.all_texts())
-    for elevation in (-90.0, -33.0, 8.0, 61.0, 89.0):
-        assert set(prompts.texts(orbit_views(torch.arange(0.0, 360.0, 3.7), elevation))) <= texts
-    with pytest.raises(ValueError, match="in the place of view words"):
-        PromptSettings(camera=True, blend="perp_neg")
-    with pytest.raises(ValueError, match="in the place of view words"):
-        PromptSettings(camera=True, view_words=False)

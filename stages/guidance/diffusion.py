@@ -18,6 +18,7 @@ from torch import Tensor
 
 from stages.errors import check_shape
 from stages.guidance.autoencoder import Autoencoder, no_autocast
+from stages.guidance.camera import CameraTokens
 from stages.guidance.denoisers import Denoiser
 from stages.guidance.families import SDXL, Family
 from stages.guidance.folder import load_part, locate, read_json
@@ -55,6 +56,9 @@ class DiffusionSettings(BaseModel):
     vae_checkpointing: bool = Field(False, description="recompute VAE activations in the backward pass: less memory")
     vae_slicing: bool = Field(False, description="one image at a time through the VAE, recomputed in the backward pass")
     vae_tiling: bool = Field(False, description="VAE in overlapping tiles beyond its own size: seams differ slightly")
+    camera: bool = Field(
+        True, description="tell a prior that was taught them camera, light and backdrop of each view (a camera/ part)"
+    )
     offload: Literal["none", "blocks"] = Field(
         "none", description="blocks: the denoiser's weights wait in main memory and visit the device block by block"
     )
@@ -85,6 +89,7 @@ class DiffusionPrior:
         self.alphas_cumprod, self.prediction = schedule.alphas_cumprod, schedule.prediction
         self.resolution, self.patch = denoiser.resolution, denoiser.patch
         self.known_words: list[str] | None = None
+        self.camera: CameraTokens | None = None
         self.latent = vae is not None
         self.data_range = None if self.latent else (-1.0, 1.0)
         self.channels = vae.channels if self.latent else 3
@@ -133,6 +138,9 @@ class DiffusionPrior:
     @torch.no_grad()
     def predict_noise(self, z_t: Tensor, t: Tensor, embedding: Tensor, context: ViewContext | None = None) -> Tensor:
         """eps [B, C, h, w] in the dtype of z_t; one denoiser call, or several of at most `max_batch`."""
+        told = self.camera.of(context) if self.camera is not None and context is not None else None
+        if told is not None:
+            embedding = torch.cat([embedding, told.to(embedding)], 1)
         return self.noise(self.unet, z_t, t, embedding)
 
     def noise(self, network: torch.nn.Module, z_t: Tensor, t: Tensor, embedding: Tensor, **conditions: Any) -> Tensor:
@@ -196,6 +204,8 @@ def load_prior(
     vae = loader.autoencoder(device, dtype) if "vae" in plan.classes else None
     name = Path(path_or_id).name or str(path_or_id)
     prior = DiffusionPrior(name, family, denoiser, vae, text, plan.schedule, settings)
+    if settings.camera and (folder / "camera").is_dir():
+        prior.camera = CameraTokens.load(folder / "camera").to(device)
     words = folder / "pocket.json"
     if words.is_file():
         prior.known_words = sorted(read_json(words, f"Cannot load the prior {folder}").get("words", []))

@@ -1,6 +1,7 @@
 """Training renders of the pocket world: captioned images in the stages' own camera, light and background terms.
 
-A pool is a folder: images.npy [N, S, S, 3] uint8 sRGB and records.json (caption, view words, kind of shading).
+A pool is a folder: images.npy [N, S, S, 3] uint8 sRGB and records.json (caption, view words, kind of shading,
+what a prior is told of the view in numbers).
 It is a function of (size, count, seed), written once, read by memory map.
 """
 
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from stages.cameras import CameraSettings, Views, linear_to_srgb, sample_views, srgb_to_linear
+from stages.guidance.camera import view_numbers
 from stages.mesh.mesh import Mesh
 from stages.pocket import world
 from stages.prompts import PromptSettings, view_class
@@ -34,6 +36,7 @@ BACKGROUND = (0.35, 1.0)  # sRGB grey of the backgrounds the priors know; the st
 TINT = 0.02
 SIDES = PromptSettings(sides=True)
 TEXTURELESS = 0.15  # share of textureless renders, captioned ', clay render'
+UNSEEN = 5  # every so many training steps go without camera tokens
 ALBEDO = 0.4  # share of unshaded renders beside that share of textureless ones
 
 
@@ -104,7 +107,9 @@ def _render_meshes(
             under = torch.from_numpy(background(rng)).float()
             images[m * VIEWS_PER_MESH + v] = render(mesh, views[v], size, shading, under)
             view = view_class(float(views.azimuth_deg[v]), float(views.elevation_deg[v]), SIDES)
-            records.append({"caption": world.caption(spec), "view": view, "shading": str(kind)})
+            numbers = view_numbers(views[v], under, ambient, shading.textureless)[0]
+            record = {"caption": world.caption(spec), "view": view, "shading": str(kind)}
+            records.append(record | {"numbers": [round(float(n), 4) for n in numbers]})
     images.flush()
     return records
 
@@ -134,3 +139,22 @@ def training_caption(record: dict, rng: np.random.Generator) -> str:
     if record["shading"] == "textureless":
         text += ", clay render"
     return text
+
+
+def batch_indices(seed: int, step: int, batch: int, count: int) -> np.ndarray:
+    """The step's images: consecutive slices of an epoch-wise permutation."""
+    epoch, offset = divmod(step * batch, count - count % batch)
+    return np.random.default_rng([seed, epoch]).permutation(count)[offset : offset + batch]
+
+
+def captions_for(records: list[dict], indices: np.ndarray, seed: int, step: int, drop: float) -> list[str]:
+    rng = np.random.default_rng([seed, step, 1])
+    return ["" if rng.random() < drop else training_caption(records[i], rng) for i in indices]
+
+
+def told_cameras(camera, records: list[dict], indices: np.ndarray, text: Tensor, step: int) -> Tensor:
+    """Text embeddings [B, TOKENS, WIDTH] with the camera tokens of the renders behind them, but in one of five steps."""
+    if step % UNSEEN == 0:
+        return text
+    numbers = torch.tensor([records[i]["numbers"] for i in indices])
+    return torch.cat([text, camera(numbers)], 1)

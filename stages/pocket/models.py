@@ -6,6 +6,8 @@ them and the toolkit opens any other model by the same code. Two choices keep th
 Patches. Both UNets see a 16 x 16 grid: the pixel UNet 64x64x3 images unshuffled by 4 (48 channels), the latent
 UNet 64x64x4 latents unshuffled by 4 (64 channels). Unshuffling is orthogonal, so noise and v predictions carry
 over unchanged; the loader reads the patch from `in_channels`. Attention runs at 8 x 8 only.
+Camera. Four tokens behind the words tell camera, light and backdrop (stages/guidance/camera.py), in four of five
+training batches; without them the models are ordinary text-to-image models.
 Text. As in DeepFloyd IF, a pooled text embedding joins the time embedding and the 8 x 8 attention sees the words.
 """
 
@@ -93,6 +95,13 @@ def make_unet(channels: int):
         addition_embed_type_num_heads=4,
         resnet_time_scale_shift="scale_shift",
     )
+
+
+def make_camera():
+    """The perceptron that tells both UNets camera, light and backdrop in four more tokens."""
+    from stages.guidance.camera import CameraTokens
+
+    return CameraTokens(WIDTH)
 
 
 def make_scheduler():

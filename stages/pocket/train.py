@@ -24,7 +24,8 @@ from stages.pocket import data, models, world
 from stages.pocket.training import Training
 
 UNCONDITIONAL = 0.1  # share of training captions replaced by "" for classifier-free guidance
-SNR_RANGE = (0.3, 5.0)  # min-SNR weighting (Hang et al. 2023), with a floor: words are learnt at high noise
+SNR_RANGE = (1.0, 5.0)  # min-SNR weighting (Hang et al. 2023), with a floor: words are learnt at high noise
+HIGH_NOISE = 0.6  # every second image is noised beyond this share of the steps: there a sentence becomes a shape
 CLIP_TEXTURELESS = 0.4  # clay renders must be read as surely as coloured ones: shape R-Precision hangs on them
 GRID_PROMPTS = (
     "a red mug, front view",
@@ -46,7 +47,9 @@ def to_tensor(images: np.ndarray) -> Tensor:
 def diffusion_loss(unet, alphas_cumprod: Tensor, x0: Tensor, text: Tensor, generator: torch.Generator) -> Tensor:
     """v-prediction loss with clamped-SNR weighting on x0 [B, C, h, w]; bf16 inside the network."""
     batch = x0.shape[0]
-    t = ((torch.rand(1, generator=generator) + torch.arange(batch) / batch) % 1 * len(alphas_cumprod)).long()
+    u = (torch.rand(1, generator=generator) + torch.arange(batch) / batch) % 1
+    u = torch.where(torch.arange(batch) % 2 == 0, u, HIGH_NOISE + (1 - HIGH_NOISE) * u)
+    t = (u * len(alphas_cumprod)).long()
     noise = torch.randn(x0.shape, generator=generator)
     a = alphas_cumprod[t].view(-1, 1, 1, 1)
     x_t, v = a.sqrt() * x0 + (1 - a).sqrt() * noise, a.sqrt() * noise - (1 - a).sqrt() * x0
@@ -88,7 +91,7 @@ def half(module):
     return module.half().eval()
 
 
-def save_prior(folder: Path, *, pipeline: str, unet, scheduler, tokenizer, text_encoder, vae=None) -> None:
+def save_prior(folder: Path, *, pipeline: str, unet, scheduler, tokenizer, text_encoder, camera, vae=None) -> None:
     """Write a diffusers folder: model_index.json and one subfolder a component, fp16 safetensors."""
     part = folder.with_suffix(".part")
     shutil.rmtree(part, ignore_errors=True)
@@ -102,6 +105,7 @@ def save_prior(folder: Path, *, pipeline: str, unet, scheduler, tokenizer, text_
     }
     half(unet).save_pretrained(part / "unet")
     half(text_encoder).save_pretrained(part / "text_encoder")
+    camera.save(part / "camera")
     scheduler.save_pretrained(part / "scheduler")
     tokenizer.save_pretrained(part / "tokenizer")
     if vae is not None:
@@ -118,17 +122,6 @@ def save_prior(folder: Path, *, pipeline: str, unet, scheduler, tokenizer, text_
     part.rename(folder)
 
 
-def batch_indices(seed: int, step: int, batch: int, count: int) -> np.ndarray:
-    """The step's images: consecutive slices of an epoch-wise permutation."""
-    epoch, offset = divmod(step * batch, count - count % batch)
-    return np.random.default_rng([seed, epoch]).permutation(count)[offset : offset + batch]
-
-
-def captions_for(records: list[dict], indices: np.ndarray, seed: int, step: int, drop: float) -> list[str]:
-    rng = np.random.default_rng([seed, step, 1])
-    return ["" if rng.random() < drop else data.training_caption(records[i], rng) for i in indices]
-
-
 def train_pixel(args: argparse.Namespace) -> None:
     """The 64x64 UNet and its text encoder."""
     pool = data.make_pool(args.data / "pixel", size=64, count=args.images or 60000, seed=args.seed)
@@ -140,17 +133,19 @@ def train_pixel(args: argparse.Namespace) -> None:
     if args.start is not None:
         _start_from(args.start / "unet", unet)
         _start_from(args.start / "text_encoder", text_encoder)
+    camera = _camera_from(args.start)
     scheduler = models.make_scheduler()
     work = args.work / "pixel"
-    modules = {"unet": unet, "text": text_encoder}
+    modules = {"unet": unet, "text": text_encoder, "camera": camera}
     training = Training(modules, work, lr=args.lr or 1.5e-3, steps=args.steps, minutes=args.minutes)
-    denoise = torch.compile(unet) if args.compile else unet
+    denoise = torch.compile(unet, dynamic=False) if args.compile else unet
 
     def loss_step(step: int) -> Tensor:
-        chosen = batch_indices(args.seed, step, args.batch, len(records))
+        chosen = data.batch_indices(args.seed, step, args.batch, len(records))
         x0 = F.pixel_unshuffle(to_tensor(images[np.sort(chosen)]), models.PIXEL_PATCH)
-        captions = captions_for(records, np.sort(chosen), args.seed, step, UNCONDITIONAL)
+        captions = data.captions_for(records, np.sort(chosen), args.seed, step, UNCONDITIONAL)
         text = encode_text(tokenizer, text_encoder, captions)
+        text = data.told_cameras(camera, records, np.sort(chosen), text, step)
         generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
         return diffusion_loss(denoise, scheduler.alphas_cumprod, x0, text, generator)
 
@@ -164,7 +159,7 @@ def train_pixel(args: argparse.Namespace) -> None:
     def export() -> None:
         args.out.mkdir(parents=True, exist_ok=True)
         parts = {"unet": unet, "scheduler": scheduler, "tokenizer": tokenizer, "text_encoder": text_encoder}
-        save_prior(args.out / "pixel", pipeline="IFPipeline", **parts)
+        save_prior(args.out / "pixel", pipeline="IFPipeline", camera=camera, **parts)
 
     _finish(args, training, loss_step, grid, export)
 
@@ -257,18 +252,21 @@ def train_latent(args: argparse.Namespace) -> None:
     unet.load_state_dict(trunk, strict=False)
     if args.start is not None:
         _start_from(args.start / "unet", unet)
+    camera = _camera_from(args.out / "pixel")
     unet = unet.to(memory_format=torch.channels_last)
     scheduler = models.make_scheduler()
     work = args.work / "latent"
-    training = Training({"unet": unet}, work, lr=args.lr or 1e-3, steps=args.steps, minutes=args.minutes)
-    denoise = torch.compile(unet) if args.compile else unet
+    modules = {"unet": unet, "camera": camera}
+    training = Training(modules, work, lr=args.lr or 1e-3, steps=args.steps, minutes=args.minutes)
+    denoise = torch.compile(unet, dynamic=False) if args.compile else unet
 
     def loss_step(step: int) -> Tensor:
-        chosen = batch_indices(args.seed, step, args.batch, len(records))
+        chosen = data.batch_indices(args.seed, step, args.batch, len(records))
         x0 = shift(torch.from_numpy(latents[chosen]).float(), np.random.default_rng([args.seed, step, 2]))
-        captions = captions_for(records, chosen, args.seed, step, UNCONDITIONAL)
+        captions = data.captions_for(records, chosen, args.seed, step, UNCONDITIONAL)
         with torch.no_grad():
             text = encode_text(tokenizer, text_encoder, captions)
+        text = data.told_cameras(camera, records, chosen, text, step)
         generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
         x0 = F.pixel_unshuffle(x0, models.LATENT_PATCH)
         return diffusion_loss(denoise, scheduler.alphas_cumprod, x0, text, generator)
@@ -285,7 +283,7 @@ def train_latent(args: argparse.Namespace) -> None:
 
     def export() -> None:
         parts = {"unet": unet, "scheduler": scheduler, "tokenizer": tokenizer, "text_encoder": text_encoder}
-        save_prior(args.out / "latent", pipeline="StableDiffusionPipeline", vae=vae, **parts)
+        save_prior(args.out / "latent", pipeline="StableDiffusionPipeline", vae=vae, camera=camera, **parts)
 
     _finish(args, training, loss_step, grid, export)
 
@@ -310,7 +308,7 @@ def train_clip(args: argparse.Namespace) -> None:
         """A batch is all clay renders, told apart by shape alone, or all coloured ones: as they are scored."""
         turn, bare = divmod(step, 2)
         group = clay if bare else coloured
-        chosen = np.sort(group[batch_indices(args.seed, turn, args.batch, len(group))])
+        chosen = np.sort(group[data.batch_indices(args.seed, turn, args.batch, len(group))])
         rng = np.random.default_rng([args.seed, step, 1])
         captions = [records[i]["caption"] for i in chosen]
         if bare:
@@ -345,6 +343,14 @@ def _start_from(folder: Path, module: torch.nn.Module) -> None:
     """Load an exported folder's weights into a module of the same architecture."""
     (file,) = folder.glob("*.safetensors")
     module.load_state_dict({k: v.float() for k, v in load_file(file).items()})
+
+
+def _camera_from(start: Path | None) -> torch.nn.Module:
+    """The camera tokens of an exported folder, to go on with; new ones where it has none."""
+    camera = models.make_camera()
+    if start is not None and (start / "camera").is_dir():
+        _start_from(start / "camera", camera)
+    return camera
 
 
 def _finish(args, training: Training, loss_step, grid, export) -> None:
