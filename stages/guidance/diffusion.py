@@ -18,7 +18,7 @@ from torch import Tensor
 
 from stages.errors import check_shape
 from stages.guidance.autoencoder import Autoencoder, no_autocast
-from stages.guidance.camera import CameraTokens
+from stages.guidance.camera import CameraLayout
 from stages.guidance.denoisers import Denoiser
 from stages.guidance.families import SDXL, Family
 from stages.guidance.folder import load_part, locate, read_json
@@ -89,7 +89,7 @@ class DiffusionPrior:
         self.alphas_cumprod, self.prediction = schedule.alphas_cumprod, schedule.prediction
         self.resolution, self.patch = denoiser.resolution, denoiser.patch
         self.known_words: list[str] | None = None
-        self.camera: CameraTokens | None = None
+        self.camera: CameraLayout | None = None
         self.latent = vae is not None
         self.data_range = None if self.latent else (-1.0, 1.0)
         self.channels = vae.channels if self.latent else 3
@@ -138,15 +138,14 @@ class DiffusionPrior:
     @torch.no_grad()
     def predict_noise(self, z_t: Tensor, t: Tensor, embedding: Tensor, context: ViewContext | None = None) -> Tensor:
         """eps [B, C, h, w] in the dtype of z_t; one denoiser call, or several of at most `max_batch`."""
-        told = self.camera.of(context) if self.camera is not None and context is not None else None
-        if told is not None:
-            embedding = torch.cat([embedding, told.to(embedding)], 1)
-        return self.noise(self.unet, z_t, t, embedding)
+        told = {} if self.camera is None or context is None else self.camera.of(embedding, context)
+        return self.noise(self.unet, z_t, t, embedding, **told)
 
     def noise(self, network: torch.nn.Module, z_t: Tensor, t: Tensor, embedding: Tensor, **conditions: Any) -> Tensor:
         """predict_noise by this network or one like it, with gradients in those of its weights that ask for them.
 
-        conditions: what else its family's diffusers module takes, such as a ControlNet's residuals.
+        conditions: what else its family's diffusers module takes, such as a ControlNet's residuals: a tensor, or a
+            tuple of them, with a row for every sample (or without any axis).
         """
         t = t.cpu()
         alpha_bar = self.alphas_cumprod[t]
@@ -156,11 +155,22 @@ class DiffusionPrior:
         with no_autocast(self.device), phase("networks"):
             outputs = [
                 self.denoiser(
-                    z[k : k + limit], told[k : k + limit], embedding[k : k + limit], network=network, **conditions
+                    *(rows[k : k + limit] for rows in (z, told, embedding)),
+                    network=network,
+                    **{name: _rows(given, k, limit, z.dtype) for name, given in conditions.items()},
                 )
                 for k in range(0, len(z), limit)
             ]
         return eps_from_prediction(torch.cat(outputs).to(z_t), z_t, alpha_bar, self.prediction)
+
+
+def _rows(given: Any, first: int, count: int, dtype: torch.dtype) -> Any:
+    """Rows first .. first + count of a condition: of a tensor, of each tensor of a tuple; other things stay whole."""
+    if isinstance(given, tuple):
+        return tuple(_rows(one, first, count, dtype) for one in given)
+    if not isinstance(given, Tensor):
+        return given
+    return (given[first : first + count] if given.dim() else given).to(dtype)
 
 
 def load_prior(
@@ -205,7 +215,7 @@ def load_prior(
     name = Path(path_or_id).name or str(path_or_id)
     prior = DiffusionPrior(name, family, denoiser, vae, text, plan.schedule, settings)
     if settings.camera and (folder / "camera").is_dir():
-        prior.camera = CameraTokens.load(folder / "camera").to(device)
+        prior.camera = CameraLayout.load(folder / "camera").to(device)
     words = folder / "pocket.json"
     if words.is_file():
         prior.known_words = sorted(read_json(words, f"Cannot load the prior {folder}").get("words", []))

@@ -36,7 +36,7 @@ BACKGROUND = (0.35, 1.0)  # sRGB grey of the backgrounds the priors know; the st
 TINT = 0.02
 SIDES = PromptSettings(sides=True)
 TEXTURELESS = 0.15  # share of textureless renders, captioned ', clay render'
-UNSEEN = 5  # every so many training steps go without camera tokens
+UNSEEN = 5  # every so many training steps go without the camera
 ALBEDO = 0.4  # share of unshaded renders beside that share of textureless ones
 
 
@@ -152,9 +152,6 @@ def captions_for(records: list[dict], indices: np.ndarray, seed: int, step: int,
     return ["" if rng.random() < drop else training_caption(records[i], rng) for i in indices]
 
 
-def told_cameras(camera, records: list[dict], indices: np.ndarray, text: Tensor, step: int) -> Tensor:
-    """Text embeddings [B, TOKENS, WIDTH] with the camera tokens of the renders behind them, but in one of five steps."""
-    if step % UNSEEN == 0:
-        return text
-    numbers = torch.tensor([records[i]["numbers"] for i in indices])
-    return torch.cat([text, camera(numbers)], 1)
+def view_numbers_of(records: list[dict], indices: np.ndarray) -> Tensor:
+    """What a prior is told of the views of a batch: [B, 16]."""
+    return torch.tensor([records[i]["numbers"] for i in indices])

@@ -6,8 +6,8 @@ them and the toolkit opens any other model by the same code. Two choices keep th
 Patches. Both UNets see a 16 x 16 grid: the pixel UNet 64x64x3 images unshuffled by 4 (48 channels), the latent
 UNet 64x64x4 latents unshuffled by 4 (64 channels). Unshuffling is orthogonal, so noise and v predictions carry
 over unchanged; the loader reads the patch from `in_channels`. Attention runs at 8 x 8 only.
-Camera. Four tokens behind the words tell camera, light and backdrop (stages/guidance/camera.py), in four of five
-training batches; without them the models are ordinary text-to-image models.
+Camera. A small volume of features, looked into by the camera, tells both UNets what is where (stages/guidance/camera.py),
+in four of five training batches; without it they are ordinary text-to-image models.
 Text. As in DeepFloyd IF, a pooled text embedding joins the time embedding and the 8 x 8 attention sees the words.
 """
 
@@ -20,6 +20,7 @@ from stages.pocket.world import words
 CLIP_EOS = 3  # see make_tokenizer
 TOKENS = 20  # caption, view words and shading words of the longest pair caption, with both end marks
 WIDTH = 128  # text width
+LEVELS = (112, 192)  # channels of the UNets at 16 x 16 and at 8 x 8
 PIXEL_PATCH = LATENT_PATCH = 4
 LATENT_CHANNELS = 4
 LATENT_GAIN, LATENT_MEAN = 2.0, 0.6  # where the autoencoder's colour channels start: 2 (sRGB - 0.6), well inside +-3
@@ -83,7 +84,7 @@ def make_unet(channels: int):
         sample_size=16,
         in_channels=channels,
         out_channels=channels,
-        block_out_channels=(112, 192),
+        block_out_channels=LEVELS,
         layers_per_block=1,
         down_block_types=("DownBlock2D", "SimpleCrossAttnDownBlock2D"),
         mid_block_type="UNetMidBlock2DSimpleCrossAttn",
@@ -97,11 +98,11 @@ def make_unet(channels: int):
     )
 
 
-def make_camera():
-    """The perceptron that tells both UNets camera, light and backdrop in four more tokens."""
-    from stages.guidance.camera import CameraTokens
+def make_camera(channels: int):
+    """What tells a UNet of make_unet(channels) camera, light and backdrop."""
+    from stages.guidance.camera import CameraLayout
 
-    return CameraTokens(WIDTH)
+    return CameraLayout(WIDTH, LEVELS, channels)
 
 
 def make_scheduler():

@@ -1,6 +1,7 @@
-"""Make the pocket weights from nothing: `python -m stages.pocket.train pixel|vae|latent|clip`.
+"""Make the pocket weights from nothing: `python -m stages.pocket.train pixel|camera|vae|latent|clip`.
 
-Order: pixel (with the text encoder), vae, latent (starts from the pixel UNet's trunk), clip (on its own renders).
+Order: pixel (with the text encoder), camera (what is where in a view; then pixel again with --start, to draw by it), vae,
+latent (starts from the pixel UNet's trunk), clip (on its own renders).
 Each resumes where it stopped, logs to log.jsonl, writes sample grids beside its state, and at the end writes an
 ordinary model folder, fp16 safetensors, below --out.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +23,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from stages.pocket import data, models, world
+from stages.pocket.train_camera import camera_from, learnt, seen_by, train_camera
 from stages.pocket.training import Training
 
 UNCONDITIONAL = 0.1  # share of training captions replaced by "" for classifier-free guidance
@@ -44,8 +47,13 @@ def to_tensor(images: np.ndarray) -> Tensor:
     return torch.from_numpy(np.array(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def diffusion_loss(unet, alphas_cumprod: Tensor, x0: Tensor, text: Tensor, generator: torch.Generator) -> Tensor:
-    """v-prediction loss with clamped-SNR weighting on x0 [B, C, h, w]; bf16 inside the network."""
+def diffusion_loss(
+    unet, alphas_cumprod: Tensor, x0: Tensor, text: Tensor, generator: torch.Generator, told: dict | None = None
+) -> Tensor:
+    """v-prediction loss with clamped-SNR weighting on x0 [B, C, h, w]; bf16 inside the network.
+
+    told: the camera's residuals (stages/guidance/camera.py), as the network takes them.
+    """
     batch = x0.shape[0]
     u = (torch.rand(1, generator=generator) + torch.arange(batch) / batch) % 1
     u = torch.where(torch.arange(batch) % 2 == 0, u, HIGH_NOISE + (1 - HIGH_NOISE) * u)
@@ -54,7 +62,7 @@ def diffusion_loss(unet, alphas_cumprod: Tensor, x0: Tensor, text: Tensor, gener
     a = alphas_cumprod[t].view(-1, 1, 1, 1)
     x_t, v = a.sqrt() * x0 + (1 - a).sqrt() * noise, a.sqrt() * noise - (1 - a).sqrt() * x0
     with torch.autocast(x0.device.type, torch.bfloat16), sdpa_kernel(SDPBackend.MATH):  # 6 % faster on these grids
-        out = unet(x_t.to(memory_format=torch.channels_last), t, text).sample
+        out = unet(x_t.to(memory_format=torch.channels_last), t, text, **(told or {})).sample
     snr = a / (1 - a)
     weight = snr.clamp(*SNR_RANGE) / (snr + 1)
     return (weight * (out.float() - v) ** 2).mean() / 0.4
@@ -91,7 +99,7 @@ def half(module):
     return module.half().eval()
 
 
-def save_prior(folder: Path, *, pipeline: str, unet, scheduler, tokenizer, text_encoder, camera, vae=None) -> None:
+def save_prior(folder: Path, *, pipeline: str, unet, scheduler, tokenizer, text_encoder, camera=None, vae=None) -> None:
     """Write a diffusers folder: model_index.json and one subfolder a component, fp16 safetensors."""
     part = folder.with_suffix(".part")
     shutil.rmtree(part, ignore_errors=True)
@@ -105,7 +113,8 @@ def save_prior(folder: Path, *, pipeline: str, unet, scheduler, tokenizer, text_
     }
     half(unet).save_pretrained(part / "unet")
     half(text_encoder).save_pretrained(part / "text_encoder")
-    camera.save(part / "camera")
+    if camera is not None:
+        camera.save(part / "camera")
     scheduler.save_pretrained(part / "scheduler")
     tokenizer.save_pretrained(part / "tokenizer")
     if vae is not None:
@@ -133,10 +142,11 @@ def train_pixel(args: argparse.Namespace) -> None:
     if args.start is not None:
         _start_from(args.start / "unet", unet)
         _start_from(args.start / "text_encoder", text_encoder)
-    camera = _camera_from(args.start)
     scheduler = models.make_scheduler()
     work = args.work / "pixel"
-    modules = {"unet": unet, "text": text_encoder, "camera": camera}
+    camera = camera_from(args.start)
+    modules = {"unet": unet} | ({"text": text_encoder} if camera is None else learnt(camera))
+    text_encoder.requires_grad_(camera is None)  # what the camera layout was taught under
     training = Training(modules, work, lr=args.lr or 1.5e-3, steps=args.steps, minutes=args.minutes)
     denoise = torch.compile(unet, dynamic=False) if args.compile else unet
 
@@ -145,9 +155,9 @@ def train_pixel(args: argparse.Namespace) -> None:
         x0 = F.pixel_unshuffle(to_tensor(images[np.sort(chosen)]), models.PIXEL_PATCH)
         captions = data.captions_for(records, np.sort(chosen), args.seed, step, UNCONDITIONAL)
         text = encode_text(tokenizer, text_encoder, captions)
-        text = data.told_cameras(camera, records, np.sort(chosen), text, step)
+        told = seen_by(camera, records, np.sort(chosen), text, step)
         generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
-        return diffusion_loss(denoise, scheduler.alphas_cumprod, x0, text, generator)
+        return diffusion_loss(denoise, scheduler.alphas_cumprod, x0, text, generator, told)
 
     def grid() -> None:
         with torch.no_grad():
@@ -252,11 +262,11 @@ def train_latent(args: argparse.Namespace) -> None:
     unet.load_state_dict(trunk, strict=False)
     if args.start is not None:
         _start_from(args.start / "unet", unet)
-    camera = _camera_from(args.out / "pixel")
+    camera = camera_from(args.out / "pixel", models.LATENT_CHANNELS * models.LATENT_PATCH**2)
     unet = unet.to(memory_format=torch.channels_last)
     scheduler = models.make_scheduler()
     work = args.work / "latent"
-    modules = {"unet": unet, "camera": camera}
+    modules = {"unet": unet} | ({} if camera is None else learnt(camera))
     training = Training(modules, work, lr=args.lr or 1e-3, steps=args.steps, minutes=args.minutes)
     denoise = torch.compile(unet, dynamic=False) if args.compile else unet
 
@@ -266,10 +276,10 @@ def train_latent(args: argparse.Namespace) -> None:
         captions = data.captions_for(records, chosen, args.seed, step, UNCONDITIONAL)
         with torch.no_grad():
             text = encode_text(tokenizer, text_encoder, captions)
-        text = data.told_cameras(camera, records, chosen, text, step)
         generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
         x0 = F.pixel_unshuffle(x0, models.LATENT_PATCH)
-        return diffusion_loss(denoise, scheduler.alphas_cumprod, x0, text, generator)
+        told = seen_by(camera, records, chosen, text, step)
+        return diffusion_loss(denoise, scheduler.alphas_cumprod, x0, text, generator, told)
 
     def grid() -> None:
         with torch.no_grad():
@@ -345,14 +355,6 @@ def _start_from(folder: Path, module: torch.nn.Module) -> None:
     module.load_state_dict({k: v.float() for k, v in load_file(file).items()})
 
 
-def _camera_from(start: Path | None) -> torch.nn.Module:
-    """The camera tokens of an exported folder, to go on with; new ones where it has none."""
-    camera = models.make_camera()
-    if start is not None and (start / "camera").is_dir():
-        _start_from(start / "camera", camera)
-    return camera
-
-
 def _finish(args, training: Training, loss_step, grid, export) -> None:
     if not args.export:
         training.run(loss_step, sample=grid)
@@ -364,6 +366,7 @@ def _finish(args, training: Training, loss_step, grid, export) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     trainers = {"pixel": train_pixel, "vae": train_vae, "latent": train_latent, "clip": train_clip}
+    trainers["camera"] = lambda args: train_camera(args, sys.modules[__name__])
     parser.add_argument("model", choices=list(trainers))
     parser.add_argument("--steps", type=int, help="length of the schedule in steps")
     parser.add_argument("--minutes", type=float, help="length of the schedule in minutes of training time instead")
@@ -379,7 +382,7 @@ def main() -> None:
     parser.add_argument("--export", action="store_true", help="write the folder from the saved state, no training")
     args = parser.parse_args()
     if args.steps is None and args.minutes is None:
-        args.steps = {"pixel": 8000, "vae": 3000, "latent": 5000, "clip": 4000}[args.model]
+        args.steps = {"pixel": 8000, "camera": 4000, "vae": 3000, "latent": 5000, "clip": 4000}[args.model]
     trainers[args.model](args)
 
 
