@@ -151,6 +151,13 @@ def test_saved_layout_comes_back_and_a_damaged_one_is_refused(folder):
     back = CameraLayout.load(folder / "camera")
     assert torch.allclose(back.features(text, numbers), made.features(text, numbers), atol=5e-2)
     assert all(not p.requires_grad for p in back.parameters())
+    with torch.no_grad():
+        made.fine.bias += 1
+    other = folder.with_name("latent") / "camera"
+    made.save(other, "../../pixel/camera")
+    assert (other / "model.safetensors").stat().st_size < 1000  # what is the same is not there twice
+    again = CameraLayout.load(other)
+    assert torch.equal(again.fine.bias, made.fine.bias) and torch.equal(again.query, back.query)
     (folder / "camera" / "model.safetensors").write_bytes(b"x" * 40)
     with pytest.raises(UserError, match="Cannot load the camera layout"):
         load_prior(folder, "cpu")

@@ -149,18 +149,28 @@ class CameraLayout(nn.Module):
         weight = self.volume.weight
         return self.residuals(self.features(text.to(weight), numbers.to(weight)))
 
-    def save(self, folder: Path) -> None:
-        """Write config.json and model.safetensors, fp16."""
+    def save(self, folder: Path, base: str = "") -> None:
+        """Write config.json and model.safetensors, fp16.
+
+        base: a folder of the same kind, relative to this one; only layers that differ from its are written here.
+        """
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(json.dumps(self.config, indent=2) + "\n")
-        save_file({k: v.half().contiguous() for k, v in self.state_dict().items()}, folder / "model.safetensors")
+        state = {k: v.half().contiguous() for k, v in self.state_dict().items()}
+        if base:
+            there = load_file(folder / base / "model.safetensors")
+            state = {k: v for k, v in state.items() if k not in there or not torch.equal(v, there[k])}
+        (folder / "config.json").write_text(json.dumps(self.config | {"base": base}, indent=2) + "\n")
+        save_file(state, folder / "model.safetensors")
 
     @classmethod
     def load(cls, folder: Path) -> CameraLayout:
-        """Inverse of save, in float32. Raises: UserError for a damaged folder."""
+        """Inverse of save, in float32. Raises: UserError for a damaged folder, or one whose base is not there."""
         try:
-            made = cls(**json.loads((folder / "config.json").read_text(encoding="utf-8")))
-            made.load_state_dict({k: v.float() for k, v in load_file(folder / "model.safetensors").items()})
+            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            base = config.pop("base", "")
+            state = load_file(folder / base / "model.safetensors") if base else {}
+            made = cls(**config)
+            made.load_state_dict({k: v.float() for k, v in (state | load_file(folder / "model.safetensors")).items()})
         except Exception as error:
             raise UserError(
                 f"Cannot load the camera layout {folder}",

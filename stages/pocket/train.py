@@ -30,6 +30,7 @@ UNCONDITIONAL = 0.1  # share of training captions replaced by "" for classifier-
 SNR_RANGE = (1.0, 5.0)  # min-SNR weighting (Hang et al. 2023), with a floor: words are learnt at high noise
 HIGH_NOISE = 0.6  # every second image is noised beyond this share of the steps: there a sentence becomes a shape
 CLIP_TEXTURELESS = 0.4  # clay renders must be read as surely as coloured ones: shape R-Precision hangs on them
+PIXEL_CAMERA = "../../pixel/camera"  # the latent prior's layout is the pixel one's but for what speaks to the UNet
 GRID_PROMPTS = (
     "a red mug, front view",
     "a blue car, left side view",
@@ -99,8 +100,11 @@ def half(module):
     return module.half().eval()
 
 
-def save_prior(folder: Path, *, pipeline: str, unet, scheduler, tokenizer, text_encoder, camera=None, vae=None) -> None:
-    """Write a diffusers folder: model_index.json and one subfolder a component, fp16 safetensors."""
+def save_prior(folder: Path, *, pipeline: str, unet, scheduler, tokenizer, text_encoder, camera=None, vae=None, base="") -> None:
+    """Write a diffusers folder: model_index.json and one subfolder a component, fp16 safetensors.
+
+    base: where the camera layout's layers are that this one shares, relative to its own folder.
+    """
     part = folder.with_suffix(".part")
     shutil.rmtree(part, ignore_errors=True)
     index = {
@@ -114,7 +118,7 @@ def save_prior(folder: Path, *, pipeline: str, unet, scheduler, tokenizer, text_
     half(unet).save_pretrained(part / "unet")
     half(text_encoder).save_pretrained(part / "text_encoder")
     if camera is not None:
-        camera.save(part / "camera")
+        camera.save(part / "camera", base)
     scheduler.save_pretrained(part / "scheduler")
     tokenizer.save_pretrained(part / "tokenizer")
     if vae is not None:
@@ -262,7 +266,7 @@ def train_latent(args: argparse.Namespace) -> None:
     unet.load_state_dict(trunk, strict=False)
     if args.start is not None:
         _start_from(args.start / "unet", unet)
-    camera = camera_from(args.out / "pixel", models.LATENT_CHANNELS * models.LATENT_PATCH**2)
+    camera = camera_from(args.out / "pixel")
     unet = unet.to(memory_format=torch.channels_last)
     scheduler = models.make_scheduler()
     work = args.work / "latent"
@@ -293,7 +297,7 @@ def train_latent(args: argparse.Namespace) -> None:
 
     def export() -> None:
         parts = {"unet": unet, "scheduler": scheduler, "tokenizer": tokenizer, "text_encoder": text_encoder}
-        save_prior(args.out / "latent", pipeline="StableDiffusionPipeline", vae=vae, camera=camera, **parts)
+        save_prior(args.out / "latent", pipeline="StableDiffusionPipeline", vae=vae, camera=camera, base=PIXEL_CAMERA, **parts)
 
     _finish(args, training, loss_step, grid, export)
 

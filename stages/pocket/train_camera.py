@@ -22,21 +22,9 @@ from stages.pocket.training import Training
 LEARNT = ("fine", "coarse")
 
 
-def camera_from(start: Path | None, channels: int | None = None) -> CameraLayout | None:
-    """The camera layout of an exported folder, None where there is none yet.
-
-    channels: numbers of a patch of another UNet's pictures, which is to draw by it; the picture's last layer is new.
-    """
-    if start is None or not (start / "camera").is_dir():
-        return None
-    found = CameraLayout.load(start / "camera")
-    if channels is None or channels == found.config["patch"]:
-        return found
-    camera = models.make_camera(channels)
-    own = camera.state_dict()
-    kept = {k: v for k, v in found.state_dict().items() if v.shape == own[k].shape}
-    camera.load_state_dict(own | kept)
-    return camera
+def camera_from(start: Path | None) -> CameraLayout | None:
+    """The camera layout of an exported folder, None where there is none yet."""
+    return None if start is None or not (start / "camera").is_dir() else CameraLayout.load(start / "camera")
 
 
 def learnt(camera: CameraLayout) -> dict[str, torch.nn.Module]:
