@@ -24,14 +24,17 @@ from torch import Tensor
 from benchmarks import metrics
 from benchmarks.environment import RESULTS, append_line, environment, quiet_libraries
 from benchmarks.render import CLAY, COLOUR, Subject, ring, shoot
+from stages.cameras import Views, orbit_views
 from stages.errors import UserError
 from stages.guidance.clip import ClipScorer
+from stages.guidance.prior import ViewContext
 from stages.guidance.rules import ddim_step, guided
 from stages.pocket import world
 
 WEIGHTS = Path(world.__file__).parent / "weights"
 CANDIDATES, SCALE, STEPS, SEED = 100, 4.0, 50, 0
 VIEW_WORDS = (", front view", ", side view")
+AZIMUTHS, GREY = (25.0, 75.0), 0.4  # of these views' cameras, degrees; linear grey behind: for priors that are told
 LOOKS = {"colour": COLOUR, "textureless": CLAY}
 SIZE = 128  # of truth renders in pixels
 
@@ -106,10 +109,12 @@ def judge_truth(
 
 
 @torch.no_grad()
-def ddim_samples(prior, prompts: list[str], *, scale: float, steps: int, seed: int, batch: int = 8) -> Tensor:
+def ddim_samples(
+    prior, prompts: list[str], *, scale: float, steps: int, seed: int, batch: int = 8, views: Views | None = None
+) -> Tensor:
     """DDIM samples (Song et al. 2021, eta 0) under classifier-free guidance, sRGB [N, H, W, 3] in [0, 1].
 
-    Timesteps are evenly spaced from the last one down; the move after the lowest one goes to clean data.
+    views: N cameras, told to a prior that was taught them (stages/guidance/camera.py), before mid grey. Timesteps are evenly spaced from the last one down; the move after the lowest one goes to clean data.
     """
     embedded, empty = prior.embed(prompts), prior.embed([""])
     alphas, total = prior.alphas_cumprod, prior.alphas_cumprod.shape[0]
@@ -122,8 +127,9 @@ def ddim_samples(prior, prompts: list[str], *, scale: float, steps: int, seed: i
         n = len(texts)
         z = torch.randn(n, *shape, generator=generator)
         both = torch.cat([texts, empty.expand_as(texts)])
+        seen = None if views is None else ViewContext(views[start : start + n], torch.full((3,), GREY)).repeat(2)
         for t, after in zip(times, following, strict=True):
-            eps_y, eps_0 = prior.predict_noise(z.repeat(2, 1, 1, 1), t.repeat(2 * n), both).chunk(2)
+            eps_y, eps_0 = prior.predict_noise(z.repeat(2, 1, 1, 1), t.repeat(2 * n), both, seen).chunk(2)
             z = ddim_step(z, guided(eps_y, eps_0, scale), alphas[t].repeat(n), after.repeat(n))
         pictures.append(prior.decode(z))
     return torch.cat(pictures)
@@ -135,7 +141,8 @@ def judge_samples(
     """R-Precision of one sample of every caption, in percent; the samples; which were hits."""
     prompts = [caption + VIEW_WORDS[k % len(VIEW_WORDS)] for k, caption in enumerate(captions)]
     began = time.perf_counter()
-    samples = ddim_samples(prior, prompts, scale=scale, steps=steps, seed=seed)
+    views = orbit_views([AZIMUTHS[k % len(AZIMUTHS)] for k in range(len(captions))], 20.0)
+    samples = ddim_samples(prior, prompts, scale=scale, steps=steps, seed=seed, views=views)
     seconds = time.perf_counter() - began
     scores = torch.cat([scorer.embed_srgb(part) for part in samples.split(8)]) @ scorer.embed_texts(texts).T
     truth = metrics.truth_of(captions, texts, textureless=False)
