@@ -34,7 +34,8 @@ def test_plain_sds_is_dreamfusions_whatever_the_default_recipe_says():
         k: getattr(cured, k) for k in ("blend", "debias", "per_view", "per_view_negative")
     }
     default = load_config(None, [], {})
-    assert (sds.coarse, sds.fine, sds.prior) == (default.coarse, default.fine, default.prior)
+    assert (sds.coarse, sds.fine) == (default.coarse, default.fine)
+    assert differences(default.prior, sds.prior) == ["diffusion.camera"]  # DreamFusion's prior knows no camera
 
 
 @pytest.mark.parametrize("name", sorted(RULE_RECIPES))

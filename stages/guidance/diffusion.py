@@ -138,8 +138,10 @@ class DiffusionPrior:
     @torch.no_grad()
     def predict_noise(self, z_t: Tensor, t: Tensor, embedding: Tensor, context: ViewContext | None = None) -> Tensor:
         """eps [B, C, h, w] in the dtype of z_t; one denoiser call, or several of at most `max_batch`."""
-        with phase("networks"):
-            told = {} if self.camera is None or context is None else self.camera.of(embedding, context)
+        told: dict[str, Any] = {}
+        if self.camera is not None and context is not None:
+            with phase("networks"):
+                told = self.camera.of(embedding, context)
         return self.noise(self.unet, z_t, t, embedding, **told)
 
     def noise(self, network: torch.nn.Module, z_t: Tensor, t: Tensor, embedding: Tensor, **conditions: Any) -> Tensor:
