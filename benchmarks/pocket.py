@@ -114,7 +114,9 @@ def ddim_samples(
 ) -> Tensor:
     """DDIM samples (Song et al. 2021, eta 0) under classifier-free guidance, sRGB [N, H, W, 3] in [0, 1].
 
-    views: N cameras, told to a prior that was taught them (stages/guidance/camera.py), before mid grey. Timesteps are evenly spaced from the last one down; the move after the lowest one goes to clean data.
+    Timesteps are evenly spaced from the last one down; the move after the lowest one goes to clean data.
+
+    views: N cameras, told to a prior that was taught them (stages/guidance/camera.py), before linear grey 0.4.
     """
     embedded, empty = prior.embed(prompts), prior.embed([""])
     alphas, total = prior.alphas_cumprod, prior.alphas_cumprod.shape[0]

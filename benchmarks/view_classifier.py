@@ -32,7 +32,7 @@ SIDE = 48  # of the pictures, pixels
 FACING, AWAY = 75.0, 105.0  # a front is seen up to this azimuth, and from this one on none is; between, who can say
 MESHES, UNSEEN, BLOBS = 28, 8, 8  # meshes of a kind to learn from and to be tested on; blobs to learn from
 STEPS, BATCH = 800, 64
-VERSION = 1  # of all of the above; part of a saved classifier
+VERSION = 2  # of all of the above; part of a saved classifier
 
 
 class _Net(nn.Module):

@@ -58,7 +58,7 @@ def view_numbers(views: Views, background: Tensor, ambient: float = 1.0, texture
 
 
 class CameraLayout(nn.Module):
-    """Words and view numbers to features of the picture at half and quarter of the UNet's detail, and to its residuals.
+    """Words and view numbers to features of the picture on the UNet's finest grid, and to its residuals.
 
     Args:
         width: of the text tokens. channels: of the UNet's two levels, finest first. patch: numbers of one patch of the
@@ -98,7 +98,7 @@ class CameraLayout(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def features(self, text: Tensor, numbers: Tensor) -> Tensor:
-        """Features [B, features, side, side] of the picture of text tokens [B, L, width] seen as numbers [B, 16] say."""
+        """Features [B, features, side, side] of the picture of text [B, L, width] seen as numbers [B, 16] tell."""
         s = self.config
         shares = (self.query @ self.key(text).transpose(1, 2)).softmax(-1)
         grid = F.silu(self.volume(self.code((shares @ text).flatten(1)))).view(-1, s["volume"], 4, 4, 4)

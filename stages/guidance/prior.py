@@ -30,7 +30,7 @@ PREDICTIONS = ("epsilon", "v_prediction", "sample", "flow_prediction")
 
 @dataclass(frozen=True)
 class ViewContext:
-    """What a prior may know of the images besides their pixels; learned priors ignore it.
+    """What a prior may know of the images besides their pixels; of learned ones only those with a camera layout ask.
 
     views: the cameras and lights of the images, B of them.
     background: linear colour [B, H, W, 3] (or [3]) that the stage composited on; None when it does not say.

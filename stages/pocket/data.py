@@ -17,7 +17,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-
 from torch import Tensor
 
 from stages.cameras import CameraSettings, Views, linear_to_srgb, sample_views, srgb_to_linear

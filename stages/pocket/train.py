@@ -1,7 +1,7 @@
 """Make the pocket weights from nothing: `python -m stages.pocket.train pixel|camera|vae|latent|clip`.
 
-Order: pixel (with the text encoder), camera (what is where in a view; then pixel again with --start, to draw by it), vae,
-latent (starts from the pixel UNet's trunk), clip (on its own renders).
+Order: pixel (with the text encoder), camera (what is where in a view; then pixel again with --start, to draw by it),
+vae, latent (starts from the pixel UNet's trunk), clip (on its own renders).
 Each resumes where it stopped, logs to log.jsonl, writes sample grids beside its state, and at the end writes an
 ordinary model folder, fp16 safetensors, below --out.
 """
@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -100,7 +99,9 @@ def half(module):
     return module.half().eval()
 
 
-def save_prior(folder: Path, *, pipeline: str, unet, scheduler, tokenizer, text_encoder, camera=None, vae=None, base="") -> None:
+def save_prior(
+    folder: Path, *, pipeline: str, unet, scheduler, tokenizer, text_encoder, camera=None, vae=None, base=""
+) -> None:
     """Write a diffusers folder: model_index.json and one subfolder a component, fp16 safetensors.
 
     base: where the camera layout's layers are that this one shares, relative to its own folder.
@@ -297,7 +298,8 @@ def train_latent(args: argparse.Namespace) -> None:
 
     def export() -> None:
         parts = {"unet": unet, "scheduler": scheduler, "tokenizer": tokenizer, "text_encoder": text_encoder}
-        save_prior(args.out / "latent", pipeline="StableDiffusionPipeline", vae=vae, camera=camera, base=PIXEL_CAMERA, **parts)
+        parts |= {"vae": vae, "camera": camera, "base": PIXEL_CAMERA}
+        save_prior(args.out / "latent", pipeline="StableDiffusionPipeline", **parts)
 
     _finish(args, training, loss_step, grid, export)
 
@@ -370,7 +372,7 @@ def _finish(args, training: Training, loss_step, grid, export) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     trainers = {"pixel": train_pixel, "vae": train_vae, "latent": train_latent, "clip": train_clip}
-    trainers["camera"] = lambda args: train_camera(args, sys.modules[__name__])
+    trainers["camera"] = train_camera
     parser.add_argument("model", choices=list(trainers))
     parser.add_argument("--steps", type=int, help="length of the schedule in steps")
     parser.add_argument("--minutes", type=float, help="length of the schedule in minutes of training time instead")
