@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _META = "pipeline"  # the one metadata entry of a checkpoint: JSON
+_HEADER = 100_000_000  # bytes: the longest header that the format allows
 
 
 def remove_temporaries(folder: Path) -> None:
@@ -37,8 +38,19 @@ def save_checkpoint(path: Path, state: dict[str, Tensor], meta: dict[str, Any]) 
 
 
 def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read what save_checkpoint wrote. Raises UserError where the file is cut short, altered or something else."""
-    state, meta = _read(path, tensors=True)
+    """Read what save_checkpoint wrote. Raises UserError where the file is cut short, altered or something else.
+
+    The file is opened once and read whole: a run that replaces it meanwhile is never seen half.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    data = path.read_bytes()
+    meta = _meta(path, data)
+    try:
+        state = load(data)
+    except SafetensorError as error:
+        raise _damaged(path, str(error)) from None
     if meta.get("crc32") != _checksum(state):
         raise _damaged(path, "its checksum does not match its contents")
     return state, meta
@@ -46,18 +58,19 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 def read_meta(path: Path) -> dict[str, Any]:
     """The meta of a checkpoint alone: step, steps, seconds, phases."""
-    return _read(path, tensors=False)[1]
+    with path.open("rb") as file:
+        length = file.read(8)
+        return _meta(path, length + file.read(min(int.from_bytes(length, "little"), _HEADER)))
 
 
-def _read(path: Path, tensors: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    from safetensors import SafetensorError, safe_open
-
+def _meta(path: Path, data: bytes) -> dict[str, Any]:
+    """The meta in a safetensors header: its length in eight bytes, little end first, then JSON."""
+    end = 8 + int.from_bytes(data[:8], "little")
+    if len(data) < max(end, 9):
+        raise _damaged(path, "the file is cut short")
     try:
-        with safe_open(path, framework="pt") as file:
-            meta = json.loads((file.metadata() or {})[_META])
-            names = file.keys() if tensors else []
-            return {name: file.get_tensor(name) for name in names}, meta
-    except (SafetensorError, KeyError, ValueError) as error:
+        return json.loads(json.loads(data[8:end])["__metadata__"][_META])
+    except (ValueError, KeyError, TypeError) as error:
         raise _damaged(path, str(error) or type(error).__name__) from None
 
 

@@ -1,0 +1,56 @@
+"""Checkpoints are read whole or refused, whatever happens to the file meanwhile."""
+
+import itertools
+import os
+import threading
+
+import pytest
+import torch
+
+from pipeline.checkpoint import load_checkpoint, read_meta, save_checkpoint
+from stages.errors import UserError
+
+
+def test_a_file_replaced_while_it_is_read_is_the_old_or_the_new(tmp_path):
+    path, stop = tmp_path / "checkpoint.safetensors", threading.Event()
+    written = []
+    for step in range(2):
+        save_checkpoint(path, {name: torch.full((2000,), float(step)) for name in "abcdef"}, {"step": step})
+        written.append(path.read_bytes())
+
+    def replace():
+        for data in itertools.cycle(written):
+            (tmp_path / "next").write_bytes(data)
+            os.replace(tmp_path / "next", path)
+            if stop.is_set():
+                break
+
+    writer = threading.Thread(target=replace)
+    writer.start()
+    try:
+        seen = []
+        for _ in range(1000):
+            state, meta = load_checkpoint(path)
+            assert all((tensor == meta["step"]).all() for tensor in state.values())
+            seen.append(meta["step"])
+    finally:
+        stop.set()
+        writer.join()
+    assert 0 in seen and 1 in seen
+
+
+def test_state_and_meta_come_back(tmp_path):
+    state = {"x": torch.randn(3, 4), "none": torch.zeros(0, 2), "n": torch.arange(5), "h": torch.ones(2).bfloat16()}
+    save_checkpoint(tmp_path / "c", state, {"step": 3, "name": "\u00e9"})
+    back, meta = load_checkpoint(tmp_path / "c")
+    assert meta["step"] == 3 and meta["name"] == "\u00e9" and read_meta(tmp_path / "c") == meta
+    assert all(torch.equal(back[name], tensor) and back[name].dtype == tensor.dtype for name, tensor in state.items())
+    back["x"].add_(1)  # what is loaded may be trained on
+
+
+@pytest.mark.parametrize("data", [b"", b"\x05", b"\xff" * 40, b"\x02" + b"\0" * 7 + b"{}", b"\x02" + b"\0" * 7 + b"[]"])
+def test_other_bytes_are_damaged(tmp_path, data):
+    (tmp_path / "c").write_bytes(data)
+    for read in (load_checkpoint, read_meta):
+        with pytest.raises(UserError, match="damaged checkpoint"):
+            read(tmp_path / "c")
