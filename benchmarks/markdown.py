@@ -10,5 +10,6 @@ def markdown_table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def origin(dates: list[str], revisions: list[str]) -> str:
-    """Where numbers come from, in a few words."""
-    return f"{', '.join(dates)}, revision {', '.join(r[:10] for r in revisions)}"
+    """Where numbers come from, in a few words; a revision is ten digits of it, and whether the tree differed."""
+    short = sorted({r[:10] + ("-dirty" if r.endswith("-dirty") else "") for r in revisions})
+    return f"{', '.join(dates)}, revision {', '.join(short)}"

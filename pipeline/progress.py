@@ -37,26 +37,25 @@ class Progress:
 
     @contextlib.contextmanager
     def announce_compilation(self) -> Iterator[None]:
-        """Say so when numba compiles a kernel: the cache of an earlier run is silent, a new machine is not."""
-        try:
-            from numba.core import event
-        except ImportError:  # `pipeline doctor` says what that costs
-            yield
-            return
+        """Say so when numba or Warp compiles a kernel: the cache of an earlier run is silent, a new machine is not."""
+        from stages.kernels.cuda_launch import builds_watched
+
         watch = _CompileWatch(self)
+        with contextlib.ExitStack() as stack:
+            stack.callback(watch.report)
+            stack.enter_context(builds_watched(watch.start, watch.end))
+            with contextlib.suppress(ImportError):  # `pipeline doctor` says what the lack of numba costs
+                from numba.core import event
 
-        class _Listener(event.Listener):
-            def on_start(self, _: object) -> None:
-                watch.start()
+                class _Listener(event.Listener):
+                    def on_start(self, _: object) -> None:
+                        watch.start(f", about {COMPILE_S} s")
 
-            def on_end(self, _: object) -> None:
-                watch.end()
+                    def on_end(self, _: object) -> None:
+                        watch.end()
 
-        with event.install_listener("numba:compile", _Listener()):
-            try:
-                yield
-            finally:
-                watch.report()
+                stack.enter_context(event.install_listener("numba:compile", _Listener()))
+            yield
 
 
 class _CompileWatch:
@@ -66,10 +65,10 @@ class _CompileWatch:
         self._progress, self._depth, self._count, self._seconds, self._since = progress, 0, 0, 0.0, 0.0
         self._announced = False
 
-    def start(self) -> None:
+    def start(self, estimate: str = "") -> None:
         if not self._announced:
             self._announced = True
-            self._progress.note(f"compiling kernels for this machine, once, about {COMPILE_S} s")
+            self._progress.note(f"compiling kernels for this machine, once{estimate}")
         if self._depth == 0:
             self._since = time.monotonic()
         self._depth += 1

@@ -1,5 +1,6 @@
 """Fixtures of the whole suite."""
 
+import gc
 import os
 
 import pytest
@@ -33,3 +34,15 @@ def same_threads():
     for name, count in before.items():
         if sys.modules[name].get_num_threads() != count:
             sys.modules[name].set_num_threads(count)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def frozen_heap():
+    """Take what is alive between modules out of the garbage collector's rounds.
+
+    Runs collect between their stages; in a process with torch's compiler and every family of diffusers loaded each
+    round takes half a second, and the suite asks for hundreds.
+    """
+    yield
+    gc.collect()
+    gc.freeze()

@@ -3,6 +3,7 @@
 import io
 
 import pytest
+import torch
 from rich.console import Console
 
 from pipeline.progress import Progress, duration
@@ -59,3 +60,28 @@ def test_compilation_is_announced_once_and_cached_kernels_are_silent():
     with progress.announce_compilation():
         add(3, 4)
     assert text.getvalue().splitlines() == lines
+
+
+def test_a_module_that_warp_compiles_is_announced_and_a_cached_one_is_silent(tmp_path, monkeypatch):
+    warp = pytest.importorskip("warp", reason="warp-lang is not installed (extra: cuda)")
+    from stages.kernels import cuda_launch
+
+    @warp.kernel(enable_backward=False, module="unique")
+    def double(values: warp.array(dtype=warp.float32)):
+        i = warp.tid()
+        values[i] = 2.0 * values[i]
+
+    values = torch.ones(3)
+    cuda_launch._start()
+    monkeypatch.setattr(warp.config, "kernel_cache_dir", str(tmp_path))
+    progress, text = plain()
+    with progress.announce_compilation():
+        for _ in range(2):
+            cuda_launch.launch(double, 3, (values,))
+    lines = text.getvalue().splitlines()
+    assert lines[0] == "compiling kernels for this machine, once" and lines[1].startswith("compiled 1 kernels in")
+    assert len(lines) == 2 and values.tolist() == [4, 4, 4]
+    cuda_launch._loaded.clear()  # as in another process
+    with progress.announce_compilation():
+        cuda_launch.launch(double, 3, (values,))
+    assert text.getvalue().splitlines() == lines and values.tolist() == [8, 8, 8]

@@ -110,8 +110,10 @@ def tetrahedra(centre, ahead, behind, number, moves):
                 if e < 3:
                     vertex[e + 1] = there
             if whole:
-                tets[count] = vertex
-                tet_edges[count] = edge
+                for k in range(4):  # numbers, not rows: numpy's broadcasting is 4 s to compile
+                    tets[count, k] = vertex[k]
+                for k in range(6):
+                    tet_edges[count, k] = edge[k]
                 count += 1
     return tets[:count].copy(), tet_edges[:count].copy()
 
@@ -143,7 +145,9 @@ def diffuse(neighbours, values, scale: float, pairs: list[tuple[float, float]], 
 def _diffuse(neighbours, values, scale, coefficients, theta):
     x = np.zeros_like(values)
     residual = values.copy()
-    step = values / theta
+    step = np.empty_like(values)
+    for i in range(x.shape[0]):
+        step[i] = values[i] / theta
     applied = np.empty_like(values)
     for k in range(coefficients.shape[0]):
         _laplace(neighbours, step, scale, applied)
@@ -152,4 +156,6 @@ def _diffuse(neighbours, values, scale, coefficients, theta):
             x[i] += step[i]
             residual[i] -= applied[i]
             step[i] = keep * step[i] + add * residual[i]
-    return x + step
+    for i in range(x.shape[0]):
+        x[i] += step[i]
+    return x

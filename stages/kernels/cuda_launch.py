@@ -10,7 +10,10 @@ compiles a module once for each.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
 from functools import lru_cache
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -58,6 +61,34 @@ def missing_cuda() -> str | None:
     return missing() or (None if _start().is_cuda_available() else "Warp finds no CUDA device")
 
 
+_watchers: list[tuple[Callable[[], None], Callable[[], None]]] = []
+_loaded: set[tuple] = set()  # (module, device, block) that a watched launch has seen
+
+
+@contextlib.contextmanager
+def builds_watched(begin: Callable[[], None], end: Callable[[], None]) -> Iterator[None]:
+    """Call `begin` before and `end` after a launch compiles a module that Warp's cache does not hold."""
+    _watchers.append((begin, end))
+    try:
+        yield
+    finally:
+        _watchers.remove((begin, end))
+
+
+def _load_watched(warp, module, where: str, block: int) -> None:
+    """Load a module as its first launch would, telling the watchers where that means compiling it."""
+    if (module, where, block) in _loaded:
+        return
+    folder = Path(warp.config.kernel_cache_dir) / module.get_module_identifier(block)
+    cached = any(folder.glob("*.o" if where == "cpu" else "*.sm*"))
+    with contextlib.ExitStack() as stack:
+        for begin, end in [] if cached else list(_watchers):
+            begin()
+            stack.callback(end)
+        warp.load_module(module, device=where, block_dim=block)
+    _loaded.add((module, where, block))
+
+
 @lru_cache(maxsize=64)
 def _stream(device: int, handle: int):
     """Warp's view of a torch stream; torch's streams come from a fixed pool and live as long as the process."""
@@ -82,6 +113,9 @@ def launch(kernel, dim: int | tuple[int, ...], arguments: tuple, *, block: int =
         _array(warp, parameter, argument, device) if isinstance(argument, Tensor) else argument
         for parameter, argument in zip(kernel.adj.args, arguments, strict=True)
     ]
+    if _watchers:
+        where, threads = ("cpu", 1) if device.type == "cpu" else (f"cuda:{device.index}", block)
+        _load_watched(warp, kernel.module, where, threads)
     if device.type == "cuda":
         stream = _stream(device.index, torch.cuda.current_stream(device).cuda_stream)
         warp.launch(kernel, dim, inputs=values, stream=stream, block_dim=block, record_tape=False)
