@@ -1,6 +1,6 @@
 """The README's picture of a suite: a row a prompt, systems side by side, from the cells' gallery strips.
 
-    python -m benchmarks.picture OUT --systems coarse,magic3d,truth --to benchmarks/results/main_job.png
+python -m benchmarks.picture OUT --systems coarse,magic3d,truth --to benchmarks/results/main_job.png
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ from stages.guidance.reference import ReferencePrior
 from stages.mesh.measure import face_areas, measure
 from stages.mesh.mesh import Mesh
 from stages.prompts import ViewPrompts
-from stages.stage import Asset, Stage
+from stages.stage import Stage
 
 SIZE = 128  # side of the evaluation pictures
 SHOWN = (0, 8)  # views in the picture: level from the front, from behind and above
@@ -150,7 +150,9 @@ def take(stage: Stage, label: str) -> float:
         now = time.perf_counter()
         if now - said > 20:
             said = now
-            print(f"{label} {stage.step_index}/{stage.steps} {now - began:.0f} s  {stage.headline(metrics)}", flush=True)
+            print(
+                f"{label} {stage.step_index}/{stage.steps} {now - began:.0f} s  {stage.headline(metrics)}", flush=True
+            )
     return time.perf_counter() - began
 
 

@@ -10,7 +10,7 @@ import contextlib
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -46,22 +46,22 @@ def _root(
 @app.command()
 def run(
     overrides: Annotated[
-        Optional[list[str]], typer.Argument(metavar="[KEY.SUB=VALUE]...", help="Settings, as in coarse.steps=300.")
+        list[str] | None, typer.Argument(metavar="[KEY.SUB=VALUE]...", help="Settings, as in coarse.steps=300.")
     ] = None,
-    prompt: Annotated[Optional[str], typer.Option(help="What to make, in words.")] = None,
-    stages: Annotated[Optional[str], typer.Option(help="Stages in order, separated by commas: coarse,fine.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="What to make, in words.")] = None,
+    stages: Annotated[str | None, typer.Option(help="Stages in order, separated by commas: coarse,fine.")] = None,
     config: Annotated[
-        Optional[str], typer.Option(metavar="NAME|FILE", help="A recipe from configs/, or a YAML file.")
+        str | None, typer.Option(metavar="NAME|FILE", help="A recipe from configs/, or a YAML file.")
     ] = None,
-    out: Annotated[Optional[Path], typer.Option(help="Run folder; must be new. Default: runs/<prompt>-<seed>.")] = None,
-    seed: Annotated[Optional[int], typer.Option(help="Same seed, same device: same bytes.")] = None,
-    device: Annotated[Optional[str], typer.Option(help="auto, cpu or cuda.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder; must be new. Default: runs/<prompt>-<seed>.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Same seed, same device: same bytes.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
     from_run: Annotated[
-        Optional[Path],
+        Path | None,
         typer.Option("--from", metavar="RUN", help="Refine, or with a new prompt edit, another run's coarse stage."),
     ] = None,
     init_mesh: Annotated[
-        Optional[Path], typer.Option(metavar="FILE", help="Refine or paint this GLB, OBJ, PLY or STL: --stages fine.")
+        Path | None, typer.Option(metavar="FILE", help="Refine or paint this GLB, OBJ, PLY or STL: --stages fine.")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Run a prompt whose words the prior does not know.")] = False,
     profile: Annotated[bool, typer.Option("--profile", help="Also write RUN/profile: where the time went.")] = False,
@@ -99,7 +99,7 @@ def resume(folder: RunArgument) -> None:
 def export(
     folder: RunArgument,
     formats: Annotated[str, typer.Option("--format", help="Any of glb,obj,ply,stl, by commas.")] = "glb,obj",
-    out: Annotated[Optional[Path], typer.Option(help="Folder to write to. Default: the run folder.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder to write to. Default: the run folder.")] = None,
 ) -> None:
     """Write a run's result again, in other formats, without optimising."""
     from pipeline.run import export_run
@@ -123,8 +123,8 @@ def models_list(as_json: JsonOption = False) -> None:
 @models.command("check")
 def models_check(
     source: Annotated[str, typer.Argument(metavar="PATH", help="A diffusers folder, or a hub id in this cache.")],
-    variant: Annotated[Optional[str], typer.Option(help="Weight files' variant, such as fp16.")] = None,
-    resolution: Annotated[Optional[int], typer.Option(help="Side in pixels to work at. Default: as trained.")] = None,
+    variant: Annotated[str | None, typer.Option(help="Weight files' variant, such as fp16.")] = None,
+    resolution: Annotated[int | None, typer.Option(help="Side in pixels to work at. Default: as trained.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Name what is missing or wrong in a model's folder, part by part, without loading it."""

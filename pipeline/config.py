@@ -177,9 +177,7 @@ def _anchored(config: Config) -> Config:
     return config.model_copy(
         update={
             "prior": config.prior.model_copy(update=folders),
-            "reference": config.reference.model_copy(
-                update={"mesh": mesh and str(Path(mesh).expanduser().absolute())}
-            ),
+            "reference": config.reference.model_copy(update={"mesh": mesh and str(Path(mesh).expanduser().absolute())}),
             "from_run": source and str(Path(source).expanduser().absolute()),
             "init_mesh": config.init_mesh and str(Path(config.init_mesh).expanduser().absolute()),
         }

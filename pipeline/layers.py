@@ -118,7 +118,9 @@ def _construct(loader: _Loader, node: yaml.Node, key: Key, path: Path, origins: 
             name = str(loader.construct_object(key_node, deep=True))
             where = f"{path}:{key_node.start_mark.line + 1}"
             if name in values:
-                raise UserError(f"{where}: {name} is set twice", "only one of them can count", "remove one of the lines")
+                raise UserError(
+                    f"{where}: {name} is set twice", "only one of them can count", "remove one of the lines"
+                )
             origins[(*key, name)] = where
             values[name] = _construct(loader, value_node, (*key, name), path, origins)
         return values
@@ -134,7 +136,9 @@ def from_overrides(overrides: list[str]) -> Layer:
         name, equals, text = word.partition("=")
         key = tuple(name.strip().split("."))
         if not equals or not all(re.fullmatch(r"\w+", part) for part in key):
-            raise UserError(f"cannot read `{word}`", "a setting is written key.sub=value", "for example coarse.steps=300")
+            raise UserError(
+                f"cannot read `{word}`", "a setting is written key.sub=value", "for example coarse.steps=300"
+            )
         try:
             value = yaml.load(text, _Loader)
         except yaml.YAMLError as error:
@@ -282,7 +286,9 @@ def describe(model: type[BaseModel], key: Key) -> str:
     if not key:
         return "see configs/ for examples"
     info = _model_at(model, key[:-1]).model_fields[key[-1]]
-    bounds = [str(m).partition("(")[2].rstrip(")") for m in info.metadata if type(m).__name__ in ("Ge", "Gt", "Le", "Lt")]
+    bounds = [
+        str(m).partition("(")[2].rstrip(")") for m in info.metadata if type(m).__name__ in ("Ge", "Gt", "Le", "Lt")
+    ]
     signs = {"ge=": ">= ", "gt=": "> ", "le=": "<= ", "lt=": "< "}
     bounds = [signs[b[:3]] + b[3:] for b in bounds]
     kind = re.sub(r"typing\.|<class '|'>|NoneType", lambda m: "none" if "None" in m[0] else "", str(info.annotation))
@@ -290,7 +296,9 @@ def describe(model: type[BaseModel], key: Key) -> str:
     if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
         kind = "a group of " + ", ".join(info.annotation.model_fields)
     default = info.get_default(call_default_factory=True)
-    shown = "" if isinstance(default, BaseModel) else f"; default {json.dumps(default, default=str, ensure_ascii=False)}"
+    shown = (
+        "" if isinstance(default, BaseModel) else f"; default {json.dumps(default, default=str, ensure_ascii=False)}"
+    )
     return f"{_dotted(key)}: {', '.join([kind, *bounds])}; {info.description or 'see the code'}{shown}"
 
 

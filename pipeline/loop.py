@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pipeline.checkpoint import load_checkpoint, save_checkpoint
@@ -31,7 +32,9 @@ if TYPE_CHECKING:
 CHECKPOINT = "checkpoint.safetensors"
 
 
-def make_stage(name: str, settings: Any, guidance: Any, device: torch.device, seed: int, previous: Asset | None) -> Stage:
+def make_stage(
+    name: str, settings: Any, guidance: Any, device: torch.device, seed: int, previous: Asset | None
+) -> Stage:
     """The stage of that name. Weights drawn from torch's global generator are fixed by the seed as well."""
     import torch
 
@@ -73,10 +76,9 @@ class StageLoop:
             run.progress.note(f"{name}: {expected}")
         guidance = self._timed("load_prior", lambda: build_guidance(run.config, name, run.device))
         settings = getattr(run.config, name)
-        stage = self._timed(
-            "construct", lambda: make_stage(name, settings, guidance, run.device, run.config.seed, previous)
-        )
-        del guidance, previous
+        make = partial(make_stage, name, settings, guidance, run.device, run.config.seed, previous)
+        stage = self._timed("construct", make)
+        del make, guidance, previous
         if state is not None:
             stage.load_state_dict(state)
         self._optimise(stage)
@@ -149,8 +151,8 @@ class StageLoop:
 
     def _spent(self, stage: Stage) -> tuple[float, dict[str, float]]:
         phases = dict(self._phases)
-        for phase, seconds in stage.times.items():
-            phases[phase] = phases.get(phase, 0.0) + seconds
+        for name, seconds in stage.times.items():
+            phases[name] = phases.get(name, 0.0) + seconds
         seconds = self._seconds + time.perf_counter() - self._opened
         return round(seconds, 2), {phase: round(value, 3) for phase, value in phases.items()}
 

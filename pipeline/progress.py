@@ -143,7 +143,10 @@ class _Live(StageProgress):
             rich.TextColumn("[bold]{task.description:<7}"),
             rich.BarColumn(bar_width=24),
             rich.TextColumn("{task.completed}/{task.total}"),
-            *(rich.TextColumn(f"{{task.fields[{name}]}}", markup=False) for name in ("speed", "left", "memory", "headline")),
+            *(
+                rich.TextColumn(f"{{task.fields[{name}]}}", markup=False)
+                for name in ("speed", "left", "memory", "headline")
+            ),
             console=self.console,
             refresh_per_second=4,
         )

@@ -1,7 +1,7 @@
 """What a run remembers of itself: its folder and lock, run.json, metrics.jsonl.
 
-    RUN/config.yaml   every setting, can be given to --config        RUN/run.json      machine, versions, times, status
-    RUN/metrics.jsonl one line per step                              RUN/<stage>/      checkpoint.safetensors, previews/
+RUN/config.yaml   every setting, can be given to --config        RUN/run.json      machine, versions, times, status
+RUN/metrics.jsonl one line per step                              RUN/<stage>/      checkpoint.safetensors, previews/
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ def new_folder(out: Path | None, prompt: str, seed: int) -> Path:
             raise UserError(
                 f"{out} already holds {'a run' if run else 'files'}",
                 "a new run never writes over what is there",
-                f"choose another --out, or go on with that run: pipeline resume {out}" if run else "choose another --out",
+                f"choose another --out, or go on with that run: pipeline resume {out}"
+                if run
+                else "choose another --out",
             )
         check_disk(out)
         out.mkdir(parents=True, exist_ok=True)

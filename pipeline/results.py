@@ -25,7 +25,9 @@ def check_formats(text: str) -> list[str]:
     names = [name.strip().lower().removeprefix(".") for name in text.split(",")]
     unknown = [name or "nothing" for name in names if name not in FORMATS]
     if unknown:
-        raise UserError(f"cannot write {', '.join(unknown)}", f"known formats: {', '.join(FORMATS)}", "choose from these")
+        raise UserError(
+            f"cannot write {', '.join(unknown)}", f"known formats: {', '.join(FORMATS)}", "choose from these"
+        )
     return list(dict.fromkeys(names))
 
 

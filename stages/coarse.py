@@ -179,9 +179,7 @@ class CoarseStage:
                 colour = show_on(images.colour, images.opacity, behind)
                 seen = seen[torch.arange(part).repeat_interleave(copies)]
             with phase("guidance", times):
-                guided = self.guidance(
-                    colour, seen, progress, shading.textureless, background=behind, shading=shading
-                )
+                guided = self.guidance(colour, seen, progress, shading.textureless, background=behind, shading=shading)
             with phase("regularisers", times):
                 loss, metrics = self._regularised(guided.loss, images, views[chosen], progress)
             with phase("backward", times):

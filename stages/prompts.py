@@ -25,8 +25,11 @@ CLASSES = ("front", "side", "left side", "right side", "back", "overhead")
 # What a prompt may say that a view cannot show. Hong et al. (arXiv 2303.15413) find such words by asking a
 # masked language model how likely the view is beside each word; this list is the same idea without the model, and
 # `contradictions` adds to it.
-_FACE = """face faces facial eye eyes eyed mouth nose beak snout muzzle smile smiles smiling smirk smirking grin grins
-grinning laughing winking frowning crying licking yawning teeth tongue""".split() + ["tongue out"]
+_FACE = [
+    "tongue out",
+    *"""face faces facial eye eyes eyed mouth nose beak snout muzzle smile smiles smiling smirk smirking grin grins
+grinning laughing winking frowning crying licking yawning teeth tongue""".split(),
+]
 _FROM_THE_FRONT = ["front view", "frontal", "front-facing", "facing forward", "facing front", "portrait", "headshot"]
 _FROM_THE_FRONT += [f"{verb} at the {who}" for verb in ("looking", "staring") for who in ("camera", "viewer")]
 _FROM_THE_FRONT += ["facing the camera", "facing the viewer"]

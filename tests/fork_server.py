@@ -90,7 +90,7 @@ def _serve() -> None:
     import pipeline.run  # noqa: F401 (all are only to be loaded before the forks)
     import stages.coarse
     import stages.fine
-    import stages.kernels.cpu_hashgrid
+    import stages.kernels.cpu_hashgrid  # noqa: F401
     import tests.toy_pipeline  # noqa: F401
 
     gc.freeze()  # a child's collection would otherwise copy every page of the parent

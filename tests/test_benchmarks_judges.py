@@ -106,7 +106,8 @@ def test_a_system_guided_by_the_first_judge_has_no_score_under_it_and_one_under_
     facts = {"seed": 0, "cost": {}, "mesh": {}, "colour": {}}
     facts |= {"date": "2026-01-01", "git": "0", "cores": 1, "cpu": "", "device": ""}
     lines = [
-        facts | {"system": system, "prompt": prompt, "options": [], "versions": {}}
+        facts
+        | {"system": system, "prompt": prompt, "options": [], "versions": {}}
         | {"clip": {name: dict.fromkeys(("colour", "textureless"), texts[name][k].tolist()) for name in judges}}
         for system, judges in (("dreamfields", ["second"]), ("coarse", ["clip", "second"]))
         for k, prompt in enumerate(prompts)
@@ -116,6 +117,8 @@ def test_a_system_guided_by_the_first_judge_has_no_score_under_it_and_one_under_
     summary = summarise(lines, Suite("two", {"captions": prompts}, [], []), [POCKET_CLIP, other])
     assert "r_precision_colour" not in summary["systems"]["dreamfields"]["all"]
     assert summary["systems"]["coarse"]["all"]["r_precision_colour"]["mean"] == 100
-    assert summary["by_clip"]["second"]["dreamfields"]["r_precision_colour"]["mean"] == 75  # one of the mug's two failed
+    assert (
+        summary["by_clip"]["second"]["dreamfields"]["r_precision_colour"]["mean"] == 75
+    )  # one of the mug's two failed
     assert summary["by_clip"]["clip"]["dreamfields"]["r_precision_colour"] is None
     assert "dreamfields" in as_text(summary)

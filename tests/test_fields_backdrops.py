@@ -112,7 +112,7 @@ def test_pictures_depend_on_the_generator_alone():
     settings = BackdropSettings(colour=1.0, grey=1.0)
     first, again = (random_backdrops(settings, 12, 24, generator(5)) for _ in range(2))
     assert torch.equal(first, again) and first.shape == (12, 24, 24, 3)
-    assert 0 <= float(first.min()) and float(first.max()) <= 1
+    assert float(first.min()) >= 0 and float(first.max()) <= 1
     assert not torch.equal(first, random_backdrops(settings, 12, 24, generator(6)))
 
 

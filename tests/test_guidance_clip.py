@@ -67,8 +67,14 @@ def test_scores_equal_the_whole_transformers_model(which, request):
 
 def test_every_word_of_a_caption_changes_its_embedding(pocket):
     scorer = ClipScorer(pocket)
-    base, *others = scorer.embed_texts(["a yellow mug on a red table", "an yellow mug on a red table",
-                                        "a red mug on a red table", "a yellow mug on a red cube"])
+    base, *others = scorer.embed_texts(
+        [
+            "a yellow mug on a red table",
+            "an yellow mug on a red table",
+            "a red mug on a red table",
+            "a yellow mug on a red cube",
+        ]
+    )
     assert min(float((base - other).norm()) for other in others) > 1e-3
 
 

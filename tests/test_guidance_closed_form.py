@@ -1,4 +1,4 @@
-"""Rules where the answer is known: the exact reference prior, data of two pictures, the bias of guidance and its cures."""
+"""Rules where the answer is known: the exact reference prior, data of two pictures, guidance's bias and its cures."""
 
 import math
 

@@ -300,7 +300,11 @@ def test_pickled_weights_are_refused(broken):
 
 
 def test_missing_variant_names_what_is_there(broken):
-    refuse(broken(), "diffusion_pytorch_model.fp16.safetensors is missing; there is diffusion_pytorch_model.safetensors", variant="fp16")
+    refuse(
+        broken(),
+        "diffusion_pytorch_model.fp16.safetensors is missing; there is diffusion_pytorch_model.safetensors",
+        variant="fp16",
+    )
 
 
 def edit(path, **changes):

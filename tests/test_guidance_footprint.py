@@ -78,7 +78,13 @@ def test_careful_settings_take_less(folders):
 
 
 def test_blocks_in_main_memory_leave_the_largest_and_the_rest():
-    numbers = {"conv_in.weight": 1, "down_blocks.0.a": 20, "down_blocks.0.b": 3, "down_blocks.1.a": 15, "mid_block.a": 8}
+    numbers = {
+        "conv_in.weight": 1,
+        "down_blocks.0.a": 20,
+        "down_blocks.0.b": 3,
+        "down_blocks.1.a": 15,
+        "mid_block.a": 8,
+    }
     assert resident({name: Header("F16", (n,)) for name, n in numbers.items()}) == 1 + 23
     assert resident({"single_transformer_blocks.7.a": Header("F32", (5,)), "x": Header("F32", (2, 2))}) == 4 + 5
 

@@ -142,7 +142,7 @@ def test_creases_stay_sharp_and_seams_do_not_show():
     np.testing.assert_allclose(normals, np.repeat(box.face_normals()[:, None], 3, 1), atol=1e-6)
     steps = np.linspace(0, 2 * np.pi, 33)[:-1]
     ring = np.stack([np.cos(steps), np.zeros(32), np.sin(steps)], -1)
-    vertices = np.concatenate([ring, ring + [0, 1, 0]]).astype(np.float32)
+    vertices = np.concatenate([ring, ring + np.array([0, 1, 0])]).astype(np.float32)
     k, n = np.arange(32), (np.arange(32) + 1) % 32
     faces = np.concatenate([np.stack([k, k + 32, n], -1), np.stack([n, k + 32, n + 32], -1)]).astype(np.int32)
     split = crease_normals(vertices[faces].reshape(-1, 3), np.arange(3 * len(faces), dtype=np.int32).reshape(-1, 3))

@@ -1,6 +1,7 @@
 """Timestep ranges, schedules and weightings."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -44,7 +45,7 @@ def test_deterministic_schedules_fall_from_the_top_to_the_bottom_with_one_t_for_
     assert all((v == v[0]).all() for v in values)
     series = [v[0].item() for v in values]
     assert series[0] == pytest.approx(0.9, abs=2e-3) and series[-1] == pytest.approx(0.1, abs=2e-3)
-    assert all(a >= b for a, b in zip(series, series[1:], strict=False))
+    assert all(a >= b for a, b in pairwise(series))
 
 
 def test_sqrt_schedule_falls_faster_at_first_than_linear():

@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from tests.gaussian_prior import EMPTY, NEGATIVE, PROMPT, images, make
 from stages.cameras import orbit_views
 from stages.errors import UserError
 from stages.guidance.guidance import GuidanceSettings
 from stages.guidance.prior import add_noise, eps_from_x0, x0_from_eps
 from stages.guidance.residuals import RULES
 from stages.guidance.rules import dynamic_threshold
+from tests.gaussian_prior import EMPTY, NEGATIVE, PROMPT, images, make
 
 AT = dict(t_range=(0.9, 0.9))  # high noise: guidance throws x0_hat far out here
 

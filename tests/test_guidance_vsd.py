@@ -1,4 +1,4 @@
-"""Variational score distillation: its rule in closed form, the score it learns, and that score's way through a resume."""
+"""Variational score distillation: its rule in closed form, the score it learns, and its way through a resume."""
 
 import pytest
 import tiny_families
@@ -136,7 +136,7 @@ def test_first_gradient_is_zero_in_the_inner_matrices_and_not_in_the_outer_ones(
 def test_a_batch_that_the_prior_splits_gives_each_sample_its_own_camera(folders, model):
     whole, parts = (scores(folders["stable_diffusion"], model, max_batch=n, lr=3e-3, updates=2) for n in (0, 3))
     x, z, t, embedding, camera = renders(whole[0], batch=4)
-    for prior, score in (whole, parts):
+    for _, score in (whole, parts):
         score.train(x, embedding, camera, torch.Generator().manual_seed(0))
     got, wanted = (score.predict(z, t, embedding, camera) for _, score in (parts, whole))
     torch.testing.assert_close(got, wanted, atol=1e-3, rtol=1e-3)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 import pytest
 import torch
@@ -217,7 +217,7 @@ def near_silhouettes(ids: Tensor) -> Tensor:
     return high != low
 
 
-@lru_cache(maxsize=None)
+@cache
 def twins(name: str, seed: int):
     case = OPS[name](seed)
     return case, outputs(case, "torch", "cpu", None)

@@ -110,7 +110,6 @@ def test_limit_of_a_regular_patch_reproduces_planes_and_shifts_squares_by_a_quar
 
 
 def test_border_is_the_cubic_b_spline_of_its_vertices_and_corners_stay():
-    points = np.array([[0, 0, 0], [1, 0, 0], [2, 0.5, 0], [0.5, 1, 0], [1.5, 1, 0]], np.float64)
     faces = np.array([[0, 1, 3], [1, 4, 3], [1, 2, 4]])
     matrix = limit_matrix(faces, 5).toarray()
     assert np.allclose(matrix[1], [1 / 6, 2 / 3, 1 / 6, 0, 0])  # 0 - 1 - 2 is its border; 3 and 4 do not count

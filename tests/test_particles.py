@@ -31,13 +31,17 @@ class Pull:
 
 
 def stage(**settings):
-    return make_coarse(CoarseSettings(**{"steps": 8, "particles": 2} | SMALL | settings), Pull(), torch.device("cpu"), 3)
+    return make_coarse(
+        CoarseSettings(**{"steps": 8, "particles": 2} | SMALL | settings), Pull(), torch.device("cpu"), 3
+    )
 
 
 def test_one_particle_is_the_coarse_stage_itself():
     assert type(stage(particles=1)) is CoarseStage
     assert type(stage()) is ParticleStage
-    made = make_stage("coarse", CoarseSettings(**{"steps": 8, "particles": 2} | SMALL), Pull(), torch.device("cpu"), 3, None)
+    made = make_stage(
+        "coarse", CoarseSettings(**{"steps": 8, "particles": 2} | SMALL), Pull(), torch.device("cpu"), 3, None
+    )
     assert type(made) is ParticleStage
 
 

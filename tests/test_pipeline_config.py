@@ -58,7 +58,9 @@ def test_prompt_is_trimmed_and_never_empty():
 
 
 def test_from_inherits_the_settings_of_that_run_under_the_new_ones(tmp_path):
-    (tmp_path / "config.yaml").write_text(dump(load_config(None, ["coarse.lr=0.02"], {"prompt": "a blue car", "seed": 4})))
+    (tmp_path / "config.yaml").write_text(
+        dump(load_config(None, ["coarse.lr=0.02"], {"prompt": "a blue car", "seed": 4}))
+    )
     config = load_config(None, ["fine.steps=7"], {"from_run": str(tmp_path), "stages": "fine", "seed": 5})
     assert (config.prompt, config.seed, config.coarse.lr, config.fine.steps) == ("a blue car", 5, 0.02, 7)
     assert config.stages == ["fine"] and config.from_run == str(tmp_path)

@@ -35,7 +35,9 @@ def test_safetensors_that_cannot_be_read_become_user_errors(tmp_path):
     assert "damaged" in explain(caught.value).fix
 
 
-@pytest.mark.parametrize("error", [ValueError("x"), KeyError("x"), OSError(5, "socket"), RuntimeError("shape mismatch")])
+@pytest.mark.parametrize(
+    "error", [ValueError("x"), KeyError("x"), OSError(5, "socket"), RuntimeError("shape mismatch")]
+)
 def test_bugs_keep_their_traceback(error):
     assert explain(error) is None
 

@@ -69,7 +69,9 @@ def test_a_lora_that_does_not_fit_is_refused_before_any_work(folder, lora, tmp_p
 
 
 def test_a_prompt_too_long_for_the_fine_prior_is_refused_before_the_coarse_stage(folder):
-    long = "a very very very red mug of clay and tin"  # a byte is a token of this tokenizer, of which the encoder reads 40
+    long = (
+        "a very very very red mug of clay and tin"  # a byte is a token of this tokenizer, of which the encoder reads 40
+    )
     flags = dict(stages="coarse,fine", prompt=long, force=True)
     error = refused("too long.*encoder reads 40.*cut off", f"prior.fine={folder}", **flags)
     assert "overhead view" in error.why

@@ -169,7 +169,11 @@ def test_recipe_lies_over_the_one_it_extends(tmp_path):
     (tmp_path / "middle.yaml").write_text("extends: low\nsteps: 6\n")
     (tmp_path / "high.yaml").write_text("# over middle\nextends: middle\noptimiser:\n  lr: 7\n")
     layers = from_recipe(tmp_path / "high.yaml", lambda name: tmp_path / f"{name}.yaml")
-    assert [layer.values for layer in layers] == [{"steps": 5, "optimiser": {"lr": 0.5}}, {"steps": 6}, {"optimiser": {"lr": 7}}]
+    assert [layer.values for layer in layers] == [
+        {"steps": 5, "optimiser": {"lr": 0.5}},
+        {"steps": 6},
+        {"optimiser": {"lr": 7}},
+    ]
     assert merge(layers).values == {"steps": 6, "optimiser": {"lr": 7}}
 
 

@@ -43,7 +43,9 @@ def test_the_forecast_counts_what_goes_through_the_prior_at_once(folder, monkeyp
         return count(*args, **kwargs)
 
     monkeypatch.setattr(footprint, "footprint", listen)
-    chosen = config(f"prior.coarse={folder}", "coarse.views_per_step=5", "coarse.accumulate=2", "guidance.coarse.rule=csd")
+    chosen = config(
+        f"prior.coarse={folder}", "coarse.views_per_step=5", "coarse.accumulate=2", "guidance.coarse.rule=csd"
+    )
     line = memory.forecast(chosen, "coarse", torch.device("cpu"))
     assert line.startswith("memory: float32: unet 0.00 + vae 0.00 GB stay") and "GB free" in line
     assert seen == {"images": 3, "predictions": 9}

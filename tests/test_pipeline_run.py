@@ -123,7 +123,9 @@ def test_killed_and_resumed_equals_uninterrupted(toy, in_process, uninterrupted,
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_interrupt_saves_the_step_it_stops_at_and_says_how_to_go_on(toy, in_process, uninterrupted, tmp_path, number, code):
+def test_interrupt_saves_the_step_it_stops_at_and_says_how_to_go_on(
+    toy, in_process, uninterrupted, tmp_path, number, code
+):
     process = toy("run", "--out", "run", "--seed", 3, *SMALL, "checkpoint_every=1000", cwd=tmp_path, TOY_STEP_S="0.2")
     folder = tmp_path / "run"
     process.wait_until((folder / "coarse" / "previews" / "000005.png").exists)

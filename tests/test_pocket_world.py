@@ -1,7 +1,7 @@
 """The pocket world: captions and specs are one to one, every mesh is sound, and the split is fair and in sync."""
 
 from collections import Counter
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 import pytest
@@ -35,7 +35,7 @@ def volume(vertices: np.ndarray, faces: np.ndarray) -> float:
     return Mesh(vertices, faces).signed_volume()
 
 
-@lru_cache(maxsize=None)
+@cache
 def example_specs() -> tuple[Spec, ...]:
     """One plain spec per kind, every pattern on every patterned kind, every pair composition; colours in turn."""
     seen, out = set(), []
@@ -107,7 +107,7 @@ def test_every_look_builds_a_sound_normalised_mesh():
         name = caption(spec)
         assert mesh.vertices.dtype == np.float32 and mesh.faces.dtype == np.int32, name
         assert mesh.colours.dtype == np.float32 and mesh.colours.shape == mesh.vertices.shape, name
-        assert np.isfinite(mesh.vertices).all() and 0 <= mesh.colours.min() and mesh.colours.max() <= 1, name
+        assert np.isfinite(mesh.vertices).all() and mesh.colours.min() >= 0 and mesh.colours.max() <= 1, name
         assert np.linalg.norm(mesh.vertices, axis=1).max() == pytest.approx(0.85, abs=1e-5), name
         assert np.abs(mesh.vertices.min(0) + mesh.vertices.max(0)).max() < 1e-5, name
         assert np.ptp(mesh.vertices, axis=0).min() > 0.2, name  # nothing is flat or thin as a hair
@@ -302,8 +302,9 @@ def test_pairs_stand_where_their_words_say():
         return boxes
 
     for support in world.SUPPORTS:
-        (low, high), (low2, high2) = centres(f"a red ball on a blue {support}" if support != "cube" else
-                                             "a red ball on a blue cube")
+        (low, high), (low2, high2) = centres(
+            f"a red ball on a blue {support}" if support != "cube" else "a red ball on a blue cube"
+        )
         assert low[1] > 0.5 * (low2[1] + high2[1]) - 0.25 and high[1] > low2[1] + 0.3
         assert (low[[0, 2]] > low2[[0, 2]] - 0.15).all() and (high[[0, 2]] < high2[[0, 2]] + 0.15).all()
     (low, high), (low2, high2) = centres("a green cube next to a yellow cone")

@@ -1,4 +1,4 @@
-"""Random diffusers folders of SDXL, Stable Diffusion 3 and Flux: tens of thousands of parameters, loaded as real ones."""
+"""Random diffusers folders of SDXL, Stable Diffusion 3 and Flux: tens of thousands of parameters, loaded as real."""
 
 from __future__ import annotations
 

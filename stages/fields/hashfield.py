@@ -5,7 +5,7 @@ Source: Magic3D's coarse field (arXiv 2211.10440) in threestudio's open form, wi
     sigma(p)   = density_scale softplus(raw(p))          density per world length, on [-1, 1]^3
     normal(p)  = - grad sigma / |grad sigma|             = - grad raw / |grad raw|, since softplus' > 0
     albedo(p)  = sigmoid(head_albedo(features(p)))       linear RGB
-grad raw is the blob's gradient plus J(p)^T d head / d features (stages/kernels/hashgrid.py), written out, so that a loss
+grad raw is the blob's gradient plus J(p)^T d head / d features (stages/kernels/hashgrid.py), written out: a loss
 on normals reaches table and head by ordinary differentiation, without a second derivative of the network.
 """
 
@@ -33,7 +33,9 @@ class FieldSettings(BaseModel):
     base: int = Field(16, ge=2, le=512, description="cells a side of the coarsest level")
     finest: int = Field(256, ge=2, le=8192, description="cells a side of the finest level; 256 is below a 64x64 pixel")
     hidden: int = Field(32, ge=4, le=256, description="hidden units of each head")
-    density_scale: float = Field(2.0, gt=0, description="factor on the density; published recipes have a box twice ours")
+    density_scale: float = Field(
+        2.0, gt=0, description="factor on the density; published recipes have a box twice ours"
+    )
     blob_scale: float = Field(10.0, ge=0, description="raw density added at the centre (Magic3D: 10)")
     blob_radius: float = Field(0.5, gt=0, le=2, description="radius at which the blob's bias crosses zero")
     bands_start: int = Field(16, ge=1, le=32, description="levels switched on at the start; all of them: no annealing")

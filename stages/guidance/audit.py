@@ -111,7 +111,8 @@ def _tensors(component: Component, config: Any) -> dict[str, torch.Tensor]:
         with quiet(), torch.device("meta"):
             module = kind(config) if library is transformers else kind.from_config(vars(config))
     except Exception as error:  # whatever a config of other values makes the class stumble over
-        raise UserError(component.part, f"config.json does not make a {component.class_name}: {error}", "get it again")
+        why = f"config.json does not make a {component.class_name}: {error}"
+        raise UserError(component.part, why, "get it again") from None
     tied = set(getattr(module, "_tied_weights_keys", None) or ())
     return {name: tensor for name, tensor in module.state_dict().items() if name not in tied}
 

@@ -124,7 +124,7 @@ def random_crops(images: Tensor, share: tuple[float, float], count: int, generat
         images: [B, S, S, C]. share: range of the crop's side, as a share of S.
     Returns: [B count, n, n, C], the crops of an image beside each other; the images themselves where nothing is cut.
     """
-    batch, height, width, channels = images.shape
+    batch, _, width, channels = images.shape
     check_shape("images", images, (batch, width, width, channels))
     draws = torch.rand(1 + 2 * batch * count, generator=generator)
     low, high = share
@@ -133,7 +133,5 @@ def random_crops(images: Tensor, share: tuple[float, float], count: int, generat
     if side >= width:
         return repeated
     corners = (draws[1:] * (width - side + 1)).long().clamp_max(width - side).view(2, -1)  # [2, B count]
-    cut = [
-        repeated[k, row : row + side, column : column + side] for k, (row, column) in enumerate(corners.T.tolist())
-    ]
+    cut = [repeated[k, row : row + side, column : column + side] for k, (row, column) in enumerate(corners.T.tolist())]
     return torch.stack(cut)

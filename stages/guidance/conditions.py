@@ -1,4 +1,4 @@
-"""What the prior is told for each view: embeddings of every text of a run, and which, or which mixture, a view needs."""
+"""What the prior is told for each view: embeddings of every text of a run, and which of them a view needs."""
 
 from __future__ import annotations
 

@@ -218,9 +218,7 @@ class Lora:
             fix = "take a LoRA trained on this prior's own kind of model (SD 1.5, SDXL, ... are not interchangeable)"
             if any(kind in key for key in keys for kind in _OTHER_KINDS):
                 fix = "DoRA, LoHa, LoKr and their like are not supported: take a plain LoRA"
-            raise UserError(
-                self.what, f"{self.path.name} has {len(keys)} keys {why}: {', '.join(keys[:3])}{more}", fix
-            )
+            raise UserError(self.what, f"{self.path.name} has {len(keys)} keys {why}: {', '.join(keys[:3])}{more}", fix)
 
 
 def _file(path: Path) -> Path:

@@ -92,9 +92,7 @@ def make_plan(
     if vae_folder is not folder:
         directories["vae"] = vae_folder / "vae" if (vae_folder / "vae").is_dir() else vae_folder
     tokenizers = {r.part: load_tokenizer(folder, r.tokenizer) for r in readings_of(family, classes)}
-    plan = Plan(
-        folder, family, classes, configs, directories, tokenizers, geometry, schedule, settings.variant
-    )
+    plan = Plan(folder, family, classes, configs, directories, tokenizers, geometry, schedule, settings.variant)
     if prompts is not None:
         plan.check_prompts(prompts)
     if lora is not None:

@@ -34,7 +34,8 @@ PRESETS = (
         "CreativeML OpenRAIL-M",
     ),
     Preset(
-        "CompVis/stable-diffusion-v1-4", "Stable Diffusion 1.4", "coarse, fine", 512, 1.9, 0.25, "CreativeML OpenRAIL-M",
+        "CompVis/stable-diffusion-v1-4", "Stable Diffusion 1.4", "coarse, fine", 512, 1.9, 0.25,
+        "CreativeML OpenRAIL-M",
     ),
     Preset(
         "runwayml/stable-diffusion-v1-5", "Stable Diffusion 1.5", "coarse, fine", 512, 1.9, 0.25,

@@ -69,7 +69,7 @@ class Problem:
         return self.bounded(eps_hat, z, t, settings), eps_y
 
     def asked(self, z: Tensor, t: Tensor, *references: str) -> list[Tensor]:
-        """predict(z, t, "prompt", *references), Perp-Neg pushing the first against the second where views ask for it."""
+        """predict(z, t, "prompt", *references), Perp-Neg pushing the first against the second where views ask."""
         names = [f"against {k}" for k in range(len(self.against))]
         eps_y, *rest = self.predict(z, t, "prompt", *references, *names)
         found, pushed = rest[: len(references)], rest[len(references) :]
@@ -124,7 +124,7 @@ def _sjc(p: Problem, s: GuidanceSettings) -> Found:
 
 
 def _csd(p: Problem, s: GuidanceSettings) -> Found:
-    """Its residual is eps_hat - reference with eps_hat = reference + s (eps_y - reference), which a threshold bounds."""
+    """Its residual is eps_hat - reference with eps_hat = reference + s (eps_y - reference), bounded by a threshold."""
     z_t = p.noisy(p.eps)
     eps_y, eps_0, eps_n = p.asked(z_t, p.t, "empty", "negative")
     negative = anneal(0.0, 1.0, s.negative_anneal, p.progress)

@@ -59,9 +59,7 @@ class TextEncoder:
         config: the encoder's transformers config.
     """
 
-    def __init__(
-        self, reading: Reading, tokenizer: Any, load: Callable[[], torch.nn.Module], config: Any
-    ) -> None:
+    def __init__(self, reading: Reading, tokenizer: Any, load: Callable[[], torch.nn.Module], config: Any) -> None:
         self.reading, self.tokenizer, self._load = reading, tokenizer, load
         self._model: torch.nn.Module | None = None
         self.limit = token_limit(reading, tokenizer, config)

@@ -34,7 +34,9 @@ class VsdSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    model: Literal["lora", "copy"] = Field("lora", description="low-rank change of the prior's network, or a copy of it")
+    model: Literal["lora", "copy"] = Field(
+        "lora", description="low-rank change of the prior's network, or a copy of it"
+    )
     rank: int = Field(4, ge=1, le=256, description="lora: rank of the change of each attention matrix")
     lr: float = Field(1e-4, gt=0, description="Adam learning rate of the score")
     updates: int = Field(1, ge=1, le=20, description="steps of the score for one of the object")

@@ -15,7 +15,7 @@ give the same bytes. It refuses empty input, which goes to the torch twin. Lette
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from torch import Tensor
 from stages.kernels import reference_raster as twin
 
 
-@lru_cache(maxsize=None)
+@cache
 def context(device: torch.device):
     """The rasteriser's buffers, one a device for the life of the process."""
     import nvdiffrast.torch as dr

@@ -19,7 +19,7 @@ import importlib.util
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Literal
 
 import torch
@@ -92,7 +92,7 @@ class Probe:
     detail: str
 
 
-@lru_cache(maxsize=None)
+@cache
 def probe(name: str) -> Probe:
     """Import a package of PACKAGES, once per process; whatever it raises is kept as the reason.
 

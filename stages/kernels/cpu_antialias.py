@@ -156,9 +156,7 @@ def _prepare(clip, triangles, opposite, rast, screen, facing, found):
     for b in prange(clip.shape[0]):
         _project(clip[b], rast.shape[1], rast.shape[2], screen[b])
         _facing(screen[b], triangles, facing[b])
-        found[b] = _walk_edges(
-            screen[b], triangles, opposite, facing[b], rast[b], none, none, np.empty(0, np.float64)
-        )
+        found[b] = _walk_edges(screen[b], triangles, opposite, facing[b], rast[b], none, none, np.empty(0, np.float64))
 
 
 @njit(cache=True, nogil=True)
@@ -175,9 +173,11 @@ def _blend(colour, pixels, weights, out):
 def _antialias_forward(triangles, opposite, rast, screen, facing, colour, start, found, pixels, ends, weights, out):
     for b in prange(rast.shape[0]):
         s = slice(start[b], start[b] + found[b])
-        found[b] = _walk_edges(
-            screen[b], triangles, opposite, facing[b], rast[b], pixels[s], ends[s], weights[s]
-        ) if found[b] > 0 else 0
+        found[b] = (
+            _walk_edges(screen[b], triangles, opposite, facing[b], rast[b], pixels[s], ends[s], weights[s])
+            if found[b] > 0
+            else 0
+        )
         s = slice(start[b], start[b] + found[b])
         _blend(colour[b], pixels[s], weights[s], out[b])
 

@@ -30,9 +30,7 @@ def _table(device: torch.device) -> Tensor:
 
 
 @wp.kernel
-def _flag_edges(
-    sdf: wp.array(dtype=wp.float32), edges: wp.array(dtype=wp.vec2i), flags: wp.array(dtype=wp.int32)
-):
+def _flag_edges(sdf: wp.array(dtype=wp.float32), edges: wp.array(dtype=wp.vec2i), flags: wp.array(dtype=wp.int32)):
     e = wp.tid()
     ends = edges[e]
     crosses = int(0)

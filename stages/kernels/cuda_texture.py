@@ -37,9 +37,7 @@ def _texel(coordinate: wp.float64, size: int):
 
 
 @wp.kernel
-def _look_up(
-    image: wp.array3d(dtype=wp.float32), uv: wp.array(dtype=wp.vec2f), out: wp.array2d(dtype=wp.float32)
-):
+def _look_up(image: wp.array3d(dtype=wp.float32), uv: wp.array(dtype=wp.vec2f), out: wp.array2d(dtype=wp.float32)):
     n, k = wp.tid()
     height, width = image.shape[0], image.shape[1]
     x, sx, _free_x = _texel(f64(uv[n][0]), width)

@@ -2,7 +2,7 @@
 
 1. `find_level` samples the density on a regular grid and searches the level set that shows what the volume renderer
    shows: seen along an axis it should cover the rays that lose half of their light, and stand where they lose it. Only
-   levels whose largest part is an object qualify. (At a fixed level, or at the mean density, such pipelines break most.)
+   levels whose largest part is an object qualify. (At a fixed level, or at the mean density, pipelines break most.)
 2. `dmtet_from_density` evaluates the field at lattice vertices near that surface, drops floaters, fills cavities,
    finds the crossing of each lattice edge by bisection of the field itself (densities are far from linear), and
    stores the distance to the resulting triangles, so that no value is clamped and no crossing sits at an edge's middle.

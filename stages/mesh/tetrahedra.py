@@ -151,7 +151,7 @@ def _moves() -> np.ndarray:
 
     def move(step: np.ndarray) -> tuple[int, int]:
         for sign in (1, -1):
-            found = np.flatnonzero((DIRECTIONS == sign * step).all(1))
+            found = np.flatnonzero((sign * step == DIRECTIONS).all(1))
             if len(found):
                 return int(found[0]), sign
         raise AssertionError(f"{step} is not an edge of the lattice")

@@ -32,12 +32,14 @@ def snowman(v: Vary, c: Palette) -> list[Part]:
         ellipsoid((r1, r1 * 0.92, r1), (0, r1 * 0.9, 0), c.main, sides=28),
         ellipsoid(r2, (0, y2, 0), c.main, sides=26),
         ellipsoid(r3, (0, y3, 0), c.main, sides=24),
-        frustum(0.085, 0.0, 0.4, (0, 0, 0), c.trim("orange", "flame", "white"), sides=14).turn("x", 90)
+        frustum(0.085, 0.0, 0.4, (0, 0, 0), c.trim("orange", "flame", "white"), sides=14)
+        .turn("x", 90)
         .move(0, y3 - 0.02, r3 - 0.04),
         ring(r3 * 0.78, 0.1, scarf, sides=24, flat=0.8).move(0, y3 - r3 * 0.78, 0),
         box((0.16, 0.42, 0.1), (0.14, y3 - r3 * 0.78 - 0.2, r2 * 0.86), scarf, bevel=0.03),
-        lathe([(0, 0), (r3 * 1.15, 0), (r3 * 1.15, 0.07), (r3 * 0.76, 0.08), (r3 * 0.74, 0.42), (0, 0.42)], hat)
-        .move(0, y3 + r3 * 0.68, 0),
+        lathe([(0, 0), (r3 * 1.15, 0), (r3 * 1.15, 0.07), (r3 * 0.76, 0.08), (r3 * 0.74, 0.42), (0, 0.42)], hat).move(
+            0, y3 + r3 * 0.68, 0
+        ),
     ]
     parts += _eyes(c, r3 * 0.38, y3 + r3 * 0.28, r3 * 0.86, 0.062, iris=ink)
     for y in (y2 + 0.02, y2 - 0.2):

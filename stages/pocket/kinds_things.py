@@ -213,8 +213,11 @@ def castle(v: Vary, c: Palette) -> list[Part]:
         for i in range(1, 5):
             merlon = box((step * 0.5, 0.14, 0.12), (-half + step * i, wall + 0.06, half - 0.06), c.main)
             parts.append(merlon.turn("y", turn))
-        parts.append(box((0.1, 0.24, 0.06), (0, wall * 0.58, half + 0.0), ink).turn("y", turn) if turn else
-                     box((0.46, 0.34, 0.08), (0, 0.17, half), ink))
+        parts.append(
+            box((0.1, 0.24, 0.06), (0, wall * 0.58, half + 0.0), ink).turn("y", turn)
+            if turn
+            else box((0.46, 0.34, 0.08), (0, 0.17, half), ink)
+        )
     arch = frustum(0.23, 0.23, 0.08, (0, 0, 0), ink, sides=20).turn("x", 90).move(0, 0.34, half - 0.04)
     parts.append(arch)
     shield = [(-0.13, 0.1), (-0.11, -0.06), (0, -0.16), (0.11, -0.06), (0.13, 0.1)]

@@ -14,7 +14,11 @@ def _wheels(c: Palette, x: float, zs: tuple[float, ...], radius: float, width: f
     for z in zs:
         for side in (-1, 1):
             half = [(0, 0), (radius * 0.9, 0), (radius, 0.04)]
-            wheel = lathe([*half, *((r, width - y) for r, y in reversed(half))], tyre, sides=20).move(0, -width / 2, 0).turn("z", 90)
+            wheel = (
+                lathe([*half, *((r, width - y) for r, y in reversed(half))], tyre, sides=20)
+                .move(0, -width / 2, 0)
+                .turn("z", 90)
+            )
             parts.append(wheel.move(side * x, radius, z))
             cap = ellipsoid((0.05, radius * 0.5, radius * 0.5), (side * (x + width / 2), radius, z), hub, sides=12)
             parts.append(cap)
@@ -111,12 +115,21 @@ def rocket(v: Vary, c: Palette) -> list[Part]:
     top = body[-1][0]
     parts = [
         lathe([*body, (0, h)], c.main, sides=32),
-        lathe([(0, 0), (top * 1.03, 0), *((top * np.cos(a), nose * np.sin(a)) for a in (0.35, 0.7, 1.05, 1.3)),
-               (0, nose)], c.main, sides=32).move(0, h - 0.02, 0),
+        lathe(
+            [
+                (0, 0),
+                (top * 1.03, 0),
+                *((top * np.cos(a), nose * np.sin(a)) for a in (0.35, 0.7, 1.05, 1.3)),
+                (0, nose),
+            ],
+            c.main,
+            sides=32,
+        ).move(0, h - 0.02, 0),
         frustum(top * 1.07, top * 1.04, 0.12, (0, h - 0.07, 0), trim, sides=32),
         lathe([(0, 0), (0.3, 0), (0.2, 0.2), (0, 0.2)], steel, sides=24).move(0, -0.16, 0),
-        lathe([(0, -0.34), (0.1, -0.22), (0.17, -0.08), (0.14, 0.04), (0, 0.06)], c.trim("flame", "orange"), sides=16)
-        .move(0, -0.14, 0),
+        lathe(
+            [(0, -0.34), (0.1, -0.22), (0.17, -0.08), (0.14, 0.04), (0, 0.06)], c.trim("flame", "orange"), sides=16
+        ).move(0, -0.14, 0),
     ]
     span = v(0.42)
     fin = prism([(0, 0.0), (span, -0.28), (span, 0.1), (0, 0.52)], 0.12, trim).move(r * 0.74, 0, 0)

@@ -157,7 +157,7 @@ def make_vae():
 
 
 def make_clip(vocabulary: int):
-    """A CLIPModel for scores, for `make_tokenizer(CLIP_EOS)`: a ViT on 8 x 8 patches of 64x64 and a small text tower."""
+    """A CLIPModel for scores, for `make_tokenizer(CLIP_EOS)`: a ViT on 8 x 8 patches of 64x64 and a text tower."""
     from transformers import CLIPConfig, CLIPModel
 
     text = {

@@ -41,12 +41,19 @@ def refine(vertices: np.ndarray, faces: np.ndarray, longest: float) -> tuple[np.
             out += [np.stack([f[:, k], m[:, k], f[:, j]], 1), np.stack([m[:, k], f[:, i], f[:, j]], 1)]
             two = (number == 2) & ~long[:, j]  # edges k and i are split: the corner i between them comes off
             f, m = faces[two], middle[two]
-            out += [np.stack([m[:, k], f[:, i], m[:, i]], 1), np.stack([f[:, k], m[:, k], m[:, i]], 1),
-                    np.stack([f[:, k], m[:, i], f[:, j]], 1)]
+            out += [
+                np.stack([m[:, k], f[:, i], m[:, i]], 1),
+                np.stack([f[:, k], m[:, k], m[:, i]], 1),
+                np.stack([f[:, k], m[:, i], f[:, j]], 1),
+            ]
         three = number == 3
         f, m = faces[three], middle[three]
-        out += [np.stack([f[:, 0], m[:, 0], m[:, 2]], 1), np.stack([f[:, 1], m[:, 1], m[:, 0]], 1),
-                np.stack([f[:, 2], m[:, 2], m[:, 1]], 1), m]
+        out += [
+            np.stack([f[:, 0], m[:, 0], m[:, 2]], 1),
+            np.stack([f[:, 1], m[:, 1], m[:, 0]], 1),
+            np.stack([f[:, 2], m[:, 2], m[:, 1]], 1),
+            m,
+        ]
         faces = np.concatenate(out)
 
 
@@ -70,8 +77,12 @@ def cut(vertices: np.ndarray, faces: np.ndarray, values: np.ndarray) -> tuple[np
     a, b = np.divmod(unique, count)
     t = (values[a] / (values[a] - values[b]))[:, None]
     m = count + inverse.reshape(keys.shape)
-    pieces = [faces[~crossing], np.stack([f[:, 0], m[:, 0], m[:, 1]], 1),
-              np.stack([m[:, 0], f[:, 1], f[:, 2]], 1), np.stack([m[:, 0], f[:, 2], m[:, 1]], 1)]
+    pieces = [
+        faces[~crossing],
+        np.stack([f[:, 0], m[:, 0], m[:, 1]], 1),
+        np.stack([m[:, 0], f[:, 1], f[:, 2]], 1),
+        np.stack([m[:, 0], f[:, 2], m[:, 1]], 1),
+    ]
     vertices = np.concatenate([vertices, vertices[a] + t * (vertices[b] - vertices[a])])
     return vertices, np.concatenate(pieces), np.concatenate([values, np.zeros(len(unique))])
 
@@ -102,7 +113,8 @@ def apply_pattern(
     """Cut `pattern` into a closed surface given in normalised coordinates.
 
     Args:
-        axis: the object's long axis: stripes follow each other along it from its low end to its high one, checks go around it.
+        axis: the object's long axis: stripes follow each other along it from its low end to its high
+            one, checks go around it.
         square: checks in the planes of the faces (boxes) instead of around the axis.
     Returns: vertices, faces, and which faces [F] bool carry the second colour; faces of different colour share no
         vertex.

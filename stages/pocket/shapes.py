@@ -8,7 +8,8 @@ Axes: y up, the object's front towards +z. Lengths are in each object's own unit
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
+from itertools import pairwise
 
 import numpy as np
 
@@ -25,7 +26,7 @@ class Part:
     colour: Colour
 
     def move(self, x: float = 0.0, y: float = 0.0, z: float = 0.0) -> Part:
-        return Part(self.vertices + (x, y, z), self.faces, self.colour)
+        return Part(self.vertices + np.array((x, y, z)), self.faces, self.colour)
 
     def scale(self, x: float, y: float | None = None, z: float | None = None) -> Part:
         """Scale about the origin by positive factors; one number scales all axes."""
@@ -41,7 +42,7 @@ class Part:
         return Part(out, self.faces, self.colour)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _strip_faces(rows: int, sides: int, skip: tuple[int, ...], poles: tuple[int, ...], closed: bool) -> np.ndarray:
     """Faces between consecutive rings of `sides` vertices; none after a row in `skip`; rows in `poles` are points."""
     faces = []
@@ -59,7 +60,7 @@ def _strip_faces(rows: int, sides: int, skip: tuple[int, ...], poles: tuple[int,
     return np.concatenate(faces)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _circle(sides: int) -> np.ndarray:
     """Unit circle [sides, 2] as (sin, cos): from +z towards +x."""
     angle = np.arange(sides) * (2 * np.pi / sides)
@@ -93,7 +94,7 @@ def lathe(profile, colour: Colour, sides: int = 28, closed: bool = False) -> Par
     return Part(vertices.reshape(-1, 3), _strip_faces(len(rings), sides, skip, poles, closed), colour)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _unit_sphere(sides: int, rows: int) -> tuple[np.ndarray, np.ndarray]:
     angle = np.linspace(-np.pi / 2, np.pi / 2, rows + 1)
     profile = np.stack([np.cos(angle), np.sin(angle)], 1)
@@ -123,7 +124,7 @@ def ring(radius: float, thickness: float, colour: Colour, sides: int = 32, flat:
     return lathe(profile, colour, sides, closed=True)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _box_topology() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Corner signs [24, 3] and axis [24] of each face's four corners; face triangles; bevel triangles."""
     signs, axes, sides = [], [], []
@@ -195,14 +196,19 @@ def prism(polygon, depth: float, colour: Colour, bevel: float = 0.0) -> Part:
     n, centre = len(polygon), polygon.mean(0)
     inner = centre + (polygon - centre) * (1 - bevel / np.linalg.norm(polygon - centre, axis=1, keepdims=True))
     h = depth / 2
-    rings = [(inner, -h), (polygon, bevel - h), (polygon, h - bevel), (inner, h)] if bevel > 0 else [
-        (polygon, -h), (polygon, h)]
+    rings = (
+        [(inner, -h), (polygon, bevel - h), (polygon, h - bevel), (inner, h)]
+        if bevel > 0
+        else [(polygon, -h), (polygon, h)]
+    )
     vertices, faces = [], []
     count = 0
     j, k = np.arange(n), (np.arange(n) + 1) % n
-    for (p, z), (q, w) in zip(rings[:-1], rings[1:], strict=True):  # every side quad keeps its own four corners
-        quads = np.stack([np.c_[p, np.full(n, z)], np.c_[p[k], np.full(n, z)],
-                          np.c_[q[k], np.full(n, w)], np.c_[q, np.full(n, w)]], 1)
+    for (p, z), (q, w) in pairwise(rings):  # every side quad keeps its own four corners
+        quads = np.stack(
+            [np.c_[p, np.full(n, z)], np.c_[p[k], np.full(n, z)], np.c_[q[k], np.full(n, w)], np.c_[q, np.full(n, w)]],
+            1,
+        )
         vertices.append(quads.reshape(-1, 3))
         base = count + 4 * j
         faces += [np.stack([base, base + 1, base + 2], 1), np.stack([base, base + 2, base + 3], 1)]
@@ -242,8 +248,17 @@ def arc(radius, start_deg: float, stop_deg: float, centre=(0.0, 0.0, 0.0), point
     return np.stack([rx * np.cos(angle), ry * np.sin(angle), np.zeros(points)], 1) + np.asarray(centre)
 
 
-def panel(radius: float, thickness: float, y0: float, y1: float, width_deg: float, colour: Colour,
-          at_deg: float = 0.0, top_radius: float | None = None, steps: int = 8) -> Part:
+def panel(
+    radius: float,
+    thickness: float,
+    y0: float,
+    y1: float,
+    width_deg: float,
+    colour: Colour,
+    at_deg: float = 0.0,
+    top_radius: float | None = None,
+    steps: int = 8,
+) -> Part:
     """Curved plate on a cylinder or cone about y, facing `at_deg` (0 is +z, 90 is +x)."""
     angle = np.radians(at_deg + np.linspace(-width_deg / 2, width_deg / 2, steps + 1))
     out = np.stack([np.sin(angle), np.zeros_like(angle), np.cos(angle)], 1)

@@ -48,15 +48,17 @@ def to_tensor(images: np.ndarray) -> Tensor:
 
 
 def diffusion_loss(
-    unet, alphas_cumprod: Tensor, x0: Tensor, text: Tensor, generator: torch.Generator, told: dict | None = None
-) -> Tensor:
+    unet, alphas_cumprod: Tensor, x0: Tensor, text: Tensor, generator: torch.Generator, *,
+    told: dict | None = None, high_noise: float = HIGH_NOISE,
+) -> Tensor:  # fmt: skip
     """v-prediction loss with clamped-SNR weighting on x0 [B, C, h, w]; bf16 inside the network.
 
     told: the camera's residuals (stages/guidance/camera.py), as the network takes them.
+    high_noise: every second image is noised beyond this share of the steps; 0 spreads all evenly.
     """
     batch = x0.shape[0]
     u = (torch.rand(1, generator=generator) + torch.arange(batch) / batch) % 1
-    u = torch.where(torch.arange(batch) % 2 == 0, u, HIGH_NOISE + (1 - HIGH_NOISE) * u)
+    u = torch.where(torch.arange(batch) % 2 == 0, u, high_noise + (1 - high_noise) * u)
     t = (u * len(alphas_cumprod)).long()
     noise = torch.randn(x0.shape, generator=generator)
     a = alphas_cumprod[t].view(-1, 1, 1, 1)
@@ -162,7 +164,7 @@ def train_pixel(args: argparse.Namespace) -> None:
         text = encode_text(tokenizer, text_encoder, captions)
         told = seen_by(camera, records, np.sort(chosen), text, step)
         generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
-        return diffusion_loss(denoise, scheduler.alphas_cumprod, x0, text, generator, told)
+        return diffusion_loss(denoise, scheduler.alphas_cumprod, x0, text, generator, told=told)
 
     def grid() -> None:
         with torch.no_grad():
@@ -284,7 +286,8 @@ def train_latent(args: argparse.Namespace) -> None:
         generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
         x0 = F.pixel_unshuffle(x0, models.LATENT_PATCH)
         told = seen_by(camera, records, chosen, text, step)
-        return diffusion_loss(denoise, scheduler.alphas_cumprod, x0, text, generator, told)
+        # evenly noised: the fine stage asks below t = 0.5
+        return diffusion_loss(denoise, scheduler.alphas_cumprod, x0, text, generator, told=told, high_noise=0)
 
     def grid() -> None:
         with torch.no_grad():

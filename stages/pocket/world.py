@@ -16,7 +16,7 @@ import argparse
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -91,8 +91,9 @@ class Spec:
         if self.colour not in COLOURS:
             raise ValueError(f"colour: wanted one of {', '.join(COLOURS)}, got {self.colour!r}")
         if self.pattern != "plain" and (self.pattern not in PATTERNS or self.kind not in PATTERNED):
-            raise ValueError(f"pattern: wanted plain, or one of {PATTERNS} on {PATTERNED}, "
-                             f"got {self.pattern!r} on {self.kind!r}")
+            raise ValueError(
+                f"pattern: wanted plain, or one of {PATTERNS} on {PATTERNED}, got {self.pattern!r} on {self.kind!r}"
+            )
         if (self.relation is None) != (self.other is None):
             raise ValueError("relation and other: wanted both or neither")
         if self.other is not None:
@@ -106,7 +107,7 @@ class Spec:
         return (self,) if self.other is None else (Spec(self.kind, self.colour), self.other)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _compositions() -> dict[tuple[str, str, str], None]:
     """Every pair of kinds with its relation; a dict for its order and its quick look-up."""
     on = [(x, "on", y) for x in RIDERS for y in SUPPORTS if x != y]
@@ -166,13 +167,17 @@ def true_front(kind: str) -> bool:
 # --- the population and its split -------------------------------------------------------------------------------
 
 
-@lru_cache(maxsize=None)
+@cache
 def all_specs() -> tuple[Spec, ...]:
     """Every spec of the world: plain, patterned, then pairs of objects."""
     plain = [Spec(k, c) for k in KINDS for c in COLOURS]
     patterned = [Spec(k, c, p) for k in PATTERNED for p in PATTERNS for c in COLOURS]
-    pairs = [Spec(x, c, "plain", relation, Spec(y, d))
-             for x, relation, y in _compositions() for c in COLOURS for d in COLOURS]
+    pairs = [
+        Spec(x, c, "plain", relation, Spec(y, d))
+        for x, relation, y in _compositions()
+        for c in COLOURS
+        for d in COLOURS
+    ]
     return tuple(plain + patterned + pairs)
 
 
@@ -196,8 +201,11 @@ def choose_heldout() -> list[str]:
     looks = [(k, p) for k in PATTERNED for p in PATTERNS]
     for i in [*range(len(looks)), *rng.permutation(len(looks))[:6].tolist()]:
         kind, pattern = looks[i]
-        j = next(j for j, c in enumerate(deal)
-                 if caption(Spec(kind, c)) not in singles and caption(Spec(kind, c, pattern)) not in lines)
+        j = next(
+            j
+            for j, c in enumerate(deal)
+            if caption(Spec(kind, c)) not in singles and caption(Spec(kind, c, pattern)) not in lines
+        )
         lines.append(caption(Spec(kind, deal.pop(j), pattern)))
     for relation in RELATIONS:
         group = [key for key in _compositions() if key[1] == relation]
@@ -207,13 +215,13 @@ def choose_heldout() -> list[str]:
     return lines
 
 
-@lru_cache(maxsize=None)
+@cache
 def heldout_listing() -> frozenset[str]:
     """The lines of the committed heldout.txt."""
     return frozenset(HELDOUT_FILE.read_text(encoding="utf-8").split("\n")) - {""}
 
 
-@lru_cache(maxsize=None)
+@cache
 def _heldout_kind_colours() -> frozenset[tuple[str, str]]:
     singles = (parse(line) for line in heldout_listing() if line.split()[1] in COLOURS)
     return frozenset((s.kind, s.colour) for s in singles if s.pattern == "plain")
@@ -230,7 +238,7 @@ def held_out(spec: Spec) -> bool:
     return (caption(spec) if spec.other is None else geometry_caption(spec)) in heldout_listing()
 
 
-@lru_cache(maxsize=None)
+@cache
 def _listed(spec: Spec) -> bool:
     """Held out by its own line, so that it makes a fair test caption (its objects are trained on one by one)."""
     if spec.other is None:
@@ -295,9 +303,11 @@ class _Solid:
 
 def _join(solids: list[_Solid]) -> _Solid:
     starts = np.cumsum([0, *(len(s.vertices) for s in solids[:-1])])
-    return _Solid(np.concatenate([s.vertices for s in solids]),
-                  np.concatenate([s.faces + start for s, start in zip(solids, starts, strict=True)]),
-                  np.concatenate([s.colours for s in solids]))
+    return _Solid(
+        np.concatenate([s.vertices for s in solids]),
+        np.concatenate([s.faces + start for s, start in zip(solids, starts, strict=True)]),
+        np.concatenate([s.colours for s in solids]),
+    )
 
 
 def _solid_of(part: Part) -> _Solid:
@@ -315,7 +325,8 @@ def _single(spec: Spec, rng: np.random.Generator | None) -> _Solid:
     body, rest = _pick(fitted, main), _pick(fitted, ~main)
     axis = "z" if spec.kind == "fish" else "y"
     vertices, faces, second = apply_pattern(
-        body.vertices, body.faces, spec.pattern, axis=axis, square=spec.kind == "cube")
+        body.vertices, body.faces, spec.pattern, axis=axis, square=spec.kind == "cube"
+    )
     colours = np.empty_like(vertices)
     colours[faces] = np.where(second[:, None, None], palette.second, palette.main)
     return _join([_Solid(vertices, faces, colours), rest])
@@ -349,7 +360,7 @@ def _on(top: _Solid, below: _Solid, kind: str) -> _Solid:
 
 def _beside(left: _Solid, right: _Solid) -> _Solid:
     """`left` at -x and `right` at +x on one floor, a narrow gap between them."""
-    (low, high), (low2, high2) = left.bounds(), right.bounds()
+    (low, high), (low2, _) = left.bounds(), right.bounds()
     return _join([left.move((-high[0] - 0.05, -low[1], 0)), right.move((-low2[0] + 0.05, -low2[1], 0))])
 
 

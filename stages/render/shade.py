@@ -1,7 +1,7 @@
 """Shading: Lambert with one point light, and the random mix of shadings that a training run sees.
 
-    colour = albedo * (ambient + diffuse * max(0, n . l)),  l the unit vector to the light
-    (DreamFusion, arXiv 2209.14988, sec. 3.1; the mix is app. A.2: plain albedo first, then one kind per step).
+colour = albedo * (ambient + diffuse * max(0, n . l)),  l the unit vector to the light
+(DreamFusion, arXiv 2209.14988, sec. 3.1; the mix is app. A.2: plain albedo first, then one kind per step).
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from torch import Tensor
 from stages.cameras import Views, rays
 from stages.kernels.volume import composite, march, visible
 from stages.phases import phase
-from stages.render.shade import Shading, shade
+from stages.render.shade import ALBEDO, Shading, shade
 
 STEP_SIZE = 2 * math.sqrt(3) / 128  # world length: 128 samples along the box's diagonal
 
@@ -66,7 +66,7 @@ def render_field(
     height: int,
     width: int,
     *,
-    shading: Shading = Shading(),
+    shading: Shading = ALBEDO,
     generator: torch.Generator | None = None,
     step_size: float = STEP_SIZE,
     normals: bool = False,
