@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.environment import RESULTS, read_lines
+from benchmarks.markdown import origin
 from benchmarks.plots import Point, scatter
 from benchmarks.quality import Cell
 from benchmarks.summary import METRICS, key_of, shown
@@ -60,8 +61,8 @@ def facts_of(summary: dict[str, Any]) -> list[str]:
     facts = [
         f"Suite {summary['suite']}: {prompts} prompts ({groups}); candidate captions: {looks}; "
         f"CLIP: {', '.join(summary['clips'])}.",
-        f"{', '.join(summary['dates'])}; revision {', '.join(r[:12] for r in summary['revisions'])}; "
-        f"{'; '.join(summary['machines'])}; torch {summary['versions'].get('torch')}.",
+        f"{origin(summary['dates'], summary['revisions'])}; {'; '.join(summary['machines'])}; "
+        f"torch {summary['versions'].get('torch')}.",
     ]
     if summary["options"]:
         facts.append(f"Settings other than the defaults: {' '.join(summary['options'])}.")

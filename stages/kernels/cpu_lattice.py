@@ -110,7 +110,7 @@ def tetrahedra(centre, ahead, behind, number, moves):
                 if e < 3:
                     vertex[e + 1] = there
             if whole:
-                for k in range(4):  # numbers, not rows: numpy's broadcasting is 4 s to compile
+                for k in range(4):  # numbers, not rows: numpy's broadcasting is 2 s to compile
                     tets[count, k] = vertex[k]
                 for k in range(6):
                     tet_edges[count, k] = edge[k]

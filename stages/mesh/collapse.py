@@ -370,7 +370,7 @@ def collapse_edges(points, faces, attributes, border, target):
                 if size + 2 > capacity:
                     capacity *= 2
                     more_cost, more_entry = np.empty(capacity), np.empty((capacity, 5), dtype=np.int64)
-                    for i in range(size):  # slices would compile numpy's broadcasting, and its messages, for 4 s
+                    for i in range(size):  # slices would compile numpy's broadcasting, and its messages, for 3 s
                         more_cost[i] = cost[i]
                         for k in range(5):
                             more_entry[i, k] = entry[i, k]
