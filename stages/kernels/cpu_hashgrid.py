@@ -1,7 +1,9 @@
 """Hash-grid ops for the CPU (numba), F = 2 features per level; definitions in reference_hashgrid.py.
 
-Forward ops run over blocks of points with the levels inside (a block's outputs stay in L1/L2). Scatters run in parallel
-over groups of levels, each group walking the points in order: no atomics, and the same bytes at any thread count.
+Points are taken in blocks. For one block and level the rows of the cells' corners and the corners' weights are
+computed first, points in the vector lanes, then the table is read or written point by point, so that nothing stands
+between one memory access and the next. Scatters run in parallel over groups of levels, each group walking the points
+in order: no atomics, and the same bytes at any thread count.
 No fastmath: contracting x * resolution - floor(...) would move features at the finest levels by 4e-4.
 """
 
@@ -15,171 +17,212 @@ import torch
 from numba import njit, prange
 from torch import Tensor
 
-PRIME_Y, PRIME_Z = 2654435761, 805459861
-BLOCK = 256  # points per block: 32 kB of 32 float32 features
-_u = np.uint64
+from stages.kernels.cpu_vectors import BLOCK, CORNERS, gather_dot, gather_sum, scatter_add, scatter_add_two
+
+PRIME_Y, PRIME_Z = np.uint32(2654435761), np.uint32(805459861)
+SPAN = 512  # points that pass one level before the next: the level's rows stay in a cache
+WIDE = 1 << 16  # rows of a hashed level, beyond which they do not fit a core's own cache
+
+# x [3, span] are points clamped into the box. Per block: f [3, BLOCK] fractions within the cell, and rows and weights
+# [CORNERS, BLOCK]. Corner c is at (y, z) = (c & 1, c >> 1 & 1), at the cell's low x for c < 4 and its high x from 4.
 
 
-@njit(inline="always")
-def _rows(ix, iy, iz, resolution, mask, dense):
-    """The eight rows of a cell, x fastest; mask is the hashed level's size - 1."""
-    if dense:
-        side = resolution + 1
-        y0, z0 = iy * side, iz * side * side
-        y1, z1 = y0 + side, z0 + side * side
-        a, b, c, d = y0 + z0 + ix, y1 + z0 + ix, y0 + z1 + ix, y1 + z1 + ix
-        return _u(a), _u(a + 1), _u(b), _u(b + 1), _u(c), _u(c + 1), _u(d), _u(d + 1)
-    y0, z0 = iy * PRIME_Y, iz * PRIME_Z
-    y1, z1 = y0 + PRIME_Y, z0 + PRIME_Z
-    x1 = ix + 1
-    a, b, c, d = y0 ^ z0, y1 ^ z0, y0 ^ z1, y1 ^ z1
-    return (
-        _u((ix ^ a) & mask), _u((x1 ^ a) & mask), _u((ix ^ b) & mask), _u((x1 ^ b) & mask),
-        _u((ix ^ c) & mask), _u((x1 ^ c) & mask), _u((ix ^ d) & mask), _u((x1 ^ d) & mask),
-    )  # fmt: skip
+@njit
+def _load(points, first, last, x):
+    for axis in range(3):
+        for p in range(first, last):
+            value = points[p, axis]
+            value = value if value > np.float32(0) else np.float32(0)
+            x[axis, p - first] = value if value < np.float32(1) else np.float32(1)
 
 
-@njit(inline="always")
-def _cell(value, resolution):
-    """Cell index and fraction of one coordinate, clamped into [0, 1]."""
-    scaled = min(max(value, np.float32(0)), np.float32(1)) * np.float32(resolution)
-    index = min(np.int64(scaled), resolution - 1)
-    return index, scaled - np.float32(index)
-
-
-@njit(parallel=True, cache=True)
-def _encode(points, table, resolutions, offsets, dense, mask, out):
-    n, levels = points.shape[0], resolutions.shape[0]
-    one = np.float32(1)
-    for block in prange((n + BLOCK - 1) // BLOCK):
-        low, high = block * BLOCK, min(n, (block + 1) * BLOCK)
-        for level in range(levels):
-            resolution, is_dense = resolutions[level], dense[level]
-            rows = table[offsets[level] :]
-            for p in range(low, high):
-                ix, fx = _cell(points[p, 0], resolution)
-                iy, fy = _cell(points[p, 1], resolution)
-                iz, fz = _cell(points[p, 2], resolution)
-                a, b, c, d, e, f, g, h = _rows(ix, iy, iz, resolution, mask, is_dense)
-                gx, gy, gz = one - fx, one - fy, one - fz
-                w00, w10, w01, w11 = gy * gz, fy * gz, gy * fz, fy * fz
-                for k in range(2):
-                    low_x = w00 * rows[a, k] + w10 * rows[c, k] + w01 * rows[e, k] + w11 * rows[g, k]
-                    high_x = w00 * rows[b, k] + w10 * rows[d, k] + w01 * rows[f, k] + w11 * rows[h, k]
-                    out[p, 2 * level + k] = gx * low_x + fx * high_x
-
-
-@njit(parallel=True, cache=True)
-def _gradient(points, table, resolutions, offsets, dense, mask, g_all, out):
-    n, levels = points.shape[0], resolutions.shape[0]
-    one, zero = np.float32(1), np.float32(0)
-    for block in prange((n + BLOCK - 1) // BLOCK):
-        low, high = block * BLOCK, min(n, (block + 1) * BLOCK)
-        for level in range(levels):
-            resolution, is_dense = resolutions[level], dense[level]
-            scale = np.float32(resolution)
-            rows = table[offsets[level] :]
-            for p in range(low, high):
-                ix, fx = _cell(points[p, 0], resolution)
-                iy, fy = _cell(points[p, 1], resolution)
-                iz, fz = _cell(points[p, 2], resolution)
-                a, b, c, d, e, f, g, h = _rows(ix, iy, iz, resolution, mask, is_dense)
-                g0, g1 = g_all[p, 2 * level], g_all[p, 2 * level + 1]
-                va, vb = rows[a, 0] * g0 + rows[a, 1] * g1, rows[b, 0] * g0 + rows[b, 1] * g1
-                vc, vd = rows[c, 0] * g0 + rows[c, 1] * g1, rows[d, 0] * g0 + rows[d, 1] * g1
-                ve, vf = rows[e, 0] * g0 + rows[e, 1] * g1, rows[f, 0] * g0 + rows[f, 1] * g1
-                vg, vh = rows[g, 0] * g0 + rows[g, 1] * g1, rows[h, 0] * g0 + rows[h, 1] * g1
-                gx, gy, gz = one - fx, one - fy, one - fz
-                dx = gy * gz * (vb - va) + fy * gz * (vd - vc) + gy * fz * (vf - ve) + fy * fz * (vh - vg)
-                p00, p10 = gx * va + fx * vb, gx * vc + fx * vd  # [y, z] = 00, 10
-                p01, p11 = gx * ve + fx * vf, gx * vg + fx * vh
-                dy = gz * (p10 - p00) + fz * (p11 - p01)
-                dz = gy * (p01 - p00) + fy * (p11 - p10)
-                out[p, 0] += scale * dx
-                out[p, 1] += scale * dy
-                out[p, 2] += scale * dz
-        for p in range(low, high):
-            for axis in range(3):
-                if points[p, axis] < zero or points[p, axis] > one:
-                    out[p, axis] = zero
-
-
-@njit(inline="always")
-def _direction(points, up, p, scale):
-    """Upstream gradient of one point in cell units, zero along clamped axes."""
+@njit
+def _load_direction(points, up, first, last, u):
+    """`up` as columns, zero along clamped axes."""
     zero, one = np.float32(0), np.float32(1)
-    x = up[p, 0] * scale if zero <= points[p, 0] <= one else zero
-    y = up[p, 1] * scale if zero <= points[p, 1] <= one else zero
-    z = up[p, 2] * scale if zero <= points[p, 2] <= one else zero
-    return x, y, z
+    for axis in range(3):
+        for p in range(first, last):
+            u[axis, p - first] = up[p, axis] if zero <= points[p, axis] <= one else zero
 
 
-@njit(parallel=True, cache=True)
-def _directional(points, table, resolutions, offsets, dense, mask, up, out):
-    """J(points) up: derivative of each feature along `up`."""
-    n, levels = points.shape[0], resolutions.shape[0]
+@njit
+def _locate(x, low, count, resolution, mask, dense, rows, f):
+    """Rows of the corners of every point's cell, and the points' fractions in it; mask is a hashed level's rows - 1."""
+    scale, last = np.float32(resolution), np.int32(resolution - 1)
+    for axis in range(3):
+        for p in range(count):
+            scaled = x[axis, low + p] * scale
+            index = np.int32(scaled)
+            index = index if index < last else last
+            f[axis, p] = scaled - np.float32(index)
+            rows[axis, p] = np.uint32(index)
+    one = np.uint32(1)
+    if dense:
+        side = np.uint32(resolution + 1)
+        square = np.uint32(side * side)
+        for p in range(count):
+            a = np.uint32(rows[0, p] + np.uint32(rows[1, p] * side) + np.uint32(rows[2, p] * square))
+            b, c = a + side, a + square
+            d = b + square
+            rows[0, p], rows[1, p], rows[2, p], rows[3, p] = a, b, c, d
+            rows[4, p], rows[5, p], rows[6, p], rows[7, p] = a + one, b + one, c + one, d + one
+    else:
+        mask = np.uint32(mask)
+        for p in range(count):
+            x0 = rows[0, p]
+            x1 = np.uint32(x0 + one)
+            y0, z0 = np.uint32(rows[1, p] * PRIME_Y), np.uint32(rows[2, p] * PRIME_Z)
+            y1, z1 = np.uint32(y0 + PRIME_Y), np.uint32(z0 + PRIME_Z)
+            a, b, c, d = y0 ^ z0, y1 ^ z0, y0 ^ z1, y1 ^ z1
+            rows[0, p], rows[1, p], rows[2, p], rows[3, p] = (
+                (x0 ^ a) & mask, (x0 ^ b) & mask, (x0 ^ c) & mask, (x0 ^ d) & mask
+            )  # fmt: skip
+            rows[4, p], rows[5, p], rows[6, p], rows[7, p] = (
+                (x1 ^ a) & mask, (x1 ^ b) & mask, (x1 ^ c) & mask, (x1 ^ d) & mask
+            )  # fmt: skip
+
+
+@njit
+def _weigh(f, count, weights):
+    """Trilinear weights of the corners."""
     one = np.float32(1)
-    for block in prange((n + BLOCK - 1) // BLOCK):
-        low, high = block * BLOCK, min(n, (block + 1) * BLOCK)
-        for level in range(levels):
-            resolution, is_dense = resolutions[level], dense[level]
-            rows = table[offsets[level] :]
-            for p in range(low, high):
-                ix, fx = _cell(points[p, 0], resolution)
-                iy, fy = _cell(points[p, 1], resolution)
-                iz, fz = _cell(points[p, 2], resolution)
-                a, b, c, d, e, f, g, h = _rows(ix, iy, iz, resolution, mask, is_dense)
-                ux, uy, uz = _direction(points, up, p, np.float32(resolution))
-                gx, gy, gz = one - fx, one - fy, one - fz
-                w00, w10, w01, w11 = gy * gz, fy * gz, gy * fz, fy * fz
-                k00, k10 = -uy * gz - uz * gy, uy * gz - uz * fy
-                k01, k11 = -uy * fz + uz * gy, uy * fz + uz * fy
-                for k in range(2):
-                    low_x = (gx * k00 - ux * w00) * rows[a, k] + (gx * k10 - ux * w10) * rows[c, k]
-                    low_x += (gx * k01 - ux * w01) * rows[e, k] + (gx * k11 - ux * w11) * rows[g, k]
-                    high_x = (fx * k00 + ux * w00) * rows[b, k] + (fx * k10 + ux * w10) * rows[d, k]
-                    high_x += (fx * k01 + ux * w01) * rows[f, k] + (fx * k11 + ux * w11) * rows[h, k]
-                    out[p, 2 * level + k] = low_x + high_x
+    for p in range(count):
+        fx, fy, fz = f[0, p], f[1, p], f[2, p]
+        gx, gy, gz = one - fx, one - fy, one - fz
+        a, b, c, d = gy * gz, fy * gz, gy * fz, fy * fz
+        weights[0, p], weights[1, p], weights[2, p], weights[3, p] = gx * a, gx * b, gx * c, gx * d
+        weights[4, p], weights[5, p], weights[6, p], weights[7, p] = fx * a, fx * b, fx * c, fx * d
+
+
+@njit
+def _weigh_slopes(u, low, f, count, resolution, weights):
+    """Derivatives of the corners' weights along u."""
+    one, scale = np.float32(1), np.float32(resolution)
+    for p in range(count):
+        ux, uy, uz = u[0, low + p] * scale, u[1, low + p] * scale, u[2, low + p] * scale
+        fx, fy, fz = f[0, p], f[1, p], f[2, p]
+        gx, gy, gz = one - fx, one - fy, one - fz
+        a, b, c, d = -uy * gz - uz * gy, uy * gz - uz * fy, uz * gy - uy * fz, uy * fz + uz * fy
+        i, j, k, m = ux * gy * gz, ux * fy * gz, ux * gy * fz, ux * fy * fz
+        weights[0, p], weights[1, p] = gx * a - i, gx * b - j
+        weights[2, p], weights[3, p] = gx * c - k, gx * d - m
+        weights[4, p], weights[5, p] = fx * a + i, fx * b + j
+        weights[6, p], weights[7, p] = fx * c + k, fx * d + m
+
+
+@njit
+def _encode_span(points, table, resolutions, offsets, dense, mask, up, first, last, out):
+    levels, along = resolutions.shape[0], up.shape[0] > 0
+    x, u = np.empty((3, last - first), np.float32), np.empty((3, last - first), np.float32)
+    rows, f = np.empty((CORNERS, BLOCK), np.uint32), np.empty((3, BLOCK), np.float32)
+    weights = np.empty((CORNERS, BLOCK), np.float32)
+    _load(points, first, last, x)
+    if along:
+        _load_direction(points, up, first, last, u)
+    for level in range(levels):
+        for low in range(0, last - first, BLOCK):
+            count = min(BLOCK, last - first - low)
+            _locate(x, low, count, resolutions[level], mask, dense[level], rows, f)
+            if along:
+                _weigh_slopes(u, low, f, count, resolutions[level], weights)
+            else:
+                _weigh(f, count, weights)
+            at = 2 * ((first + low) * levels + level)
+            for p in range(count):
+                gather_sum(table, offsets[level], rows, weights, p, out, at + 2 * p * levels)
 
 
 @njit(parallel=True, cache=True)
-def _scatter(points, resolutions, offsets, dense, mask, groups, e_all, g_all, up, with_e, with_g, out):
-    """Gradient of sum(encode * e) + sum(J^T g * up) in the table; the two terms are switched by with_e and with_g."""
+def _encode(points, table, resolutions, offsets, dense, mask, up, span, out):
+    """Features, or with `up` [N, 3] (else [0, 0]) their derivatives along it."""
+    n = points.shape[0]
+    for part in prange((n + span - 1) // span):
+        first, last = part * span, min(n, (part + 1) * span)
+        _encode_span(points, table, resolutions, offsets, dense, mask, up, first, last, out)
+
+
+@njit
+def _add_slopes(f, v, low, count, scale, total):
+    """total [3, span] += the gradient of the interpolation of v [CORNERS, BLOCK] at one level."""
+    one = np.float32(1)
+    for p in range(count):
+        fx, fy, fz = f[0, p], f[1, p], f[2, p]
+        gx, gy, gz = one - fx, one - fy, one - fz
+        dx = gy * gz * (v[4, p] - v[0, p]) + fy * gz * (v[5, p] - v[1, p])
+        dx += gy * fz * (v[6, p] - v[2, p]) + fy * fz * (v[7, p] - v[3, p])
+        a, b = gx * v[0, p] + fx * v[4, p], gx * v[1, p] + fx * v[5, p]
+        c, d = gx * v[2, p] + fx * v[6, p], gx * v[3, p] + fx * v[7, p]
+        total[0, low + p] += scale * dx
+        total[1, low + p] += scale * (gz * (b - a) + fz * (d - c))
+        total[2, low + p] += scale * (gy * (c - a) + fy * (d - b))
+
+
+@njit
+def _gradient_span(points, table, resolutions, offsets, dense, mask, g, first, last, out):
+    levels, one, zero = resolutions.shape[0], np.float32(1), np.float32(0)
+    x, total = np.empty((3, last - first), np.float32), np.zeros((3, last - first), np.float32)
+    rows, f = np.empty((CORNERS, BLOCK), np.uint32), np.empty((3, BLOCK), np.float32)
+    v = np.empty((CORNERS, BLOCK), np.float32)
+    _load(points, first, last, x)
+    for level in range(levels):
+        for low in range(0, last - first, BLOCK):
+            count = min(BLOCK, last - first - low)
+            _locate(x, low, count, resolutions[level], mask, dense[level], rows, f)
+            at = 2 * ((first + low) * levels + level)
+            for p in range(count):
+                gather_dot(table, offsets[level], rows, p, g, at + 2 * p * levels, v)
+            _add_slopes(f, v, low, count, np.float32(resolutions[level]), total)
+    for p in range(first, last):
+        for axis in range(3):
+            clamped = points[p, axis] < zero or points[p, axis] > one
+            out[p, axis] = zero if clamped else total[axis, p - first]
+
+
+@njit(parallel=True, cache=True)
+def _gradient(points, table, resolutions, offsets, dense, mask, g, span, out):
+    n = points.shape[0]
+    for part in prange((n + span - 1) // span):
+        first, last = part * span, min(n, (part + 1) * span)
+        _gradient_span(points, table, resolutions, offsets, dense, mask, g, first, last, out)
+
+
+@njit
+def _scatter_group(points, resolutions, offsets, dense, mask, group, groups, e, g, up, span, out):
     n, levels = points.shape[0], resolutions.shape[0]
-    one, zero = np.float32(1), np.float32(0)
+    with_e, with_g = e.shape[0] > 0, g.shape[0] > 0
+    x, u = np.empty((3, span), np.float32), np.empty((3, span), np.float32)
+    rows, f = np.empty((CORNERS, BLOCK), np.uint32), np.empty((3, BLOCK), np.float32)
+    weights, slopes = np.empty((CORNERS, BLOCK), np.float32), np.empty((CORNERS, BLOCK), np.float32)
+    for first in range(0, n, span):
+        last = min(n, first + span)
+        _load(points, first, last, x)
+        if with_g:
+            _load_direction(points, up, first, last, u)
+        for level in range(group, levels, groups):
+            for low in range(0, last - first, BLOCK):
+                count = min(BLOCK, last - first - low)
+                _locate(x, low, count, resolutions[level], mask, dense[level], rows, f)
+                start, at = offsets[level], 2 * ((first + low) * levels + level)
+                if with_e:
+                    _weigh(f, count, weights)
+                if with_g:
+                    _weigh_slopes(u, low, f, count, resolutions[level], slopes)
+                if with_e and with_g:
+                    for p in range(count):
+                        scatter_add_two(out, start, rows, p, weights, e, slopes, g, at + 2 * p * levels)
+                elif with_e:
+                    for p in range(count):
+                        scatter_add(out, start, rows, p, weights, e, at + 2 * p * levels)
+                elif with_g:
+                    for p in range(count):
+                        scatter_add(out, start, rows, p, slopes, g, at + 2 * p * levels)
+
+
+@njit(parallel=True, cache=True)
+def _scatter(points, resolutions, offsets, dense, mask, groups, e, g, up, span, out):
+    """Gradient of sum(encode * e) + sum(J^T g * up) in the table; a term counts where its arrays are not empty."""
     for group in prange(groups):
-        for low in range(0, n, BLOCK):
-            high = min(n, low + BLOCK)
-            for level in range(group, levels, groups):
-                resolution, is_dense = resolutions[level], dense[level]
-                rows = out[offsets[level] :]
-                for p in range(low, high):
-                    ix, fx = _cell(points[p, 0], resolution)
-                    iy, fy = _cell(points[p, 1], resolution)
-                    iz, fz = _cell(points[p, 2], resolution)
-                    a, b, c, d, e, f, g, h = _rows(ix, iy, iz, resolution, mask, is_dense)
-                    gx, gy, gz = one - fx, one - fy, one - fz
-                    w00, w10, w01, w11 = gy * gz, fy * gz, gy * fz, fy * fz
-                    e0 = e1 = g0 = g1 = ux = uy = uz = zero
-                    if with_e:
-                        e0, e1 = e_all[p, 2 * level], e_all[p, 2 * level + 1]
-                    if with_g:
-                        g0, g1 = g_all[p, 2 * level], g_all[p, 2 * level + 1]
-                        ux, uy, uz = _direction(points, up, p, np.float32(resolution))
-                    k00, k10 = -uy * gz - uz * gy, uy * gz - uz * fy
-                    k01, k11 = -uy * fz + uz * gy, uy * fz + uz * fy
-                    for row, w, u in (
-                        (a, gx * w00, gx * k00 - ux * w00),
-                        (b, fx * w00, fx * k00 + ux * w00),
-                        (c, gx * w10, gx * k10 - ux * w10),
-                        (d, fx * w10, fx * k10 + ux * w10),
-                        (e, gx * w01, gx * k01 - ux * w01),
-                        (f, fx * w01, fx * k01 + ux * w01),
-                        (g, gx * w11, gx * k11 - ux * w11),
-                        (h, fx * w11, fx * k11 + ux * w11),
-                    ):
-                        rows[row, 0] += w * e0 + u * g0
-                        rows[row, 1] += w * e1 + u * g1
+        _scatter_group(points, resolutions, offsets, dense, mask, group, groups, e, g, up, span, out)
 
 
 @lru_cache(maxsize=16)
@@ -188,44 +231,48 @@ def _layout(spec) -> tuple:
     return (*as_int, np.array(spec.dense, dtype=np.bool_), (1 << spec.log2_table) - 1)
 
 
-def _array(tensor: Tensor) -> np.ndarray:
-    return tensor.detach().contiguous().numpy()
+def _array(tensor: Tensor | None) -> np.ndarray:
+    return np.zeros((0, 0), np.float32) if tensor is None else tensor.detach().contiguous().numpy()
 
 
-def _groups(spec) -> int:
-    """Tasks for the scatter: a few per thread, so that cheap dense levels and dear hashed ones even out."""
-    return min(spec.levels, 2 * numba.get_num_threads())
+def _span(spec, points: int, tasks: int) -> int:
+    """Points that pass one level before the next, a multiple of BLOCK; all of a task's where levels are large."""
+    if 1 << spec.log2_table <= WIDE:
+        return SPAN
+    return max(SPAN, -(-points // (tasks * BLOCK)) * BLOCK)
+
+
+def _features(points: Tensor, table: Tensor, spec, up: Tensor | None) -> Tensor:
+    out = torch.empty(points.shape[0], spec.width)
+    span = _span(spec, len(points), numba.get_num_threads())
+    _encode(_array(points), _array(table), *_layout(spec), _array(up), span, out.numpy())
+    return out
 
 
 def encode(points: Tensor, table: Tensor, spec) -> Tensor:
     """Features [N, 2 L]."""
-    out = torch.empty(points.shape[0], spec.width)
-    _encode(_array(points), _array(table), *_layout(spec), out.numpy())
-    return out
-
-
-def gradient(points: Tensor, table: Tensor, spec, g: Tensor) -> Tensor:
-    """J^T g, [N, 3]."""
-    out = torch.zeros(points.shape[0], 3)
-    _gradient(_array(points), _array(table), *_layout(spec), _array(g), out.numpy())
-    return out
+    return _features(points, table, spec, None)
 
 
 def directional(points: Tensor, table: Tensor, spec, up: Tensor) -> Tensor:
     """J up, [N, 2 L]: the gradient of J^T g in g."""
-    out = torch.empty(points.shape[0], spec.width)
-    _directional(_array(points), _array(table), *_layout(spec), _array(up), out.numpy())
+    return _features(points, table, spec, up)
+
+
+def gradient(points: Tensor, table: Tensor, spec, g: Tensor) -> Tensor:
+    """J^T g, [N, 3]."""
+    out = torch.empty(points.shape[0], 3)
+    span = _span(spec, len(points), numba.get_num_threads())
+    _gradient(_array(points), _array(table), *_layout(spec), _array(g), span, out.numpy())
     return out
 
 
 def scatter(points: Tensor, spec, e: Tensor | None, g: Tensor | None, up: Tensor | None) -> Tensor:
     """Gradient [T, 2] in the table of sum(encode * e) + sum(J^T g * up); either term may be None."""
     out = torch.zeros(spec.rows, 2)
-    none = np.zeros((0, 0), dtype=np.float32)
-    e_, g_, up_ = (none if v is None else _array(v) for v in (e, g, up))
-    _scatter(
-        _array(points), *_layout(spec), _groups(spec), e_, g_, up_, e is not None, g is not None, out.numpy()
-    )  # fmt: skip
+    groups = min(spec.levels, 2 * numba.get_num_threads())  # a few a thread: dense levels are cheap, hashed ones dear
+    span = _span(spec, len(points), 1)
+    _scatter(_array(points), *_layout(spec), groups, _array(e), _array(g), _array(up), span, out.numpy())
     return out
 
 

@@ -1,0 +1,183 @@
+"""Vector operations that numba's compiler does not find by itself, as numba intrinsics: written in LLVM's own terms.
+
+LLVM turns loops over a hash level's rows into gather instructions, which cost twice what plain loads of a row's pair
+of features do, and does not keep a tile of a matrix product in registers. All else is plain numba.
+
+Arrays are C-contiguous; places in them are flat offsets. No bounds are checked.
+"""
+
+from __future__ import annotations
+
+from llvmlite import ir
+from numba.core import cgutils, types
+from numba.extending import intrinsic
+
+ROWS, COLUMNS, NARROW = (
+    4,
+    16,
+    4,
+)  # of a tile (4 registers of AVX-512, 8 of AVX2's 16) and of a narrow one; NARROW % ROWS == 0
+CORNERS, BLOCK = 8, 256  # of a cell; points that share a block of rows and weights
+
+_I64, _F32 = ir.IntType(64), ir.FloatType()
+_PAIR = ir.VectorType(_F32, 2)
+_CONTRACT = ("contract",)  # a * b + c may be rounded once
+
+
+class _Code:
+    """What the intrinsics share: arrays' data, vectors read from and written to them."""
+
+    def __init__(self, context, builder, signature, arguments) -> None:
+        self.builder, self.values = builder, []
+        for kind, value in zip(signature.args, arguments, strict=True):
+            if isinstance(kind, types.Array):
+                self.values.append(context.make_array(kind)(context, builder, value).data)
+            else:
+                wanted = kind if isinstance(kind, types.Float) else types.intp
+                self.values.append(context.cast(builder, value, kind, wanted))
+
+    def load(self, data, at, kind=None):
+        """A scalar, or a vector of `kind`, aligned like its elements."""
+        pointer = self.builder.gep(data, [at])
+        if kind is None:
+            return self.builder.load(pointer)
+        value = self.builder.load(self.builder.bitcast(pointer, kind.as_pointer()))
+        value.align = 4
+        return value
+
+    def store(self, vector, data, at) -> None:
+        pointer = self.builder.bitcast(self.builder.gep(data, [at]), vector.type.as_pointer())
+        self.builder.store(vector, pointer).align = 4
+
+    def spread(self, scalar, kind):
+        """The scalar in every lane."""
+        zero = ir.Constant(ir.IntType(32), 0)
+        one = self.builder.insert_element(ir.Constant(kind, ir.Undefined), scalar, zero)
+        lanes = ir.Constant(ir.VectorType(ir.IntType(32), kind.count), [0] * kind.count)
+        return self.builder.shuffle_vector(one, ir.Constant(kind, ir.Undefined), lanes)
+
+    def fused(self, a, b, c):
+        return self.builder.fadd(self.builder.fmul(a, b, flags=_CONTRACT), c, flags=_CONTRACT)
+
+    def row(self, rows, corner: int, p, start):
+        """Offset in a table of a corner's pair of features."""
+        at = self.builder.add(p, ir.Constant(_I64, corner * BLOCK))
+        index = self.builder.add(self.builder.zext(self.load(rows, at), _I64), start)
+        return at, self.builder.shl(index, ir.Constant(_I64, 1))
+
+
+def _returning_nothing(generate):
+    def codegen(context, builder, signature, arguments):
+        generate(_Code(context, builder, signature, arguments))
+        return context.get_dummy_value()
+
+    return codegen
+
+
+def _tile_of(columns: int):
+    lanes = ir.VectorType(_F32, columns)
+
+    def generate(code: _Code) -> None:
+        builder = code.builder
+        c, c_at, c_row, d, d_at, d_row, a, a_at, a_row, a_step, b, b_at, b_row, steps = code.values
+
+        def row(start, stride, q: int):
+            return builder.add(start, builder.mul(stride, ir.Constant(_I64, q)))
+
+        sums = [
+            cgutils.alloca_once_value(builder, code.load(d, row(d_at, d_row, q), lanes)) for q in range(ROWS)
+        ]  # fmt: skip
+        with cgutils.for_range(builder, steps) as loop:
+            line = code.load(b, builder.add(b_at, builder.mul(loop.index, b_row)), lanes)
+            first = builder.add(a_at, builder.mul(loop.index, a_step))
+            for q, total in enumerate(sums):
+                factor = code.spread(code.load(a, row(first, a_row, q)), lanes)
+                builder.store(code.fused(factor, line, builder.load(total)), total)
+        for q, total in enumerate(sums):
+            code.store(builder.load(total), c, row(c_at, c_row, q))
+
+    return _returning_nothing(generate)
+
+
+@intrinsic
+def product_tile(typing, c, c_at, c_row, d, d_at, d_row, a, a_at, a_row, a_step, b, b_at, b_row, steps):
+    """A tile of c = d + a b, kept in registers: c[q, j] = d[q, j] + sum over k < steps of a[q, k] b[k, j].
+
+    q < ROWS, j < COLUMNS; element c[q, j] lies at c_at + q c_row + j, d[q, j] at d_at + q d_row + j, a[q, k] at
+    a_at + q a_row + k a_step, b[k, j] at b_at + k b_row + j.
+    """
+    kinds = (c, c_at, c_row, d, d_at, d_row, a, a_at, a_row, a_step, b, b_at, b_row, steps)
+    return types.void(*kinds), _tile_of(COLUMNS)
+
+
+@intrinsic
+def narrow_product_tile(typing, c, c_at, c_row, d, d_at, d_row, a, a_at, a_row, a_step, b, b_at, b_row, steps):
+    """product_tile of NARROW columns."""
+    kinds = (c, c_at, c_row, d, d_at, d_row, a, a_at, a_row, a_step, b, b_at, b_row, steps)
+    return types.void(*kinds), _tile_of(NARROW)
+
+
+@intrinsic
+def gather_sum(typing, table, start, rows, weights, p, out, out_at):
+    """out[out_at : out_at + 2] = sum over c of weights[c, p] table[start + rows[c, p]]; both [CORNERS, BLOCK]."""
+
+    def generate(code: _Code) -> None:
+        table, start, rows, weights, p, out, out_at = code.values
+        total = ir.Constant(_PAIR, [0.0, 0.0])
+        for corner in range(CORNERS):
+            at, row = code.row(rows, corner, p, start)
+            weight = code.spread(code.load(weights, at), _PAIR)
+            total = code.fused(weight, code.load(table, row, _PAIR), total)
+        code.store(total, out, out_at)
+
+    return types.void(table, start, rows, weights, p, out, out_at), _returning_nothing(generate)
+
+
+@intrinsic
+def gather_dot(typing, table, start, rows, p, g, g_at, out):
+    """out[c, p] = table[start + rows[c, p]] . g[g_at : g_at + 2] for every corner; out, rows [CORNERS, BLOCK]."""
+
+    def generate(code: _Code) -> None:
+        table, start, rows, p, g, g_at, out = code.values
+        builder = code.builder
+        factor = code.load(g, g_at, _PAIR)
+        for corner in range(CORNERS):
+            at, row = code.row(rows, corner, p, start)
+            product = builder.fmul(code.load(table, row, _PAIR), factor)
+            low, high = (builder.extract_element(product, ir.Constant(ir.IntType(32), k)) for k in range(2))
+            builder.store(builder.fadd(low, high), builder.gep(out, [at]))
+
+    return types.void(table, start, rows, p, g, g_at, out), _returning_nothing(generate)
+
+
+@intrinsic
+def scatter_add(typing, table, start, rows, p, weights, values, values_at):
+    """table[start + rows[c, p]] += weights[c, p] values[values_at : values_at + 2], corner after corner."""
+
+    def generate(code: _Code) -> None:
+        table, start, rows, p, weights, values, values_at = code.values
+        _scatter(code, table, start, rows, p, [(weights, code.load(values, values_at, _PAIR))])
+
+    return types.void(table, start, rows, p, weights, values, values_at), _returning_nothing(generate)
+
+
+@intrinsic
+def scatter_add_two(typing, table, start, rows, p, weights, values, more_weights, more_values, values_at):
+    """scatter_add of two weights and values at once."""
+
+    def generate(code: _Code) -> None:
+        table, start, rows, p, weights, values, more_weights, more_values, values_at = code.values
+        pairs = ((weights, values), (more_weights, more_values))
+        _scatter(code, table, start, rows, p, [(w, code.load(v, values_at, _PAIR)) for w, v in pairs])
+
+    kinds = (table, start, rows, p, weights, values, more_weights, more_values, values_at)
+    return types.void(*kinds), _returning_nothing(generate)
+
+
+def _scatter(code: _Code, table, start, rows, p, terms) -> None:
+    for corner in range(CORNERS):
+        at, row = code.row(rows, corner, p, start)
+        total = code.load(table, row, _PAIR)
+        for weights, value in terms:
+            total = code.fused(code.spread(code.load(weights, at), _PAIR), value, total)
+        code.store(total, table, row)
