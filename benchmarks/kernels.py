@@ -41,7 +41,7 @@ ADAPTORS = {
 ADAPTORS_ON = {"cpu": ("kaolin",), "cuda": ("tinycudann", "nvdiffrast", "kaolin")}
 FAMILY_OF = {"tinycudann": ("hash", "mlp"), "nvdiffrast": ("raster",), "kaolin": ("marching",)}
 BUDGET_S, QUICK_BUDGET_S = 4.0, 0.02
-POOLS = ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+POOLS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 FILE = "kernels.jsonl"
 Line = dict[str, Any]
 

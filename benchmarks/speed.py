@@ -40,17 +40,15 @@ Line = dict[str, Any]
 
 def growth(args: argparse.Namespace) -> Iterator[Line]:
     """A line for every size of every sweep."""
-    import numba
     import torch
 
     from benchmarks.growth import SWEEPS, run_sweep
 
     quiet_libraries()
-    if args.threads > numba.config.NUMBA_NUM_THREADS:  # before torch is told, which would start them all
-        why = f"NUMBA_NUM_THREADS, or the number of cores, is {numba.config.NUMBA_NUM_THREADS}"
+    if args.threads > (os.cpu_count() or 1):  # before torch is told, which would start them all
+        why = f"this machine has {os.cpu_count()} cores"
         raise UserError(f"cannot use {args.threads} threads", why, "give a smaller --threads")
     torch.set_num_threads(args.threads)
-    numba.set_num_threads(args.threads)
     for sweep in SWEEPS:
         if args.sweeps and f"{sweep.stage}.{sweep.name}" not in args.sweeps:
             continue

@@ -103,7 +103,7 @@ def _seconds_of(session: dict[str, Any]) -> float:
 
 def _environment(threads: int) -> dict[str, str]:
     """The environment with every thread pool at `threads`; 0 leaves them alone."""
-    names = ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
     return os.environ | ({name: str(threads) for name in names} if threads else {})
 
 

@@ -29,11 +29,10 @@ def same_threads():
     """
     import sys
 
-    before = {name: sys.modules[name].get_num_threads() for name in ("torch", "numba") if name in sys.modules}
+    before = sys.modules["torch"].get_num_threads() if "torch" in sys.modules else None
     yield
-    for name, count in before.items():
-        if sys.modules[name].get_num_threads() != count:
-            sys.modules[name].set_num_threads(count)
+    if before is not None and sys.modules["torch"].get_num_threads() != before:
+        sys.modules["torch"].set_num_threads(before)
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -92,20 +92,17 @@ def test_known_features_give_the_same_table_gradient():
 
 
 def test_table_gradient_has_the_same_bytes_at_any_thread_count():
-    import numba
-
     points, table, g, up = problem(HashGridSpec(), 5000)
     x, (w1, b1, w2, b2) = g, (torch.randn(*s) for s in ((32, 32), (32,), (3, 32), (3,)))
-    threads, results = numba.get_num_threads(), []
-    for count in {1, threads}:
-        numba.set_num_threads(count)
+    results = []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
         t, w = table.clone().requires_grad_(), w1.clone().requires_grad_()
         (hash_encode(points, t, HashGridSpec()) * g).sum().backward()
         (hash_gradient(points, t, HashGridSpec(), g) * up).sum().backward()
         mlp(x, w, b1, w2, b2).square().sum().backward()
         results.append((t.grad, w.grad))
-    numba.set_num_threads(threads)
-    assert all(torch.equal(a, b) for a, b in zip(results[0], results[-1], strict=True))
+    assert all(torch.equal(a, b) for result in results[1:] for a, b in zip(results[0], result, strict=True))
 
 
 def test_no_points_give_empty_features_and_a_zero_table_gradient():

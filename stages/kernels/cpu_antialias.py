@@ -10,9 +10,10 @@ Half-edge 3 f + k lies opposite corner k of triangle f, from corner k + 1 to cor
 from __future__ import annotations
 
 import numpy as np
-from numba import njit, prange
+from numba import njit
 
 from stages.kernels.cpu_raster import _project
+from stages.kernels.threads import each
 
 STEPS_MAX = 64  # triangles walked over within one pixel
 BACK, FRONT, UNDRAWABLE = 0, 1, 2
@@ -150,13 +151,12 @@ def _walk_edges(screen, triangles, opposite, facing, rast, pixels, ends, weights
     return found
 
 
-@njit(cache=True, nogil=True, parallel=True)
-def _prepare(clip, triangles, opposite, rast, screen, facing, found):
+@njit(cache=True, nogil=True)
+def _prepare(b, clip, triangles, opposite, rast, screen, facing, found):
     none = np.empty((0, 2), np.int32)
-    for b in prange(clip.shape[0]):
-        _project(clip[b], rast.shape[1], rast.shape[2], screen[b])
-        _facing(screen[b], triangles, facing[b])
-        found[b] = _walk_edges(screen[b], triangles, opposite, facing[b], rast[b], none, none, np.empty(0, np.float64))
+    _project(clip[b], rast.shape[1], rast.shape[2], screen[b])
+    _facing(screen[b], triangles, facing[b])
+    found[b] = _walk_edges(screen[b], triangles, opposite, facing[b], rast[b], none, none, np.empty(0, np.float64))
 
 
 @njit(cache=True, nogil=True)
@@ -169,17 +169,16 @@ def _blend(colour, pixels, weights, out):
             out[to, k] += a * (colour[other, k] - colour[to, k])
 
 
-@njit(cache=True, nogil=True, parallel=True)
-def _antialias_forward(triangles, opposite, rast, screen, facing, colour, start, found, pixels, ends, weights, out):
-    for b in prange(rast.shape[0]):
-        s = slice(start[b], start[b] + found[b])
-        found[b] = (
-            _walk_edges(screen[b], triangles, opposite, facing[b], rast[b], pixels[s], ends[s], weights[s])
-            if found[b] > 0
-            else 0
-        )
-        s = slice(start[b], start[b] + found[b])
-        _blend(colour[b], pixels[s], weights[s], out[b])
+@njit(cache=True, nogil=True)
+def _antialias(b, triangles, opposite, rast, screen, facing, colour, start, found, pixels, ends, weights, out):
+    s = slice(start[b], start[b] + found[b])
+    found[b] = (
+        _walk_edges(screen[b], triangles, opposite, facing[b], rast[b], pixels[s], ends[s], weights[s])
+        if found[b] > 0
+        else 0
+    )
+    s = slice(start[b], start[b] + found[b])
+    _blend(colour[b], pixels[s], weights[s], out[b])
 
 
 def antialias_forward(colour, rast, clip, triangles, opposite):
@@ -188,14 +187,15 @@ def antialias_forward(colour, rast, clip, triangles, opposite):
     screen = np.empty((batch, clip.shape[1], 3), np.float64)
     facing = np.empty((batch, len(triangles)), np.uint8)
     found = np.zeros(batch, np.int64)
-    _prepare(clip, triangles, opposite, rast, screen, facing, found)
+    each(batch, _prepare, clip, triangles, opposite, rast, screen, facing, found)
     start = np.cumsum(found) - found
     total = int(found.sum())
     pixels, ends, weights = np.empty((total, 2), np.int32), np.empty((total, 2), np.int32), np.empty(total, np.float64)
     flat = colour.reshape(batch, height * width, channels)
     out = flat.copy()
-    _antialias_forward(triangles, opposite, rast, screen, facing, flat, start, found, pixels, ends, weights, out)
-    return out.reshape(colour.shape), (start, found, pixels, ends, weights)
+    crossings = (start, found, pixels, ends, weights)
+    each(batch, _antialias, triangles, opposite, rast, screen, facing, flat, *crossings, out)
+    return out.reshape(colour.shape), crossings
 
 
 @njit(cache=True, nogil=True)
@@ -234,13 +234,12 @@ def _unblend(clip, height, width, colour, grad, pixels, ends, weights, grad_colo
         grad_clip[j, 3] -= share * (gx * xj + gy * yj) / (wj * wj)
 
 
-@njit(cache=True, nogil=True, parallel=True)
-def _antialias_backward(clip, height, width, colour, grad, start, found, pixels, ends, weights, grad_colour, grad_clip):
-    for b in prange(clip.shape[0]):
-        s = slice(start[b], start[b] + found[b])
-        _unblend(
-            clip[b], height, width, colour[b], grad[b], pixels[s], ends[s], weights[s], grad_colour[b], grad_clip[b]
-        )
+@njit(cache=True, nogil=True)
+def _antialias_backward(
+    b, clip, height, width, colour, grad, start, found, pixels, ends, weights, grad_colour, grad_clip
+):  # fmt: skip
+    s = slice(start[b], start[b] + found[b])
+    _unblend(clip[b], height, width, colour[b], grad[b], pixels[s], ends[s], weights[s], grad_colour[b], grad_clip[b])
 
 
 def antialias_backward(colour, clip, crossings, grad):
@@ -248,7 +247,6 @@ def antialias_backward(colour, clip, crossings, grad):
     batch, height, width, channels = colour.shape
     flat = (batch, height * width, channels)
     grad_colour, grad_clip = grad.reshape(flat).copy(), np.zeros(clip.shape, np.float64)
-    _antialias_backward(
-        clip, height, width, colour.reshape(flat), grad.reshape(flat), *crossings, grad_colour, grad_clip
-    )
+    pictures = (colour.reshape(flat), grad.reshape(flat))
+    each(batch, _antialias_backward, clip, height, width, *pictures, *crossings, grad_colour, grad_clip)
     return grad_colour.reshape(colour.shape), grad_clip.astype(np.float32)

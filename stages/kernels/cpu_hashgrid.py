@@ -11,16 +11,16 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-import numba
 import numpy as np
 import torch
-from numba import njit, prange
+from numba import njit
 from torch import Tensor
 
 from stages.kernels.cpu_vectors import BLOCK, CORNERS, gather_dot, gather_sum, scatter_add, scatter_add_two
+from stages.kernels.threads import each
 
 PRIME_Y, PRIME_Z = np.uint32(2654435761), np.uint32(805459861)
-SPAN = 512  # points that pass one level before the next: the level's rows stay in a cache
+SPAN = 1024  # points that pass one level before the next: the level's rows stay in a cache
 WIDE = 1 << 16  # rows of a hashed level, beyond which they do not fit a core's own cache
 
 # x [3, span] are points clamped into the box. Per block: f [3, BLOCK] fractions within the cell, and rows and weights
@@ -110,9 +110,11 @@ def _weigh_slopes(u, low, f, count, resolution, weights):
         weights[6, p], weights[7, p] = fx * c + k, fx * d + m
 
 
-@njit
-def _encode_span(points, table, resolutions, offsets, dense, mask, up, first, last, out):
+@njit(cache=True, nogil=True)
+def _encode(part, points, table, resolutions, offsets, dense, mask, up, span, out):
+    """Features of one span, or with `up` [N, 3] (else [0, 0]) their derivatives along it."""
     levels, along = resolutions.shape[0], up.shape[0] > 0
+    first, last = part * span, min(len(points), (part + 1) * span)
     x, u = np.empty((3, last - first), np.float32), np.empty((3, last - first), np.float32)
     rows, f = np.empty((CORNERS, BLOCK), np.uint32), np.empty((3, BLOCK), np.float32)
     weights = np.empty((CORNERS, BLOCK), np.float32)
@@ -132,15 +134,6 @@ def _encode_span(points, table, resolutions, offsets, dense, mask, up, first, la
                 gather_sum(table, offsets[level], rows, weights, p, out, at + 2 * p * levels)
 
 
-@njit(parallel=True, cache=True)
-def _encode(points, table, resolutions, offsets, dense, mask, up, span, out):
-    """Features, or with `up` [N, 3] (else [0, 0]) their derivatives along it."""
-    n = points.shape[0]
-    for part in prange((n + span - 1) // span):
-        first, last = part * span, min(n, (part + 1) * span)
-        _encode_span(points, table, resolutions, offsets, dense, mask, up, first, last, out)
-
-
 @njit
 def _add_slopes(f, v, low, count, scale, total):
     """total [3, span] += the gradient of the interpolation of v [CORNERS, BLOCK] at one level."""
@@ -157,9 +150,10 @@ def _add_slopes(f, v, low, count, scale, total):
         total[2, low + p] += scale * (gy * (c - a) + fy * (d - b))
 
 
-@njit
-def _gradient_span(points, table, resolutions, offsets, dense, mask, g, first, last, out):
+@njit(cache=True, nogil=True)
+def _gradient(part, points, table, resolutions, offsets, dense, mask, g, span, out):
     levels, one, zero = resolutions.shape[0], np.float32(1), np.float32(0)
+    first, last = part * span, min(len(points), (part + 1) * span)
     x, total = np.empty((3, last - first), np.float32), np.zeros((3, last - first), np.float32)
     rows, f = np.empty((CORNERS, BLOCK), np.uint32), np.empty((3, BLOCK), np.float32)
     v = np.empty((CORNERS, BLOCK), np.float32)
@@ -178,16 +172,9 @@ def _gradient_span(points, table, resolutions, offsets, dense, mask, g, first, l
             out[p, axis] = zero if clamped else total[axis, p - first]
 
 
-@njit(parallel=True, cache=True)
-def _gradient(points, table, resolutions, offsets, dense, mask, g, span, out):
-    n = points.shape[0]
-    for part in prange((n + span - 1) // span):
-        first, last = part * span, min(n, (part + 1) * span)
-        _gradient_span(points, table, resolutions, offsets, dense, mask, g, first, last, out)
-
-
-@njit
-def _scatter_group(points, resolutions, offsets, dense, mask, group, groups, e, g, up, span, out):
+@njit(cache=True, nogil=True)
+def _scatter(group, groups, points, resolutions, offsets, dense, mask, e, g, up, span, out):
+    """Gradient of sum(encode * e) + sum(J^T g * up) in every `groups`th level; a term counts if its arrays do."""
     n, levels = points.shape[0], resolutions.shape[0]
     with_e, with_g = e.shape[0] > 0, g.shape[0] > 0
     x, u = np.empty((3, span), np.float32), np.empty((3, span), np.float32)
@@ -218,13 +205,6 @@ def _scatter_group(points, resolutions, offsets, dense, mask, group, groups, e, 
                         scatter_add(out, start, rows, p, slopes, g, at + 2 * p * levels)
 
 
-@njit(parallel=True, cache=True)
-def _scatter(points, resolutions, offsets, dense, mask, groups, e, g, up, span, out):
-    """Gradient of sum(encode * e) + sum(J^T g * up) in the table; a term counts where its arrays are not empty."""
-    for group in prange(groups):
-        _scatter_group(points, resolutions, offsets, dense, mask, group, groups, e, g, up, span, out)
-
-
 @lru_cache(maxsize=16)
 def _layout(spec) -> tuple:
     as_int = [np.array(v, dtype=np.int64) for v in (spec.resolutions, spec.offsets)]
@@ -244,8 +224,9 @@ def _span(spec, points: int, tasks: int) -> int:
 
 def _features(points: Tensor, table: Tensor, spec, up: Tensor | None) -> Tensor:
     out = torch.empty(points.shape[0], spec.width)
-    span = _span(spec, len(points), numba.get_num_threads())
-    _encode(_array(points), _array(table), *_layout(spec), _array(up), span, out.numpy())
+    span = _span(spec, len(points), torch.get_num_threads())
+    arrays = (_array(points), _array(table), *_layout(spec), _array(up))
+    each(-(-len(points) // span), _encode, *arrays, span, out.numpy())
     return out
 
 
@@ -262,17 +243,18 @@ def directional(points: Tensor, table: Tensor, spec, up: Tensor) -> Tensor:
 def gradient(points: Tensor, table: Tensor, spec, g: Tensor) -> Tensor:
     """J^T g, [N, 3]."""
     out = torch.empty(points.shape[0], 3)
-    span = _span(spec, len(points), numba.get_num_threads())
-    _gradient(_array(points), _array(table), *_layout(spec), _array(g), span, out.numpy())
+    span = _span(spec, len(points), torch.get_num_threads())
+    arrays = (_array(points), _array(table), *_layout(spec), _array(g))
+    each(-(-len(points) // span), _gradient, *arrays, span, out.numpy())
     return out
 
 
 def scatter(points: Tensor, spec, e: Tensor | None, g: Tensor | None, up: Tensor | None) -> Tensor:
     """Gradient [T, 2] in the table of sum(encode * e) + sum(J^T g * up); either term may be None."""
     out = torch.zeros(spec.rows, 2)
-    groups = min(spec.levels, 2 * numba.get_num_threads())  # a few a thread: dense levels are cheap, hashed ones dear
-    span = _span(spec, len(points), 1)
-    _scatter(_array(points), *_layout(spec), groups, _array(e), _array(g), _array(up), span, out.numpy())
+    groups = min(spec.levels, 2 * torch.get_num_threads())  # a few a thread: dense levels are cheap, hashed ones dear
+    arrays = (_array(points), *_layout(spec), _array(e), _array(g), _array(up))
+    each(groups, _scatter, groups, *arrays, _span(spec, len(points), 1), out.numpy())
     return out
 
 

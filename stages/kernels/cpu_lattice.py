@@ -7,7 +7,11 @@ merge: linear, no hashing, no table as large as the cube.
 from __future__ import annotations
 
 import numpy as np
-from numba import njit, prange
+from numba import njit
+
+from stages.kernels.threads import each
+
+BLOCK = 1 << 14  # vertices a task owns
 
 
 @njit(cache=True, nogil=True)
@@ -118,44 +122,34 @@ def tetrahedra(centre, ahead, behind, number, moves):
     return tets[:count].copy(), tet_edges[:count].copy()
 
 
-@njit(cache=True, nogil=True, parallel=True)
-def _laplace(neighbours, x, scale, out):
-    """out = x + scale * (degree x - sum of neighbours): rows in parallel, each row's sum in a fixed order."""
+@njit(cache=True, nogil=True)
+def _laplace(block, neighbours, x, scale, out):
+    """out = x + scale * (degree x - sum of neighbours) for a block of rows."""
     n, directions = neighbours.shape
-    blocks = (n + 4095) // 4096
-    for block in prange(blocks):
-        for i in range(block * 4096, min(n, (block + 1) * 4096)):
-            total = np.float32(0)
-            degree = 0
-            for k in range(directions):
-                j = neighbours[i, k]
-                if j >= 0:
-                    total += x[j]
-                    degree += 1
-            out[i] = x[i] + scale * (np.float32(degree) * x[i] - total)
+    for i in range(block * BLOCK, min(n, (block + 1) * BLOCK)):
+        total = np.float32(0)
+        degree = 0
+        for k in range(directions):
+            j = neighbours[i, k]
+            if j >= 0:
+                total += x[j]
+                degree += 1
+        out[i] = x[i] + scale * (np.float32(degree) * x[i] - total)
+
+
+@njit(cache=True, nogil=True)
+def _descend(x, residual, step, applied, keep, add):
+    for i in range(x.shape[0]):
+        x[i] += step[i]
+        residual[i] -= applied[i]
+        step[i] = keep * step[i] + add * residual[i]
 
 
 def diffuse(neighbours, values, scale: float, pairs: list[tuple[float, float]], theta: float):
     """Chebyshev iteration for (I + scale (D - A)) x = values from x = 0; see reference_lattice.diffuse."""
-    coefficients = np.array(pairs, dtype=np.float32).reshape(-1, 2)
-    return _diffuse(neighbours, values, np.float32(scale), coefficients, np.float32(theta))
-
-
-@njit(cache=True, nogil=True)
-def _diffuse(neighbours, values, scale, coefficients, theta):
-    x = np.zeros_like(values)
-    residual = values.copy()
-    step = np.empty_like(values)
-    for i in range(x.shape[0]):
-        step[i] = values[i] / theta
-    applied = np.empty_like(values)
-    for k in range(coefficients.shape[0]):
-        _laplace(neighbours, step, scale, applied)
-        keep, add = coefficients[k, 0], coefficients[k, 1]
-        for i in range(x.shape[0]):
-            x[i] += step[i]
-            residual[i] -= applied[i]
-            step[i] = keep * step[i] + add * residual[i]
-    for i in range(x.shape[0]):
-        x[i] += step[i]
-    return x
+    x, residual, step = np.zeros_like(values), values.copy(), values / np.float32(theta)
+    applied, tasks = np.empty_like(values), -(-len(values) // BLOCK)
+    for keep, add in pairs:
+        each(tasks, _laplace, neighbours, step, np.float32(scale), applied)
+        _descend(x, residual, step, applied, np.float32(keep), np.float32(add))
+    return x + step

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from numba import njit, prange
+from numba import njit
 from torch import Tensor
 
 from stages.kernels.cpu_vectors import COLUMNS, NARROW, ROWS, narrow_product_tile, product_tile
+from stages.kernels.threads import each
 
 BLOCK = 64  # points, a multiple of ROWS
 PARTS = 16  # private sums of weight gradients
@@ -63,78 +64,76 @@ def _write_rows(source, target, low):
             target[p, k] = source[p - low, k]
 
 
-@njit(parallel=True, cache=True)
-def _forward(x, w1_t, b1, w2_t, b2, v, out, slope):
+@njit(cache=True, nogil=True)
+def _forward(part, x, w1_t, b1, w2_t, b2, v, out, slope):
     """v [H, I] is w2[0] w1, row by row; slope may be empty."""
     n, (inputs, hidden), outputs = x.shape[0], w1_t.shape, w2_t.shape[1]
     zero, one = np.float32(0), np.float32(1)
     blocks = (n + BLOCK - 1) // BLOCK
-    for part in prange(PARTS):
-        tail, none = np.empty((BLOCK, inputs), np.float32), np.zeros(inputs, np.float32)
-        h, m = np.empty((BLOCK, hidden), np.float32), np.empty((BLOCK, hidden), np.float32)
-        o = np.empty((BLOCK, outputs), np.float32)
-        flat, mask = h.reshape(-1), m.reshape(-1)
-        for block in range(part * blocks // PARTS, (part + 1) * blocks // PARTS):
-            low = block * BLOCK
-            count = min(BLOCK, n - low)
+    tail, none = np.empty((BLOCK, inputs), np.float32), np.zeros(inputs, np.float32)
+    h, m = np.empty((BLOCK, hidden), np.float32), np.empty((BLOCK, hidden), np.float32)
+    o = np.empty((BLOCK, outputs), np.float32)
+    flat, mask = h.reshape(-1), m.reshape(-1)
+    for block in range(part * blocks // PARTS, (part + 1) * blocks // PARTS):
+        low = block * BLOCK
+        count = min(BLOCK, n - low)
+        if count == BLOCK:
+            _rows(b1, x, low, w1_t, h, 0)
+        else:
+            _copy_rows(x, low, count, tail)
+            _rows(b1, tail, 0, w1_t, h, 0)
+        if slope.shape[0] > 0:
+            for e in range(flat.shape[0]):
+                mask[e] = one if flat[e] > zero else zero
             if count == BLOCK:
-                _rows(b1, x, low, w1_t, h, 0)
+                _rows(none, m, 0, v, slope, low)
             else:
-                _copy_rows(x, low, count, tail)
-                _rows(b1, tail, 0, w1_t, h, 0)
-            if slope.shape[0] > 0:
-                for e in range(flat.shape[0]):
-                    mask[e] = one if flat[e] > zero else zero
-                if count == BLOCK:
-                    _rows(none, m, 0, v, slope, low)
-                else:
-                    _rows(none, m, 0, v, tail, 0)
-                    _write_rows(tail, slope, low)
-            for e in range(flat.shape[0]):  # what is not a number stays so
-                flat[e] = zero if flat[e] <= zero else flat[e]
-            _rows(b2, h, 0, w2_t, o, 0)
-            for p in range(count):
-                for j in range(out.shape[1]):
-                    out[low + p, j] = o[p, j]
+                _rows(none, m, 0, v, tail, 0)
+                _write_rows(tail, slope, low)
+        for e in range(flat.shape[0]):  # what is not a number stays so
+            flat[e] = zero if flat[e] <= zero else flat[e]
+        _rows(b2, h, 0, w2_t, o, 0)
+        for p in range(count):
+            for j in range(out.shape[1]):
+                out[low + p, j] = o[p, j]
 
 
-@njit(parallel=True, cache=True)
-def _backward(x, w1, w1_t, b1, w2, grad_out, grad_slope, gx, gw1, gb1, gw2, gb2, gv):
+@njit(cache=True, nogil=True)
+def _backward(part, x, w1, w1_t, b1, w2, grad_out, grad_slope, gx, gw1, gb1, gw2, gb2, gv):
     n, (hidden, inputs), outputs = x.shape[0], w1.shape, w2.shape[0]
     zero, one = np.float32(0), np.float32(1)
     blocks = (n + BLOCK - 1) // BLOCK
-    for part in prange(PARTS):
-        xs, s = np.empty((BLOCK, inputs), np.float32), np.empty((BLOCK, inputs), np.float32)
-        h, k = np.empty((BLOCK, hidden), np.float32), np.empty((BLOCK, hidden), np.float32)
-        g, none = np.empty((BLOCK, outputs), np.float32), np.zeros(max(inputs, hidden), np.float32)
-        ones = np.ones((BLOCK, ROWS), np.float32)
-        flat, back = h.reshape(-1), k.reshape(-1)
-        for block in range(part * blocks // PARTS, (part + 1) * blocks // PARTS):
-            low = block * BLOCK
-            count = min(BLOCK, n - low)
-            _copy_rows(grad_out, low, count, g)
-            _copy_rows(x, low, count, xs)
-            _rows(b1, xs, 0, w1_t, h, 0)
-            if grad_slope.shape[0] > 0:
-                _copy_rows(grad_slope, low, count, s)
-                for e in range(flat.shape[0]):
-                    back[e] = one if flat[e] > zero else zero
-                _add_outer(k, s, gv[part])
-            _rows(none, g, 0, w2, k, 0)
+    xs, s = np.empty((BLOCK, inputs), np.float32), np.empty((BLOCK, inputs), np.float32)
+    h, k = np.empty((BLOCK, hidden), np.float32), np.empty((BLOCK, hidden), np.float32)
+    g, none = np.empty((BLOCK, outputs), np.float32), np.zeros(max(inputs, hidden), np.float32)
+    ones = np.ones((BLOCK, ROWS), np.float32)
+    flat, back = h.reshape(-1), k.reshape(-1)
+    for block in range(part * blocks // PARTS, (part + 1) * blocks // PARTS):
+        low = block * BLOCK
+        count = min(BLOCK, n - low)
+        _copy_rows(grad_out, low, count, g)
+        _copy_rows(x, low, count, xs)
+        _rows(b1, xs, 0, w1_t, h, 0)
+        if grad_slope.shape[0] > 0:
+            _copy_rows(grad_slope, low, count, s)
             for e in range(flat.shape[0]):
-                back[e] = back[e] if flat[e] > zero else zero
-                flat[e] = zero if flat[e] <= zero else flat[e]
-            _add_outer(g, h, gw2[part])
-            _add_outer(k, xs, gw1[part])
-            _add_outer(ones, k, gb1[part])
-            for p in range(count):
-                for j in range(outputs):
-                    gb2[part, j] += g[p, j]
-            if count == BLOCK:
-                _rows(none, k, 0, w1, gx, low)
-            else:
-                _rows(none, k, 0, w1, s, 0)
-                _write_rows(s, gx, low)
+                back[e] = one if flat[e] > zero else zero
+            _add_outer(k, s, gv[part])
+        _rows(none, g, 0, w2, k, 0)
+        for e in range(flat.shape[0]):
+            back[e] = back[e] if flat[e] > zero else zero
+            flat[e] = zero if flat[e] <= zero else flat[e]
+        _add_outer(g, h, gw2[part])
+        _add_outer(k, xs, gw1[part])
+        _add_outer(ones, k, gb1[part])
+        for p in range(count):
+            for j in range(outputs):
+                gb2[part, j] += g[p, j]
+        if count == BLOCK:
+            _rows(none, k, 0, w1, gx, low)
+        else:
+            _rows(none, k, 0, w1, s, 0)
+            _write_rows(s, gx, low)
 
 
 def _array(tensor: Tensor) -> np.ndarray:
@@ -160,7 +159,7 @@ def forward(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, with_slop
     x, w1, b1, w2 = _whole_tiles(x, w1, b1, w2)
     slope = torch.empty(n if with_slope else 0, x.shape[1])
     arrays = (_array(v) for v in (x, w1.T, b1, w2.T, _padded(b2, NARROW), w2[0][:, None] * w1))
-    _forward(*arrays, out.numpy(), slope.numpy())
+    each(PARTS, _forward, *arrays, out.numpy(), slope.numpy())
     return out, slope[:, :inputs]
 
 
@@ -173,7 +172,7 @@ def backward(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, grad_out: Tensor, gr
     shapes = (w1.shape, (ROWS, *b1.shape), w2.shape, w2.shape[:1], w1.shape)
     parts = [torch.zeros(PARTS, *shape) for shape in shapes]
     arrays = (_array(v) for v in (x, w1, w1.T, b1, w2, _padded(grad_out, 1, NARROW), slope))
-    _backward(*arrays, gx.numpy(), *(v.numpy() for v in parts))
+    each(PARTS, _backward, *arrays, gx.numpy(), *(v.numpy() for v in parts))
     gw1, gb1, gw2, gb2, gv = (v.sum(0) for v in parts)
     if grad_slope is not None:  # slope = m v, v = w2[0] w1 row by row
         gw1 = gw1 + w2[0][:, None] * gv

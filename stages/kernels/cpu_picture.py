@@ -7,7 +7,9 @@ takes 6. Not differentiable.
 from __future__ import annotations
 
 import numpy as np
-from numba import njit, prange
+from numba import njit
+
+from stages.kernels.threads import each
 
 
 @njit(cache=True, nogil=True)
@@ -32,23 +34,25 @@ def _sample(rast, triangles, vertices, colours, normals, light, ambient, diffuse
         out[c] += (u * colours[i, c] + v * colours[j, c] + w * colours[k, c]) * lit
 
 
-@njit(cache=True, nogil=True, parallel=True)
+@njit(cache=True, nogil=True)
+def _row(row, rast, triangles, vertices, colours, normals, light, ambient, diffuse, background, out):
+    size, n = out.shape[1], rast.shape[1] // out.shape[1]
+    b, y = row // size, row % size
+    total = np.empty(3, np.float32)
+    for x in range(size):
+        total[:] = 0.0
+        hit = 0
+        for sy in range(y * n, (y + 1) * n):
+            for sx in range(x * n, (x + 1) * n):
+                if rast[b, sy, sx, 3] > 0.0:
+                    hit += 1
+                    _sample(rast[b, sy, sx], triangles, vertices, colours, normals, light[b], ambient, diffuse, total)
+        rest = np.float32(n * n - hit)
+        for c in range(3):
+            out[b, y, x, c] = (total[c] + rest * background[b, y, x, c]) / np.float32(n * n)
+
+
 def picture(rast, triangles, vertices, colours, normals, light, ambient, diffuse, background, out):
     """out [B, S, S, 3] from rast [B, nS, nS, 4], vertex attributes [V, 3], light [B, 3] and background like out."""
-    batch, size, n = out.shape[0], out.shape[1], rast.shape[1] // out.shape[1]
-    for row in prange(batch * size):
-        b, y = row // size, row % size
-        total = np.empty(3, np.float32)
-        for x in range(size):
-            total[:] = 0.0
-            hit = 0
-            for sy in range(y * n, (y + 1) * n):
-                for sx in range(x * n, (x + 1) * n):
-                    if rast[b, sy, sx, 3] > 0.0:
-                        hit += 1
-                        _sample(
-                            rast[b, sy, sx], triangles, vertices, colours, normals, light[b], ambient, diffuse, total
-                        )
-            rest = np.float32(n * n - hit)
-            for c in range(3):
-                out[b, y, x, c] = (total[c] + rest * background[b, y, x, c]) / np.float32(n * n)
+    rows = out.shape[0] * out.shape[1]
+    each(rows, _row, rast, triangles, vertices, colours, normals, light, ambient, diffuse, background, out)

@@ -13,11 +13,13 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numba import njit, prange
+from numba import njit
 
 from stages.kernels.reference_raster import AREA_MIN, PIXELS_MAX, W_MIN
+from stages.kernels.threads import each
 
 BAND = 64  # rows a task owns; 64 rows of 512 columns with depth and id stay in a 0.5 MB cache
+REDUCED = 1 << 14  # vertices whose sums a task adds up
 
 
 @njit(cache=True, nogil=True)
@@ -148,27 +150,30 @@ def _resolve_band(clip, triangles, y_lo, height, width, depth, ids, rast):
 
 
 @njit(cache=True, nogil=True)
-def _raster_band(clip, screen, triangles, rows, band, height, width, rast):
+def _place_view(b, clip, triangles, height, width, screen, rows):
+    _project(clip[b], height, width, screen[b])
+    _row_ranges(screen[b], triangles, height, width, rows[b])
+
+
+@njit(cache=True, nogil=True)
+def _raster_band(task, clip, screen, triangles, rows, rast):
+    _, height, width, _ = rast.shape
+    bands = (height + BAND - 1) // BAND
+    b, band = task // bands, task % bands
     y_lo, y_hi = band * BAND, min((band + 1) * BAND, height)
     depth = np.full((y_hi - y_lo, width), np.inf, np.float64)
     ids = np.zeros((y_hi - y_lo, width), np.int32)
-    _fill_band(screen, triangles, rows, y_lo, y_hi, width, depth, ids)
-    _resolve_band(clip, triangles, y_lo, height, width, depth, ids, rast)
+    _fill_band(screen[b], triangles, rows[b], y_lo, y_hi, width, depth, ids)
+    _resolve_band(clip[b], triangles, y_lo, height, width, depth, ids, rast[b])
 
 
-@njit(cache=True, nogil=True, parallel=True)
 def rasterise_forward(clip, triangles, rast):
     """Fill rast [B, H, W, 4] from clip [B, V, 4] float32 and triangles [F, 3] int32."""
     batch, height, width, _ = rast.shape
-    bands = (height + BAND - 1) // BAND
     screen = np.empty((batch, clip.shape[1], 3), np.float64)
     rows = np.empty((batch, triangles.shape[0], 2), np.int32)
-    for b in prange(batch):
-        _project(clip[b], height, width, screen[b])
-        _row_ranges(screen[b], triangles, height, width, rows[b])
-    for task in prange(batch * bands):
-        b = task // bands
-        _raster_band(clip[b], screen[b], triangles, rows[b], task % bands, height, width, rast[b])
+    each(batch, _place_view, clip, triangles, height, width, screen, rows)
+    each(batch * -(-height // BAND), _raster_band, clip, screen, triangles, rows, rast)
 
 
 def private_copies(owners: int, pixels: int) -> int:
@@ -182,23 +187,31 @@ def _share(task, tasks, batch, height):
     return task * batch * height // tasks, (task + 1) * batch * height // tasks
 
 
-@njit(cache=True, nogil=True, parallel=True)
-def _reduce(private, out):
-    """out [O, V, C] = sums of private [P, V, C] in order, P / O of them each."""
+@njit(cache=True, nogil=True)
+def _reduce(block, private, out):
     owners, vertices, channels = out.shape
-    each = private.shape[0] // max(owners, 1)
-    for v in prange(vertices):
+    shares = private.shape[0] // max(owners, 1)
+    for v in range(block * REDUCED, min(vertices, (block + 1) * REDUCED)):
         for o in range(owners):
             for k in range(channels):
                 total = 0.0
-                for p in range(o * each, (o + 1) * each):
+                for p in range(o * shares, (o + 1) * shares):
                     total += private[p, v, k]
                 out[o, v, k] = total
 
 
+def reduced(private, owners: int):
+    """Sums [O, V, C] float32 of private [P, V, C] float64 in order, P / O of them each."""
+    out = np.empty((owners, *private.shape[1:]), np.float32)
+    each(-(-out.shape[1] // REDUCED), _reduce, private, out)
+    return out
+
+
 @njit(cache=True, nogil=True)
-def _rasterise_backward_rows(clip, triangles, rast, grad, start, stop, out):
-    height, width = rast.shape[1], rast.shape[2]
+def _rasterise_backward(task, clip, triangles, rast, grad, private):
+    batch, height, width, _ = rast.shape
+    start, stop = _share(task, len(private), batch, height)
+    out = private[task]
     for row in range(start, stop):
         b, y = row // height, row % height
         fy = 1.0 - 2.0 * (y + 0.5) / height
@@ -228,28 +241,18 @@ def _rasterise_backward_rows(clip, triangles, rast, grad, start, stop, out):
             out[k, 3] -= fx * gcx + fy * gcy
 
 
-@njit(cache=True, nogil=True, parallel=True)
-def _rasterise_backward(clip, triangles, rast, grad, private):
-    batch, height = rast.shape[0], rast.shape[1]
-    tasks = private.shape[0]
-    for task in prange(tasks):
-        start, stop = _share(task, tasks, batch, height)
-        _rasterise_backward_rows(clip, triangles, rast, grad, start, stop, private[task])
-
-
 def rasterise_backward(clip, triangles, rast, grad):
     """Gradient [B, V, 4] of clip from that of rast [B, H, W, 4], of which u and v count."""
     copies = private_copies(clip.shape[0], rast.size // 4)
     private = np.zeros((copies, *clip.shape[1:]), np.float64)
-    _rasterise_backward(clip, triangles, rast, grad, private)
-    out = np.empty(clip.shape, np.float32)
-    _reduce(private, out)
-    return out
+    each(copies, _rasterise_backward, clip, triangles, rast, grad, private)
+    return reduced(private, len(clip))
 
 
 @njit(cache=True, nogil=True)
-def _interpolate_rows(attributes, rast, triangles, start, stop, out):
-    height, channels = rast.shape[1], attributes.shape[2]
+def _interpolate(task, tasks, attributes, rast, triangles, out):
+    batch, height, channels = rast.shape[0], rast.shape[1], attributes.shape[2]
+    start, stop = _share(task, tasks, batch, height)
     for row in range(start, stop):
         n, y = row // height, row % height
         source = attributes[n if attributes.shape[0] > 1 else 0]
@@ -266,24 +269,22 @@ def _interpolate_rows(attributes, rast, triangles, start, stop, out):
                 out[n, y, x, k] = u * source[a, k] + v * source[b, k] + w * source[c, k]
 
 
-@njit(cache=True, nogil=True, parallel=True)
 def interpolate_forward(attributes, rast, triangles, out):
     """out [B, H, W, C] from attributes [1 or B, V, C]."""
-    batch, height = rast.shape[0], rast.shape[1]
-    tasks = (batch * height + BAND - 1) // BAND
-    for task in prange(tasks):
-        start, stop = _share(task, tasks, batch, height)
-        _interpolate_rows(attributes, rast, triangles, start, stop, out)
+    tasks = -(-rast.shape[0] * rast.shape[1] // BAND)
+    each(tasks, _interpolate, tasks, attributes, rast, triangles, out)
 
 
 @njit(cache=True, nogil=True)
-def _interpolate_backward_rows(attributes, rast, triangles, grad, start, stop, out, grad_rast):
-    height, channels = rast.shape[1], attributes.shape[2]
+def _interpolate_backward(task, attributes, rast, triangles, grad, private, grad_rast):
+    batch, height, channels = rast.shape[0], rast.shape[1], attributes.shape[2]
+    start, stop = _share(task, len(private), batch, height)
+    out = private[task]
     for row in range(start, stop):
         n, y = row // height, row % height
         source = attributes[n if attributes.shape[0] > 1 else 0]
         for x in range(rast.shape[2]):
-            grad_rast[n, y, x, :] = 0.0
+            grad_rast[n, y, x, 0] = grad_rast[n, y, x, 1] = grad_rast[n, y, x, 2] = grad_rast[n, y, x, 3] = 0.0
             f = np.int64(rast[n, y, x, 3]) - 1
             if f < 0:
                 continue
@@ -301,21 +302,10 @@ def _interpolate_backward_rows(attributes, rast, triangles, grad, start, stop, o
             grad_rast[n, y, x, 0], grad_rast[n, y, x, 1] = gu, gv
 
 
-@njit(cache=True, nogil=True, parallel=True)
-def _interpolate_backward(attributes, rast, triangles, grad, private, grad_rast):
-    batch, height = rast.shape[0], rast.shape[1]
-    tasks = private.shape[0]
-    for task in prange(tasks):
-        start, stop = _share(task, tasks, batch, height)
-        _interpolate_backward_rows(attributes, rast, triangles, grad, start, stop, private[task], grad_rast)
-
-
 def interpolate_backward(attributes, rast, triangles, grad):
     """Gradients of attributes [1 or B, V, C] and of rast [B, H, W, 4]."""
     copies = private_copies(attributes.shape[0], rast.size // 4)
     private = np.zeros((copies, *attributes.shape[1:]), np.float64)
     grad_rast = np.empty(rast.shape, np.float32)
-    _interpolate_backward(attributes, rast, triangles, grad, private, grad_rast)
-    out = np.empty(attributes.shape, np.float32)
-    _reduce(private, out)
-    return out, grad_rast
+    each(copies, _interpolate_backward, attributes, rast, triangles, grad, private, grad_rast)
+    return reduced(private, len(attributes)), grad_rast

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
-from numba import njit, prange
+from numba import njit
 
-from stages.kernels.cpu_raster import _reduce, private_copies
+from stages.kernels.cpu_raster import private_copies, reduced
+from stages.kernels.threads import each
+
+BLOCK = 1 << 14  # points a task looks up
 
 
 @njit(cache=True, nogil=True, inline="always")
@@ -20,25 +23,28 @@ def _cell(coordinate, size):
     return low, at - low, 1.0
 
 
-@njit(cache=True, nogil=True, parallel=True)
+@njit(cache=True, nogil=True)
+def _look_up(task, image, uv, out):
+    height, width, channels = image.shape
+    for n in range(task * BLOCK, min((task + 1) * BLOCK, len(uv))):
+        x, sx, _ = _cell(uv[n, 0], width)
+        y, sy, _ = _cell(np.float64(1.0) - uv[n, 1], height)
+        x1, y1 = min(x + 1, width - 1), min(y + 1, height - 1)
+        for k in range(channels):
+            top = image[y, x, k] * (1.0 - sx) + image[y, x1, k] * sx
+            bottom = image[y1, x, k] * (1.0 - sx) + image[y1, x1, k] * sx
+            out[n, k] = top * (1.0 - sy) + bottom * sy
+
+
 def texture_forward(image, uv, out):
     """out [N, C] from image [H, W, C] at uv [N, 2], v up."""
-    height, width, channels = image.shape
-    tasks = (len(uv) + 4095) // 4096
-    for task in prange(tasks):
-        for n in range(task * 4096, min((task + 1) * 4096, len(uv))):
-            x, sx, _ = _cell(uv[n, 0], width)
-            y, sy, _ = _cell(np.float64(1.0) - uv[n, 1], height)
-            x1, y1 = min(x + 1, width - 1), min(y + 1, height - 1)
-            for k in range(channels):
-                top = image[y, x, k] * (1.0 - sx) + image[y, x1, k] * sx
-                bottom = image[y1, x, k] * (1.0 - sx) + image[y1, x1, k] * sx
-                out[n, k] = top * (1.0 - sy) + bottom * sy
+    each(-(-len(uv) // BLOCK), _look_up, image, uv, out)
 
 
 @njit(cache=True, nogil=True)
-def _texture_backward_part(image, uv, grad, start, stop, private, grad_uv):
-    height, width, channels = image.shape
+def _texture_backward(task, image, uv, grad, privates, grad_uv):
+    (height, width, channels), tasks, private = image.shape, len(privates), privates[task]
+    start, stop = task * len(uv) // tasks, (task + 1) * len(uv) // tasks
     for n in range(start, stop):
         x, sx, free_x = _cell(uv[n, 0], width)
         y, sy, free_y = _cell(np.float64(1.0) - uv[n, 1], height)
@@ -56,20 +62,10 @@ def _texture_backward_part(image, uv, grad, start, stop, private, grad_uv):
         grad_uv[n, 0], grad_uv[n, 1] = gx * width * free_x, -gy * height * free_y
 
 
-@njit(cache=True, nogil=True, parallel=True)
-def _texture_backward(image, uv, grad, private, grad_uv):
-    tasks = private.shape[0]
-    for t in prange(tasks):
-        start, stop = t * len(uv) // tasks, (t + 1) * len(uv) // tasks
-        _texture_backward_part(image, uv, grad, start, stop, private[t], grad_uv)
-
-
 def texture_backward(image, uv, grad):
     """Gradients of image [H, W, C] and uv [N, 2]."""
     height, width, channels = image.shape
     private = np.zeros((private_copies(1, len(uv)), height * width, channels), np.float64)
     grad_uv = np.empty(uv.shape, np.float32)
-    _texture_backward(image, uv, grad, private, grad_uv)
-    out = np.empty((1, height * width, channels), np.float32)
-    _reduce(private, out)
-    return out.reshape(image.shape), grad_uv
+    each(len(private), _texture_backward, image, uv, grad, private, grad_uv)
+    return reduced(private, 1).reshape(image.shape), grad_uv

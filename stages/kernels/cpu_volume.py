@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from numba import njit, prange
+from numba import njit
 from torch import Tensor
 
-CHUNK = 256  # rays per task
+from stages.kernels.threads import each
+
+CHUNK = 1024  # rays per task
 
 
 @njit(inline="always")
@@ -29,102 +31,100 @@ def _cell(position, half, grid):
     return min(max(np.int64(np.floor((position + np.float32(1)) * half)), 0), grid - 1)
 
 
-@njit(parallel=True, cache=True)
-def _march(rays_o, rays_d, occupancy, low, high, step_size, jitter, stride, offsets, t_out, delta_out, write):
+@njit(cache=True, nogil=True)
+def _march(chunk, rays_o, rays_d, occupancy, low, high, step_size, jitter, stride, offsets, t_out, delta_out, write):
     """Counts into offsets[r + 1], or writes from offsets[r]; [low, high] bounds the occupied cells per axis."""
     grid = occupancy.shape[0]
     half = np.float32(0.5 * grid)
     rays = rays_o.shape[0]
-    for chunk in prange((rays + CHUNK - 1) // CHUNK):
-        for r in range(chunk * CHUNK, min(rays, (chunk + 1) * CHUNK)):
-            near, far = _crossings(rays_o[r], rays_d[r])
-            ox, oy, oz = rays_o[r, 0], rays_o[r, 1], rays_o[r, 2]
-            dx, dy, dz = rays_d[r, 0], rays_d[r, 1], rays_d[r, 2]
-            count, k, j = 0, -1, jitter[r]
-            first = np.int64(np.float32(4096) * j)
-            while True:
-                k += 1
-                t = near + (np.float32(k) + j) * step_size
-                if not t < far:
-                    break
-                x = _cell(ox + t * dx, half, grid)
-                if x < low[0] or x > high[0]:
-                    continue
-                y = _cell(oy + t * dy, half, grid)
-                if y < low[1] or y > high[1]:
-                    continue
-                z = _cell(oz + t * dz, half, grid)
-                value = occupancy[x, y, z]
-                if value == 1 or (value == 2 and (k - first) % stride == 0):
-                    if write:
-                        t_out[offsets[r] + count] = t
-                        delta_out[offsets[r] + count] = step_size if value == 1 else step_size * np.float32(stride)
-                    count += 1
-            if not write:
-                offsets[r + 1] = count
+    for r in range(chunk * CHUNK, min(rays, (chunk + 1) * CHUNK)):
+        near, far = _crossings(rays_o[r], rays_d[r])
+        ox, oy, oz = rays_o[r, 0], rays_o[r, 1], rays_o[r, 2]
+        dx, dy, dz = rays_d[r, 0], rays_d[r, 1], rays_d[r, 2]
+        count, k, j = 0, -1, jitter[r]
+        first = np.int64(np.float32(4096) * j)
+        while True:
+            k += 1
+            t = near + (np.float32(k) + j) * step_size
+            if not t < far:
+                break
+            x = _cell(ox + t * dx, half, grid)
+            if x < low[0] or x > high[0]:
+                continue
+            y = _cell(oy + t * dy, half, grid)
+            if y < low[1] or y > high[1]:
+                continue
+            z = _cell(oz + t * dz, half, grid)
+            value = occupancy[x, y, z]
+            if value == 1 or (value == 2 and (k - first) % stride == 0):
+                if write:
+                    t_out[offsets[r] + count] = t
+                    delta_out[offsets[r] + count] = step_size if value == 1 else step_size * np.float32(stride)
+                count += 1
+        if not write:
+            offsets[r + 1] = count
 
 
-@njit(parallel=True, cache=True)
-def _composite(sigmas, values, t, delta, offsets, out, weights, opacity, depth):
+@njit(cache=True, nogil=True)
+def _composite(chunk, sigmas, values, t, delta, offsets, out, weights, opacity, depth):
     rays, channels = out.shape
     one = np.float32(1)
-    for chunk in prange((rays + CHUNK - 1) // CHUNK):
-        for r in range(chunk * CHUNK, min(rays, (chunk + 1) * CHUNK)):
-            light, total, distance = one, np.float32(0), np.float32(0)
-            for i in range(offsets[r], offsets[r + 1]):
-                rest = np.exp(-sigmas[i] * delta[i])
-                w = light * (one - rest)
-                light *= rest
-                weights[i] = w
-                total += w
-                distance += w * t[i]
-                for c in range(channels):
-                    out[r, c] += w * values[i, c]
-            opacity[r], depth[r] = total, distance
+    for r in range(chunk * CHUNK, min(rays, (chunk + 1) * CHUNK)):
+        light, total, distance = one, np.float32(0), np.float32(0)
+        for i in range(offsets[r], offsets[r + 1]):
+            rest = np.exp(-sigmas[i] * delta[i])
+            w = light * (one - rest)
+            light *= rest
+            weights[i] = w
+            total += w
+            distance += w * t[i]
+            for c in range(channels):
+                out[r, c] += w * values[i, c]
+        opacity[r], depth[r] = total, distance
 
 
-@njit(parallel=True, cache=True)
-def _composite_backward(sigmas, values, t, delta, offsets, g_out, g_weights, g_opacity, g_depth, g_sigmas, g_values):
+@njit(cache=True, nogil=True)
+def _composite_backward(
+    chunk, sigmas, values, t, delta, offsets, g_out, g_weights, g_opacity, g_depth, g_sigmas, g_values
+):  # fmt: skip
     """d L / d w_i = a_i gives d L / d sigma_k = delta_k (T_{k+1} a_k - sum_{i>k} w_i a_i), walked from the far end."""
     rays, channels = g_out.shape
     one = np.float32(1)
-    for chunk in prange((rays + CHUNK - 1) // CHUNK):
-        for r in range(chunk * CHUNK, min(rays, (chunk + 1) * CHUNK)):
-            light = one
-            for i in range(offsets[r], offsets[r + 1]):
-                rest = np.exp(-sigmas[i] * delta[i])
-                w = light * (one - rest)
-                light *= rest
-                a = g_weights[i] + g_opacity[r] + g_depth[r] * t[i]
-                for c in range(channels):
-                    a += g_out[r, c] * values[i, c]
-                    g_values[i, c] = w * g_out[r, c]
-                g_sigmas[i] = light * a  # the first term; w a is kept in place of the light until the way back
-                g_weights[i] = w * a
-            behind = np.float32(0)
-            for i in range(offsets[r + 1] - 1, offsets[r] - 1, -1):
-                g_sigmas[i] = delta[i] * (g_sigmas[i] - behind)
-                behind += g_weights[i]
+    for r in range(chunk * CHUNK, min(rays, (chunk + 1) * CHUNK)):
+        light = one
+        for i in range(offsets[r], offsets[r + 1]):
+            rest = np.exp(-sigmas[i] * delta[i])
+            w = light * (one - rest)
+            light *= rest
+            a = g_weights[i] + g_opacity[r] + g_depth[r] * t[i]
+            for c in range(channels):
+                a += g_out[r, c] * values[i, c]
+                g_values[i, c] = w * g_out[r, c]
+            g_sigmas[i] = light * a  # the first term; w a is kept in place of the light until the way back
+            g_weights[i] = w * a
+        behind = np.float32(0)
+        for i in range(offsets[r + 1] - 1, offsets[r] - 1, -1):
+            g_sigmas[i] = delta[i] * (g_sigmas[i] - behind)
+            behind += g_weights[i]
 
 
-@njit(parallel=True, cache=True)
-def _visible(sigmas, delta, offsets, threshold, faint, kept, index, write):
+@njit(cache=True, nogil=True)
+def _visible(chunk, sigmas, delta, offsets, threshold, faint, kept, index, write):
     """Counts into kept[r + 1], or writes index from kept[r]."""
     rays = offsets.shape[0] - 1
-    for chunk in prange((rays + CHUNK - 1) // CHUNK):
-        for r in range(chunk * CHUNK, min(rays, (chunk + 1) * CHUNK)):
-            depth, count = np.float32(0), 0
-            for i in range(offsets[r], offsets[r + 1]):
-                if np.exp(-depth) < threshold:
-                    break
-                own = sigmas[i] * delta[i]
-                depth += own
-                if own >= faint:
-                    if write:
-                        index[kept[r] + count] = i
-                    count += 1
-            if not write:
-                kept[r + 1] = count
+    for r in range(chunk * CHUNK, min(rays, (chunk + 1) * CHUNK)):
+        depth, count = np.float32(0), 0
+        for i in range(offsets[r], offsets[r + 1]):
+            if np.exp(-depth) < threshold:
+                break
+            own = sigmas[i] * delta[i]
+            depth += own
+            if own >= faint:
+                if write:
+                    index[kept[r] + count] = i
+                count += 1
+        if not write:
+            kept[r + 1] = count
 
 
 def _array(tensor: Tensor) -> np.ndarray:
@@ -143,10 +143,11 @@ def march(
     low, high = (np.array([u[k] for u in used], dtype=np.int64) for k in (0, -1))
     rays = (_array(rays_o), _array(rays_d), cells, low, high, np.float32(step_size), _array(jitter), stride, offsets)
     none = np.zeros(0, dtype=np.float32)
-    _march(*rays, none, none, False)
+    tasks = -(-len(rays_o) // CHUNK)
+    each(tasks, _march, *rays, none, none, False)
     np.cumsum(offsets, out=offsets)
     t, delta = torch.empty(int(offsets[-1])), torch.empty(int(offsets[-1]))
-    _march(*rays, t.numpy(), delta.numpy(), True)
+    each(tasks, _march, *rays, t.numpy(), delta.numpy(), True)
     return t, delta, torch.from_numpy(offsets)
 
 
@@ -156,7 +157,7 @@ def composite(sigmas: Tensor, values: Tensor, t: Tensor, delta: Tensor, ray_offs
     out, weights = torch.zeros(rays, values.shape[1]), torch.empty_like(t)
     opacity, depth = torch.empty(rays), torch.empty(rays)
     inputs = (_array(v) for v in (sigmas, values, t, delta, ray_offsets))
-    _composite(*inputs, *(v.numpy() for v in (out, weights, opacity, depth)))
+    each(-(-rays // CHUNK), _composite, *inputs, *(v.numpy() for v in (out, weights, opacity, depth)))
     return out, weights, opacity, depth
 
 
@@ -171,7 +172,8 @@ def composite_backward(
     g_opacity = torch.zeros(rays) if g_opacity is None else g_opacity
     g_depth = torch.zeros(rays) if g_depth is None else g_depth
     inputs = (sigmas, values, t, delta, ray_offsets, g_out, g_weights, g_opacity, g_depth)
-    _composite_backward(*(_array(v) for v in inputs), g_sigmas.numpy(), g_values.numpy())
+    arrays = (*(_array(v) for v in inputs), g_sigmas.numpy(), g_values.numpy())
+    each(-(-rays // CHUNK), _composite_backward, *arrays)
     return g_sigmas, g_values
 
 
@@ -181,8 +183,9 @@ def visible(
     """Indices [M] of the samples to keep, and their ray_offsets [R + 1]."""
     kept = np.zeros(ray_offsets.shape[0], dtype=np.int64)
     inputs = (*(_array(v) for v in (sigmas, delta, ray_offsets)), np.float32(threshold), np.float32(faint), kept)
-    _visible(*inputs, np.zeros(0, dtype=np.int64), False)
+    tasks = -(-(len(kept) - 1) // CHUNK)
+    each(tasks, _visible, *inputs, np.zeros(0, dtype=np.int64), False)
     np.cumsum(kept, out=kept)
     index = torch.empty(int(kept[-1]), dtype=torch.int64)
-    _visible(*inputs, index.numpy(), True)
+    each(tasks, _visible, *inputs, index.numpy(), True)
     return index, torch.from_numpy(kept)

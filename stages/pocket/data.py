@@ -80,10 +80,7 @@ def make_pool(
 
 
 def _one_thread() -> None:
-    import numba
-
     torch.set_num_threads(1)
-    numba.set_num_threads(1)
 
 
 def _render_meshes(
