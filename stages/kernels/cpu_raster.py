@@ -15,6 +15,7 @@ import math
 import numpy as np
 from numba import njit
 
+from stages.kernels.cpu_vectors import PIXELS, draw_pixels
 from stages.kernels.reference_raster import AREA_MIN, PIXELS_MAX, W_MIN
 from stages.kernels.threads import each
 
@@ -54,15 +55,17 @@ def _row_ranges(screen, triangles, height, width, rows):
         rows[f, 1] = min(np.int32(math.floor(y_max - 0.5)) + 1, height)
 
 
-@njit(cache=True, nogil=True, inline="always")
+@njit(cache=True, nogil=True)
 def _edge(ax, ay, bx, by, sign):
     """Coefficients of A x + (B y + C), positive on one side of the line a-b; always taken from the same end."""
-    if ax > bx or (ax == bx and ay > by):
-        ax, ay, bx, by, sign = bx, by, ax, ay, -sign
-    ea = -(by - ay)
-    eb = bx - ax
-    ec = -(ea * ax + eb * ay)
-    return sign * ea, sign * eb, sign * ec
+    turned = (ax > bx) | ((ax == bx) & (ay > by))  # no branch: half of the edges are
+    px, py = bx if turned else ax, by if turned else ay
+    qx, qy = ax if turned else bx, ay if turned else by
+    side = -sign if turned else sign
+    ea = -(qy - py)
+    eb = qx - px
+    ec = -(ea * px + eb * py)
+    return side * ea, side * eb, side * ec
 
 
 @njit(cache=True, nogil=True)
@@ -106,18 +109,14 @@ def _fill_band(screen, triangles, rows, y_lo, y_hi, width, depth, ids):
             py = y + 0.5
             er0, er1, er2 = eb0 * py + ec0, eb1 * py + ec1, eb2 * py + ec2
             lo, hi = left, right
-            if right - left > 8:
+            if right - left > PIXELS:
                 lo, hi = _narrow(ea0, er0, lo, hi)
                 lo, hi = _narrow(ea1, er1, lo, hi)
                 lo, hi = _narrow(ea2, er2, lo, hi)
-            for x in range(lo, hi):
-                px = x + 0.5
-                w0, w1, w2 = ea0 * px + er0, ea1 * px + er1, ea2 * px + er2
-                if w0 >= 0.0 and w1 >= 0.0 and w2 >= 0.0:
-                    z = (w0 * z0 + w1 * z1 + w2 * z2) * inverse
-                    if z < depth[y - y_lo, x] and z >= -1.0 and z <= 1.0:
-                        depth[y - y_lo, x] = z
-                        ids[y - y_lo, x] = f + 1
+            edges = (ea0, er0, ea1, er1, ea2, er2)
+            for x in range(lo, hi, PIXELS):
+                at = (y - y_lo) * depth.shape[1] + x
+                draw_pixels(depth, ids, at, x, right, f + 1, edges, z0, z1, z2, inverse)
 
 
 @njit(cache=True, nogil=True, inline="always")
@@ -161,8 +160,8 @@ def _raster_band(task, clip, screen, triangles, rows, rast):
     bands = (height + BAND - 1) // BAND
     b, band = task // bands, task % bands
     y_lo, y_hi = band * BAND, min((band + 1) * BAND, height)
-    depth = np.full((y_hi - y_lo, width), np.inf, np.float64)
-    ids = np.zeros((y_hi - y_lo, width), np.int32)
+    depth = np.full((y_hi - y_lo, width + PIXELS), np.inf, np.float64)
+    ids = np.zeros((y_hi - y_lo, width + PIXELS), np.int32)
     _fill_band(screen[b], triangles, rows[b], y_lo, y_hi, width, depth, ids)
     _resolve_band(clip[b], triangles, y_lo, height, width, depth, ids, rast[b])
 

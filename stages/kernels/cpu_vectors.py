@@ -1,7 +1,8 @@
 """Vector operations that numba's compiler does not find by itself, as numba intrinsics: written in LLVM's own terms.
 
 LLVM turns loops over a hash level's rows into gather instructions, which cost twice what plain loads of a row's pair
-of features do, and does not keep a tile of a matrix product in registers. All else is plain numba.
+of features do; it keeps no tile of a matrix product in registers, and tests a triangle's pixels one by one. All else is
+plain numba.
 
 Arrays are C-contiguous; places in them are flat offsets. No bounds are checked.
 """
@@ -18,8 +19,9 @@ ROWS, COLUMNS, NARROW = (
     4,
 )  # of a tile (4 registers of AVX-512, 8 of AVX2's 16) and of a narrow one; NARROW % ROWS == 0
 CORNERS, BLOCK = 8, 256  # of a cell; points that share a block of rows and weights
+PIXELS = 8  # of a row, tested at once
 
-_I64, _F32 = ir.IntType(64), ir.FloatType()
+_I32, _I64, _F32, _F64 = ir.IntType(32), ir.IntType(64), ir.FloatType(), ir.DoubleType()
 _PAIR = ir.VectorType(_F32, 2)
 _CONTRACT = ("contract",)  # a * b + c may be rounded once
 
@@ -33,7 +35,7 @@ class _Code:
             if isinstance(kind, types.Array):
                 self.values.append(context.make_array(kind)(context, builder, value).data)
             else:
-                wanted = kind if isinstance(kind, types.Float) else types.intp
+                wanted = types.intp if isinstance(kind, types.Integer) else kind
                 self.values.append(context.cast(builder, value, kind, wanted))
 
     def load(self, data, at, kind=None):
@@ -51,9 +53,9 @@ class _Code:
 
     def spread(self, scalar, kind):
         """The scalar in every lane."""
-        zero = ir.Constant(ir.IntType(32), 0)
+        zero = ir.Constant(_I32, 0)
         one = self.builder.insert_element(ir.Constant(kind, ir.Undefined), scalar, zero)
-        lanes = ir.Constant(ir.VectorType(ir.IntType(32), kind.count), [0] * kind.count)
+        lanes = ir.Constant(ir.VectorType(_I32, kind.count), [0] * kind.count)
         return self.builder.shuffle_vector(one, ir.Constant(kind, ir.Undefined), lanes)
 
     def fused(self, a, b, c):
@@ -144,7 +146,7 @@ def gather_dot(typing, table, start, rows, p, g, g_at, out):
         for corner in range(CORNERS):
             at, row = code.row(rows, corner, p, start)
             product = builder.fmul(code.load(table, row, _PAIR), factor)
-            low, high = (builder.extract_element(product, ir.Constant(ir.IntType(32), k)) for k in range(2))
+            low, high = (builder.extract_element(product, ir.Constant(_I32, k)) for k in range(2))
             builder.store(builder.fadd(low, high), builder.gep(out, [at]))
 
     return types.void(table, start, rows, p, g, g_at, out), _returning_nothing(generate)
@@ -181,3 +183,44 @@ def _scatter(code: _Code, table, start, rows, p, terms) -> None:
         for weights, value in terms:
             total = code.fused(code.spread(code.load(weights, at), _PAIR), value, total)
         code.store(total, table, row)
+
+
+@intrinsic
+def draw_pixels(typing, depth, ids, at, x, right, number, edges, z0, z1, z2, inverse):
+    """Write depth and number of a triangle where it covers pixel centres x + 0.5 .. < right, is nearest and in [-1, 1].
+
+    Takes PIXELS columns from x on, whose depth [.] float64 and ids [.] int32 lie from `at` on, also those beyond right.
+    edges: slope and value at x = 0 of the three edge functions in this row, six float64; z0, z1, z2: depths of the
+    corners opposite them; inverse: of twice the area. Products and sums are rounded one by one.
+    """
+
+    def generate(code: _Code) -> None:
+        builder = code.builder
+        depth, ids, at, x, right, number, edges, z0, z1, z2, inverse = code.values
+        lanes, marks = ir.VectorType(_F64, PIXELS), ir.VectorType(_I32, PIXELS)
+
+        def every(value: float):
+            return ir.Constant(lanes, [value] * PIXELS)
+
+        centre = builder.fadd(
+            code.spread(builder.sitofp(x, _F64), lanes), ir.Constant(lanes, [k + 0.5 for k in range(PIXELS)])
+        )
+        drawn = builder.fcmp_ordered("<", centre, code.spread(builder.sitofp(right, _F64), lanes))
+        total = None
+        for k, z in enumerate((z0, z1, z2)):
+            slope, start = (builder.extract_value(edges, 2 * k + j) for j in range(2))
+            weight = builder.fadd(builder.fmul(code.spread(slope, lanes), centre), code.spread(start, lanes))
+            drawn = builder.and_(drawn, builder.fcmp_ordered(">=", weight, every(0.0)))
+            term = builder.fmul(weight, code.spread(z, lanes))
+            total = term if total is None else builder.fadd(total, term)
+        here = builder.fmul(total, code.spread(inverse, lanes))
+        before = code.load(depth, at, lanes)
+        for sign, bound in (("<", before), (">=", every(-1.0)), ("<=", every(1.0))):
+            drawn = builder.and_(drawn, builder.fcmp_ordered(sign, here, bound))
+        bits = ir.IntType(PIXELS)
+        with builder.if_then(builder.icmp_unsigned("!=", builder.bitcast(drawn, bits), ir.Constant(bits, 0))):
+            code.store(builder.select(drawn, here, before), depth, at)
+            own = code.spread(builder.trunc(number, _I32), marks)
+            code.store(builder.select(drawn, own, code.load(ids, at, marks)), ids, at)
+
+    return types.void(depth, ids, at, x, right, number, edges, z0, z1, z2, inverse), _returning_nothing(generate)
