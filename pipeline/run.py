@@ -214,7 +214,7 @@ def _be_deterministic() -> None:
     """Same seed, same device, same bytes: ask torch for its deterministic kernels where it has a choice."""
     import torch
 
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.set_deterministic_debug_mode("warn")  # use_deterministic_algorithms loads torch's compiler for it, 1.2 s
     torch.utils.deterministic.fill_uninitialized_memory = False  # costs time and hides nothing here
 
 
