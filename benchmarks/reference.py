@@ -1,6 +1,6 @@
 """Does the whole pipeline rebuild a known mesh? The exact reference prior through the coarse and the fine stage.
 
-    python -m benchmarks.reference [--meshes knot,bowl,...] [--stages coarse,fine] [--config reference] [KEY=VALUE]
+    python -m benchmarks.reference [--meshes knot,bowl,bracket] [--stages coarse,fine] [--config reference] [KEY=VALUE]
 
 Measured on 18 views that no training step has seen (three elevations), against the given mesh:
     iou         intersection over union of the silhouettes (coverage > 0.5), all views together

@@ -1,4 +1,4 @@
-"""Four closed coloured meshes with concavities for the reference benchmark; none is of the pocket world.
+"""Three closed coloured meshes with concavities for the reference benchmark; none is of the pocket world.
 
 All are made from closed forms: solid (watertight, manifold, outward), y up, in the sphere of radius 0.8, with smooth
 and abrupt colour changes in linear RGB at the vertices.
@@ -36,12 +36,8 @@ def knot(around: int = 320, across: int = 28) -> Mesh:
     return _fit(points.reshape(-1, 3), faces, colours.reshape(-1, 3))
 
 
-def bowl(around: int = 128, banded: bool = False) -> Mesh:
-    """A footed bowl, blue outside with a white band, orange inside: one sees into a deep concavity.
-
-    Of one colour, the inside looks nearly the same as a lid of that colour would: light alone tells them apart.
-    banded: with dark rings inside, which shift against the rim as the view changes.
-    """
+def bowl(around: int = 128) -> Mesh:
+    """A footed bowl, blue outside with a white band, orange inside: one sees into a deep concavity."""
     angle = np.linspace(0, np.pi / 2, 25)
     outer = np.stack([0.75 * np.sin(angle), -0.6 * np.cos(angle)], -1)
     outer = outer[outer[:, 0] > 0.28]
@@ -53,9 +49,6 @@ def bowl(around: int = 128, banded: bool = False) -> Mesh:
     blue, white, orange = np.array([0.05, 0.12, 0.55]), np.array([0.8, 0.8, 0.75]), np.array([0.8, 0.28, 0.04])
     colour = np.where(((height > -0.3) & (height < -0.12))[:, None], white, blue)
     colour = np.where(inside[:, None], orange, colour)
-    if banded:
-        rings = inside & ((np.arange(len(profile)) // 3) % 2 == 0)
-        colour = np.where(rings[:, None], np.array([0.25, 0.05, 0.12]), colour)
     points, colours = [], []
     u = np.arange(around) * 2 * np.pi / around
     middle = profile[1:-1]
@@ -122,4 +115,4 @@ def _fit(points: np.ndarray, faces: np.ndarray, colours: np.ndarray, radius: flo
     return mesh
 
 
-MESHES = {"knot": knot, "bracket": bracket, "banded bowl": lambda: bowl(banded=True), "bowl": bowl}
+MESHES = {"knot": knot, "bowl": bowl, "bracket": bracket}
