@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 PLAIN_EVERY_S = 10.0  # seconds between plain lines
-COMPILE_S = 55  # measured: the 31 kernels that a run of both stages compiles, two cores
+COMPILE_S = 28  # measured: the 32 kernels that a run of both stages compiles, two cores
 
 
 class Progress:
