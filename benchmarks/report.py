@@ -129,7 +129,7 @@ def comparisons_table(summary: dict[str, Any]) -> str:
             [
                 f"{escape(name_of(c['a']))} against {escape(name_of(c['b']))}",
                 escape(metric.label),
-                f"{d['mean']:+.{metric.digits}f} [{d['low']:+.{metric.digits}f}, {d['high']:+.{metric.digits}f}]",
+                f"{d['mean']:+z.{metric.digits}f} [{d['low']:+z.{metric.digits}f}, {d['high']:+z.{metric.digits}f}]",
                 f"{c['wins']} / {c['ties']} / {c['losses']}",
                 f"{c['p_value']:.4f}",
                 f"{c['p_sign']:.4f}",

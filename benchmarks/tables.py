@@ -70,8 +70,8 @@ def _sentence(c: dict[str, Any], label: str, digits: int) -> str:
     d = c["difference"]
     sure = "" if c["p_value"] < 0.05 else ", which chance explains as well"
     return (
-        f"{label}: coarse + fine against coarse alone {d['mean']:+.{digits}f} [{d['low']:+.{digits}f}, "
-        f"{d['high']:+.{digits}f}], better on {c['wins']} and worse on {c['losses']} of {c['prompts']} prompts "
+        f"{label}: coarse + fine against coarse alone {d['mean']:+z.{digits}f} [{d['low']:+z.{digits}f}, "
+        f"{d['high']:+z.{digits}f}], better on {c['wins']} and worse on {c['losses']} of {c['prompts']} prompts "
         f"(p = {c['p_value']:.3f}{sure})."
     )
 

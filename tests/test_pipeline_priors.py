@@ -129,5 +129,5 @@ def test_guidance_is_that_of_the_stage(tmp_path, monkeypatch):
     monkeypatch.setattr(priors, "build_prior", lambda config, stage, device: prior)
     chosen = config("guidance.fine.scale=3", "negative=ugly", prompt="a red mug")
     guidance = priors.build_guidance(chosen, "fine", "cpu")
-    assert guidance.settings.scale == 3 and guidance.settings.t_range == (0.02, 0.5)
+    assert guidance.settings.scale == 3 and guidance.settings.t_range == (0.02, 0.75)
     assert guidance.prompts.prompt == "a red mug" and guidance.prompts.negative == "ugly"
