@@ -15,6 +15,7 @@ from stages.mesh.initialise import (
 )
 from stages.mesh.measure import measure
 from stages.mesh.mesh import Mesh
+from stages.mesh.seal import sealed
 from stages.mesh.tetrahedra import Lattice
 
 SMALL = InitialiseSettings(samples=40, candidates=16)
@@ -116,6 +117,25 @@ def test_cavities_are_filled(resolution):
     found = solid(dmtet_from_density(soft(shell, 400.0), Lattice(resolution), SMALL)[0])
     assert found.components == 1 and found.euler_number == 2
     assert abs(found.volume / (4 / 3 * np.pi * 0.6**3) - 1) < 0.12
+
+
+def test_hidden_insides_are_filled_and_what_one_can_see_or_enter_stays_open():
+    at = np.indices((40, 40, 40)) - 19.5
+    radius = np.linalg.norm(at, axis=0)
+    shell = (radius < 16) & (radius > 12)
+    pinhole = shell & ~((abs(at[0]) < 1) & (abs(at[1]) < 1) & (at[2] > 0))  # two points wide
+    filled = sealed(pinhole)
+    assert filled[radius <= 12].mean() > 0.95 and not filled[radius >= 16].any()  # but for lines of sight
+    assert (filled[pinhole]).all()
+
+    bowl = shell & (at[1] < 0)
+    assert (sealed(bowl) == bowl).all()
+    door = shell & ~((abs(at[0]) < 2) & (abs(at[1]) < 2) & (at[2] > 0))  # four wide, round a corner all is reached
+    assert (sealed(door) == door).all()
+    slot = (abs(at).max(0) < 10) & ~((abs(at[0]) < 1) & (at[1] > -5))  # two wide, seen from above
+    assert (sealed(slot) == slot).all()
+    for axis in range(3):
+        assert (sealed(np.moveaxis(pinhole, 2, axis)) == np.moveaxis(filled, 2, axis)).all()
 
 
 def test_values_are_signed_distances_not_clamped_densities():

@@ -3,7 +3,7 @@
 1. `find_level` samples the density on a regular grid and searches the level set that shows what the volume renderer
    shows: seen along an axis it should cover the rays that lose half of their light, and stand where they lose it. Only
    levels whose largest part is an object qualify. (At a fixed level, or at the mean density, pipelines break most.)
-2. `dmtet_from_density` evaluates the field at lattice vertices near that surface, drops floaters, fills cavities,
+2. `dmtet_from_density` evaluates the field at lattice vertices near that surface, drops floaters, fills what is hidden,
    finds the crossing of each lattice edge by bisection of the field itself (densities are far from linear), and
    stores the distance to the resulting triangles, so that no value is clamped and no crossing sits at an edge's middle.
 
@@ -27,6 +27,7 @@ from torch import Tensor
 from stages.errors import UserError
 from stages.kernels.marching import marching_tetrahedra
 from stages.mesh.dmtet import MARGIN, DMTet
+from stages.mesh.seal import sealed
 from stages.mesh.tetrahedra import Band, Lattice, build_band, dilate
 
 Density = Callable[[Tensor], Tensor]
@@ -234,7 +235,7 @@ def dmtet_from_density(
     level = find_level(grid, settings)
     parts, _, _ = _kept_parts(grid > level.level, settings.keep)
     voxel = 2 / settings.samples
-    body = ndimage.binary_fill_holes(parts > 0)
+    body = sealed(parts > 0)
     rough = np.where(body, 0.5 - ndimage.distance_transform_edt(body), ndimage.distance_transform_edt(~body) - 0.5)
     rough = (rough * voxel).astype(np.float32)
 
