@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.environment import RESULTS, environment, read_lines
+from benchmarks.runs import environment_of
 from pipeline.export.files import write_whole
 from stages.errors import UserError
 
@@ -41,7 +42,6 @@ ADAPTORS = {
 ADAPTORS_ON = {"cpu": ("kaolin",), "cuda": ("tinycudann", "nvdiffrast", "kaolin")}
 FAMILY_OF = {"tinycudann": ("hash", "mlp"), "nvdiffrast": ("raster",), "kaolin": ("marching",)}
 BUDGET_S, QUICK_BUDGET_S = 4.0, 0.02
-POOLS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 FILE = "kernels.jsonl"
 Line = dict[str, Any]
 
@@ -159,7 +159,7 @@ def run(args: argparse.Namespace) -> tuple[list[Line], list[str]]:
             [sys.executable, "-m", "benchmarks.kernels", *_worker_words(args, threads)],
             stdout=subprocess.PIPE,
             text=True,
-            env=os.environ | ({name: str(threads) for name in POOLS} if args.device == "cpu" else {}),
+            env=environment_of(threads) if args.device == "cpu" else None,
         )
         last = "before its first measurement"
         for text in process.stdout:

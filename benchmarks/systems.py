@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.runs import environment_of
 from benchmarks.suite import spec_of
 from stages.errors import UserError
 from stages.mesh.mesh import Mesh
@@ -103,8 +104,7 @@ def _seconds_of(session: dict[str, Any]) -> float:
 
 def _environment(threads: int) -> dict[str, str]:
     """The environment with every thread pool at `threads`; 0 leaves them alone."""
-    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-    return os.environ | ({name: str(threads) for name in names} if threads else {})
+    return environment_of(threads) if threads else dict(os.environ)
 
 
 def _times(record: dict[str, Any], seconds: float, job: Job) -> dict[str, Any]:

@@ -11,6 +11,8 @@ from numba import njit
 
 from stages.kernels.threads import each
 
+ROWS = 16  # of a picture, that a task fills
+
 
 @njit(cache=True, nogil=True)
 def _sample(rast, triangles, vertices, colours, normals, light, ambient, diffuse, out):
@@ -52,7 +54,13 @@ def _row(row, rast, triangles, vertices, colours, normals, light, ambient, diffu
             out[b, y, x, c] = (total[c] + rest * background[b, y, x, c]) / np.float32(n * n)
 
 
+@njit(cache=True, nogil=True)
+def _band(task, rast, triangles, vertices, colours, normals, light, ambient, diffuse, background, out):
+    for row in range(task * ROWS, min((task + 1) * ROWS, out.shape[0] * out.shape[1])):
+        _row(row, rast, triangles, vertices, colours, normals, light, ambient, diffuse, background, out)
+
+
 def picture(rast, triangles, vertices, colours, normals, light, ambient, diffuse, background, out):
     """out [B, S, S, 3] from rast [B, nS, nS, 4], vertex attributes [V, 3], light [B, 3] and background like out."""
-    rows = out.shape[0] * out.shape[1]
-    each(rows, _row, rast, triangles, vertices, colours, normals, light, ambient, diffuse, background, out)
+    tasks = -(-out.shape[0] * out.shape[1] // ROWS)
+    each(tasks, _band, rast, triangles, vertices, colours, normals, light, ambient, diffuse, background, out)
