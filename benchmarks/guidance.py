@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import quality
+from benchmarks.cells import Cell, load_result
 from benchmarks.environment import RESULTS, environment, read_lines
 from benchmarks.markdown import markdown_table
-from benchmarks.quality import Cell, load_result
 from benchmarks.statistics import bootstrap
 from benchmarks.suite import Suite, load_suite, spec_of
 from benchmarks.summary import key_of, score_lines, shown

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
+from benchmarks.cells import Cell
 from benchmarks.environment import read_lines
-from benchmarks.quality import Cell
 from benchmarks.tables import name_of
 
 STRIP_HEIGHT, LABEL = 96, 16

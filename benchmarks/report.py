@@ -18,10 +18,10 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.cells import Cell
 from benchmarks.environment import RESULTS, read_lines
 from benchmarks.markdown import origin
 from benchmarks.plots import Point, scatter
-from benchmarks.quality import Cell
 from benchmarks.summary import METRICS, key_of, shown
 from benchmarks.systems import Job, find_system
 from benchmarks.tables import answers, markdown_blocks, name_of, put_into

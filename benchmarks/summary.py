@@ -54,6 +54,12 @@ def _size(*keys: str) -> Callable[[Line, dict], float | None]:
     return lambda line, scores: None if (v := get(line, scores)) is None else abs(v)
 
 
+def _energy_kj(line: Line, scores: dict) -> float | None:
+    """What a run took by the machine's counters, processors and GPUs together."""
+    joules = line.get("cost", {}).get("energy_j")
+    return sum(joules.values()) / 1000 if joules else None
+
+
 METRICS: dict[str, Metric] = {
     "r_precision_colour": Metric("R-Precision, colour, %", 1, _score("colour", "hit"), 0.0),
     "r_precision_textureless": Metric("R-Precision, textureless, %", 1, _score("textureless", "hit"), 0.0),
@@ -73,6 +79,7 @@ METRICS: dict[str, Metric] = {
     "self_intersections": Metric("self-intersections", -1, _at("mesh", "self_intersections")),
     "uv_stretch": Metric("UV stretch", -1, _at("mesh", "uv_stretch"), digits=2),
     "wall_s": Metric("time, s", -1, _at("cost", "wall_s"), digits=0),
+    "energy_kj": Metric("energy, kJ", -1, _energy_kj),
     "memory_mb": Metric("peak memory, MB", -1, _at("cost", "peak_memory_mb"), digits=0),
 }
 COMPARED = (

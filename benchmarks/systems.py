@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.energy import energy_j
 from benchmarks.runs import environment_of
 from benchmarks.suite import spec_of
 from stages.errors import UserError
@@ -31,7 +32,8 @@ from stages.pocket import world
 class Job:
     """One mesh to be made.
 
-    folder: where. threads: how many the run may use. options: more words for `pipeline run`, key=value.
+    folder: where. threads: how many the run may use; 0 where it has the machine to itself.
+    options: more words for `pipeline run`, key=value.
     coarse_run: a finished run of the same prompt, seed and options whose coarse stage may be taken over, or None.
     """
 
@@ -48,12 +50,17 @@ Make = Callable[[Job], tuple[Mesh, dict[str, Any]]]  # the mesh and what it took
 
 @dataclass(frozen=True)
 class System:
-    """A name's maker and meaning; seeded: whether its result depends on the seed; recipe: of its run."""
+    """A name's maker and meaning.
+
+    seeded: whether its result depends on the seed. recipe: of its run; stages: those of the recipe that it runs, None
+    for all of them.
+    """
 
     make: Make
     meaning: str
     seeded: bool = True
     recipe: str | None = None
+    stages: tuple[str, ...] | None = None
 
 
 class Failed(Exception):
@@ -72,7 +79,7 @@ def run_pipeline(job: Job, words: list[str]) -> tuple[Mesh, dict[str, Any]]:
     else:
         command = ["run", "--prompt", job.prompt, "--seed", str(job.seed), "--out", str(run), *words, *job.options]
     started = time.perf_counter()
-    with open(job.folder / "log.txt", "a") as log:
+    with open(job.folder / "log.txt", "a") as log, energy_j() as energy:
         done = subprocess.run(
             [sys.executable, "-m", "pipeline", *command],
             stdout=log,
@@ -92,7 +99,10 @@ def run_pipeline(job: Job, words: list[str]) -> tuple[Mesh, dict[str, Any]]:
         if done.returncode == 2 and record:  # it ran and found that there is no object
             raise Failed("\n".join(tail))
         raise RuntimeError(f"pipeline {' '.join(command)} ended with {done.returncode}:\n" + "\n".join(tail))
-    return read_mesh(run / "mesh.glb"), _times(record, seconds, job)
+    cost = _times(record, seconds, job)
+    if energy and not finished and job.threads == 0:  # else it is not this run's alone
+        cost["energy_j"] = {name: round(value, 1) for name, value in energy.items()}
+    return read_mesh(run / "mesh.glb"), cost
 
 
 def _seconds_of(session: dict[str, Any]) -> float:
@@ -246,7 +256,7 @@ def write_plain(mesh: Mesh, path: Path) -> None:
 
 
 SYSTEMS: dict[str, System] = {
-    "coarse": System(_coarse, "DreamFusion: the coarse stage alone, meshed", recipe="default"),
+    "coarse": System(_coarse, "DreamFusion: the coarse stage alone, meshed", recipe="default", stages=("coarse",)),
     "magic3d": System(_magic3d, "Magic3D: coarse, then fine", recipe="default"),
     "sphere": System(_sphere, "fine only, from a sphere", recipe="sphere"),
     "texture": System(_texture, "the ground truth's shape, plain, painted and not moved", recipe="texture"),

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from benchmarks import guidance, quality
+from benchmarks.cells import Cell, make_cell
 from benchmarks.guidance import COLUMNS, RULES, as_markdown, main, meets, step_seconds
-from benchmarks.quality import Cell
 from benchmarks.render import Subject
 from benchmarks.suite import load_suite
 from benchmarks.systems import cures, random_blob
@@ -148,7 +148,7 @@ def finished(tmp_path, monkeypatch):
 
         monkeypatch.setitem(systems.SYSTEMS, name, systems.System(make, name))
         for seed in (0, 1) if name == "sds" else (0,):
-            quality.make_cell(Cell(name, "a red robot", seed), out, [clip], (), 1, False)
+            make_cell(Cell(name, "a red robot", seed), out, [clip], (), 1, False)
     import stages.mesh.read as read
 
     plain = read.read_mesh

@@ -70,7 +70,8 @@ def test_two_clips_of_one_name_are_refused(tmp_path, other):
 
 def test_a_cell_goes_without_the_scores_of_its_guide_and_says_so(tmp_path, monkeypatch, other):
     import benchmarks.assess
-    import benchmarks.quality as quality
+    from benchmarks import cells
+    from benchmarks.cells import Cell, load_result, make_cell
     from benchmarks.systems import Failed, System
     from tests.toy_pipeline import octahedron
 
@@ -82,15 +83,15 @@ def test_a_cell_goes_without_the_scores_of_its_guide_and_says_so(tmp_path, monke
             raise Failed("no object")
         return octahedron(), {"wall_s": 1.0}
 
-    monkeypatch.setattr(quality, "find_system", lambda name: System(make, name))
+    monkeypatch.setattr(cells, "find_system", lambda name: System(make, name))
     monkeypatch.setattr(benchmarks.assess, "draw_gallery", lambda mesh, path: None)
     monkeypatch.setattr(benchmarks.assess, "assess", lambda mesh, prompt, scorers: {"clip": [s.name for s in scorers]})
     clips, results = [POCKET_CLIP, other], []
     pocket = ("prior.coarse=clip:pocket",)
     for seed, options in enumerate([pocket, (f"prior.coarse=clip:{other}",), (), pocket]):
-        cell = quality.Cell("toy", "a red mug", seed)
-        quality.make_cell(cell, tmp_path, clips, options, 1, False)
-        results.append(quality.load_result(cell, tmp_path))
+        cell = Cell("toy", "a red mug", seed)
+        make_cell(cell, tmp_path, clips, options, 1, False)
+        results.append(load_result(cell, tmp_path))
     assert [r.get("clip") for r in results] == [["second"], ["clip"], ["clip", "second"], None]
     assert [r.get("guided_by") for r in results] == [["clip"], ["second"], None, ["clip"]]
     assert "failed" in results[3]

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,7 +17,7 @@ import pytest
 import trimesh
 
 from benchmarks import quality, systems
-from benchmarks.quality import Cell, cells_of
+from benchmarks.cells import Cell, cells_of, load_result, make_cell
 from benchmarks.suite import load_suite, pocket_suite
 from benchmarks.summary import METRICS, as_text, summarise
 from benchmarks.systems import Job, find_system, random_blob
@@ -60,7 +61,7 @@ def test_the_quick_suite_has_four_prompts_and_the_same_candidates():
 
 
 def test_the_main_job_prompts_are_six_held_out_and_six_trained_of_distinct_kinds():
-    suite = load_suite(str(quality.Path(quality.__file__).with_name("main_job_prompts.txt")))
+    suite = load_suite(str(Path(quality.__file__).with_name("main_job_prompts.txt")))
     assert {name: len(group) for name, group in suite.groups.items()} == {"held out": 6, "trained": 6}
     assert len({world.parse(p).kind for p in suite.prompts}) == 12
     assert len(suite.candidates("colour")) == 100
@@ -102,8 +103,8 @@ def test_the_floor_is_a_solid_that_does_not_know_its_prompt_and_repeats_with_its
 
 def test_truth_beats_the_floor_in_every_metric_with_ground_truth(tmp_path, clips):
     for system in ("truth", "floor"):
-        quality.make_cell(Cell(system, "a red car", 0), tmp_path, [clips[0]], (), 1, False)
-    lines = [quality.load_result(Cell(system, "a red car", 0), tmp_path) for system in ("truth", "floor")]
+        make_cell(Cell(system, "a red car", 0), tmp_path, [clips[0]], (), 1, False)
+    lines = [load_result(Cell(system, "a red car", 0), tmp_path) for system in ("truth", "floor")]
     summary = summarise(lines, load_suite_of(["a red car"], tmp_path), [clips[0]])
     best, worst = (summary["systems"][s]["all"] for s in ("truth", "floor"))
     for name in ("chamfer", "normal_consistency", "f_score", "volume_iou", "saturation_error", "brightness_error"):
@@ -192,8 +193,23 @@ def test_a_killed_suite_keeps_its_finished_cells_and_goes_on(tmp_path, clips, ca
     assert set(json.loads((out / "summary.json").read_text())["by_clip"]) == {"small", "other"}
     assert quality.main(words) == 0
     assert "4 finished before" in capsys.readouterr().out
-    assert quality.main([*words, "--set", "coarse.steps=3"]) == 2
-    assert "holds another suite" in capsys.readouterr().err
+    for other in (["--set", "coarse.steps=3"], ["--budget", "steps=3"]):
+        assert quality.main([*words, *other]) == 2
+        assert "holds another suite" in capsys.readouterr().err
+
+
+def test_a_folder_with_cells_of_another_recipe_is_refused(tmp_path, clips, capsys, monkeypatch):
+    recipe, prompts = tmp_path / "mine.yaml", tmp_path / "one.txt"
+    recipe.write_text("extends: default\ncoarse: {steps: 3}\n")
+    prompts.write_text("a red ball\n")
+    monkeypatch.setattr(quality, "run_cells", lambda cells, args: [])
+    words = ["--prompts", str(prompts), "--clip", str(clips[0]), "--out", str(tmp_path / "out"), "--systems"]
+    assert quality.main([*words, str(recipe)]) == 0
+    assert quality.main([*words, f"{recipe},truth"]) == 0  # further systems may join
+    recipe.write_text("extends: default\ncoarse: {steps: 4}\n")
+    assert quality.main([*words, str(recipe)]) == 2
+    assert "cells of other recipes" in capsys.readouterr().err
+    assert quality.main([*words, "truth"]) == 0
 
 
 def test_a_cell_that_breaks_is_reported_with_its_traceback_and_the_others_are_made(tmp_path, clips, capsys):
@@ -218,7 +234,7 @@ def fake_pipeline(monkeypatch):
     def run(command, **_):
         state.calls.append(command[3:])
         words = command[3:]
-        folder = quality.Path(words[words.index("--out") + 1] if words[0] == "run" else words[1])
+        folder = Path(words[words.index("--out") + 1] if words[0] == "run" else words[1])
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text("")
         stages = {"fine": {"seconds": 20.0, "steps": 40, "phases": {"render": 5.0}}}

@@ -16,8 +16,8 @@ import pytest
 import trimesh
 
 from benchmarks import report, tables
+from benchmarks.cells import Cell
 from benchmarks.plots import Point, scatter, ticks
-from benchmarks.quality import Cell
 from benchmarks.suite import Suite
 from benchmarks.summary import summarise
 from benchmarks.systems import random_blob

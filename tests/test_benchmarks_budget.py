@@ -1,0 +1,138 @@
+"""The same effort for every system: what a run costs, the steps that use a budget up, and energy counters."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from benchmarks import quality, systems
+from benchmarks.budget import Budget, Cost, cost_of, fitted_steps, options_by_system, own_steps, read_budget
+from benchmarks.energy import energy_j, joules_between, packages
+from benchmarks.summary import METRICS
+from stages.errors import UserError
+from tests.toy_pipeline import octahedron
+
+
+@pytest.mark.parametrize("text", ["60", "seconds", "seconds=", "steps=0", "steps=-3", "minutes=1", "seconds=nan"])
+def test_other_words_are_no_budget(text):
+    with pytest.raises(UserError, match="--budget"):
+        read_budget(text)
+
+
+def test_a_systems_steps_are_those_of_the_stages_it_runs():
+    both = own_steps("magic3d", ("coarse.steps=30", "fine.steps=10"))
+    assert both == {"coarse": 30, "fine": 10}
+    assert own_steps("coarse", ("coarse.steps=30",)) == {"coarse": 30}
+    assert list(own_steps("sphere", ())) == ["fine"]
+    assert list(own_steps("clip-mesh", ())) == ["clipmesh"]
+    assert own_steps("truth", ()) == own_steps("floor", ()) == {}
+
+
+def test_cost_splits_a_run_into_its_steps_and_the_rest(tmp_path):
+    lines = [{"stage": "coarse", "step": k, "seconds": s} for k, s in enumerate([5.0, 0.5, 0.5, 0.5], 1)]
+    lines += [{"stage": "fine", "step": 1, "seconds": 2.0}, {"stage": "fine", "step": 2, "seconds": 2.0}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    cost = cost_of(tmp_path, 20.0)
+    assert cost == Cost(14.0, {"coarse": 0.5, "fine": 2.0})  # the first step's 4.5 s beyond a usual one are fixed
+    assert cost.total_s({"coarse": 4, "fine": 2}) == 20.0
+
+
+def test_a_budget_of_steps_is_shared_as_the_recipe_shares_its_own():
+    assert fitted_steps("magic3d", {"coarse": 200, "fine": 60}, Budget("steps", 130), None) == {
+        "coarse": 100,
+        "fine": 30,
+    }
+    assert fitted_steps("magic3d", {"coarse": 200, "fine": 2}, Budget("steps", 20), None)["fine"] == 1
+
+
+def test_a_budget_of_seconds_is_used_up_by_the_fitted_steps():
+    cost, steps = Cost(14.0, {"coarse": 0.25, "fine": 0.5}), {"coarse": 200, "fine": 60}
+    for seconds in (30, 54, 200):
+        fitted = fitted_steps("magic3d", steps, Budget("seconds", seconds), cost)
+        assert cost.total_s(fitted) == pytest.approx(seconds, abs=0.4)
+        assert fitted["coarse"] / fitted["fine"] == pytest.approx(200 / 60, rel=0.05)
+    with pytest.raises(UserError, match="too little") as error:
+        fitted_steps("magic3d", steps, Budget("seconds", 14), cost)
+    assert "14 s here" in error.value.why
+
+
+def test_steps_are_settled_once_and_trials_are_made_of_the_systems_that_optimise(tmp_path, monkeypatch, capsys):
+    made = []
+
+    def make(job):
+        made.append(job)
+        if "fine.steps=1" in job.options:
+            raise systems.Failed("no object")
+        (job.folder / "run").mkdir(parents=True)
+        lines = [{"stage": "coarse", "seconds": 0.25}] * 200 + [{"stage": "fine", "seconds": 0.5}] * 60
+        (job.folder / "run" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return octahedron(), {"wall_s": 90.0}
+
+    whole = systems.System(make, "both stages", recipe="default")
+    monkeypatch.setitem(systems.SYSTEMS, "magic3d", whole)
+    words = (Budget("seconds", 50), ["magic3d", "truth"], "a red mug", tmp_path, 1, ("coarse.views_per_step=1",))
+    found = options_by_system(*words)
+    assert found == {"magic3d": ("coarse.steps=100", "fine.steps=30"), "truth": ()}
+    assert len(made) == 2 and made[1].options == ("coarse.views_per_step=1",)
+    assert "to see what its steps take" in capsys.readouterr().out
+    assert options_by_system(*words) == found and len(made) == 2
+
+
+def test_cells_of_a_budget_get_their_systems_steps_and_share_no_coarse_stage(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(quality, "run_cells", lambda cells, args: seen.append(args) or [])
+    prompts = tmp_path / "one.txt"
+    prompts.write_text("a red ball\n")
+    words = ["--prompts", str(prompts), "--systems", "coarse,magic3d,truth", "--budget", "steps=26", "--out"]
+    assert quality.main([*words, str(tmp_path / "out")]) == 0
+    assert seen[0].budgeted == {
+        "coarse": ("coarse.steps=26",),
+        "magic3d": ("coarse.steps=20", "fine.steps=6"),
+        "truth": (),
+    }
+    assert not seen[0].take_over
+    assert json.loads((tmp_path / "out" / "suite.json").read_text())["suite"].endswith("-steps-26")
+
+
+# --- energy -----------------------------------------------------------------------------------------------------
+
+
+def counter(root, name, value):
+    (root / name).mkdir(exist_ok=True)
+    (root / name / "energy_uj").write_text(str(value))
+    (root / name / "max_energy_range_uj").write_text("1000000000")
+
+
+def test_a_counter_that_starts_again_is_followed():
+    assert joules_between(10, 3_000_010, 1 << 32) == 3
+    assert joules_between(9_000_000, 1_000_000, 10_000_000) == 2
+
+
+def test_energy_is_that_of_whole_packages_between_the_ends(tmp_path, monkeypatch):
+    monkeypatch.setattr("benchmarks.energy.shutil.which", lambda name: None)
+    for name in ("intel-rapl:0", "intel-rapl:1", "intel-rapl:0:0"):
+        counter(tmp_path, name, 5_000_000)
+    assert [p.name for p in packages(tmp_path)] == ["intel-rapl:0", "intel-rapl:1"]
+    with energy_j(tmp_path) as found:
+        counter(tmp_path, "intel-rapl:0", 9_000_000)
+        counter(tmp_path, "intel-rapl:1", 999_000_000)
+        counter(tmp_path, "intel-rapl:0:0", 7_000_000)
+    assert found == {"cpu": pytest.approx(4 + 994)}
+
+
+def test_power_of_gpus_is_summed_over_time(tmp_path, monkeypatch):
+    monkeypatch.setattr("benchmarks.energy.shutil.which", lambda name: "/usr/bin/nvidia-smi")
+    monkeypatch.setattr("benchmarks.energy._gpu_watts", lambda: 100.0)
+    with energy_j(tmp_path) as found:
+        pass
+    assert 0 <= found["gpu"] < 50 and "cpu" not in found
+
+
+def test_without_counters_there_is_no_energy(tmp_path, monkeypatch):
+    monkeypatch.setattr("benchmarks.energy.shutil.which", lambda name: None)
+    with energy_j(tmp_path) as found:
+        pass
+    assert found == {}
+    assert METRICS["energy_kj"].value({"cost": {"wall_s": 3.0}}, {}) is None
+    assert METRICS["energy_kj"].value({"cost": {"energy_j": {"cpu": 1500.0, "gpu": 500.0}}}, {}) == 2.0
