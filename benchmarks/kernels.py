@@ -30,7 +30,8 @@ from stages.errors import UserError
 
 CASES = (
     "hash_encode", "hash_gradient", "nerf_step", "mlp", "march", "composite", "rasterise", "interpolate", "antialias",
-    "raster_step", "vertex_normals", "edge_topology", "texture", "marching_tetrahedra", "mesh_edges", "diffuse",
+    "raster_step", "vertex_normals", "edge_topology", "texture", "marching_tetrahedra", "mesh_edges", "smoothness",
+    "diffuse",
 )  # fmt: skip
 OURS = {"cpu": "numba", "cuda": "warp"}
 # Packages behind our own ops (stages/kernels/backend.py), and the cases that they have ops for.

@@ -24,6 +24,7 @@ from stages.kernels.lattice import diffuse
 from stages.kernels.marching import marching_tetrahedra, mesh_edges
 from stages.kernels.mlp import mlp
 from stages.kernels.raster import antialias, edge_topology, interpolate, rasterise, texture, vertex_normals
+from stages.kernels.smoothness import smoothness
 from stages.kernels.volume import Samples, composite, march
 from stages.mesh.dmtet import from_function
 from stages.mesh.tetrahedra import Lattice
@@ -355,6 +356,12 @@ def marching_cases(sizes: Sizes, device: str) -> Iterator[Case]:
     yield Case(
         "mesh_edges", FORWARD, marching, {"triangles": len(faces)},
         lambda b: lambda: mesh_edges(faces, len(found), backend=b["marching"]),
+    )  # fmt: skip
+    leaf = found.clone().requires_grad_()
+    closed = (faces, *mesh_edges(faces, len(found)))
+    yield Case(
+        "smoothness", BOTH, marching, {"triangles": len(faces)},
+        lambda b: gradients(lambda: sum(smoothness(leaf, *closed, backend=b["marching"])), [leaf]),
     )  # fmt: skip
     values = torch.randn(len(sdf), generator=torch.Generator().manual_seed(1)).to(device)
     yield Case(

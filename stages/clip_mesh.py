@@ -215,7 +215,7 @@ class ClipMeshStage:
             for name, value in (guided.metrics | {"cover": float(images.mask.detach().mean())}).items():
                 totals[name] = totals.get(name, 0.0) + share * value
         with phase("regularisers", times):
-            rough = laplacian(self.control, self.control_faces, self.control_edges, tangential=True)
+            rough = laplacian(self.control, self.control_edges)
             loss = loss + self.laplacian_weight(progress) * rough
         with phase("backward", times):
             loss.backward()

@@ -30,6 +30,7 @@ from stages.errors import UserError
 from stages.fields.background import BackgroundSettings, random_background
 from stages.fields.fit import FitSettings, fit_albedo
 from stages.fields.hashfield import DetailSettings, FieldSettings, HashField
+from stages.kernels.smoothness import smoothness
 from stages.mesh.clean import drop_floaters
 from stages.mesh.dmtet import DMTet, Surface, from_function
 from stages.mesh.initialise import InitialiseSettings, dmtet_from_density
@@ -37,7 +38,6 @@ from stages.mesh.measure import measure
 from stages.mesh.mesh import Mesh
 from stages.mesh.orient import creased
 from stages.mesh.place import SPECK
-from stages.mesh.regularise import laplacian, normal_consistency
 from stages.mesh.sample import painted_samples
 from stages.mesh.solidify import SolidifySettings, dmtet_from_mesh
 from stages.mesh.tetrahedra import SAFE_MOVE, Lattice
@@ -84,7 +84,6 @@ class FineSettings(BaseModel):
         False, description="let the colour field's slope move the surface; slower, and no better where measured"
     )
     normal_consistency: float = Field(1000.0, ge=0, description="weight of mean 1 - cos across edges")
-    normal_kind: Literal["face", "vertex"] = Field("face", description="normals compared: of faces, or of vertices")
     laplacian: float = Field(1000.0, ge=0, description="weight of the mean squared umbrella vector, in edge lengths")
 
     spread: tuple[NonNegativeFloat, NonNegativeFloat] = Field(
@@ -250,15 +249,10 @@ class FineStage:
         metrics = {"faces": float(len(surface.faces)), "volume": volume}
         if self.dmtet is None:
             return metrics
-        loss = leaf.new_zeros(())
-        if s.normal_consistency:
-            bend = normal_consistency(leaf, surface.faces, surface.edges, surface.sides, kind=s.normal_kind)
-            loss, metrics["bend"] = loss + s.normal_consistency * bend, float(bend.detach())
-        if s.laplacian:
-            rough = laplacian(leaf, surface.faces, surface.edges)
-            loss, metrics["rough"] = loss + s.laplacian * rough, float(rough.detach())
-        if loss.requires_grad:
-            loss.backward()
+        if s.normal_consistency or s.laplacian:
+            bend, rough = smoothness(leaf, surface.faces, surface.edges, surface.sides)
+            (s.normal_consistency * bend + s.laplacian * rough).backward()
+            metrics |= {"bend": float(bend.detach()), "rough": float(rough.detach())}
         return metrics
 
     def _update(self, progress: float) -> float:

@@ -18,6 +18,7 @@ from stages.kernels.lattice import diffuse
 from stages.kernels.marching import marching_tetrahedra, mesh_edges
 from stages.kernels.mlp import mlp, mlp_with_slope
 from stages.kernels.raster import antialias, edge_topology, interpolate, rasterise, texture, vertex_normals
+from stages.kernels.smoothness import smoothness
 from stages.kernels.volume import composite, march, visible
 
 SPEC = HashGridSpec(levels=3, log2_table=7, base=3, finest=20)
@@ -84,6 +85,10 @@ def normals(vertices):
     return vertex_normals(vertices * 1.0, TETRAHEDRON).cos()
 
 
+def roughness(vertices):
+    return torch.stack(smoothness(vertices * 1.0, TETRAHEDRON, *mesh_edges(TETRAHEDRON, 4))).sin()
+
+
 def surface(positions, sdf):
     vertices, faces, _ = marching_tetrahedra(positions * 1.0, sdf, *ONE, guard=0.01)
     return vertices[faces.long()].sin()
@@ -103,6 +108,7 @@ OPS = {
     "rasterise, interpolate, antialias": (drawing, (CLIP, randn(4, 3))),
     "texture": (lookup, (randn(4, 5, 3), randn(20, 2))),
     "vertex normals": (normals, (CORNERS,)),
+    "smoothness": (roughness, (CORNERS,)),
     "marching tetrahedra": (surface, (CORNERS, torch.tensor([-1.0, 0.5, 2, 1]))),
     "diffusion, mesh edges": (smoothing, (randn(4),)),
 }

@@ -18,6 +18,7 @@ from torch import Tensor
 from stages.kernels.lattice import diffuse
 from stages.kernels.marching import marching_tetrahedra, mesh_edges
 from stages.kernels.raster import antialias, edge_topology, interpolate, rasterise, texture, vertex_normals
+from stages.kernels.smoothness import smoothness
 
 SIZES = range(100)
 KINDS = ("empty", "one", "degenerate", "huge", "behind", "broken", "strided", "plain", "plain", "plain")
@@ -159,6 +160,18 @@ def case_of_mesh_edges(seed: int) -> Case:
     return Case(mesh_edges, (), (shuffled[torch.randperm(len(faces), generator=g)].int(), 4 * max(count, 1)))
 
 
+def case_of_smoothness(seed: int) -> Case:
+    """Separate tetrahedra, some glued at a vertex, some flat."""
+    faces, count = case_of_mesh_edges(seed).rest
+    g, kind, _ = random(seed)
+    vertices = torch.randn(count, 3, generator=g) * (1e6 if kind == "huge" else 1)
+    if kind == "degenerate":
+        vertices = (4 * vertices).round() / 4  # so that what has no area or cancels does so without rounding
+        vertices[: len(vertices[1::5]) * 5 : 5] = vertices[1::5]
+    return Case(lambda *arguments, backend: torch.stack(smoothness(*arguments, backend=backend)), (vertices,),
+                (faces, *mesh_edges(faces, count, backend="torch")))  # fmt: skip
+
+
 def case_of_diffuse(seed: int) -> Case:
     g, kind, pick = random(seed)
     n = {"empty": 0, "one": 1}.get(kind, pick(2, 40))
@@ -184,6 +197,7 @@ OPS = {
     "edge_topology": case_of_topology,
     "mesh_edges": case_of_mesh_edges,
     "diffuse": case_of_diffuse,
+    "smoothness": case_of_smoothness,
 }
 FAST = [
     pytest.param("numba", "cpu", id="numba"),

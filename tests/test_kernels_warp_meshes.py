@@ -19,6 +19,7 @@ from stages.cameras import orbit_views, to_clip
 from stages.kernels import reference_raster
 from stages.kernels.marching import marching_tetrahedra, mesh_edges
 from stages.kernels.raster import antialias, edge_topology, interpolate, rasterise, texture, vertex_normals
+from stages.kernels.smoothness import smoothness
 from stages.mesh.tetrahedra import Lattice, build_band
 
 wp = pytest.importorskip("warp")
@@ -26,7 +27,7 @@ wp = pytest.importorskip("warp")
 from stages.kernels import cuda_raster, cuda_sums  # noqa: E402
 from stages.kernels.cuda_launch import launch  # noqa: E402
 
-MODULES = ("raster", "antialias", "texture", "marching", "lattice")
+MODULES = ("raster", "antialias", "texture", "normals", "marching", "lattice", "smoothness")
 DEVICES = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
 
 
@@ -158,7 +159,7 @@ def test_kernels_compile_to_ptx_without_a_gpu(module, tmp_path):
         assert "fma.rn.f" not in text  # rounds as the twin does
         if module == "raster":
             assert "atom.global.min.s64" in text  # one native instruction, not a loop
-        if module in ("raster", "antialias", "texture", "marching"):
+        if module in ("raster", "antialias", "texture", "marching", "smoothness"):
             assert re.search(r"(atom|red)\.global\.add\.u64", text)
         assert not re.search(r"(atom|red)\.global\.add\.(noftz\.)?f", text)  # whose order would show in the bytes
 
@@ -279,7 +280,8 @@ def test_a_step_on_cuda_waits_for_the_device_at_known_places_only():
         return marching_tetrahedra(positions, sdf, *cells, guard=1e-3, backend="warp")
 
     vertices, triangles, _ = surface()
-    mesh_edges(triangles, len(vertices), backend="warp")
+    edges, sides = mesh_edges(triangles, len(vertices), backend="warp")
+    leaf = vertices.detach().requires_grad_()
     clip = to_clip(vertices, orbit_views([20.0]).to("cuda")).detach().requires_grad_()
     for mode in ("default", "error"):  # the first round compiles and allocates
         torch.cuda.set_sync_debug_mode(mode)
@@ -289,6 +291,7 @@ def test_a_step_on_cuda_waits_for_the_device_at_known_places_only():
             topology = edge_topology(triangles, len(vertices), backend="warp")
             antialias(planes, rast, clip, triangles, topology, backend="warp").sum().backward()
             vertex_normals(vertices.detach(), triangles, backend="warp")
+            torch.stack(smoothness(leaf, triangles, edges, sides, backend="warp")).sum().backward()
         finally:
             torch.cuda.set_sync_debug_mode("default")
     assert clip.grad.isfinite().all()

@@ -42,7 +42,7 @@ FAMILIES = {
     "mlp": "the small perceptrons",
     "volume": "ray marching and compositing",
     "raster": "rasterise, interpolate, antialias, texture",
-    "marching": "marching tetrahedra and the lattice",
+    "marching": "marching tetrahedra, the lattice, the surface's smoothness",
 }
 _PACKAGE_OF = {"hash": "tinycudann", "mlp": "tinycudann", "raster": "nvdiffrast", "marching": "kaolin"}
 _DEVICES = {"numba": ("cpu",), "warp": ("cpu", "cuda"), "kaolin": ("cpu", "cuda")}  # the others: CUDA
@@ -63,7 +63,7 @@ class KernelSettings(BaseModel):
         "auto", description="rasteriser; nvdiffrast's licence allows non-commercial use only"
     )
     marching: Literal["auto", "torch", "numba", "warp", "kaolin"] = Field(
-        "auto", description="marching tetrahedra and smoothing on their lattice"
+        "auto", description="marching tetrahedra, smoothing on their lattice and of their surface"
     )
 
 

@@ -81,7 +81,7 @@ def mesh_edges(faces: Tensor, vertices: int, *, backend: str = "auto") -> tuple[
     found = untraced(run, chosen, "marching", "mesh_edges", faces.int(), vertices)
     if found is None:
         raise ValueError("faces: wanted a closed oriented surface, got an edge without exactly two opposite half edges")
-    return found
+    return vouch(found[0], 0, vertices - 1), vouch(found[1], 0, len(faces) - 1)
 
 
 class _March(torch.autograd.Function):
