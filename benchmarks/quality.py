@@ -35,7 +35,7 @@ from stages.errors import UserError
 from stages.pocket import world
 
 POCKET_CLIP = Path(world.__file__).parent / "weights" / "clip"
-DEFAULT_SYSTEMS = "floor,coarse,magic3d,reference,truth"
+DEFAULT_SYSTEMS = "coarse,magic3d,sphere,reference,truth,floor"
 QUICK_OPTIONS = ("coarse.steps=120", "fine.steps=40", "clipmesh.steps=120")
 
 

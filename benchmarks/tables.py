@@ -17,6 +17,7 @@ from pipeline.export.files import write_whole
 PLAIN = {
     "coarse": "coarse only",
     "magic3d": "coarse + fine",
+    "sphere": "fine only, from a sphere",
     "reference": "upper bound (exact prior)",
     "truth": "ground truth",
     "floor": "random blob",

@@ -26,14 +26,41 @@ PLAIN = 0.8  # albedo of a mesh without colours
 
 
 @dataclass(frozen=True)
+class Seen:
+    """What the covered pixels show: flat indices [N], world points and unit normals [N, 3], camera positions [N, 3]."""
+
+    pixels: Tensor
+    points: Tensor
+    normals: Tensor
+    cameras: Tensor
+
+
+@dataclass(frozen=True)
 class MeshImages:
     """What a mesh looks like; zeros where it is not, except colour, which shows the background there."""
 
     colour: Tensor  # [B, H, W, 3] linear
     mask: Tensor  # [B, H, W, 1] coverage in [0, 1], antialiased
-    normal: Tensor  # [B, H, W, 3] unit, world
-    depth: Tensor  # [B, H, W, 1] distance from the camera along the pixel's ray
     rast: Tensor  # [B, H, W, 4] see stages.kernels.raster.rasterise
+    seen: Seen
+
+    @property
+    def normal(self) -> Tensor:
+        """[B, H, W, 3] unit, world; made when asked for, which an optimisation does not."""
+        return self._image(self.seen.normals)
+
+    @property
+    def depth(self) -> Tensor:
+        """[B, H, W, 1] distance from the camera along the pixel's ray; made when asked for."""
+        return self._image(torch.linalg.vector_norm(self.seen.points - self.seen.cameras, dim=-1, keepdim=True))
+
+    def _image(self, values: Tensor) -> Tensor:
+        return _placed(values, self.seen.pixels, values.new_zeros(*self.mask.shape[:3], values.shape[-1]))
+
+
+def _placed(values: Tensor, pixels: Tensor, under: Tensor) -> Tensor:
+    """The image `under` [B, H, W, C] with values [N, C] at those flat pixels."""
+    return under.reshape(-1, under.shape[-1]).index_copy(0, pixels, values).view(under.shape)
 
 
 @runtime_checkable
@@ -66,7 +93,8 @@ def render_mesh(
     Args:
         vertices: [V, 3] world. triangles: [F, 3] int32, counter-clockwise seen from outside.
         albedo: a function from world points [N, 3] to linear colours [N, 3], called once with the covered pixels
-            (not at all when there are none), one linear colour per vertex [V, 3], or a Material, which sees more.
+            (not at all where there are none or the shading is textureless), one linear colour per vertex [V, 3], or a
+            Material, which sees more.
         views: B views. height, width: pixels.
         background: linear, [3] or [B, H, W, 3]; None is black.
         topology: edge_topology(triangles, V) where it is known already.
@@ -101,19 +129,15 @@ def render_mesh(
             colours = [colour]
     elif callable(albedo):
         with phase("colour"):
-            colours = [albedo(points) if len(covered) else points]
+            colours = [albedo(points) if len(covered) and not shading.textureless else points]
     shaded = shade(colours[0], normals, points, views.light.index_select(0, view), shading)
-    distance = torch.linalg.vector_norm(points - views.position.index_select(0, view), dim=-1, keepdim=True)
-
-    def image(values: Tensor, under: Tensor) -> Tensor:
-        return under.reshape(-1, values.shape[-1]).index_copy(0, covered, values).view(batch, height, width, -1)
-
-    empty = vertices.new_zeros(batch, height, width, 4)
-    under = torch.cat([background.expand(batch, height, width, 3), empty[..., :1]], -1)
-    hard = image(torch.cat([shaded, torch.ones_like(distance)], -1), under)
+    background = background.expand(batch, height, width, 3)
+    under = torch.cat([background, background.new_zeros(batch, height, width, 1)], -1)
+    hard = _placed(torch.cat([shaded, torch.ones_like(shaded[:, :1])], -1), covered, under)
     with phase("antialias"):
         colour, mask = antialias(hard, rast, clip, triangles, topology, backend=backend).split([3, 1], -1)
-    return MeshImages(colour, mask, image(normals, empty[..., :3]), image(distance, empty[..., :1]), rast)
+    seen = Seen(covered, points, normals, views.position.index_select(0, view))
+    return MeshImages(colour, mask, rast, seen)
 
 
 @torch.no_grad()
