@@ -15,7 +15,6 @@ Loss convention: for a CLIP's mean cosine. Under a diffusion prior, whose loss i
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -25,6 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, field_valid
 from torch import Tensor
 
 from stages.cameras import CameraSettings, Views, linear_to_srgb, orbit_views, sample_views
+from stages.descent import Descent
 from stages.errors import UserError
 from stages.fields.backdrops import BackdropSettings, random_backdrops
 from stages.kernels.raster import edge_topology
@@ -41,7 +41,6 @@ from stages.render.shade import LAMBERT, Shading, ShadingSettings, sample_shadin
 from stages.render.textured import TextureMaterial, blurred_maps
 from stages.stage import Asset
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
 SMALLEST = 0.02  # half the extent in world units below which there is no object
 
 
@@ -123,7 +122,7 @@ class ClipMeshStage:
     ) -> None:
         self.settings, self.guidance, self.device = settings, guidance, torch.device(device)
         self.previous = previous or Asset()
-        self.steps, self.step_index, self.skipped, self.times = settings.steps, 0, 0, {}
+        self.steps, self.step_index, self.times = settings.steps, 0, {}
         self.generator = torch.Generator().manual_seed(seed)
         self.control: torch.nn.Parameter | None = None  # made by _prepare, or loaded: the start is not read again
 
@@ -165,8 +164,14 @@ class ClipMeshStage:
         begin = torch.from_numpy(start.vertices), colour, normal
         row_major = [values.detach().clone(memory_format=torch.contiguous_format).to(device) for values in begin]
         self.control, self.colour_map, self.normal_map = map(torch.nn.Parameter, row_major)
-        groups = [{"params": [p]} for p in self._parameters().values()]
-        self.optimiser = torch.optim.Adam(groups, lr=1.0, betas=s.betas, eps=1e-8, fused=True)
+        self.descent = Descent(
+            [{name: parameter} for name, parameter in self._parameters().items()],
+            betas=s.betas,
+            eps=1e-8,
+            patience=s.max_skipped,
+            stage="CLIP-Mesh",
+            advice="lower clipmesh.lr_vertices, or raise clipmesh.laplacian",
+        )
 
     def _parameters(self) -> dict[str, torch.nn.Parameter]:
         return {"control": self.control, "colour_map": self.colour_map, "normal_map": self.normal_map}
@@ -242,28 +247,13 @@ class ClipMeshStage:
 
     @torch.no_grad()
     def _update(self, progress: float) -> float:
-        """Take the optimiser step and return the gradient's norm; a non-finite gradient skips the step."""
+        """Take the optimiser step, keep everything in its range, and return the gradient's norm (Descent.step)."""
         s = self.settings
-        gradients = [p.grad for p in self._parameters().values() if p.grad is not None]
-        norm = math.sqrt(sum(float(torch.linalg.vector_norm(g, dtype=torch.float64)) ** 2 for g in gradients))
-        if math.isfinite(norm):
-            self.skipped = 0
-            for group, lr in zip(self.optimiser.param_groups, (s.lr_vertices, s.lr_texture, s.lr_normal), strict=True):
-                group["lr"] = lr * s.lr_end**progress
-            self.optimiser.step()
-            self.control.clamp_(-self.bound, self.bound)
-            self.colour_map.clamp_(0, 1)
-            self.normal_map.clamp_(-1, 1)
-        else:
-            self.skipped += 1
-            if self.skipped >= s.max_skipped:
-                raise UserError(
-                    "The CLIP-Mesh stage diverged",
-                    f"the gradient was not finite in {self.skipped} steps in a row, last at step {self.step_index}",
-                    "lower clipmesh.lr_vertices, or raise clipmesh.laplacian",
-                )
-            norm = -1.0  # metrics are finite floats; -1 marks a skipped step
-        self.optimiser.zero_grad(set_to_none=True)
+        rates = [rate * s.lr_end**progress for rate in (s.lr_vertices, s.lr_texture, s.lr_normal)]
+        norm = self.descent.step(rates, self.step_index)
+        self.control.clamp_(-self.bound, self.bound)
+        self.colour_map.clamp_(0, 1)
+        self.normal_map.clamp_(-1, 1)
         return norm
 
     def headline(self, metrics: dict[str, float]) -> str:
@@ -298,29 +288,24 @@ class ClipMeshStage:
     def state_dict(self) -> dict[str, Tensor]:
         """Control mesh, maps, Adam moments, generators and counters; flat and ready for safetensors."""
         self._prepare()
-        state = {"step_index": torch.tensor(self.step_index), "skipped": torch.tensor(self.skipped)}
+        state = {"step_index": torch.tensor(self.step_index)} | self.descent.state_dict()
         state |= {"bound": torch.tensor(self.bound, dtype=torch.float64), "generator": self.generator.get_state()}
         state |= {f"start.{k}": torch.from_numpy(getattr(self.start, k)) for k in ("faces", "uv", "uv_faces")}
         for name, parameter in self._parameters().items():
             state[name] = parameter.detach().clone()
-            for key, value in self.optimiser.state.get(parameter, {}).items():
-                state[f"adam.{name}.{key}"] = value.clone()
         if hasattr(self.guidance, "state_dict"):
             state |= {f"guidance.{key}": value for key, value in self.guidance.state_dict().items()}
         return state
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Inverse of state_dict; the stage must be freshly constructed with the same settings."""
-        self.step_index, self.skipped = int(state["step_index"]), int(state["skipped"])
+        self.step_index = int(state["step_index"])
         self.bound = float(state["bound"])
         self.generator.set_state(state["generator"].cpu())
         topology = {k: state[f"start.{k}"].cpu().numpy().copy() for k in ("faces", "uv", "uv_faces")}
         start = ControlMesh(vertices=state["control"].cpu().numpy().copy(), **topology)
         self._build(start, state["colour_map"], state["normal_map"])
-        for name, parameter in self._parameters().items():
-            if f"adam.{name}.step" in state:
-                found = {key: state[f"adam.{name}.{key}"].to(self.device).clone() for key in ("step", *MOMENTS)}
-                self.optimiser.state[parameter] = found
+        self.descent.load_state_dict(state)
         if hasattr(self.guidance, "load_state_dict"):
             own = {k.removeprefix("guidance."): v for k, v in state.items() if k.startswith("guidance.")}
             self.guidance.load_state_dict(own)

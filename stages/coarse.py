@@ -23,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor, nn
 
 from stages.cameras import CameraSettings, Views, linear_to_srgb, orbit_views, sample_views
+from stages.descent import Descent, fading
 from stages.errors import UserError
 from stages.fields.backdrops import BackdropSettings, random_backdrops, show_on
 from stages.fields.background import Background, BackgroundSettings, random_background
@@ -131,12 +132,14 @@ class CoarseStage:
         self.occupancy = OccupancyGrid(settings.occupancy).to(self.device)
         self.step_size = 2 * math.sqrt(3) / settings.samples
         self.occupancy.update(self.field.density, 0, self.generator, self.step_size)  # previews before the first step
-        self.skipped = 0
-        groups = [
-            {"params": list(self.field.parameters()), "lr": settings.lr},
-            {"params": list(self.background.parameters()), "lr": settings.lr_background},
-        ]
-        self.optimiser = torch.optim.Adam(groups, betas=settings.betas, eps=1e-15, fused=True)
+        self.descent = Descent(
+            [{f"{m}.{k}": p for k, p in getattr(self, m).named_parameters()} for m in ("field", "background")],
+            betas=settings.betas,
+            eps=1e-15,
+            patience=settings.max_skipped,
+            stage="coarse",
+            advice="lower coarse.lr or the guidance scale; for a half-precision prior set its dtype to float32",
+        )
 
     def step(self) -> dict[str, float]:
         """One optimisation step over `views_per_step` views; returns metrics."""
@@ -222,28 +225,10 @@ class CoarseStage:
         return loss, metrics
 
     def _update(self, progress: float) -> float:
-        """Take the optimiser step and return the gradient's norm; a non-finite gradient skips the step."""
+        """Take the optimiser step and return the gradient's norm; see Descent.step."""
         s = self.settings
-        grads = [p.grad for p in self._named_parameters().values() if p.grad is not None]
-        squares = [g.square().sum(dtype=torch.float64) for g in grads]
-        norm = float(torch.stack(squares).sum().sqrt()) if squares else 0.0
-        if math.isfinite(norm):
-            self.skipped = 0
-            factor = s.lr_end + (1 - s.lr_end) * 0.5 * (1 + math.cos(math.pi * progress))
-            for group, lr in zip(self.optimiser.param_groups, (s.lr, s.lr_background), strict=True):
-                group["lr"] = lr * factor
-            self.optimiser.step()
-        else:
-            self.skipped += 1
-            if self.skipped >= s.max_skipped:
-                raise UserError(
-                    "The coarse stage diverged",
-                    f"the gradient was not finite in {self.skipped} steps in a row, last at step {self.step_index}",
-                    "lower coarse.lr or the guidance scale; for a half-precision prior set its dtype to float32",
-                )
-            norm = -1.0  # metrics are finite floats; -1 marks a skipped step
-        self.optimiser.zero_grad(set_to_none=True)
-        return norm
+        factor = fading(s.lr_end, progress)
+        return self.descent.step((s.lr * factor, s.lr_background * factor), self.step_index)
 
     def headline(self, metrics: dict[str, float]) -> str:
         """Mean opacity, and how near the renders are to what the prior would draw."""
@@ -283,12 +268,10 @@ class CoarseStage:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Parameters, Adam moments, grids, generators and counters; flat and ready for safetensors."""
-        state = {"step_index": torch.tensor(self.step_index), "skipped": torch.tensor(self.skipped)}
-        state["generator"] = self.generator.get_state()
+        state = {"step_index": torch.tensor(self.step_index), "generator": self.generator.get_state()}
         for name, module in self._modules().items():
             state |= {f"{name}.{key}": value.detach().clone() for key, value in module.state_dict().items()}
-        for key, value in self._moments().items():
-            state[f"adam.{key}"] = value.clone()
+        state |= self.descent.state_dict()
         if hasattr(self.guidance, "state_dict"):
             state |= {f"guidance.{key}": value for key, value in self.guidance.state_dict().items()}
         return state
@@ -299,16 +282,12 @@ class CoarseStage:
         def below(prefix: str) -> dict[str, Tensor]:
             return {k.removeprefix(f"{prefix}."): v for k, v in state.items() if k.startswith(f"{prefix}.")}
 
-        self.step_index, self.skipped = int(state["step_index"]), int(state["skipped"])
+        self.step_index = int(state["step_index"])
         self.generator.set_state(state["generator"].cpu())
         for name, module in self._modules().items():
             module.load_state_dict(below(name))
         self._set_progress(self.step_index / self.steps)
-        moments = below("adam")
-        for name, parameter in self._named_parameters().items():
-            if f"{name}.step" in moments:
-                names = ("step", "exp_avg", "exp_avg_sq")
-                self.optimiser.state[parameter] = {k: moments[f"{name}.{k}"].to(self.device).clone() for k in names}
+        self.descent.load_state_dict(state)
         if hasattr(self.guidance, "load_state_dict"):
             self.guidance.load_state_dict(below("guidance"))
 
@@ -333,10 +312,3 @@ class CoarseStage:
 
     def _modules(self) -> dict[str, nn.Module]:
         return {"field": self.field, "background": self.background, "occupancy": self.occupancy}
-
-    def _named_parameters(self) -> dict[str, nn.Parameter]:
-        return {f"{m}.{k}": p for m in ("field", "background") for k, p in getattr(self, m).named_parameters()}
-
-    def _moments(self) -> dict[str, Tensor]:
-        named = self._named_parameters()
-        return {f"{n}.{k}": v for n, p in named.items() for k, v in self.optimiser.state.get(p, {}).items()}

@@ -15,7 +15,6 @@ terms at 64x64x4). The smoothness terms are means over the mesh; their weights a
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import Any, Literal
@@ -26,6 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat
 from torch import Tensor
 
 from stages.cameras import CameraSettings, Views, linear_to_srgb, orbit_views, sample_views
+from stages.descent import Descent, fading
 from stages.errors import UserError
 from stages.fields.background import BackgroundSettings, random_background
 from stages.fields.fit import FitSettings, fit_albedo
@@ -46,7 +46,6 @@ from stages.render.raster import MeshImages, render_mesh
 from stages.render.shade import ALBEDO, LAMBERT, Shading, ShadingSettings, sample_shading
 from stages.stage import Asset
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
 Guide = Callable[..., Any]  # see stages/guidance/guidance.py
 
 
@@ -122,12 +121,12 @@ class FineStage:
             )
         self.settings, self.guidance, self.device = settings, guidance, torch.device(device)
         self.previous = previous or Asset()
-        self.steps, self.step_index, self.skipped, self.times = settings.steps, 0, 0, {}
+        self.steps, self.step_index, self.times = settings.steps, 0, {}
         self.generator = torch.Generator().manual_seed(seed)
         self.field = self._inherited_field()
         self.dmtet: DMTet | None = None  # made by _prepare, or loaded: a resumed stage does not convert again
         self.locked: Surface | None = None
-        self.optimiser: torch.optim.Adam | None = None
+        self.descent: Descent | None = None
         self.start: dict[str, float] = {}  # how the first surface was found, for the first step's metrics
 
     def _inherited_field(self) -> HashField:
@@ -179,10 +178,17 @@ class FineStage:
         self.locked = Surface(vertices.float().to(self.device), faces.int().to(self.device), none, none)
 
     def _optimise(self) -> None:
-        groups = [{"params": self.field.albedo_parameters()}]
+        groups = [{f"field.{k}": p for k, p in self.field.named_parameters() if p.requires_grad}]
         if self.dmtet is not None:
-            groups += [{"params": [self.dmtet.sdf]}, {"params": [self.dmtet.offset]}]
-        self.optimiser = torch.optim.Adam(groups, lr=1.0, betas=self.settings.betas, eps=1e-15, fused=True)
+            groups += [{"dmtet.sdf": self.dmtet.sdf}, {"dmtet.offset": self.dmtet.offset}]
+        self.descent = Descent(
+            groups,
+            betas=self.settings.betas,
+            eps=1e-15,
+            patience=self.settings.max_skipped,
+            stage="fine",
+            advice="lower fine.lr_sdf or the guidance scale; for a half-precision prior set its dtype to float32",
+        )
 
     def surface(self) -> Surface:
         """The present surface, differentiable in the DMTet's parameters."""
@@ -256,37 +262,24 @@ class FineStage:
         return metrics
 
     def _update(self, progress: float) -> float:
-        """Take the optimiser step and return the gradient's norm; a non-finite gradient skips the step."""
+        """Take the optimiser step, let the band follow the surface, and return the gradient's norm (Descent.step)."""
         s = self.settings
-        gradients = [p.grad for group in self.optimiser.param_groups for p in group["params"] if p.grad is not None]
-        norm = math.sqrt(sum(float(torch.linalg.vector_norm(g, dtype=torch.float64)) ** 2 for g in gradients))
-        if math.isfinite(norm):
-            self.skipped, factor = 0, s.lr_end + (1 - s.lr_end) * 0.5 * (1 + math.cos(math.pi * progress))
-            for group, lr in zip(self.optimiser.param_groups, (s.lr_texture, s.lr_sdf, s.lr_offset)):
-                group["lr"] = lr * factor
-            self.optimiser.step()
-        else:
-            self.skipped += 1
-            if self.skipped >= s.max_skipped:
-                raise UserError(
-                    "The fine stage diverged",
-                    f"the gradient was not finite in {self.skipped} steps in a row, last at step {self.step_index}",
-                    "lower fine.lr_sdf or the guidance scale; for a half-precision prior set its dtype to float32",
-                )
-            norm = -1.0  # metrics are finite floats; -1 marks a skipped step
-        self.optimiser.zero_grad(set_to_none=True)
+        factor = fading(s.lr_end, progress)
+        rates = [s.lr_texture * factor]
+        if self.dmtet is not None:
+            rates += [s.lr_sdf * factor, s.lr_offset * factor]
+        norm = self.descent.step(rates, self.step_index)
         if self.dmtet is not None:
             self._follow()
         return norm
 
     def _follow(self) -> None:
         """Let the band follow the surface; Adam's moments go with their vertices."""
-        states = [self.optimiser.state.get(p, {}) for p in (self.dmtet.sdf, self.dmtet.offset)]
-        slots = [(state, name) for state in states for name in MOMENTS if name in state]
-        carried = self.dmtet.step_done([state[name] for state, name in slots])
+        slots = list(self.descent.moments(self.dmtet.sdf, self.dmtet.offset))
+        carried = self.dmtet.step_done([state[key] for state, key in slots])
         if carried is not None:
-            for (state, name), value in zip(slots, carried, strict=True):
-                state[name] = value
+            for (state, key), value in zip(slots, carried, strict=True):
+                state[key] = value
 
     def headline(self, metrics: dict[str, float]) -> str:
         """Size of the mesh, and how near the renders are to what the prior would draw."""
@@ -317,16 +310,13 @@ class FineStage:
     def state_dict(self) -> dict[str, Tensor]:
         """Colour field, surface, Adam moments, generators and counters; flat and ready for safetensors."""
         self._prepare()
-        state = {"step_index": torch.tensor(self.step_index), "skipped": torch.tensor(self.skipped)}
-        state["generator"] = self.generator.get_state()
+        state = {"step_index": torch.tensor(self.step_index), "generator": self.generator.get_state()}
         state |= {f"field.{k}": v.detach().clone() for k, v in self.field.state_dict().items()}
         if self.dmtet is not None:
             state |= {f"dmtet.{k}": v.clone() for k, v in self.dmtet.state_dict().items()}
         else:
             state |= {"locked.vertices": self.locked.vertices.clone(), "locked.faces": self.locked.faces.clone()}
-        for name, parameter in self._parameters().items():
-            for key, value in self.optimiser.state.get(parameter, {}).items():
-                state[f"adam.{name}.{key}"] = value.clone()
+        state |= self.descent.state_dict()
         if hasattr(self.guidance, "state_dict"):
             state |= {f"guidance.{key}": value for key, value in self.guidance.state_dict().items()}
         return state
@@ -338,7 +328,7 @@ class FineStage:
             return {k.removeprefix(f"{prefix}."): v for k, v in state.items() if k.startswith(f"{prefix}.")}
 
         s = self.settings
-        self.step_index, self.skipped = int(state["step_index"]), int(state["skipped"])
+        self.step_index = int(state["step_index"])
         self.generator.set_state(state["generator"].cpu())
         self.field.load_state_dict(below("field"))
         self.dmtet = self.locked = None
@@ -348,19 +338,9 @@ class FineStage:
             options = {"deformation": s.deformation, "device": self.device}
             self.dmtet = DMTet.from_state(Lattice(s.tets), below("dmtet"), **options)
         self._optimise()
-        moments = below("adam")
-        for name, parameter in self._parameters().items():
-            if f"{name}.step" in moments:
-                found = {key: moments[f"{name}.{key}"].to(self.device).clone() for key in ("step", *MOMENTS)}
-                self.optimiser.state[parameter] = found
+        self.descent.load_state_dict(state)
         if hasattr(self.guidance, "load_state_dict"):
             self.guidance.load_state_dict(below("guidance"))
-
-    def _parameters(self) -> dict[str, torch.nn.Parameter]:
-        named = {f"field.{k}": p for k, p in self.field.named_parameters() if p.requires_grad}
-        if self.dmtet is not None:
-            named |= {"dmtet.sdf": self.dmtet.sdf, "dmtet.offset": self.dmtet.offset}
-        return named
 
     @torch.no_grad()
     def finish(self) -> Asset:

@@ -16,10 +16,12 @@ HELP_S = 0.4
 # Rooms of the house, each with the rooms it may import; a room may always import itself.
 _BASE = {"stages.errors", "stages.cameras", "stages.phases"}
 _SURFACE = _BASE | {"stages.kernels", "stages.mesh"}
+_STAGE = _SURFACE | {"stages.descent"}
 ALLOWED = {
     "stages.errors": set(),
     "stages.phases": set(),
     "stages.cameras": {"stages.errors"},
+    "stages.descent": {"stages.errors"},
     "stages.prompts": _BASE,
     "stages.kernels": _BASE,
     "stages.mesh": _BASE | {"stages.kernels"},
@@ -27,9 +29,9 @@ ALLOWED = {
     "stages.render": _SURFACE,
     "stages.stage": {"stages.mesh"},
     "stages.guidance": _SURFACE | {"stages.prompts", "stages.render"},
-    "stages.coarse": _SURFACE | {"stages.fields", "stages.render", "stages.guidance", "stages.prompts", "stages.stage"},
-    "stages.fine": _SURFACE | {"stages.fields", "stages.render", "stages.guidance", "stages.prompts", "stages.stage"},
-    "stages.clip_mesh": _SURFACE | {"stages.fields", "stages.render", "stages.stage"},
+    "stages.coarse": _STAGE | {"stages.fields", "stages.render", "stages.guidance", "stages.prompts", "stages.stage"},
+    "stages.fine": _STAGE | {"stages.fields", "stages.render", "stages.guidance", "stages.prompts", "stages.stage"},
+    "stages.clip_mesh": _STAGE | {"stages.fields", "stages.render", "stages.stage"},
     "stages.particles": _BASE | {"stages.coarse", "stages.stage"},
     "stages.pocket": _SURFACE | {"stages.render", "stages.guidance", "stages.prompts"},
     "pipeline": {"stages"},

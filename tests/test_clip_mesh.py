@@ -142,7 +142,7 @@ def test_laplacian_weight_decays_as_the_published_code_multiplies_it_step_by_ste
 def test_learning_rate_falls_by_ten_as_the_papers_does():
     made = stage(small(steps=4))
     run(made, 3)
-    rates = [group["lr"] for group in made.optimiser.param_groups]
+    rates = [group["lr"] for group in made.descent.optimiser.param_groups]
     assert rates == pytest.approx([rate * 10**-0.5 for rate in (6e-3, 1e-2, 1e-2)])
 
 

@@ -170,7 +170,7 @@ def test_parts_of_a_step_add_up_to_the_whole_step():
         kept = {}
 
         def keep(progress, fine=fine, kept=kept):
-            kept.update({k: p.grad.clone() for k, p in fine._parameters().items()})
+            kept.update({k: p.grad.clone() for k, p in fine.descent.parameters.items()})
             return 0.0
 
         fine._update = keep
@@ -256,7 +256,7 @@ def test_a_locked_file_with_seams_keeps_its_bytes_and_only_its_colours_learn():
     for _ in range(4):
         assert fine.step()["grad_norm"] > 0
     assert kinds == ["lambert"] * 4  # a shape that stays has nothing to learn from a textureless view
-    assert all(name.startswith("field.") for name in fine._parameters())
+    assert all(name.startswith("field.") for name in fine.descent.parameters)
     assert not fine.surface().vertices.requires_grad
     assert len(fine.surface().vertices) == len(ball.vertices)  # shaded smoothly, without the file's seams
     asset = fine.finish()

@@ -162,9 +162,9 @@ def train_pixel(args: argparse.Namespace) -> None:
         x0 = F.pixel_unshuffle(to_tensor(images[np.sort(chosen)]), models.PIXEL_PATCH)
         captions = data.captions_for(records, np.sort(chosen), args.seed, step, UNCONDITIONAL)
         text = encode_text(tokenizer, text_encoder, captions)
-        told = seen_by(camera, records, np.sort(chosen), text, step)
+        options = {"told": seen_by(camera, records, np.sort(chosen), text, step), "high_noise": args.high_noise}
         generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
-        return diffusion_loss(denoise, scheduler.alphas_cumprod, x0, text, generator, told=told)
+        return diffusion_loss(denoise, scheduler.alphas_cumprod, x0, text, generator, **options)
 
     def grid() -> None:
         with torch.no_grad():
@@ -386,6 +386,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("data/pools"), help="where renders are kept")
     parser.add_argument("--work", type=Path, default=Path("data/training"), help="where training state is kept")
     parser.add_argument("--out", type=Path, default=models.WEIGHTS, help="where the model folders go")
+    parser.add_argument("--high-noise", type=float, default=HIGH_NOISE, help="pixel: where its noisier half begins")
     parser.add_argument("--start", type=Path, help="begin from this exported folder, not from nothing")
     parser.add_argument("--compile", action="store_true", help="torch.compile the UNet: a sixth faster, a C++ compiler")
     parser.add_argument("--export", action="store_true", help="write the folder from the saved state, no training")
