@@ -1,6 +1,7 @@
 """Show what was measured: `python -m benchmarks.report`.
 
 python -m benchmarks.report OUT             one HTML page of a suite's folder: OUT/report.html, no network needed
+python -m benchmarks.report OUT --picture PNG   and what the page looks like, by a headless Chromium
 python -m benchmarks.report --markdown      the README's tables from what is in results/
 python -m benchmarks.report --into FILE     the same, put between FILE's <!-- benchmarks:NAME --> marks
 """
@@ -18,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.browser import take_picture
 from benchmarks.cells import Cell
 from benchmarks.environment import RESULTS, read_lines
 from benchmarks.markdown import origin
@@ -264,15 +266,20 @@ def write_report(out: Path) -> Path:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", nargs="?", type=Path, help="folder of a suite: writes OUT/report.html")
+    parser.add_argument("--picture", type=Path, help="also write a picture of the page's top, by a headless Chromium")
     parser.add_argument("--markdown", action="store_true", help="print the tables")
     parser.add_argument("--into", type=Path, help="put the tables between a file's marks")
     parser.add_argument("--results", type=Path, default=RESULTS, help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
     if not (args.out or args.markdown or args.into):
         parser.error("wanted a suite's folder, --markdown or --into FILE")
+    if args.picture and not args.out:
+        parser.error("--picture: wanted a suite's folder")
     try:
         if args.out:
-            print(write_report(args.out))
+            print(page := write_report(args.out))
+            if args.picture:
+                print(take_picture(page, args.picture))
         blocks = markdown_blocks(args.results) if args.markdown or args.into else {}
         if args.into:
             print(f"{args.into}: {', '.join(put_into(args.into, blocks)) or 'no marks found'}")

@@ -6,9 +6,7 @@ import base64
 import html.parser
 import json
 import re
-import shutil
 import struct
-import subprocess
 import xml.etree.ElementTree
 
 import numpy as np
@@ -16,19 +14,18 @@ import pytest
 import trimesh
 
 from benchmarks import report, tables
+from benchmarks.browser import find_browser, look, take_picture
 from benchmarks.cells import Cell
 from benchmarks.plots import Point, scatter, ticks
 from benchmarks.suite import Suite
 from benchmarks.summary import summarise
 from benchmarks.systems import random_blob
+from stages.errors import UserError
 from stages.mesh.mesh import Mesh
 from stages.pocket import world
 from tests.tiny_clip import pocket_like
 
 PROMPTS = ["a red ball", "a blue cube", "a green cone"]
-BROWSER = next(
-    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
-)
 
 
 def line(system: str, prompt: str, clip: str, seconds: float | None = None, **more) -> dict:
@@ -252,7 +249,7 @@ def test_a_folder_without_a_suite_is_refused(tmp_path, capsys):
     assert "no summary.json" in capsys.readouterr().err
 
 
-@pytest.mark.skipif(BROWSER is None, reason="no Chromium: apt-get install chromium")
+@pytest.mark.skipif(find_browser() is None, reason="no Chromium: apt-get install chromium")
 def test_a_browser_shows_the_page_and_turns_a_mesh(finished, tmp_path):
     page = report.write_report(finished)
     probe = tmp_path / "probe.html"
@@ -269,40 +266,30 @@ def test_a_browser_shows_the_page_and_turns_a_mesh(finished, tmp_path):
     });</script></body>""",
         )
     )
-    flags = [
-        "--headless",
-        "--no-sandbox",
-        "--disable-quic",
-        "--no-first-run",
-        "--disable-background-networking",
-        "--disable-component-update",
-        "--disable-sync",
-        "--use-angle=swiftshader",
-        "--enable-unsafe-swiftshader",
-        "--ignore-gpu-blocklist",
-        f"--user-data-dir={tmp_path / 'profile'}",
-        "--virtual-time-budget=8000",
-        "--window-size=1280,1400",
-    ]
-    dumped = subprocess.run(
-        [BROWSER, *flags, "--dump-dom", probe.as_uri()], capture_output=True, text=True, timeout=180
-    )
-    found = re.search(r'data-probe="([^"]*)"', dumped.stdout)
-    assert found, dumped.stderr[-2000:]
+    dumped = look(probe, "--dump-dom", size=(1280, 1400))
+    found = re.search(r'data-probe="([^"]*)"', dumped)
+    assert found, dumped[-2000:]
     facts = json.loads(found[1].replace("&quot;", '"'))
     assert facts["errors"] == []
     assert "faces here" in facts["note"], facts["note"]
     assert 0.05 < facts["first"] < 0.9
     assert 0.05 < facts["second"] < 0.9
-    shot = tmp_path / "page.png"
-    subprocess.run(
-        [BROWSER, *flags, f"--screenshot={shot}", page.as_uri()], capture_output=True, timeout=180, check=True
-    )
     from PIL import Image
 
+    shot = tmp_path / "page.png"
+    assert report.main([str(finished), "--picture", str(shot)]) == 0
     picture = np.asarray(Image.open(shot).convert("L"))
-    assert picture.shape[1] >= 1200
+    assert picture.shape == (1800, 1400)
     assert picture.std() > 5
+
+
+def test_without_a_browser_the_picture_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("benchmarks.browser.shutil.which", lambda name: None)
+    with pytest.raises(UserError, match="no Chromium"):
+        take_picture(tmp_path / "page.html", tmp_path / "page.png")
+    monkeypatch.setattr("benchmarks.browser.shutil.which", lambda name: "/bin/false")
+    with pytest.raises(UserError, match="cannot show"):
+        take_picture(tmp_path / "page.html", tmp_path / "page.png")
 
 
 def test_the_blob_of_the_floor_fits_the_page():
