@@ -103,12 +103,22 @@ def fitted_steps(system: str, steps: dict[str, int], budget: Budget, cost: Cost 
                 f"starting, converting and writing take {cost.fixed_s:.0f} s here whatever the steps",
                 f"give at least seconds={cost.fixed_s + max(cost.step_s.values()) * 10:.0f}",
             )
+    return shortened(steps, factor)
+
+
+def shortened(steps: dict[str, int], factor: float) -> dict[str, int]:
+    """Steps by stage times a factor, at least one a stage."""
     return {stage: max(1, round(n * factor)) for stage, n in steps.items()}
+
+
+def as_options(steps: dict[str, int]) -> tuple[str, ...]:
+    """Steps by stage as words for `pipeline run`."""
+    return tuple(f"{stage}.steps={n}" for stage, n in steps.items())
 
 
 def _trial(system: str, job: Job, steps: dict[str, int]) -> Cost:
     """What a run of a system costs, by one; one of a step before it has the kernels compiled."""
-    short = replace(job, folder=job.folder / "short", options=(*job.options, *(f"{stage}.steps=1" for stage in steps)))
+    short = replace(job, folder=job.folder / "short", options=(*job.options, *as_options(dict.fromkeys(steps, 1))))
     short.folder.mkdir(parents=True, exist_ok=True)
     with contextlib.suppress(Failed):  # a step may leave no object
         find_system(system).make(short)
@@ -138,7 +148,4 @@ def options_by_system(
         kept[system] = {"steps": fitted, "recipe": steps, "budget": str(budget)}
         kept[system] |= {} if cost is None else {"fixed_s": round(cost.fixed_s, 2), "step_s": cost.step_s}
         write_whole(path, (json.dumps(kept, indent=1) + "\n").encode())
-    return {
-        system: tuple(f"{stage}.steps={n}" for stage, n in kept.get(system, {"steps": {}})["steps"].items())
-        for system in systems
-    }
+    return {system: as_options(kept.get(system, {"steps": {}})["steps"]) for system in systems}

@@ -22,7 +22,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.budget import options_by_system, read_budget
+from benchmarks.budget import as_options, options_by_system, own_steps, read_budget, shortened
 from benchmarks.cells import cells_of, load_result
 from benchmarks.environment import RESULTS, read_lines
 from benchmarks.judges import check_judges
@@ -36,7 +36,7 @@ from stages.pocket import world
 
 POCKET_CLIP = Path(world.__file__).parent / "weights" / "clip"
 DEFAULT_SYSTEMS = "coarse,magic3d,sphere,reference,truth,floor"
-QUICK_OPTIONS = ("coarse.steps=120", "fine.steps=40", "clipmesh.steps=120")
+QUICK_SHARE = 0.6  # of every recipe's steps in --quick; at 0.3 the reference recipe has no object yet
 
 
 def _arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -57,7 +57,7 @@ def _arguments(arguments: list[str] | None) -> argparse.Namespace:
         help="setting of every pipeline run, repeatable",
     )
     parser.add_argument("--budget", help="steps=N or seconds=S, the same for every system (default: each its recipe's)")
-    parser.add_argument("--quick", action="store_true", help=f"four prompts, one seed, {', '.join(QUICK_OPTIONS)}")
+    parser.add_argument("--quick", action="store_true", help=f"four prompts, one seed, {QUICK_SHARE:g} of the steps")
     parser.add_argument("--limit", type=int, help="only the first N prompts")
     parser.add_argument("--workers", type=int, default=1, help="cells at once; more than one: a single thread each")
     parser.add_argument(
@@ -74,7 +74,7 @@ def _arguments(arguments: list[str] | None) -> argparse.Namespace:
     args.seeds = args.seeds or (1 if args.quick else 2)
     args.threads = 1 if args.workers > 1 else 0
     args.clip = [POCKET_CLIP if c == "pocket" else Path(c).expanduser().absolute() for c in args.clip.split(",")]
-    options = list(QUICK_OPTIONS) if args.quick else []
+    options = []
     if args.prior:
         coarse, _, fine = args.prior.partition(",")
         options += [f"prior.coarse={coarse}", f"prior.fine={fine or coarse}"]
@@ -117,9 +117,11 @@ def run_suite(args: argparse.Namespace) -> int:
             raise UserError(f"no such CLIP: {clip}", "--clip names it", "give a CLIPModel folder, or pocket")
     check_judges({name: find_system(name).recipe for name in systems}, args.clip, args.options)
     _check_same(args, suite, systems)
+    options = tuple(args.options)
     if budget is not None:
-        options = tuple(args.options)
         args.budgeted = options_by_system(budget, systems, suite.prompts[0], args.out, args.threads, options)
+    elif args.quick:
+        args.budgeted = {system: as_options(shortened(own_steps(system, options), QUICK_SHARE)) for system in systems}
     cells = cells_of(suite, systems, args.seeds)
     broken = run_cells(cells, args)
     lines = [line | {"suite": suite.name} for cell in cells if (line := load_result(cell, args.out)) is not None]
@@ -141,7 +143,8 @@ def _check_same(args: argparse.Namespace, suite: Suite, systems: list[str]) -> N
     """Refuse to mix cells of other options, CLIPs or recipes in one folder."""
     path = args.out / "suite.json"
     recipes = {name: digest for name in systems if (digest := _recipe_digest(name, args.options))}
-    now = {"options": args.options, "budget": args.budget, "clips": [c.name for c in args.clip]}
+    effort = args.budget or ("quick" if args.quick else None)
+    now = {"options": args.options, "budget": effort, "clips": [c.name for c in args.clip]}
     if path.is_file():
         before = json.loads(path.read_text())
         if any(before.get(k) != now[k] for k in ("options", "budget", "clips")):

@@ -95,7 +95,9 @@ def systems_table(summary: dict[str, Any], group: str) -> str:
             best[name] = max(real) if METRICS[name].better > 0 else min(real)
     rows = []
     for system, facts in summary["systems"].items():
-        row = [f"{escape(name_of(system))}<small>{facts['cells']} cells, {facts['failed']} failed</small>"]
+        steps = " + ".join(str(n) for n in facts.get("steps", {}).values())
+        note = f"{facts['cells']} cells, {facts['failed']} failed{f', {steps} steps' if steps else ''}"
+        row = [f"{escape(name_of(system))}<small>{note}</small>"]
         for name in names:
             interval = facts.get(group, {}).get(name)
             mark = (
@@ -224,7 +226,9 @@ def write_report(out: Path) -> Path:
     summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
     lines = read_lines(out / "results.jsonl")
     pictures, meshes = gallery(summary, lines, out)
-    groups = [g for g in next(iter(summary["systems"].values())) if g not in ("cells", "seeds", "failed", "all")]
+    groups = [
+        g for g in next(iter(summary["systems"].values())) if g not in ("cells", "seeds", "failed", "steps", "all")
+    ]
     parts = [
         f"<h1>Text to 3D: {escape(summary['suite'])}</h1>",
         *(f'<p class="facts">{escape(fact)}</p>' for fact in facts_of(summary)),

@@ -163,7 +163,7 @@ def summarise(lines: list[Line], suite: Suite, clips: list[Path]) -> dict[str, A
         "revisions": sorted({str(line["git"]) for line in lines}),
         "machines": sorted({f"{line['cores']} cores, {line['cpu']}, {line['device']}" for line in lines}),
         "versions": lines[0]["versions"] if lines else {},
-        "options": lines[0]["options"] if lines else [],
+        "options": [o for o in lines[0]["options"] if all(o in line["options"] for line in lines)] if lines else [],
         "systems": {},
         "by_clip": {},
         "comparisons": [],
@@ -175,6 +175,7 @@ def summarise(lines: list[Line], suite: Suite, clips: list[Path]) -> dict[str, A
             "cells": len(of[system]),
             "seeds": len({line["seed"] for line in of[system]}),
             "failed": sum("failed" in line for line in of[system]),
+            "steps": _steps_of(of[system]),
         }
         for group, prompts in groups.items():
             chosen = [line for line in of[system] if line["prompt"] in prompts]
@@ -192,6 +193,12 @@ def summarise(lines: list[Line], suite: Suite, clips: list[Path]) -> dict[str, A
             if result is not None:
                 summary["comparisons"].append({"a": a, "b": b, "metric": name, **result})
     return summary
+
+
+def _steps_of(lines: list[Line]) -> dict[str, int]:
+    """A system's steps by stage, of its first run that ended with an object."""
+    stages = next((line["cost"]["stages"] for line in lines if line.get("cost", {}).get("stages")), {})
+    return {name: facts["steps"] for name, facts in stages.items()}
 
 
 def _interval(values: dict[str, list[float]]) -> dict[str, float] | None:

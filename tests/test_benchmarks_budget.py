@@ -95,6 +95,20 @@ def test_cells_of_a_budget_get_their_systems_steps_and_share_no_coarse_stage(tmp
     assert json.loads((tmp_path / "out" / "suite.json").read_text())["suite"].endswith("-steps-26")
 
 
+def test_a_quick_suite_takes_a_share_of_every_recipes_steps(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(quality, "run_cells", lambda cells, args: seen.append((cells, args)) or [])
+    assert quality.main(["--quick", "--out", str(tmp_path / "out")]) == 0
+    cells, args = seen[0]
+    assert len({c.prompt for c in cells}) == 4 and {c.seed for c in cells} == {0}
+    assert args.take_over and not args.options
+    for system in ("coarse", "magic3d", "sphere", "reference"):
+        own = own_steps(system, ())
+        assert args.budgeted[system] == tuple(f"{stage}.steps={round(0.6 * n)}" for stage, n in own.items())
+    assert args.budgeted["truth"] == args.budgeted["floor"] == ()
+    assert quality.main(["--out", str(tmp_path / "out")]) == 2  # not into the same folder
+
+
 # --- energy -----------------------------------------------------------------------------------------------------
 
 
