@@ -49,7 +49,7 @@ def answers(summary: dict[str, Any]) -> list[str]:
             if gap is not None:
                 d = gap["difference"]
                 sentences.append(
-                    f"{name_of(system).capitalize()} is {d['mean']:.1f} [{d['low']:.1f}, {d['high']:.1f}] "
+                    f"{name_of(system).capitalize()} is {d['mean']:z.1f} [{d['low']:z.1f}, {d['high']:z.1f}] "
                     f"below the ceiling in {METRICS[name].label}."
                 )
     return sentences
