@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 import statistics
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -117,7 +118,11 @@ def as_options(steps: dict[str, int]) -> tuple[str, ...]:
 
 
 def _trial(system: str, job: Job, steps: dict[str, int]) -> Cost:
-    """What a run of a system costs, by one; one of a step before it has the kernels compiled."""
+    """What a run of a system costs, by one; one of a step before it has the kernels compiled.
+
+    What an interrupted trial left is thrown away: the time of a resumed run is not that of a whole one.
+    """
+    shutil.rmtree(job.folder, ignore_errors=True)
     short = replace(job, folder=job.folder / "short", options=(*job.options, *as_options(dict.fromkeys(steps, 1))))
     short.folder.mkdir(parents=True, exist_ok=True)
     with contextlib.suppress(Failed):  # a step may leave no object

@@ -61,7 +61,9 @@ def energy_j(root: Path = RAPL) -> Iterator[dict[str, float]]:
             now = time.monotonic()
             if watts is not None:
                 found["gpu"] += watts * (now - last_s)
-                watts, last_s = _gpu_watts() or 0.0, now
+                watts, last_s = _gpu_watts(), now
+                if watts is None:  # half a count is none
+                    del found["gpu"]
             if counters and (ended or now - read_s >= LONGEST_S):
                 present = {c: _read(c) for c in counters}
                 found["cpu"] += sum(joules_between(last[c], present[c], most[c]) for c in counters)

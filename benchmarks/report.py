@@ -226,9 +226,7 @@ def write_report(out: Path) -> Path:
     summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
     lines = read_lines(out / "results.jsonl")
     pictures, meshes = gallery(summary, lines, out)
-    groups = [
-        g for g in next(iter(summary["systems"].values())) if g not in ("cells", "seeds", "failed", "steps", "all")
-    ]
+    groups = list(summary["prompts"]) if len(summary["prompts"]) > 1 else []
     parts = [
         f"<h1>Text to 3D: {escape(summary['suite'])}</h1>",
         *(f'<p class="facts">{escape(fact)}</p>' for fact in facts_of(summary)),

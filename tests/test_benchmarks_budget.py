@@ -71,6 +71,7 @@ def test_steps_are_settled_once_and_trials_are_made_of_the_systems_that_optimise
 
     whole = systems.System(make, "both stages", recipe="default")
     monkeypatch.setitem(systems.SYSTEMS, "magic3d", whole)
+    (tmp_path / "trials" / "magic3d" / "run").mkdir(parents=True)  # what an interrupted trial left
     words = (Budget("seconds", 50), ["magic3d", "truth"], "a red mug", tmp_path, 1, ("coarse.views_per_step=1",))
     found = options_by_system(*words)
     assert found == {"magic3d": ("coarse.steps=100", "fine.steps=30"), "truth": ()}
@@ -141,6 +142,15 @@ def test_power_of_gpus_is_summed_over_time(tmp_path, monkeypatch):
     with energy_j(tmp_path) as found:
         pass
     assert 0 <= found["gpu"] < 50 and "cpu" not in found
+
+
+def test_a_gpu_that_stops_answering_has_no_energy(tmp_path, monkeypatch):
+    answers = iter([100.0])
+    monkeypatch.setattr("benchmarks.energy.shutil.which", lambda name: "/usr/bin/nvidia-smi")
+    monkeypatch.setattr("benchmarks.energy._gpu_watts", lambda: next(answers, None))
+    with energy_j(tmp_path) as found:
+        pass
+    assert found == {}
 
 
 def test_without_counters_there_is_no_energy(tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
+from stages.kernels.cpu_normals import add_cross, add_cross_gradient
 from stages.kernels.reference_raster import NORMAL_SQUARE_MIN
 
 
@@ -15,14 +16,7 @@ def smoothness(vertices, faces, edges, sides, values, grads):
     normals, areas = np.zeros((len(faces), 3)), np.zeros(len(faces))
     sums, umbrella, degree = np.zeros((count, 3)), np.zeros((count, 3)), np.zeros(count)
     for f in range(len(faces)):
-        a, b, c = faces[f, 0], faces[f, 1], faces[f, 2]
-        ux, uy, uz = points[b, 0] - points[a, 0], points[b, 1] - points[a, 1], points[b, 2] - points[a, 2]
-        vx, vy, vz = points[c, 0] - points[a, 0], points[c, 1] - points[a, 1], points[c, 2] - points[a, 2]
-        nx, ny, nz = uy * vz - uz * vy, uz * vx - ux * vz, ux * vy - uy * vx
-        for i in (a, b, c):
-            sums[i, 0] += nx
-            sums[i, 1] += ny
-            sums[i, 2] += nz
+        nx, ny, nz = add_cross(points, faces, f, sums)
         square = nx * nx + ny * ny + nz * nz
         if square > NORMAL_SQUARE_MIN:
             area = np.sqrt(square)
@@ -87,20 +81,7 @@ def smoothness(vertices, faces, edges, sides, values, grads):
         gx, gy, gz = turned[f, 0], turned[f, 1], turned[f, 2]
         along = nx * gx + ny * gy + nz * gz
         gx, gy, gz = (gx - along * nx) / areas[f], (gy - along * ny) / areas[f], (gz - along * nz) / areas[f]
-        a, b, c = faces[f, 0], faces[f, 1], faces[f, 2]
-        ux, uy, uz = points[b, 0] - points[a, 0], points[b, 1] - points[a, 1], points[b, 2] - points[a, 2]
-        vx, vy, vz = points[c, 0] - points[a, 0], points[c, 1] - points[a, 1], points[c, 2] - points[a, 2]
-        bx, by, bz = vy * gz - vz * gy, vz * gx - vx * gz, vx * gy - vy * gx
-        cx, cy, cz = gy * uz - gz * uy, gz * ux - gx * uz, gx * uy - gy * ux
-        first[b, 0] += bx
-        first[b, 1] += by
-        first[b, 2] += bz
-        first[c, 0] += cx
-        first[c, 1] += cy
-        first[c, 2] += cz
-        first[a, 0] -= bx + cx
-        first[a, 1] -= by + cy
-        first[a, 2] -= bz + cz
+        add_cross_gradient(points, faces, f, gx, gy, gz, first)
     for v in range(count):
         for k in range(3):
             grads[0, v, k] = first[v, k]

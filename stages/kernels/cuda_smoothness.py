@@ -18,16 +18,6 @@ LEAST = wp.constant(wp.float64(NORMAL_SQUARE_MIN))
 
 
 @wp.func
-def _difference(vertices: wp.array2d(dtype=wp.float32), i: int, j: int) -> wp.vec3d:
-    """From vertex i to vertex j."""
-    return wp.vec3d(
-        f64(vertices[j, 0]) - f64(vertices[i, 0]),
-        f64(vertices[j, 1]) - f64(vertices[i, 1]),
-        f64(vertices[j, 2]) - f64(vertices[i, 2]),
-    )
-
-
-@wp.func
 def _add(peak: wp.array(dtype=wp.float32), total: wp.array(dtype=wp.int64), unit: f64, row: int, term: wp.vec3d):
     for k in range(3):
         cuda_sums.add(peak, total, unit, 3 * row + k, term[k])
@@ -35,13 +25,14 @@ def _add(peak: wp.array(dtype=wp.float32), total: wp.array(dtype=wp.int64), unit
 
 @wp.kernel(grid_stride=False)
 def _faces(
-    vertices: wp.array2d(dtype=wp.float32),
+    points: wp.array(dtype=wp.vec3d),
     faces: wp.array2d(dtype=wp.int32),
     normals: wp.array(dtype=wp.vec3d),
     areas: wp.array(dtype=wp.float64),
 ):
     f = wp.tid()
-    cross = wp.cross(_difference(vertices, faces[f, 0], faces[f, 1]), _difference(vertices, faces[f, 0], faces[f, 2]))
+    a = points[faces[f, 0]]
+    cross = wp.cross(points[faces[f, 1]] - a, points[faces[f, 2]] - a)
     square = wp.dot(cross, cross)
     area, normal = f64(0.0), wp.vec3d()
     if square > LEAST:
@@ -53,7 +44,7 @@ def _faces(
 
 @wp.kernel(grid_stride=False)
 def _edges(
-    vertices: wp.array2d(dtype=wp.float32),
+    points: wp.array(dtype=wp.vec3d),
     edges: wp.array2d(dtype=wp.int32),
     sides: wp.array2d(dtype=wp.int32),
     normals: wp.array(dtype=wp.vec3d),
@@ -65,36 +56,22 @@ def _edges(
     i, j = sides[e, 0], sides[e, 1]
     weight = wp.min(areas[i], areas[j])
     bend = f64(1.0) - wp.dot(normals[i], normals[j])
-    found[e] = wp.vec3d(wp.length(_difference(vertices, edges[e, 0], edges[e, 1])), weight, weight * bend)
+    found[e] = wp.vec3d(wp.length(points[edges[e, 1]] - points[edges[e, 0]]), weight, weight * bend)
 
 
 @wp.kernel(grid_stride=False)
-def _umbrella(
-    vertices: wp.array2d(dtype=wp.float32),
+def _differences(
     edges: wp.array2d(dtype=wp.int32),
+    values: wp.array(dtype=wp.vec3d),
     peak: wp.array(dtype=wp.float32),
     total: wp.array(dtype=wp.int64),
     unit: wp.float64,
 ):
+    """Each vertex's sum of what its neighbours have more than itself; its own adjoint, so it is the way back too."""
     e = wp.tid()
-    step = _difference(vertices, edges[e, 0], edges[e, 1])
+    step = values[edges[e, 1]] - values[edges[e, 0]]
     _add(peak, total, unit, edges[e, 0], step)
     _add(peak, total, unit, edges[e, 1], -step)
-
-
-@wp.kernel(grid_stride=False)
-def _spread(
-    edges: wp.array2d(dtype=wp.int32),
-    slopes: wp.array(dtype=wp.vec3d),
-    peak: wp.array(dtype=wp.float32),
-    total: wp.array(dtype=wp.int64),
-    unit: wp.float64,
-):
-    """From the gradient in every vertex's sum of differences to that in the vertices."""
-    e = wp.tid()
-    difference = slopes[edges[e, 0]] - slopes[edges[e, 1]]
-    _add(peak, total, unit, edges[e, 1], difference)
-    _add(peak, total, unit, edges[e, 0], -difference)
 
 
 @wp.kernel(grid_stride=False)
@@ -115,7 +92,7 @@ def _turn(
 
 @wp.kernel(grid_stride=False)
 def _corners(
-    vertices: wp.array2d(dtype=wp.float32),
+    points: wp.array(dtype=wp.vec3d),
     faces: wp.array2d(dtype=wp.int32),
     slopes: wp.array(dtype=wp.vec3d),
     peak: wp.array(dtype=wp.float32),
@@ -125,8 +102,8 @@ def _corners(
     """From the gradient in every face's cross product to that in its corners."""
     f = wp.tid()
     a, b, c = faces[f, 0], faces[f, 1], faces[f, 2]
-    at_b = wp.cross(_difference(vertices, a, c), slopes[f])
-    at_c = wp.cross(slopes[f], _difference(vertices, a, b))
+    at_b = wp.cross(points[c] - points[a], slopes[f])
+    at_c = wp.cross(slopes[f], points[b] - points[a])
     _add(peak, total, unit, b, at_b)
     _add(peak, total, unit, c, at_c)
     _add(peak, total, unit, a, -(at_b + at_c))
@@ -134,12 +111,12 @@ def _corners(
 
 def smoothness(vertices: Tensor, faces: Tensor, edges: Tensor, sides: Tensor, values: Tensor, grads: Tensor) -> None:
     """Both terms into values [2] float64, their gradients into grads [2, V, 3]; grads [0, V, 3] leaves them out."""
-    device, count = vertices.device, len(vertices)
+    device, count, points = vertices.device, len(vertices), vertices.double()
     normals = torch.zeros(len(faces), 3, dtype=torch.float64, device=device)
     areas = torch.zeros(len(faces), dtype=torch.float64, device=device)
     found = torch.zeros(len(edges), 3, dtype=torch.float64, device=device)
-    launch(_faces, len(faces), (vertices, faces, normals, areas))
-    launch(_edges, len(edges), (vertices, edges, sides, normals, areas, found))
+    launch(_faces, len(faces), (points, faces, normals, areas))
+    launch(_edges, len(edges), (points, edges, sides, normals, areas, found))
     length, weight, bent = found.sum(0)
     length, weight = (length / max(len(edges), 1)).clamp_min(1e-12), weight.clamp_min(1e-30)
     ends = edges.reshape(-1)
@@ -153,7 +130,7 @@ def smoothness(vertices: Tensor, faces: Tensor, edges: Tensor, sides: Tensor, va
 
         return cuda_sums.collect((rows, 3), terms, device, run)
 
-    umbrella = collected(_umbrella, len(edges), count, vertices, edges)
+    umbrella = collected(_differences, len(edges), count, edges, points)
     upwards = torch.empty_like(vertices, memory_format=torch.contiguous_format)
     sizes = torch.empty(count, dtype=torch.float64, device=device)
     normals_forward(vertices, faces, upwards, sizes)
@@ -164,8 +141,8 @@ def smoothness(vertices: Tensor, faces: Tensor, edges: Tensor, sides: Tensor, va
     if len(grads) == 0:
         return
     slopes = (2 / max(count, 1) * along * scale)[:, None] * upwards
-    grads[1] = collected(_spread, len(edges), count, edges, slopes)
+    grads[1] = collected(_differences, len(edges), count, edges, slopes)
     turned = collected(_turn, len(edges), len(faces), sides, normals, found) / weight
     flat = turned - (turned * normals).sum(1, keepdim=True) * normals
     slopes = torch.where(areas[:, None] > 0, flat / areas[:, None].clamp_min(1e-300), 0.0).contiguous()
-    grads[0] = collected(_corners, len(faces), count, vertices, faces, slopes)
+    grads[0] = collected(_corners, len(faces), count, points, faces, slopes)

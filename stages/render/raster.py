@@ -27,7 +27,7 @@ PLAIN = 0.8  # albedo of a mesh without colours
 
 @dataclass(frozen=True)
 class Seen:
-    """What the covered pixels show: flat indices [N], world points and unit normals [N, 3], camera positions [N, 3]."""
+    """What the covered pixels show: flat indices [N], world points and unit normals [N, 3]; camera positions [B, 3]."""
 
     pixels: Tensor
     points: Tensor
@@ -52,7 +52,9 @@ class MeshImages:
     @property
     def depth(self) -> Tensor:
         """[B, H, W, 1] distance from the camera along the pixel's ray; made when asked for."""
-        return self._image(torch.linalg.vector_norm(self.seen.points - self.seen.cameras, dim=-1, keepdim=True))
+        _, height, width, _ = self.mask.shape
+        camera = self.seen.cameras.index_select(0, self.seen.pixels // (height * width))
+        return self._image(torch.linalg.vector_norm(self.seen.points - camera, dim=-1, keepdim=True))
 
     def _image(self, values: Tensor) -> Tensor:
         return _placed(values, self.seen.pixels, values.new_zeros(*self.mask.shape[:3], values.shape[-1]))
@@ -136,8 +138,7 @@ def render_mesh(
     hard = _placed(torch.cat([shaded, torch.ones_like(shaded[:, :1])], -1), covered, under)
     with phase("antialias"):
         colour, mask = antialias(hard, rast, clip, triangles, topology, backend=backend).split([3, 1], -1)
-    seen = Seen(covered, points, normals, views.position.index_select(0, view))
-    return MeshImages(colour, mask, rast, seen)
+    return MeshImages(colour, mask, rast, Seen(covered, points, normals, views.position))
 
 
 @torch.no_grad()
