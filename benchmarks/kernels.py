@@ -29,9 +29,9 @@ from pipeline.export.files import write_whole
 from stages.errors import UserError
 
 CASES = (
-    "hash_encode", "hash_gradient", "nerf_step", "mlp", "march", "composite", "rasterise", "interpolate", "antialias",
-    "raster_step", "vertex_normals", "edge_topology", "texture", "marching_tetrahedra", "mesh_edges", "smoothness",
-    "diffuse",
+    "hash_encode", "hash_gradient", "hash_density", "nerf_step", "mlp", "mlp_with_slope", "march", "visible",
+    "composite", "rasterise", "interpolate", "antialias", "raster_step", "vertex_normals", "edge_topology", "texture",
+    "marching_tetrahedra", "mesh_edges", "smoothness", "diffuse",
 )  # fmt: skip
 OURS = {"cpu": "numba", "cuda": "warp"}
 # Packages behind our own ops (stages/kernels/backend.py), and the cases that they have ops for.
@@ -132,7 +132,7 @@ def _line(name: str, timing: Any, ours: Any) -> Line:
 
     low, high = timing.quartiles_s
     line = {"contestant": name, "ms": round(1e3 * timing.median_s, 4), "ms_low": round(1e3 * low, 4)}
-    line |= {"ms_high": round(1e3 * high, 4), "runs": len(timing.runs_s), "cores": round(timing.cores, 2)}
+    line |= {"ms_high": round(1e3 * high, 4), "runs": len(timing.runs_s), "busy_cores": round(timing.cores, 2)}
     if ours is not None:
         found = ratio(timing, ours)
         line |= {"times_ours": round(found.value, 3)}

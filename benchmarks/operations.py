@@ -19,13 +19,14 @@ import torch
 from torch import Tensor
 
 from stages.cameras import Views, orbit_views, rays, to_clip
+from stages.kernels.density import hash_density
 from stages.kernels.hashgrid import HashGridSpec, hash_encode, hash_gradient
 from stages.kernels.lattice import diffuse
 from stages.kernels.marching import marching_tetrahedra, mesh_edges
-from stages.kernels.mlp import mlp
+from stages.kernels.mlp import mlp, mlp_with_slope
 from stages.kernels.raster import antialias, edge_topology, interpolate, rasterise, texture, vertex_normals
 from stages.kernels.smoothness import smoothness
-from stages.kernels.volume import Samples, composite, march
+from stages.kernels.volume import Samples, composite, march, visible
 from stages.mesh.dmtet import from_function
 from stages.mesh.tetrahedra import Lattice
 
@@ -124,7 +125,7 @@ def volume_cases(sizes: Sizes, device: str) -> Iterator[Case]:
     v = Volume(sizes, device)
     for log2 in sizes.tables:
         yield from _hash_cases(v, HashGridSpec(log2_table=log2))
-    yield _slope_case(v, HashGridSpec(log2_table=sizes.tables[0]))
+    yield from _slope_cases(v, HashGridSpec(log2_table=sizes.tables[0]))
     yield from _mlp_cases(v)
     yield _march_case(v)
     yield from _composite_cases(v)
@@ -161,28 +162,42 @@ def _shapes(v: Volume, spec: HashGridSpec) -> dict[str, Any]:
     return shapes | {"log2_table": spec.log2_table, "finest": spec.finest}
 
 
-def _slope_case(v: Volume, spec: HashGridSpec) -> Case:
+def _slope_cases(v: Volume, spec: HashGridSpec) -> Iterator[Case]:
     table, g, along = v.leaf(spec.rows, spec.features), v.leaf(len(v.points), spec.width), v.random(len(v.points), 3)
+    weights, up = v.weights(spec.width, 1), v.random(len(v.points))
 
     def slope(names: Names) -> Tensor:
         return (hash_gradient(v.points, table, spec, g, backend=names["hash"]) * along).sum()
 
-    return Case(
+    def density(names: Names) -> Tensor:
+        _, raw, gradient = hash_density(v.points, table, spec, tuple(weights), backend=names["hash"])
+        return (raw * up).sum() + (gradient * along).sum()
+
+    yield Case(
         "hash_gradient", BOTH, ("hash",), _shapes(v, spec), lambda names: gradients(lambda: slope(names), [table, g])
     )
+    yield Case(
+        "hash_density", BOTH, ("hash", "mlp"), _shapes(v, spec) | {"hidden": v.sizes.hidden},
+        lambda names: gradients(lambda: density(names), [table, *weights]),
+    )  # fmt: skip
 
 
 def _mlp_cases(v: Volume) -> Iterator[Case]:
     n, width = len(v.points), HashGridSpec().width
-    x, weights, up = v.leaf(n, width), v.weights(width, 4), v.random(n, 4)
+    x, weights, up, along = v.leaf(n, width), v.weights(width, 4), v.random(n, 4), v.random(n, width)
     more = {"families": ("mlp",)}
     more["shapes"] = v.shapes | {"inputs": width, "hidden": v.sizes.hidden, "outputs": 4}
 
     def out(names: Names) -> Tensor:
         return mlp(x, *weights, backend=names["mlp"])
 
+    def sloped(names: Names) -> Tensor:
+        out, slope = mlp_with_slope(x, *weights, backend=names["mlp"])
+        return (out * up).sum() + (slope * along).sum()
+
     yield Case("mlp", FORWARD, call=lambda names: without_gradients(lambda: out(names)), **more)
     yield Case("mlp", BOTH, call=lambda names: gradients(lambda: (out(names) * up).sum(), [x, *weights]), **more)
+    yield Case("mlp_with_slope", BOTH, call=lambda names: gradients(lambda: sloped(names), [x, *weights]), **more)
 
 
 def _march_case(v: Volume) -> Case:
@@ -210,6 +225,11 @@ def _composite_cases(v: Volume) -> Iterator[Case]:
     yield Case(
         "composite", BOTH, call=lambda names: gradients(lambda: (out(names) * up).sum(), [sigmas, values]),
         inputs=(sigmas, values, v.samples, up, True), **more,
+    )  # fmt: skip
+    dense = 20 * sigmas.detach()  # light runs out along most rays
+    yield Case(
+        "visible", FORWARD, ("volume",), v.shapes | {"threshold": 1e-3, "faint": 0.05},
+        lambda names: lambda: visible(dense, v.samples, 1e-3, 0.05, backend=names["volume"]),
     )  # fmt: skip
 
 

@@ -52,6 +52,9 @@ def test_points_lie_in_the_box_in_the_order_of_their_rays():
 
 def test_every_case_gives_the_same_under_both_backends(tiny):
     assert {name for name, _, _ in tiny} == set(kernels.CASES)
+    visible = next(case for case in tiny.values() if case.name == "visible")
+    kept, _ = visible.call(kernels.backends("numba", "cpu"))()
+    assert 0.2 < len(kept) / visible.shapes["samples"] < 0.8
     for case in tiny.values():
         ours, twin = (flat(case.call(kernels.backends(name, "cpu"))()) for name in ("numba", "torch"))
         assert len(ours) == len(twin) > 0
@@ -146,6 +149,7 @@ def test_absent_peers_have_lines_and_the_others_are_measured(monkeypatch, tiny):
     assert twin["times_ours"] == pytest.approx(twin["ms"] / ours["ms"], rel=2e-2)
     assert embree["agreement"] == 1 and embree["version"] == build["version"] == "1.2"
     for line in (ours, twin, embree, build):
+        assert line["busy_cores"] > 0 and "cores" not in line  # which is how many the machine has
         assert line["ms_low"] <= line["ms"] <= line["ms_high"] and line["runs"] >= 3 and line["shapes"] == case.shapes
 
 

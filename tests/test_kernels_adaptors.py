@@ -100,6 +100,16 @@ def test_tinycudann_grid_ends_at_the_walls_as_ours_does(fake):
     assert_close(found[:3], wanted[:3], 2e-4)
 
 
+def test_tinycudann_grid_makes_nan_of_a_point_that_is_not_finite(fake):
+    points, table, g_out, up = grid_problem(SMALL, 20)
+    points[3, 1], points[5, 0], points[7] = float("nan"), float("inf"), float("-inf")
+    with fake("tinycudann"):
+        found = grid_results(points, table, g_out, up, SMALL, "auto")
+    for values in found[:2]:
+        assert values.isnan().all(1).nonzero()[:, 0].tolist() == [3, 5, 7]
+        assert values.isfinite().all(1).sum() == 17
+
+
 @pytest.mark.parametrize("cells", [1, 2, 3, 5, 16, 40, 255, 256, 257, 1000, 4095, 65535, 65536])
 def test_a_shifted_position_never_leaves_its_cells(cells):
     tiny = torch.finfo(torch.float32).tiny

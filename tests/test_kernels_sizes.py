@@ -2,13 +2,14 @@
 
 Of each ten inputs one is empty, one a single triangle, one degenerate, one huge, one behind the eye, one not finite and
 one not contiguous, in the ways that the op knows. The backends are numba and Warp, on Warp's CPU device and on CUDA.
+The field kernels' tests (test_kernels_fields.py) run on the same rails.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import pytest
@@ -26,13 +27,19 @@ KINDS = ("empty", "one", "degenerate", "huge", "behind", "broken", "strided", "p
 
 @dataclass(frozen=True)
 class Case:
-    """One call: op(*leaves, *rest, **options); gradients go to the leaves."""
+    """One call: op(*leaves, *rest, **options); gradients go to the leaves.
+
+    layout: how the tensors lie in memory, a kind of `laid`. tolerance: of a difference, over a tensor's largest value,
+    which counts as `least` at least: sums that cancel keep the rounding of their terms.
+    """
 
     op: Callable
     leaves: tuple[Tensor, ...]
     rest: tuple = ()
     options: tuple[tuple[str, object], ...] = ()
-    strided: bool = False
+    layout: str = "plain"
+    tolerance: float = 1e-5
+    least: float = 1e-3
 
     def __call__(self, leaves: tuple[Tensor, ...], backend: str, device: str) -> tuple[Tensor, ...]:
         rest = tuple(self.laid(t.to(device)) if isinstance(t, Tensor) else t for t in self.rest)
@@ -40,8 +47,14 @@ class Case:
         return out if isinstance(out, tuple) else (out,)
 
     def laid(self, tensor: Tensor) -> Tensor:
-        """The tensor, with gaps between its values where the case is about that."""
-        return torch.stack([tensor, tensor], -1)[..., 0] if self.strided else tensor
+        """The tensor, in the layout that the case is about."""
+        if self.layout == "strided":  # with gaps between its values
+            return torch.stack([tensor, tensor], -1)[..., 0]
+        if self.layout == "turned" and tensor.ndim > 1:  # last dimension first
+            return tensor.movedim(-1, 0).contiguous().movedim(0, -1)
+        if self.layout == "shifted":  # not from the beginning of its memory on, nor from a multiple of 16 bytes
+            return torch.cat([tensor.new_zeros(1), tensor.flatten()])[1:].view(tensor.shape)
+        return tensor
 
 
 def random(seed: int) -> tuple[torch.Generator, str, Callable[[int, int], int]]:
@@ -210,16 +223,31 @@ def outputs(case: Case, backend: str, device: str, keep: Tensor | None):
     """What the op returns and the gradients of the leaves, on the CPU; `keep` masks the pixels that count."""
     leaves = tuple(leaf.to(device).requires_grad_() for leaf in case.leaves)
     found = case(leaves, backend, device)
-    first = found[0]
+    ends = [t for t in found if t.requires_grad]
     grads = ()
-    if first.requires_grad:
+    if ends:
         g = torch.Generator().manual_seed(1)
-        weight = torch.randn(first.shape, generator=g)
+        weights = [torch.randn(t.shape, generator=g) for t in ends]
         if keep is not None:
-            weight = torch.where(keep[..., None], weight, 0.0)
-        grads = torch.autograd.grad(first, leaves, weight.to(device), allow_unused=True)
+            weights = [torch.where(keep[..., None], weight, 0.0) for weight in weights]
+        grads = torch.autograd.grad(ends, leaves, [w.to(device) for w in weights], allow_unused=True)
         grads = [torch.zeros_like(leaf) if g is None else g for g, leaf in zip(grads, leaves, strict=True)]
     return tuple(t.detach().cpu() for t in found), tuple(g.cpu() for g in grads)
+
+
+def assert_agrees(
+    got: tuple[Tensor, ...], want: tuple[Tensor, ...], tolerance: float, message: str, least: float = 1e-3
+) -> None:
+    """The same shapes and dtypes, the same integers, floats as near as a Case says; the wanted are finite."""
+    for n, (a, b) in enumerate(zip(got, want, strict=True)):
+        assert a.shape == b.shape and a.dtype == b.dtype, f"{message}, tensor {n}"
+        if not a.is_floating_point():
+            assert torch.equal(a, b), f"{message}, tensor {n}"
+            continue
+        size = float(b.abs().max()) if b.numel() else 0.0
+        assert math.isfinite(size), f"{message}, tensor {n}: the twin is not finite"
+        wrong = float((a - b).abs().max()) if b.numel() else 0.0
+        assert wrong <= tolerance * max(size, least), f"{message}, tensor {n}: off by {wrong} of {size}"
 
 
 def near_silhouettes(ids: Tensor) -> Tensor:
@@ -245,7 +273,8 @@ def test_agrees_with_the_twin_at_a_hundred_random_sizes(name, backend, device):
     pixels = wrong_pixels = 0
     for seed in SIZES:
         case, (want, want_grads) = twins(name, seed)
-        case = Case(case.op, case.leaves, case.rest, case.options, strided=KINDS[seed % len(KINDS)] == "strided")
+        if KINDS[seed % len(KINDS)] == "strided":
+            case = replace(case, layout="strided")
         keep = None
         if name == "rasterise":
             ids = case(tuple(leaf.to(device) for leaf in case.leaves), backend, device)[0][..., 3].cpu()
@@ -258,15 +287,7 @@ def test_agrees_with_the_twin_at_a_hundred_random_sizes(name, backend, device):
         got, got_grads = outputs(case, backend, device, keep)
         if keep is not None:
             got = (torch.where(keep[..., None], got[0], 0.0),)
-        for n, (a, b) in enumerate(zip((*got, *got_grads), (*want, *want_grads), strict=True)):
-            assert a.shape == b.shape and a.dtype == b.dtype, f"input {seed}, tensor {n}"
-            if not a.is_floating_point():
-                assert torch.equal(a, b), f"input {seed}, tensor {n}"
-                continue
-            size = float(b.abs().max()) if b.numel() else 0.0
-            assert math.isfinite(size), f"input {seed}, tensor {n}: the twin is not finite"
-            wrong = float((a - b).abs().max()) if b.numel() else 0.0
-            assert wrong <= 1e-5 * max(size, 1e-3), f"input {seed}, tensor {n}: off by {wrong} of {size}"
+        assert_agrees((*got, *got_grads), (*want, *want_grads), case.tolerance, f"input {seed}", case.least)
     assert wrong_pixels <= 1e-3 * pixels
 
 
@@ -281,18 +302,22 @@ def test_the_random_inputs_reach_what_they_are_meant_to_reach():
     assert sum(int((twins("edge_topology", s)[1][0][0] >= 0).sum()) for s in SIZES) > 20
 
 
+def assert_refused_or_left_to_the_twin(case: Case, dtype: torch.dtype, backend: str) -> None:
+    """A compiled backend refuses a case in another dtype, by name; "auto" computes it in float64."""
+    leaves = tuple(leaf.to(dtype) for leaf in case.leaves)
+    kind = str(dtype).removeprefix("torch.")
+    with pytest.raises(ValueError, match=rf"wanted dtype float32.*got {kind}|'{backend}' takes float32.*got .*{kind}"):
+        case(leaves, backend, "cpu")
+    if dtype == torch.float64:
+        rest = tuple(t.double() if isinstance(t, Tensor) and t.is_floating_point() else t for t in case.rest)
+        found = replace(case, rest=rest)(leaves, "auto", "cpu")
+        assert {out.dtype for out in found if out.is_floating_point()} == {torch.float64}
+
+
 @pytest.mark.parametrize("backend", ["numba", "warp"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
 @pytest.mark.parametrize("name", [name for name in OPS if OPS[name](7).leaves])
 def test_other_floats_are_refused_by_name_and_double_is_left_to_the_twin(name, dtype, backend):
     if backend == "warp":
         pytest.importorskip("warp")
-    case = OPS[name](7)
-    leaves = tuple(leaf.to(dtype) for leaf in case.leaves)
-    kind = str(dtype).removeprefix("torch.")
-    with pytest.raises(ValueError, match=rf"wanted dtype float32.*got {kind}|'{backend}' takes float32.*got {kind}"):
-        case(leaves, backend, "cpu")
-    if dtype == torch.float64:
-        rest = tuple(t.double() if isinstance(t, Tensor) and t.is_floating_point() else t for t in case.rest)
-        (out, *_) = Case(case.op, leaves, rest, case.options)(leaves, "auto", "cpu")
-        assert out.dtype == torch.float64
+    assert_refused_or_left_to_the_twin(OPS[name](7), dtype, backend)

@@ -94,6 +94,7 @@ def _local(points: Tensor, cells: int) -> Tensor:
     inside = (points >= 0) & (points <= 1)
     with torch.no_grad():
         position = (points.clamp(0, 1) - float(shift)).clamp(max=float(top))
+        position = position + (0 * points).sum(-1, keepdim=True)  # nan where a coordinate is not finite
     return position + torch.where(inside, points - points.detach(), 0)  # the value of position, the slope of a clamp
 
 

@@ -217,6 +217,13 @@ def selected(selection: Selection) -> Iterator[None]:
         _selection = before
 
 
+def check_alike(name: str, tensor: Tensor, other: Tensor) -> None:
+    """Raise ValueError naming argument, wanted and got unless a tensor has the dtype and the device of another one."""
+    if (tensor.dtype, tensor.device) != (other.dtype, other.device):
+        wanted, got = (f"{str(t.dtype).removeprefix('torch.')} on {t.device}" for t in (other, tensor))
+        raise ValueError(f"{name}: wanted {wanted}, got {got}")
+
+
 def choose_backend(backend: str, *tensors: Tensor, family: str, adaptor: bool = False) -> str:
     """Resolve a backend name for one call of an op with these tensors.
 

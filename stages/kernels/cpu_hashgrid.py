@@ -23,17 +23,20 @@ PRIME_Y, PRIME_Z = np.uint32(2654435761), np.uint32(805459861)
 SPAN = 1024  # points that pass one level before the next: the level's rows stay in a cache
 WIDE = 1 << 16  # rows of a hashed level, beyond which they do not fit a core's own cache
 
-# x [3, span] are points clamped into the box. Per block: f [3, BLOCK] fractions within the cell, and rows and weights
-# [CORNERS, BLOCK]. Corner c is at (y, z) = (c & 1, c >> 1 & 1), at the cell's low x for c < 4 and its high x from 4.
+# x [3, span] are points clamped into the box, nan where a point is not finite: it stays visible. Per block:
+# f [3, BLOCK] fractions within the cell, and rows and weights [CORNERS, BLOCK]. Corner c is at
+# (y, z) = (c & 1, c >> 1 & 1), at the cell's low x for c < 4 and its high x from 4.
 
 
 @njit
 def _load(points, first, last, x):
-    for axis in range(3):
-        for p in range(first, last):
+    zero, one = np.float32(0), np.float32(1)
+    for p in range(first, last):
+        broken = zero * points[p, 0] + zero * points[p, 1] + zero * points[p, 2]  # nan or 0
+        for axis in range(3):
             value = points[p, axis]
-            value = value if value > np.float32(0) else np.float32(0)
-            x[axis, p - first] = value if value < np.float32(1) else np.float32(1)
+            value = value if value > zero else zero
+            x[axis, p - first] = (value if value < one else one) + broken
 
 
 @njit
@@ -48,11 +51,11 @@ def _load_direction(points, up, first, last, u):
 @njit
 def _locate(x, low, count, resolution, mask, dense, rows, f):
     """Rows of the corners of every point's cell, and the points' fractions in it; mask is a hashed level's rows - 1."""
-    scale, last = np.float32(resolution), np.int32(resolution - 1)
+    scale, last, zero = np.float32(resolution), np.int32(resolution - 1), np.float32(0)
     for axis in range(3):
         for p in range(count):
             scaled = x[axis, low + p] * scale
-            index = np.int32(scaled)
+            index = np.int32(scaled if scaled > zero else zero)  # nan is in cell 0
             index = index if index < last else last
             f[axis, p] = scaled - np.float32(index)
             rows[axis, p] = np.uint32(index)
@@ -168,8 +171,8 @@ def _gradient(part, points, table, resolutions, offsets, dense, mask, g, span, o
             _add_slopes(f, v, low, count, np.float32(resolutions[level]), total)
     for p in range(first, last):
         for axis in range(3):
-            clamped = points[p, axis] < zero or points[p, axis] > one
-            out[p, axis] = zero if clamped else total[axis, p - first]
+            clamped, value = points[p, axis] < zero or points[p, axis] > one, total[axis, p - first]
+            out[p, axis] = zero * value + zero if clamped else value  # 0, but nan stays
 
 
 @njit(cache=True, nogil=True)

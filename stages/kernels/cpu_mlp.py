@@ -121,7 +121,7 @@ def _backward(part, x, w1, w1_t, b1, w2, grad_out, grad_slope, gx, gw1, gb1, gw2
             _add_outer(k, s, gv[part])
         _rows(none, g, 0, w2, k, 0)
         for e in range(flat.shape[0]):
-            back[e] = back[e] if flat[e] > zero else zero
+            back[e] = zero if flat[e] <= zero else back[e]
             flat[e] = zero if flat[e] <= zero else flat[e]
         _add_outer(g, h, gw2[part])
         _add_outer(k, xs, gw1[part])

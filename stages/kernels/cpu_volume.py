@@ -7,6 +7,7 @@ import torch
 from numba import njit
 from torch import Tensor
 
+from stages.kernels.reference_volume import DIAGONAL, SHORTEST
 from stages.kernels.threads import each
 
 CHUNK = 1024  # rays per task
@@ -14,6 +15,11 @@ CHUNK = 1024  # rays per task
 
 @njit(inline="always")
 def _crossings(o, d):
+    """near and far, both 0 for a ray that is not finite or has no direction: inside the box it would have no end."""
+    length = np.sqrt(d[0] * d[0] + d[1] * d[1] + d[2] * d[2])
+    going = np.float32(SHORTEST) < length < np.float32(np.inf)
+    if not (going and np.isfinite(o[0]) and np.isfinite(o[1]) and np.isfinite(o[2])):
+        return np.float32(0), np.float32(0)
     near, far = np.float32(0), np.float32(np.inf)
     one = np.float32(1)
     for axis in range(3):
@@ -23,7 +29,7 @@ def _crossings(o, d):
         inverse = one / di
         a, b = (-one - o[axis]) * inverse, (one - o[axis]) * inverse
         near, far = max(near, min(a, b)), min(far, max(a, b))
-    return near, far
+    return near, min(far, near + np.float32(DIAGONAL) / length)  # from far away, both are rounded
 
 
 @njit(inline="always")
@@ -119,7 +125,7 @@ def _visible(chunk, sigmas, delta, offsets, threshold, faint, kept, index, write
                 break
             own = sigmas[i] * delta[i]
             depth += own
-            if own >= faint:
+            if not own < faint:  # nan stays
                 if write:
                     index[kept[r] + count] = i
                 count += 1

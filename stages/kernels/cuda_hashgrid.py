@@ -34,18 +34,25 @@ Rows = wp.types.vector(length=8, dtype=wp.uint32)
 
 @wp.func
 def _axis(value: float, resolution: int):
-    """Cell index and fraction of one coordinate, clamped into [0, 1]; nan gives cell 0 (or the last) and nan."""
-    scaled = wp.where(value < 0.0, 0.0, wp.where(value > 1.0, 1.0, value)) * float(resolution)
-    index = wp.clamp(int(scaled), 0, resolution - 1)
+    """Cell index and fraction of one coordinate, clamped into [0, 1]; of nan, those of 0."""
+    scaled = wp.where(value > 0.0, wp.where(value < 1.0, value, 1.0), 0.0) * float(resolution)
+    index = wp.min(int(scaled), resolution - 1)
     return index, scaled - float(index)
 
 
 @wp.func
 def _locate(points: wp.array2d(dtype=wp.float32), p: int, level: wp.vec3i, mask: wp.uint32):
-    """Rows of the eight corners around a point at one level, x fastest, then y; and the fraction within the cell."""
-    ix, fx = _axis(points[p, 0], level[0])
-    iy, fy = _axis(points[p, 1], level[0])
-    iz, fz = _axis(points[p, 2], level[0])
+    """Rows of the eight corners around a point at one level, x fastest, then y; and the fraction within the cell.
+
+    The fraction of a point that is not finite is nan along all axes, so that what is made of it is nan.
+    """
+    point = wp.vec3(points[p, 0], points[p, 1], points[p, 2])
+    ix, fx = _axis(point[0], level[0])
+    iy, fy = _axis(point[1], level[0])
+    iz, fz = _axis(point[2], level[0])
+    f = wp.vec3(fx, fy, fz)
+    if not wp.isfinite(point):
+        f = wp.vec3(NAN, NAN, NAN)
     x0, y0, z0 = wp.uint32(ix), wp.uint32(iy), wp.uint32(iz)
     x1 = x0 + wp.uint32(1)
     rows = Rows()
@@ -66,7 +73,7 @@ def _locate(points: wp.array2d(dtype=wp.float32), p: int, level: wp.vec3i, mask:
             (x0 ^ a) & mask, (x1 ^ a) & mask, (x0 ^ b) & mask, (x1 ^ b) & mask,
             (x0 ^ c) & mask, (x1 ^ c) & mask, (x0 ^ d) & mask, (x1 ^ d) & mask,
         )  # fmt: skip
-    return rows + Rows(wp.uint32(level[1])), wp.vec3(fx, fy, fz)
+    return rows + Rows(wp.uint32(level[1])), f
 
 
 @wp.func
@@ -78,9 +85,9 @@ def _fetch(table: wp.array(dtype=wp.int64), row: wp.uint32) -> wp.vec2:
 
 @wp.func
 def _inside(points: wp.array2d(dtype=wp.float32), p: int, axis: int, value: float) -> float:
-    """`value` where the clamped coordinate moves with the point, else 0."""
+    """`value` where the clamped coordinate moves with the point, else 0 (nan where it is not finite)."""
     x = points[p, axis]
-    return wp.where(x < 0.0 or x > 1.0, 0.0, value)
+    return wp.where(x < 0.0 or x > 1.0, 0.0 * value + 0.0, value)
 
 
 @wp.func

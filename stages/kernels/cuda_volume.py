@@ -14,11 +14,13 @@ import torch
 import warp as wp
 from torch import Tensor
 
+from stages.kernels import reference_volume
 from stages.kernels.cuda_launch import launch
 
 wp.set_module_options({"enable_backward": False, "fuse_fp": False})
 
-DIAGONAL = wp.constant(wp.float32(3.4641018))  # of the box [-1, 1]^3, rounded up: no unit ray is longer inside
+DIAGONAL = wp.constant(wp.float32(reference_volume.DIAGONAL))
+SHORTEST = wp.constant(wp.float32(reference_volume.SHORTEST))
 TINY = wp.constant(wp.float32(1e-12))
 FAR = wp.constant(wp.float32(1e30))
 
@@ -54,8 +56,11 @@ def _march(
         near, far = wp.max(near, wp.min(a, b)), wp.min(far, wp.max(a, b))
     j = jitter[r]
     first = int(4096.0 * j)
-    # a ray without direction would never leave the box: it gets no samples
-    steps = wp.where(wp.length(d) > 1.0e-6, int(DIAGONAL / (wp.length(d) * step_size)) + 2, 0)
+    length = wp.length(d)
+    steps = int(0)  # a ray that is not finite or has no direction would have no end inside the box
+    if length > SHORTEST and wp.isfinite(length) and wp.isfinite(o):
+        steps = int(DIAGONAL / (length * step_size)) + 2
+        far = wp.min(far, near + DIAGONAL / length)  # from far away, both are rounded
     at = wp.int64(0)
     if counts.shape[0] == 0:
         at = offsets[r]
@@ -187,7 +192,7 @@ def _visible(
             break
         own = sigmas[i] * delta[i]
         depth += own
-        if own >= faint:
+        if not (own < faint):  # nan stays
             if counts.shape[0] == 0:
                 index[int(at + count)] = wp.int64(i)
             count += wp.int64(1)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from stages.kernels.backend import choose_backend
-from stages.kernels.hashgrid import HashGridSpec, compiled_grid, hash_encode, hash_gradient
-from stages.kernels.mlp import compiled_perceptron, mlp_with_slope
+from stages.kernels.hashgrid import HashGridSpec, check_grid, compiled_grid, hash_encode, hash_gradient
+from stages.kernels.mlp import check_weights, compiled_perceptron, mlp_with_slope
 from stages.kernels.untraced import stepped_over, untraced
 
 Weights = tuple[Tensor, Tensor, Tensor, Tensor]  # w1 [H, W], b1 [H], w2 [1, H], b2 [1], as mlp takes them
@@ -34,11 +34,12 @@ def hash_density(
     Not differentiable in: points.
     """
     points = points.detach()
+    check_weights(spec.width, *weights, outputs=1)
     chosen = {
-        choose_backend(backend, points, table, family="hash", adaptor=True),
+        check_grid(points, table, spec, backend, known=known),
         choose_backend(backend, points, *weights, family="mlp"),
     }
-    if chosen in ({"numba"}, {"warp"}) and spec.features == 2:
+    if chosen in ({"numba"}, {"warp"}):
         return untraced(_Density.apply, points, table, *weights, spec, known, chosen.pop())
     features = hash_encode(points, table, spec, known=known, backend=backend)
     raw, slope = mlp_with_slope(features, *weights, backend=backend)

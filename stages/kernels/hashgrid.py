@@ -13,7 +13,7 @@ from torch import Tensor
 
 from stages.errors import check_shape
 from stages.kernels import reference_hashgrid
-from stages.kernels.backend import choose_backend
+from stages.kernels.backend import check_alike, choose_backend
 from stages.kernels.untraced import stepped_over, untraced
 
 
@@ -78,14 +78,15 @@ def hash_encode(
     """Trilinear multiresolution hash encoding; Instant NGP sec. 3.
 
     Args:
-        points: [N, 3] float32 in [0, 1]; values outside are clamped and get no gradient.
+        points: [N, 3] float32 in [0, 1]; values outside are clamped and get no gradient. The features of a point that
+            is not finite are nan.
         table: [T, F] float32.
         known: [N, L * F], the result for these very points and table where a pass without gradients already has it;
             it is returned as it is, and only the derivative is added. The torch twin computes it again.
         backend: a key of stages.kernels.backend.BACKENDS; numba and warp want F = 2.
     Returns: [N, L * F], level-major. Differentiable in points and table.
     """
-    backend = _check(points, table, spec, backend)
+    backend = check_grid(points, table, spec, backend, known=known)
     if backend in ("numba", "warp"):
         return untraced(_Encode.apply, points, table, spec, known, backend)
     if backend == "tinycudann":
@@ -100,11 +101,10 @@ def hash_gradient(points: Tensor, table: Tensor, spec: HashGridSpec, g: Tensor, 
 
     It gives analytic normals of a field whose derivative by the features is g, with gradients that reach the table.
     Args:
-        points: [N, 3] in [0, 1]. table: [T, F]. g: [N, L * F].
+        points: [N, 3] in [0, 1], as in hash_encode. table: [T, F]. g: [N, L * F].
     Returns: [N, 3]. Differentiable in table and g. Not differentiable in: points.
     """
-    backend = _check(points, table, spec, backend)
-    check_shape("g", g, (points.shape[0], spec.width))
+    backend = check_grid(points, table, spec, backend, g=g)
     if backend in ("numba", "warp"):
         return untraced(_Gradient.apply, points, table, g, spec, backend)
     if backend == "tinycudann":
@@ -114,9 +114,14 @@ def hash_gradient(points: Tensor, table: Tensor, spec: HashGridSpec, g: Tensor, 
     return reference_hashgrid.hash_gradient(points, table, spec, g)
 
 
-def _check(points: Tensor, table: Tensor, spec: HashGridSpec, backend: str) -> str:
+def check_grid(points: Tensor, table: Tensor, spec: HashGridSpec, backend: str, **features: Tensor | None) -> str:
+    """Check the arguments of an op by name, `features` [N, L * F] among them, and choose its backend."""
     check_shape("points", points, (None, 3))
     check_shape("table", table, (spec.rows, spec.features))
+    for name, tensor in features.items():
+        if tensor is not None:
+            check_shape(name, tensor, (points.shape[0], spec.width))
+            check_alike(name, tensor, table)
     chosen = choose_backend(backend, points, table, family="hash", adaptor=True)
     if chosen in ("numba", "warp") and spec.features != 2:
         if backend == chosen:

@@ -51,10 +51,7 @@ def mlp_with_slope(
 
 
 def _check(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, backend: str, adaptor: bool = False) -> str:
-    check_shape("w1", w1, (None, x.shape[-1]))
-    check_shape("b1", b1, (w1.shape[0],))
-    check_shape("w2", w2, (None, w1.shape[0]))
-    check_shape("b2", b2, (w2.shape[0],))
+    check_weights(x.shape[-1], w1, b1, w2, b2)
     check_shape("x", x, (None, w1.shape[1]))
     chosen = choose_backend(backend, x, w1, b1, w2, b2, family="mlp", adaptor=adaptor)
     sizes = (x.shape[1], w2.shape[0])
@@ -64,6 +61,14 @@ def _check(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, backend: s
             raise ValueError(f"backend: 'warp' is written for 1 to {wanted}, got {sizes[0]} and {sizes[1]}")
         return "torch"
     return chosen
+
+
+def check_weights(inputs: int, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, outputs: int | None = None) -> None:
+    """Raise ValueError by name unless the weights fit together and to so many inputs (and outputs)."""
+    check_shape("w1", w1, (None, inputs))
+    check_shape("b1", b1, (w1.shape[0],))
+    check_shape("w2", w2, (outputs, w1.shape[0]))
+    check_shape("b2", b2, (w2.shape[0],))
 
 
 def compiled_perceptron(backend: str):

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 CHUNK = 1 << 14  # rays marched at a time, to bound the dense [rays, steps] table
+DIAGONAL = 3.4641018  # of the box [-1, 1]^3, rounded up: no unit ray is longer inside
+SHORTEST = 1e-6  # length of a direction
+OPAQUE = 1e4  # an optical depth: exp(-OPAQUE) is 0 in float64 too
 
 
 def box_crossings(rays_o: Tensor, rays_d: Tensor) -> tuple[Tensor, Tensor]:
-    """near and far [R] of the box [-1, 1]^3 by the slab method; far < near where the ray misses it."""
+    """near and far [R] of the box [-1, 1]^3 by the slab method; far < near where the ray misses it.
+
+    Both are 0 for a ray that is not finite or has no direction: inside the box it would have no end.
+    """
     tiny = torch.full_like(rays_d, 1e-12)
     inverse = 1 / torch.where(rays_d.abs() < 1e-12, tiny, rays_d)
     a, b = (-1 - rays_o) * inverse, (1 - rays_o) * inverse
-    near = torch.minimum(a, b).amax(-1).clamp_min(0)
-    return near, torch.maximum(a, b).amin(-1)
+    near, length = torch.minimum(a, b).amax(-1).clamp_min(0), rays_d.norm(dim=-1)
+    far = torch.minimum(torch.maximum(a, b).amin(-1), near + DIAGONAL / length)  # from far away, both are rounded
+    going = (length > SHORTEST) & length.isfinite() & near.isfinite()
+    return torch.where(going, near, 0), torch.where(going, far, 0)
 
 
 def march(
@@ -41,16 +51,26 @@ def march(
     return torch.cat(ts), torch.cat(deltas), torch.nn.functional.pad(count.cumsum(0), (1, 0))
 
 
+def _in_front(values: Tensor, ray_offsets: Tensor, rays: Tensor) -> Tensor:
+    """Sum [N], in float64, of the values [N] of the samples before each in its ray; as one sum over all rays."""
+    before = values.double().cumsum(0) - values.double()
+    first = ray_offsets[:-1].clamp(max=max(values.shape[0] - 1, 0))
+    start = before[first] if values.shape[0] else before.new_zeros(first.shape)
+    return before - start[rays]
+
+
 def _transmittance(sigmas: Tensor, delta: Tensor, ray_offsets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Light reaching each sample and its alpha, both [N], and the ray of each sample [N]; log-space running sums."""
+    """Light reaching each sample and its alpha, both [N], and the ray of each sample [N]; log-space running sums.
+
+    What is nan stays in its ray, and what is opaque stays small: neither spoils the sum for the rays behind it.
+    """
     index = torch.arange(ray_offsets.shape[0] - 1, device=sigmas.device)
     rays = torch.repeat_interleave(index, ray_offsets.diff())
     depth = sigmas * delta
-    before = depth.double().cumsum(0) - depth.double()  # [N] optical depth in front, over all rays
-    first = ray_offsets[:-1].clamp(max=max(sigmas.shape[0] - 1, 0))
-    start = before[first] if sigmas.shape[0] else before.new_zeros(index.shape)
-    before = (before - start[rays]).to(depth.dtype)
-    return torch.exp(-before), 1 - torch.exp(-depth), rays
+    blind = depth.isnan()
+    before = _in_front(torch.where(blind, 0, depth).clamp(max=OPAQUE), ray_offsets, rays).to(depth.dtype)
+    light = torch.where(_in_front(blind, ray_offsets, rays) > 0, math.nan, torch.exp(-before))
+    return light, 1 - torch.exp(-depth), rays
 
 
 def composite(
@@ -71,7 +91,7 @@ def visible(
 ) -> tuple[Tensor, Tensor]:
     """Indices [M] of the samples to keep, and their ray_offsets [R + 1]."""
     light, _, rays = _transmittance(sigmas, delta, ray_offsets)
-    keep = (light >= threshold) & (sigmas * delta >= faint)
+    keep = ~(light < threshold) & ~(sigmas * delta < faint)  # nan stays
     counts = torch.zeros(ray_offsets.shape[0] - 1, dtype=torch.int64, device=sigmas.device)
     counts = counts.index_add(0, rays, keep.to(torch.int64))
     return keep.nonzero()[:, 0], torch.nn.functional.pad(counts.cumsum(0), (1, 0))

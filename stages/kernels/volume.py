@@ -63,6 +63,7 @@ def march(
 
     Args:
         rays_o, rays_d: [R, 3], unit directions. near and far are the ray's crossings of the box [-1, 1]^3 (near >= 0).
+            A ray without a direction (shorter than 1e-6) or that is not finite has neither, and gets no samples.
         occupancy: [G, G, G] bool or uint8, indexed [x, y, z], over the box: 0 empty, 1 occupied, 2 thin.
         step_size: world length of an interval. jitter: [R] in [0, 1). stride: at least 1; 1 treats thin as occupied.
     Returns: packed samples. Not differentiable in: anything.
@@ -76,7 +77,8 @@ def march(
     if stride < 1:
         raise ValueError(f"stride: wanted at least 1, got {stride}")
     chosen = choose_backend(backend, rays_o, rays_d, jitter, family="volume")
-    return Samples(*_run(chosen, "march", rays_o.detach(), rays_d.detach(), occupancy, step_size, jitter, stride))
+    rays = (rays_o.detach(), rays_d.detach())
+    return Samples(*_run(chosen, "march", *rays, occupancy, step_size, jitter.detach(), stride))
 
 
 def composite(
@@ -104,7 +106,7 @@ def visible(
     """Drop samples that cannot matter, for a field whose density is known from a cheap pass without gradients.
 
     Left out are those that less than `threshold` of the light reaches (early termination), and those whose own optical
-    depth sigma delta is below `faint`.
+    depth sigma delta is below `faint`. One whose density is nan stays, for the picture to show it.
     Args: sigmas [N]; threshold in [0, 1); faint >= 0; zeros keep everything.
     Returns: indices [M] of the samples kept, ascending, and those samples. Not differentiable in: anything.
     """
