@@ -40,15 +40,19 @@ def anchored(source: str) -> str:
 
 def check_clip(config: Config, stage: str, folder: Path) -> None:
     """Refuse, before any work, a folder that is no CLIP, words it does not know, and prompts it cannot be asked."""
-    from stages.guidance.clip import check_clip_folder
-    from stages.guidance.clip_guidance import check_prompts
+    from stages.guidance.clip import check_captions, check_clip_folder, load_tokenizer, token_limit
+    from stages.guidance.clip_guidance import asked_texts, check_prompts
     from stages.prompts import ViewPrompts
 
     check_clip_folder(folder)
-    check_prompts(folder.name, ViewPrompts(config.prompt, config.negative, config.prompts))
+    prompts = ViewPrompts(config.prompt, config.negative, config.prompts)
+    check_prompts(folder.name, prompts)
     known = clip_words(folder)
     if known is not None and not config.force:
-        _check_words(config.prompt, known, stage, folder)
+        for text in (config.prompt, *config.prompts.per_view.values(), config.prompts.textureless_suffix):
+            _check_words(text, known, stage, folder)
+    tokenizer = load_tokenizer(folder)
+    check_captions(folder.name, tokenizer, token_limit(folder, tokenizer), asked_texts(prompts, config.guidance.clip))
 
 
 def clip_words(folder: Path) -> list[str] | None:

@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from pipeline.config import Config
 
 OWN_PRIORS = ("pocket", "reference")
-BRANCHES = {"csd": 3, "nfsd": 3}  # predictions a view that a rule asks for in one batch; 2 for the others
 
 
 def is_folder(source: str) -> bool:
@@ -32,12 +31,15 @@ def forecast(config: Config, stage: str, device: torch.device) -> str | None:
     from stages.guidance.folder import locate
     from stages.guidance.footprint import GB, footprint
     from stages.guidance.plan import make_plan
+    from stages.guidance.residuals import most_predictions
+    from stages.prompts import ViewPrompts
 
-    settings, views = config.prior.diffusion, images_at_once(config, stage)
+    settings, guidance, views = config.prior.diffusion, getattr(config.guidance, stage), images_at_once(config, stage)
     plan = make_plan(locate(source, settings.revision, settings.variant), settings)
-    predictions = views * BRANCHES.get(getattr(config.guidance, stage).rule, 2)
+    predictions = views * most_predictions(guidance, ViewPrompts(config.prompt, config.negative, config.prompts))
+    vsd = guidance.vsd if guidance.rule == "vsd" else None
     try:
-        found = footprint(plan, settings, device, images=views, predictions=predictions)
+        found = footprint(plan, settings, device, images=views, predictions=predictions, vsd=vsd)
     except UserError:
         raise
     except Exception as error:  # an estimate is worth no run: a network that meta tensors cannot pass says why

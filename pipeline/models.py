@@ -36,15 +36,18 @@ def print_presets(as_json: bool) -> None:
     print("gated: accept the licence on huggingface.co/ID, then `hf auth login`. A run downloads what is not here yet.")
 
 
-def check_model(source: str, variant: str | None, resolution: int | None, as_json: bool) -> None:
+def check_model(
+    source: str, variant: str | None, resolution: int | None, as_json: bool, revision: str | None = None
+) -> None:
     """Print what is in a model's folder and what is missing or wrong; exits with code 2 where anything is.
 
     Args:
-        source: a diffusers folder, or a hub id that this machine has in its cache.
+        source: a diffusers folder, or a hub id that this machine has in its cache. variant, resolution, revision: as
+            prior.diffusion has them.
     """
     from stages.guidance.audit import audit
 
-    folder = _folder(source)
+    folder = _folder(source, revision)
     findings = audit(folder, variant, resolution)
     fit = all(finding.ok for finding in findings)
     memory = _memory(folder, variant, resolution) if fit else None
@@ -52,12 +55,12 @@ def check_model(source: str, variant: str | None, resolution: int | None, as_jso
         facts = {"folder": str(folder), "fit": fit, "findings": [asdict(finding) for finding in findings]}
         print(json.dumps(facts | ({"memory": memory} if memory else {}), indent=2))
     else:
-        _print_findings(folder, findings, fit, memory)
+        _print_findings(folder, findings, fit, memory, variant)
     if not fit:
         sys.exit(EXIT_USER_ERROR)
 
 
-def _print_findings(folder: Path, findings: list[Finding], fit: bool, memory: str | None) -> None:
+def _print_findings(folder: Path, findings: list[Finding], fit: bool, memory: str | None, variant: str | None) -> None:
     print(folder)
     table = _table("part", "state", "what it is, or what is wrong")
     for finding in findings:
@@ -68,16 +71,20 @@ def _print_findings(folder: Path, findings: list[Finding], fit: bool, memory: st
     if memory:
         print(f"memory on a GPU, one view a step, {memory}")
     if fit:
-        print(f"all there; use it with prior.coarse={folder} or prior.fine={folder}")
+        also = f", and prior.diffusion.variant={variant}" if variant else ""
+        print(f"all there; use it with prior.coarse={folder} or prior.fine={folder}{also}")
     else:
         print("cannot be used: see above")
 
 
-def _folder(source: str) -> Path:
-    from stages.guidance.folder import cached
+def _folder(source: str, revision: str | None) -> Path:
+    """The folder that a run would load, whole or not."""
+    from stages.guidance.folder import snapshot
 
     path = Path(source).expanduser()
-    found = path if path.is_dir() else None if path.exists() else cached(source)
+    if path.is_dir() and revision is not None:
+        raise UserError(f"cannot check revision {revision} of {source}", "a folder has no revisions", "leave it out")
+    found = path if path.is_dir() else None if path.exists() else snapshot(source, revision)
     if found is not None:
         return found
     preset = find_preset(source)

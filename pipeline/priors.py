@@ -13,10 +13,9 @@ import json
 import re
 import textwrap
 from pathlib import Path
-from types import SimpleNamespace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from pipeline.clips import build_clip_guidance, check_clip, clip_folder
+from pipeline.clips import build_clip_guidance, check_clip, clip_folder, clip_words
 from stages.errors import UserError
 
 if TYPE_CHECKING:
@@ -24,10 +23,11 @@ if TYPE_CHECKING:
 
     from pipeline.config import Config
     from stages.guidance.clip_guidance import ClipGuidance
+    from stages.guidance.fit import Described
     from stages.guidance.guidance import Guidance
     from stages.guidance.lora import Lora
-    from stages.guidance.plan import Plan
     from stages.guidance.prior import Prior
+    from stages.prompts import ViewPrompts
 
 POCKET = Path(__file__).resolve().parent.parent / "stages" / "pocket" / "weights"
 POCKET_FOLDERS = {"coarse": POCKET / "pixel", "fine": POCKET / "latent", "clipmesh": POCKET / "pixel"}
@@ -45,24 +45,106 @@ def check_priors(config: Config) -> None:
             _check_reference(config.reference.mesh)
             _check_rule(config, stage)
         elif source == "pocket":
-            words = pocket_words(POCKET_FOLDERS[stage])
-            if not config.force:
-                check_words(config.prompt, words)
+            _check_pocket(config, stage, POCKET_FOLDERS[stage])
         else:
             _check_folder(config, stage, source)
         _check_lora(config, stage, source)
+    _check_use(config)
+
+
+def notices(config: Config) -> list[str]:
+    """What a stage of the run leaves aside that another one uses, a line each; see :func:`_check_use` for the rest."""
+    return [
+        f"{stage}: the negative prompt is not used at guidance.{stage}.scale=1" for stage in _without_negative(config)
+    ]
+
+
+def _check_use(config: Config) -> None:
+    """Refuse what was asked for and no stage of the run would use."""
+    unused = _without_negative(config)
+    if unused and len(unused) == len(config.stages):
+        scales = ", ".join(f"guidance.{stage}.scale" for stage in unused)
+        raise UserError(
+            f'the negative prompt "{next(filter(None, _view_prompts(config).negatives()))}" has no use here',
+            "at guidance scale 1 a prior is asked for the prompt alone",
+            f"raise {scales} above 1, or leave the negative prompt out",
+        )
+    if config.prior.lora is not None and not set(config.prior.lora_stages) & set(config.stages):
+        mine, theirs = ",".join(config.stages), ",".join(config.prior.lora_stages) or "none"
+        raise UserError(
+            f"prior.lora has no use here: {config.prior.lora}",
+            f"it is for the stages {theirs} and the run takes {mine}",
+            f"leave it out, or name a stage that runs: prior.lora_stages={config.stages[0]}",
+        )
+
+
+def _without_negative(config: Config) -> list[str]:
+    """Stages that would not look at the negative prompt; none where there is no such prompt."""
+    from stages.guidance.fit import uses_negative
+
+    if not any(_view_prompts(config).negatives()):
+        return []
+    return [stage for stage in config.stages if not uses_negative(getattr(config.guidance, stage))]
+
+
+def _check_pocket(config: Config, stage: str, folder: Path) -> None:
+    """Words first, which is what users get wrong; then what the folder's small files say."""
+    from stages.guidance.fit import PIXELS, Described
+
+    words = pocket_words(folder)
+    index, scheduler = _pocket_json(folder, "model_index.json"), _pocket_json(folder, "scheduler/scheduler_config.json")
+    if not config.force:
+        check_words(config.prompt, words)
+        more = [*words, *(clip_words(folder / "tokenizer") or [])]  # the view's words, too
+        for text in (*config.prompts.per_view.values(), config.prompts.textureless_suffix):
+            check_words(text, more)
+    _check_pocket_length(config, folder)
+    prediction = str(scheduler.get("prediction_type"))
+    _check_guidance(config, stage, Described("pocket", prediction, None if "vae" in index else PIXELS))
+
+
+def _check_pocket_length(config: Config, folder: Path) -> None:
+    """By the tokenizer's own file: transformers would take a second to import."""
+    from tokenizers import Tokenizer
+
+    from stages.prompts import check_length
+
+    limit = _pocket_json(folder, "tokenizer/tokenizer_config.json").get("model_max_length")
+    if not isinstance(limit, int):
+        raise _no_pocket(folder, "its tokenizer_config.json has no model_max_length")
+    try:
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer" / "tokenizer.json"))
+    except Exception as error:  # tokenizers raises bare Exceptions
+        raise _no_pocket(folder, f"tokenizer.json: {error}") from None
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    check_length(prior_texts(config), lambda text: len(tokenizer.encode(text).ids), limit)
 
 
 def pocket_words(folder: Path) -> list[str]:
     """The words that the pocket prior in `folder` was trained on."""
+    found = _pocket_json(folder, "pocket.json")
+    if not isinstance(found.get("words"), list):
+        raise _no_pocket(folder, "its pocket.json lists no words")
+    return found["words"]
+
+
+def _pocket_json(folder: Path, name: str) -> dict[str, Any]:
     try:
-        return json.loads((folder / "pocket.json").read_text(encoding="utf-8"))["words"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"the pocket prior {folder} is not there",
-            f"{type(error).__name__}: {error}",
-            f"install the toolkit again, make it with `python -m stages.pocket.train`, or take {_ANOTHER_PRIOR}",
-        ) from None
+        found = json.loads((folder / name).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise _no_pocket(folder, f"{type(error).__name__}: {error}") from None
+    if not isinstance(found, dict):
+        raise _no_pocket(folder, f"{name} holds no JSON object")
+    return found
+
+
+def _no_pocket(folder: Path, why: str) -> UserError:
+    return UserError(
+        f"the pocket prior {folder} is not there",
+        why,
+        f"install the toolkit again, make it with `python -m stages.pocket.train`, or take {_ANOTHER_PRIOR}",
+    )
 
 
 def unknown_words(prompt: str, known: list[str]) -> list[str]:
@@ -100,24 +182,27 @@ def _check_reference(mesh: str) -> None:
 
 
 def _check_rule(config: Config, stage: str) -> None:
-    """What has no meaning with the reference prior; other priors are asked when they are loaded."""
-    from stages.guidance.fit import check_wordless
-    from stages.prompts import ViewPrompts
+    """What has no meaning with the reference prior."""
+    from stages.guidance.fit import Described, check_wordless
 
-    prompts = ViewPrompts(config.prompt, config.negative, config.prompts)
-    check_wordless(getattr(config.guidance, stage), prompts, "reference")
+    check_wordless(getattr(config.guidance, stage), _view_prompts(config), "reference")
+    _check_guidance(config, stage, Described("reference"))
 
 
 def _check_folder(config: Config, stage: str, source: str) -> None:
     """A folder must be whole, read the prompts without cutting them and fit the LoRA; so must a hub id's, once it is
     on this machine. What is still to be fetched must be had."""
+    from stages.guidance.fit import PIXELS, Described
     from stages.guidance.folder import cached, check_hub
     from stages.guidance.plan import make_plan
+    from stages.guidance.presets import find_preset
 
     path, settings = Path(source).expanduser(), config.prior.diffusion
     folder = path if path.is_dir() else None if path.exists() else cached(source, settings.revision, settings.variant)
     if folder is not None:
-        _check_guidance(config, stage, make_plan(folder, settings, prior_texts(config), stage_lora(config, stage)))
+        plan = make_plan(folder, settings, prior_texts(config), stage_lora(config, stage))
+        space = None if "vae" in plan.classes else PIXELS
+        _check_guidance(config, stage, Described(path.name or source, plan.schedule.prediction, space))
     elif path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", source) or source.startswith("."):
         near = difflib.get_close_matches(source, ["pocket", "reference"], 1)
         raise UserError(
@@ -127,22 +212,24 @@ def _check_folder(config: Config, stage: str, source: str) -> None:
         )
     else:
         check_hub(source)
+        preset = find_preset(source)
+        latent = preset is not None and preset.latent
+        _check_guidance(config, stage, Described(path.name, data_range=None if latent else PIXELS))
 
 
-def _check_guidance(config: Config, stage: str, plan: Plan) -> None:
-    """What a stage's guidance asks of a prior, as far as its folder says; VSD looks at the network once it is there."""
-    from stages.guidance.fit import check_fit
-    from stages.prompts import ViewPrompts
+def _check_guidance(config: Config, stage: str, prior: Described) -> None:
+    """What a stage's guidance asks of a prior, as far as is known of it; VSD looks at the network once it is there."""
+    import torch
 
-    settings = getattr(config.guidance, stage)
-    known = SimpleNamespace(
-        name=plan.folder.name,
-        prediction=plan.schedule.prediction,
-        data_range=None if "vae" in plan.classes else (-1.0, 1.0),
-    )
+    from stages.guidance.fit import check_described
+    from stages.guidance.plan import network_dtype
+    from stages.guidance.vsd import check_loading
+
+    settings, loading = getattr(config.guidance, stage), config.prior.diffusion
+    check_described(prior, settings, _view_prompts(config))
     if settings.rule == "vsd":
-        settings = settings.model_copy(update={"rule": "sds"})
-    check_fit(known, settings, ViewPrompts(config.prompt, config.negative, config.prompts))
+        device = torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
+        check_loading(prior.name, settings.vsd, loading.offload, network_dtype(loading, None, device))
 
 
 def _check_lora(config: Config, stage: str, source: str) -> None:
@@ -171,10 +258,13 @@ def stage_lora(config: Config, stage: str) -> Lora | None:
 
 def prior_texts(config: Config) -> list[str]:
     """Every text that a run asks its priors about, the empty one included."""
+    return list(dict.fromkeys([*_view_prompts(config).all_texts(), ""]))
+
+
+def _view_prompts(config: Config) -> ViewPrompts:
     from stages.prompts import ViewPrompts
 
-    prompts = ViewPrompts(config.prompt, config.negative, config.prompts)
-    return list(dict.fromkeys([*prompts.all_texts(), ""]))
+    return ViewPrompts(config.prompt, config.negative, config.prompts)
 
 
 def build_prior(config: Config, stage: str, device: torch.device) -> Prior:
@@ -209,9 +299,7 @@ def build_guidance(config: Config, stage: str, device: torch.device) -> Guidance
     import torch
 
     from stages.guidance.guidance import Guidance
-    from stages.prompts import ViewPrompts
 
     settings = getattr(config.guidance, stage)
-    prompts = ViewPrompts(config.prompt, config.negative, config.prompts)
     generator = torch.Generator().manual_seed(config.seed)
-    return Guidance(build_prior(config, stage, device), settings, prompts, generator)
+    return Guidance(build_prior(config, stage, device), settings, _view_prompts(config), generator)

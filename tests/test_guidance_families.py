@@ -316,6 +316,14 @@ def test_resolution_that_the_model_cannot_draw_is_refused(folders):
     assert load_prior(folders["sdxl"], "cpu", settings=DiffusionSettings(resolution=72)).resolution == 72
 
 
+def test_slices_of_attention_that_a_transformer_does_not_have_are_refused(folders):
+    for name in ("sd3", "flux"):
+        refuse(folders[name], "attention_slicing is for UNets; its .*Transformer2DModel", attention_slicing=True)
+    prior = load_prior(folders["sdxl"], "cpu", settings=DiffusionSettings(attention_slicing=True))
+    processors = {type(p).__name__ for p in prior.unet.attn_processors.values()}
+    assert processors == {"SlicedAttnProcessor"}
+
+
 def test_flow_that_runs_backwards_is_refused(copied):
     folder = copied("sd3")
     edit(folder / "scheduler" / "scheduler_config.json", invert_sigmas=True)

@@ -6,8 +6,9 @@ import tiny_folders
 import torch
 
 from stages.guidance.diffusion import DiffusionSettings, load_prior
-from stages.guidance.footprint import footprint, live_bytes, resident
+from stages.guidance.footprint import embedding_shape, footprint, live_bytes, resident
 from stages.guidance.plan import make_plan
+from stages.guidance.vsd import RenderScore, VsdSettings
 from stages.guidance.weights import Header
 
 CPU = torch.device("cpu")
@@ -20,12 +21,13 @@ def folders(tmp_path_factory):
         "sdxl": tiny_families.sdxl(root / "sdxl"),
         "sd3": tiny_families.sd3(root / "sd3"),
         "deepfloyd": tiny_folders.deepfloyd(root / "if"),
+        "flux": tiny_families.flux(root / "flux"),
     }
 
 
-def found(folder, images=2, predictions=4, device=CPU, **settings):
+def found(folder, images=2, predictions=4, device=CPU, vsd=None, **settings):
     made = DiffusionSettings(**settings)
-    return footprint(make_plan(folder, made), made, device, images=images, predictions=predictions)
+    return footprint(make_plan(folder, made), made, device, images=images, predictions=predictions, vsd=vsd)
 
 
 def test_weights_are_those_of_the_loaded_networks(folders):
@@ -58,13 +60,31 @@ def test_bytes_counted_without_memory_are_those_counted_in_memory(folders, name)
     z, t, embedding = torch.randn(4, 4, 8, 8), torch.full((4,), 500.0), prior.embed(["a"] * 4)
     with torch.no_grad():
         _, predicting = live_bytes(prior.unet, lambda: prior.denoiser(z, t, embedding))
-    from stages.guidance.denoisers import split_pooled
-
-    length = split_pooled(embedding, prior.denoiser.pooled_width)[0].shape[1]
-    settings = DiffusionSettings()
-    plan = make_plan(folders[name], settings)
-    counted = footprint(plan, settings, CPU, images=2, predictions=4, length=length)
+    counted = found(folders[name])
     assert counted.images == pytest.approx(max(peak, kept + predicting), rel=0.02)
+
+
+@pytest.mark.parametrize("name", ["deepfloyd", "sdxl", "sd3", "flux"])
+def test_text_is_as_long_as_what_the_family_embeds(folders, name):
+    """Three encoders of Stable Diffusion 3 give 40 + 256 rows here, and 77 + 256 of the real one."""
+    settings = DiffusionSettings(resolution=64 if name == "flux" else None)
+    prior = load_prior(folders[name], "cpu", settings=settings)
+    assert embedding_shape(make_plan(folders[name], settings)) == tuple(prior.embed(["a red mug"]).shape[1:])
+
+
+@pytest.mark.parametrize("model", ["lora", "copy"])
+def test_what_vsd_learns_with_is_what_its_lesson_takes(folders, model):
+    vsd = VsdSettings(model=model, rank=4)
+    plain, counted = found(folders["deepfloyd"], predictions=1), found(folders["deepfloyd"], predictions=1, vsd=vsd)
+    prior = load_prior(folders["deepfloyd"], "cpu")
+    score = RenderScore(prior, vsd, torch.Generator())
+    z, t, camera = torch.randn(2, 3, 16, 16), torch.tensor([500, 500]), torch.zeros(2, 13)
+    embedding = prior.embed(["a"] * 2)
+    _, lesson = live_bytes(score.unet, lambda: score.noise(z, t, embedding, camera), backward=True)
+    learned = sum(4 * p.numel() for p in score.parameters.values())
+    assert counted.weights == plain.weights | {"vsd": 3 * learned}  # the numbers themselves and two moments of Adam
+    assert counted.images == pytest.approx(lesson, rel=0.03) and counted.images > 2 * plain.images
+    assert "vsd" in counted.describe()
 
 
 def test_careful_settings_take_less(folders):

@@ -1,12 +1,13 @@
 """LoRA and DreamBooth weights: every way of naming them ends in the same weights, and nothing is left out silently."""
 
 import json
+import shutil
 
 import pytest
 import tiny_families
 import tiny_folders
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from stages.errors import UserError
 from stages.guidance.diffusion import load_prior
@@ -208,6 +209,76 @@ def test_dreambooth_weights_replace_the_networks(folder, plain, tmp_path, prefix
         assert torch.equal(tensor, plain.unet.state_dict()[name] if name == last else new[prefix + name])
 
 
+@pytest.fixture
+def dreambooth(folder, tmp_path):
+    """A copy of the whole folder whose UNet and text encoder were trained on: other numbers, the same layers."""
+    copy = shutil.copytree(folder, tmp_path / "mine")
+    generator = torch.Generator().manual_seed(2)
+    for path in (copy / "unet").glob("*.safetensors"), (copy / "text_encoder").glob("*.safetensors"):
+        (file,) = path
+        save_file({k: torch.randn(v.shape, generator=generator) for k, v in load_file(file).items()}, file)
+    return copy
+
+
+def same(module, other):
+    return all(torch.equal(a, b) for a, b in zip(module.parameters(), other.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("given", ["whole folder", "networks alone", "unet", "shards", "fp16"])
+def test_a_dreambooth_folder_takes_the_networks_place(folder, plain, dreambooth, tmp_path, given):
+    wanted = load_prior(dreambooth, "cpu")
+    path = dreambooth
+    if given == "networks alone":
+        for name in ("vae", "scheduler", "tokenizer"):
+            shutil.rmtree(dreambooth / name)
+        (dreambooth / "model_index.json").unlink()
+    elif given == "unet":
+        path = dreambooth / "unet"
+    elif given == "shards":
+        file = dreambooth / "unet" / "diffusion_pytorch_model.safetensors"
+        tensors = list(load_file(file).items())
+        for k, part in enumerate((tensors[:20], tensors[20:])):
+            save_file(dict(part), file.with_name(f"diffusion_pytorch_model-0000{k + 1}-of-00002.safetensors"))
+        file.unlink()
+    elif given == "fp16":
+        file = dreambooth / "unet" / "diffusion_pytorch_model.safetensors"
+        file.rename(file.with_suffix(".fp16.safetensors"))
+    prior = merged(folder, path)
+    assert same(prior.unet, wanted.unet) and same(prior.vae, plain.vae)
+    said = plain if given == "unet" else wanted
+    assert same(prior.text.encoders[0].load(), said.text.encoders[0].load())
+
+
+@pytest.mark.parametrize("where", [("mine",), ("base",), ("mine", "base")])
+def test_what_old_files_count_beside_their_weights_is_left_aside(folder, dreambooth, tmp_path, where):
+    wanted = load_prior(dreambooth, "cpu").text.encoders[0].load()
+    shutil.copytree(folder, tmp_path / "base")
+    for name in where:
+        (file,) = (tmp_path / name / "text_encoder").glob("*.safetensors")
+        save_file(load_file(file) | {"text_model.embeddings.position_ids": torch.arange(40)[None]}, file)
+    assert same(merged(tmp_path / "base", dreambooth).text.encoders[0].load(), wanted)
+
+
+def test_half_of_a_dreambooth_is_halfway(folder, plain, dreambooth):
+    half, whole = merged(folder, dreambooth, 0.5), merged(folder, dreambooth)
+    for a, b, c in zip(*(prior.unet.parameters() for prior in (half, plain, whole)), strict=True):
+        torch.testing.assert_close(a, (b + c) / 2)
+
+
+def test_a_dreambooth_folder_of_another_model_is_refused(folder, dreambooth, tmp_path):
+    refuse(folder, tiny_families.sdxl(tmp_path / "sdxl"), "sdxl has .* keys that fit no layer")
+    refuse(folder, tiny_families.sd3(tmp_path / "sd3") / "transformer", "fit no layer")
+    v = tiny_folders.stable_diffusion(tmp_path / "v", "v_prediction")
+    assert f"prior.coarse={v}" in refuse(folder, v, "predicts v_prediction and the prior epsilon").fix
+    file = dreambooth / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    del tensors["conv_in.bias"]
+    save_file(tensors, file)
+    refuse(folder, dreambooth, "lacks 1 of the model's .* tensors, conv_in.bias first")
+    file.rename(file.with_suffix(".bin"))
+    refuse(folder, dreambooth, "only pickled weights")
+
+
 def refuse(folder, path, pattern):
     with pytest.raises(UserError, match=pattern) as caught:
         merged(folder, path)
@@ -254,7 +325,6 @@ def test_files_that_are_no_lora_say_what_they_are(folder, tmp_path):
     with pytest.raises(UserError, match="header is cut short"):
         Lora(write_bytes(tmp_path / "cut.safetensors", whole.read_bytes()[:20]))
     refuse(folder, tmp_path / "gone.safetensors", "no such file")
-    refuse(folder, folder, "whole model's folder")
     (tmp_path / "two").mkdir()
     for name in "ab":
         write(tmp_path / "two" / f"{name}.safetensors", {"x": torch.zeros(1)})

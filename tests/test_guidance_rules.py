@@ -52,6 +52,14 @@ def test_nfsd_takes_the_whole_unconditional_prediction_at_low_noise():
     assert got == pytest.approx(k0 * D0 + 7.5 * (k1 * D1 - k0 * D0), abs=50 * NOISE)
 
 
+def test_low_noise_of_nfsd_is_a_noise_level_and_not_a_timestep():
+    """t = 0.15 of a schedule whose steps are all as noisy as Stable Diffusion's above 0.2 is no low noise."""
+    guidance = make("bad", rule="nfsd", scale=7.5, t_range=(0.15, 0.15))
+    guidance.prior.alphas_cumprod = torch.full((1000,), A)
+    wanted = K0 * D0 - KN * DN + 7.5 * (K1 * D1 - K0 * D0)
+    assert mean_gradient(guidance) == pytest.approx(wanted, abs=10 * NOISE)
+
+
 def test_sds_weight_scales_the_gradient_by_sigma_squared():
     uniform = mean_gradient(make(scale=1.0, **AT))
     assert mean_gradient(make(scale=1.0, **AT, weighting="sds")) == pytest.approx((1 - A) * uniform, rel=1e-4)

@@ -6,8 +6,16 @@ from itertools import pairwise
 import pytest
 import torch
 
-from stages.guidance.prior import scaled_linear_alphas_cumprod
-from stages.guidance.schedules import TIMESTEPS, WEIGHTINGS, anneal, dreamtime_table, stratified, to_index
+from stages.guidance.prior import path_alphas_cumprod, scaled_linear_alphas_cumprod
+from stages.guidance.schedules import (
+    TIMESTEPS,
+    WEIGHTINGS,
+    anneal,
+    dreamtime_table,
+    noisier_than_stable_diffusions,
+    stratified,
+    to_index,
+)
 
 ALPHAS = scaled_linear_alphas_cumprod()
 
@@ -19,6 +27,23 @@ def test_annealing_is_linear_between_its_shares_and_constant_outside():
     assert anneal(0.98, None, (0.0, 0.5), 1.0) == 0.98
     assert anneal(1.0, 2.0, (0.5, 0.5), 0.5) == 2.0
     assert anneal(1.0, 2.0, (0.5, 0.5), 0.49) == 1.0
+
+
+def flow_alphas(shift=3.0, steps=1000):
+    """alpha_bar of a rectified flow whose noise levels are shifted (Stable Diffusion 3 sec. 5.3.2)."""
+    k = torch.arange(1, steps + 1, dtype=torch.float64) / steps
+    sigma = shift * k / (1 + (shift - 1) * k)
+    return path_alphas_cumprod(1 - sigma, sigma)
+
+
+def test_noise_levels_are_compared_and_not_timesteps():
+    assert noisier_than_stable_diffusions(0.2, ALPHAS).tolist() == [False] * 200 + [True] * 800
+    rounded = ALPHAS.double() * (1 + 1e-6 * torch.randn(1000, generator=torch.Generator().manual_seed(0)))
+    assert torch.equal(noisier_than_stable_diffusions(0.2, rounded), noisier_than_stable_diffusions(0.2, ALPHAS))
+    flow = flow_alphas()
+    first = noisier_than_stable_diffusions(0.2, flow).nonzero()[0].item()
+    # alpha_bar 0.754 is sigma / alpha = 0.571, so sigma 0.364 on the flow's path: k = sigma / (3 - 2 sigma) = 0.160
+    assert first == pytest.approx(160, abs=1)
 
 
 def test_stratified_draws_put_one_in_each_part_in_random_order():

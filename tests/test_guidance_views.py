@@ -10,7 +10,8 @@ from stages.guidance.conditions import Conditions
 from stages.guidance.diffusion import load_prior
 from stages.guidance.fit import check_fit
 from stages.guidance.guidance import Guidance, GuidanceSettings
-from stages.guidance.prior import add_noise
+from stages.guidance.prior import add_noise, x0_from_eps
+from stages.guidance.residuals import RULES, Problem, most_predictions
 from stages.guidance.rules import guided, perp_neg
 from stages.prompts import PromptSettings, ViewPrompts, perp_neg_weights
 from tests.gaussian_prior import VIEWS, GaussianPrior, images, k_of
@@ -114,8 +115,84 @@ def test_perp_neg_asks_for_two_further_predictions_and_none_from_above():
     guidance = make(ViewPrompts("a mug", settings=PromptSettings(blend="perp_neg")), scale=SCALE)
     guidance(images(batch=3), orbit_views([0.0, 90.0, 180.0], 10.0), 0.0)
     guidance(images(batch=3), orbit_views([0.0, 90.0, 180.0], 80.0), 0.0)
+    guidance(images(batch=3), orbit_views([30.0, 90.0, 180.0], torch.tensor([10.0, 80.0, 80.0])), 0.0)
     guidance(images(batch=3), orbit_views([0.0, 90.0, 180.0], torch.tensor([10.0, 80.0, 80.0])), 0.0)
-    assert guidance.prior.calls == [12, 6, 12]
+    assert guidance.prior.calls == [12, 6, 12, 9]  # straight from the front one of the two is the prompt itself
+
+
+def step_of(rule, phi=0.0, blend="perp_neg", scale=SCALE):
+    """(residual, eps_hat, eps_y, predictions by branch) of a rule where the branches are known tensors."""
+    generator = torch.Generator().manual_seed(3)
+    names = ("prompt", "negative", "empty", "against 0", "against 1")
+    known = {name: torch.randn(2, 3, 4, 4, generator=generator) for name in names}
+    x, eps = torch.randn(2, 2, 3, 4, 4, generator=generator)
+    problem = Problem(
+        x, eps, torch.tensor([T, T]), GaussianPrior.alphas_cumprod, 0.5, lambda z, t, *asked: [known[a] for a in asked]
+    )
+    if blend == "perp_neg":
+        problem.against = [torch.tensor([-1.5, -0.5]), torch.tensor([-0.7, -1.2])]
+    settings = GuidanceSettings(rule=rule, scale=scale, rescale=phi, negative_anneal=(0.4, 0.6))
+    return RULES[rule](problem, settings), known
+
+
+@pytest.mark.parametrize("rule", ["sds", "csd", "nfsd"])
+def test_prompts_own_prediction_is_reported_and_not_the_one_that_perp_neg_pushed(rule):
+    found, known = step_of(rule)
+    assert torch.equal(found.eps_y, known["prompt"])
+    plain, _ = step_of(rule, blend="classes")
+    assert (found.residual - plain.residual).abs().mean() > 0.1  # and it is pushed
+
+
+def test_rescale_gives_back_the_contrast_of_the_prompts_own_prediction_under_perp_neg():
+    found, known = step_of("sds", phi=1.0)
+    alpha_bar = ALPHA_BAR.expand(2)
+    wanted, got = (x0_from_eps(eps, found.z_t, alpha_bar) for eps in (known["prompt"], found.eps_hat))
+    torch.testing.assert_close(got.std((1, 2, 3)), wanted.std((1, 2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("settings", "negative", "calls"),
+    [
+        (dict(rule="csd"), "", 2),  # the empty prompt is the negative one
+        (dict(rule="csd", negative_anneal=(0.0, 0.8)), "bad", 3),
+        (dict(rule="csd", negative_anneal=(0.6, 0.8)), "bad", 2),  # it counts nothing yet
+        (dict(rule="csd", negative_anneal=(0.0, 0.2)), "bad", 2),  # and now the empty one does
+        (dict(rule="sds"), "bad", 2),
+        (dict(rule="nfsd"), "bad", 3),
+    ],
+)
+def test_every_text_is_asked_for_once_and_those_that_count_nothing_never(settings, negative, calls):
+    guidance = make(ViewPrompts("a mug", negative), scale=SCALE, **settings)
+    guidance(images(batch=3), orbit_views([0.0, 90.0, 180.0], 10.0), 0.5)
+    assert guidance.prior.calls == [3 * calls]
+
+
+@pytest.mark.parametrize("anneal", [(0.0, 1.0), (0.6, 0.8), (0.0, 0.2)])
+@pytest.mark.parametrize("negative", ["", "bad"])
+def test_gradient_of_csd_is_its_formula_whatever_is_asked_for_once(anneal, negative):
+    """E[eps(z) | x] = K (x - mean), so the expected residual is s K times a difference of means."""
+    guidance = make(ViewPrompts("a mug", negative), rule="csd", scale=SCALE, negative_anneal=anneal)
+    share = {(0.0, 1.0): 0.5, (0.6, 0.8): 0.0, (0.0, 0.2): 1.0}[anneal]
+    reference = share * MEANS[negative] + (1 - share) * MEANS[""]
+    assert gradient_at(guidance, 0) == pytest.approx(SCALE * K * (reference - MEANS["front"]), abs=1e-3)
+
+
+ASKED = [  # vsd asks for what sds does; the others' refusals are left out
+    (rule, negative, blend, scale)
+    for rule in sorted(set(RULES) - {"vsd"})
+    for negative in ("", "bad")
+    for blend, scale in (("classes", 1.0), ("classes", SCALE), ("perp_neg", SCALE))
+    if rule != "nfsd" or negative
+]
+
+
+@pytest.mark.parametrize(("rule", "negative", "blend", "scale"), ASKED)
+def test_most_predictions_at_once_are_those_counted_beforehand(rule, negative, blend, scale):
+    prompts = ViewPrompts("a mug", negative, PromptSettings(blend=blend))
+    guidance = make(prompts, rule=rule, scale=scale)
+    for progress in (0.0, 0.25, 0.5):
+        guidance(images(batch=1, side=8), orbit_views([60.0], 10.0), progress)
+    assert most_predictions(guidance.settings, prompts) == max(guidance.prior.calls)
 
 
 def test_embeddings_of_several_branches_are_mixed_in_the_prompt_only():

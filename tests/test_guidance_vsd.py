@@ -1,5 +1,7 @@
 """Variational score distillation: its rule in closed form, the score it learns, and its way through a resume."""
 
+import shutil
+
 import pytest
 import tiny_families
 import tiny_folders
@@ -9,9 +11,17 @@ from pipeline.checkpoint import load_checkpoint, save_checkpoint
 from stages.cameras import orbit_views
 from stages.coarse import CoarseSettings, CoarseStage
 from stages.errors import UserError
+from stages.guidance.camera import CameraLayout
 from stages.guidance.diffusion import DiffusionSettings, load_prior
 from stages.guidance.guidance import Guidance, GuidanceSettings
-from stages.guidance.prior import PREDICTIONS, add_noise, eps_from_prediction, per_sample, scaled_linear_alphas_cumprod
+from stages.guidance.prior import (
+    PREDICTIONS,
+    ViewContext,
+    add_noise,
+    eps_from_prediction,
+    per_sample,
+    scaled_linear_alphas_cumprod,
+)
 from stages.guidance.residuals import RULES, Problem
 from stages.guidance.vsd import RenderScore, VsdSettings, attention_layers, camera_numbers, native_weight
 from stages.prompts import ViewPrompts
@@ -103,6 +113,46 @@ def test_score_begins_as_the_prior_under_the_prompt_for_every_camera(folders, fa
     assert torch.equal(score.predict(z, t, embedding, 2 * camera), begin)
     assert score.train(x, embedding, camera, torch.Generator().manual_seed(0)) > 0
     assert not torch.equal(score.predict(z, t, embedding, camera), begin)  # whatever the family, it learns
+
+
+@pytest.fixture(scope="module")
+def with_camera(folders, tmp_path_factory):
+    """The pixel folder with a camera part that has something to say."""
+    folder = shutil.copytree(folders["pocket_pixel"], tmp_path_factory.mktemp("camera") / "pixel")
+    torch.manual_seed(8)
+    layout = CameraLayout(32, (16, 32), 48, side=8)
+    for layer in (layout.fine, layout.coarse):
+        torch.nn.init.normal_(layer.weight, std=0.3)
+    layout.save(folder / "camera")
+    return folder
+
+
+@pytest.mark.parametrize("model", ["lora", "copy"])
+def test_score_of_a_prior_that_is_told_the_camera_begins_as_that_prior(with_camera, model):
+    prior, score = scores(with_camera, model, lr=5e-3)
+    x, z, t, embedding, camera = renders(prior)
+    context = ViewContext(orbit_views([0.0, 120.0], 20.0), torch.full((3,), 0.4))
+    begin = score.predict(z, t, embedding, camera, context)
+    torch.testing.assert_close(begin, prior.predict_noise(z, t, embedding, context))
+    assert (begin - prior.predict_noise(z, t, embedding)).abs().max() > 1e-3  # what it was without the camera
+    twin = scores(with_camera, model, lr=5e-3)[1]
+    score.train(x, embedding, camera, torch.Generator().manual_seed(0), context)
+    twin.train(x, embedding, camera, torch.Generator().manual_seed(0))
+    told, untold = (one.predict(z, t, embedding, camera, context) for one in (score, twin))
+    assert not torch.allclose(told, untold, atol=1e-4)  # it learns under the camera, too
+    assert all(p.grad is None for p in prior.camera.parameters())
+
+
+def test_a_step_of_vsd_tells_its_score_the_views(with_camera):
+    seen = []
+    settings = GuidanceSettings(rule="vsd", scale=7.5, vsd=VsdSettings(updates=2))
+    guidance = Guidance(load_prior(with_camera, "cpu"), settings, ViewPrompts("a mug"), torch.Generator())
+    conditions = guidance.prior.conditions
+    guidance.prior.conditions = lambda embedding, context: seen.append(context) or conditions(embedding, context)
+    views = orbit_views([0.0, 90.0])
+    guidance(torch.rand(2, 32, 32, 3), views, 0.0, background=torch.full((2, 32, 32, 3), 0.5))
+    assert [len(context) for context in seen] == [4, 2, 2, 2]  # both prompts; the score's look, and its two lessons
+    assert all(context.views.azimuth_deg[:2].tolist() == [0.0, 90.0] for context in seen)
 
 
 @pytest.mark.parametrize(("model", "share"), [("lora", 0.99), ("copy", 0.95)])

@@ -79,6 +79,21 @@ def test_what_cannot_work_is_refused_before_any_work(tiny, overrides, what, why)
     assert why in caught.value.why
 
 
+def test_a_prompt_longer_than_the_clip_reads_is_refused_before_any_work(tmp_path):
+    folder = openai_like(tmp_path / "bytes")  # a byte is a token, of which it reads 40
+    fine = ["prior.fine=clip:" + str(folder), "prompts.view_words=true", "prompts.textureless_suffix="]
+    check_priors(config(None, *fine, prompt="a blue car on a yellow table"))
+    with pytest.raises(UserError, match="too long for the CLIP bytes") as caught:
+        check_priors(config(None, *fine, prompt="a striped blue car on a yellow table"))
+    assert "right side view" in caught.value.why and "reads 40" in caught.value.why
+
+
+def test_unknown_words_of_prompts_by_view_are_named_for_a_clip_too(tiny):
+    view = ["prompts.view_words=true", "prompts.per_view.back=a red zebra"]
+    with pytest.raises(UserError, match='cannot read "a red zebra"'):
+        check_priors(config("dreamfields", f"prior.coarse=clip:{tiny}", *view))
+
+
 def test_folder_that_is_no_clip_is_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
     with pytest.raises(UserError, match="Cannot load the CLIP"):

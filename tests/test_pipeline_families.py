@@ -19,7 +19,10 @@ FAMILIES = {
     "deepfloyd": (tiny_folders.deepfloyd, []),
     "sdxl": (tiny_families.sdxl, ["prior.diffusion.vae_slicing=true"]),
     "sd3": (tiny_families.sd3, ["prior.diffusion.offload=blocks"]),
-    "flux": (tiny_families.flux, ["prior.diffusion.resolution=64", "guidance.coarse.rule=csd"]),
+    "flux": (
+        tiny_families.flux,
+        ["prior.diffusion.resolution=64", "guidance.coarse.rule=csd", "guidance.coarse.rescale=0"],
+    ),
 }
 
 

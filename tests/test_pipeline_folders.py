@@ -64,7 +64,8 @@ def test_a_lora_that_does_not_fit_is_refused_before_any_work(folder, lora, tmp_p
     refused("mine.safetensors has 1 keys that fit no layer", f"prior.coarse={other}", words[1])
     refused("there is no such file", words[0], f"prior.lora={tmp_path / 'gone.safetensors'}")
     mesh = f"reference.mesh={tmp_path / 'gone.glb'}"
-    assert "lora_stages" in refused("does not go with", "prior.coarse=clip:pocket", words[1]).fix
+    for_a_clip = ['negative=""', "prompts.blend=classes"]
+    assert "lora_stages" in refused("does not go with", "prior.coarse=clip:pocket", words[1], *for_a_clip).fix
     refused("Cannot read the mesh|does not go with", "prior.coarse=reference", mesh, words[1])
 
 

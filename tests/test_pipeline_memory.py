@@ -10,6 +10,7 @@ import pipeline.memory as memory
 from pipeline.cli import main
 from pipeline.config import load_config
 from stages.errors import out_of_memory
+from stages.guidance.vsd import VsdSettings
 
 SMALL = [
     *("coarse.steps=3", "coarse.resolution=16", "coarse.views_per_step=2", "coarse.samples=16", "checkpoint_every=1"),
@@ -48,7 +49,10 @@ def test_the_forecast_counts_what_goes_through_the_prior_at_once(folder, monkeyp
     )
     line = memory.forecast(chosen, "coarse", torch.device("cpu"))
     assert line.startswith("memory: float32: unet 0.00 + vae 0.00 GB stay") and "GB free" in line
-    assert seen == {"images": 3, "predictions": 9}
+    assert seen == {"images": 3, "predictions": 6, "vsd": None}
+    pushed = ["negative=blurry", "prompts.blend=perp_neg", "guidance.coarse.rule=vsd", "coarse.views_per_step=1"]
+    memory.forecast(config(f"prior.coarse={folder}", *pushed), "coarse", torch.device("cpu"))
+    assert seen == {"images": 1, "predictions": 4, "vsd": VsdSettings()}
 
 
 def test_a_device_with_too_little_is_warned_of(folder, monkeypatch):

@@ -1,6 +1,7 @@
 """`pipeline models`: the list says what one can have, the check exits by what it finds."""
 
 import json
+import shutil
 
 import pytest
 import tiny_folders
@@ -51,8 +52,6 @@ def test_a_whole_folder_passes_with_its_memory(folder, capsys, monkeypatch):
 
 
 def test_a_folder_with_something_missing_fails_and_says_what(folder, tmp_path, capsys, monkeypatch):
-    import shutil
-
     monkeypatch.setenv("COLUMNS", "200")
     broken = shutil.copytree(folder, tmp_path / "broken")
     shutil.rmtree(broken / "scheduler")
@@ -63,6 +62,45 @@ def test_a_folder_with_something_missing_fails_and_says_what(folder, tmp_path, c
     found = json.loads(capsys.readouterr().out)
     assert found["fit"] is False
     assert [finding["part"] for finding in found["findings"] if not finding["ok"]] == ["scheduler"]
+
+
+@pytest.fixture
+def in_cache(folder, tmp_path, monkeypatch):
+    """Puts fp16 weights alone of the tiny folder into a hub cache, as owner/name at a revision."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def put(revision):
+        root, commit = tmp_path / "models--owner--name", revision[:1] * 40
+        snapshot = shutil.copytree(folder, root / "snapshots" / commit)
+        for path in snapshot.rglob("*.safetensors"):
+            path.rename(path.with_suffix(".fp16.safetensors"))
+        (root / "refs").mkdir(exist_ok=True)
+        (root / "refs" / revision).write_text(commit)
+        return snapshot
+
+    return put
+
+
+def test_a_cached_model_of_one_variant_passes_under_that_variant(in_cache, capsys):
+    snapshot = in_cache("main")
+    assert run("check", "owner/name", "--variant", "fp16") == 0
+    assert f"prior.fine={snapshot}, and prior.diffusion.variant=fp16" in capsys.readouterr().out
+    assert run("check", "owner/name") == 2  # it is in the cache, so what is wrong with it is said
+    out = capsys.readouterr().out
+    assert "diffusion_pytorch_model.fp16.safetensors" in out and "prior.diffusion.variant" in out
+
+
+def test_a_revision_of_a_cached_model_is_checked(in_cache, capsys):
+    snapshot = in_cache("older")
+    assert run("check", "owner/name", "--variant", "fp16", "--revision", "older") == 0
+    assert str(snapshot) in capsys.readouterr().out
+    assert run("check", "owner/name", "--variant", "fp16") == 2  # there is no main here
+    assert "neither a folder nor a hub id that is in this machine's cache" in capsys.readouterr().err
+    assert run("check", snapshot, "--revision", "older") == 2
+    assert "a folder has no revisions" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Which prior a name means, and what is refused before any work."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,18 +9,27 @@ import pytest
 import pipeline.priors as priors
 from pipeline.config import load_config
 from stages.errors import UserError
+from tests.tiny_folders import word_tokenizer
 
-WORDS = ["a", "red", "blue", "mug", "car", "on", "table", "and"]
+WORDS = ["a", "red", "blue", "mug", "car", "on", "table", "and", "clay", "render"]
 
 
 @pytest.fixture
 def pocket(tmp_path, monkeypatch):
-    """Pocket folders that hold their words alone."""
-    folder = tmp_path / "pocket"
-    folder.mkdir()
-    (folder / "pocket.json").write_text(json.dumps({"words": WORDS}))
-    monkeypatch.setattr(priors, "POCKET_FOLDERS", {"coarse": folder, "fine": folder})
-    return folder
+    """Pocket folders, of pixels and of latents, that hold no weights; the first of them."""
+    folders = {stage: tmp_path / stage for stage in ("coarse", "fine")}
+    for stage, folder in folders.items():
+        (folder / "scheduler").mkdir(parents=True)
+        (folder / "pocket.json").write_text(json.dumps({"words": WORDS}))
+        index = {"unet": ["diffusers", "UNet2DConditionModel"]}
+        index |= {"vae": ["diffusers", "AutoencoderTiny"]} if stage == "fine" else {}
+        (folder / "model_index.json").write_text(json.dumps(index))
+        prediction = json.dumps({"prediction_type": "v_prediction"})
+        (folder / "scheduler" / "scheduler_config.json").write_text(prediction)
+        vocabulary = [*WORDS, *"front side left right back overhead view ,".split()]
+        word_tokenizer(vocabulary, length=20).save_pretrained(folder / "tokenizer")
+    monkeypatch.setattr(priors, "POCKET_FOLDERS", folders)
+    return folders["coarse"]
 
 
 def config(*overrides: str, **flags):
@@ -58,6 +68,106 @@ def test_pocket_weights_that_are_not_there_are_explained(pocket, damage):
     with pytest.raises(UserError, match="pocket prior") as caught:
         priors.check_priors(config())
     assert "stages.pocket.train" in caught.value.fix
+
+
+def refused(pattern, *overrides: str, **flags) -> UserError:
+    with pytest.raises(UserError, match=pattern) as caught:
+        priors.check_priors(config(*overrides, **flags))
+    assert caught.value.why and caught.value.fix
+    return caught.value
+
+
+def test_guidance_that_no_latent_fits_is_refused_for_the_pocket_prior_before_the_coarse_stage(pocket):
+    refused("threshold=static does not fit the prior pocket: its data are latents", "guidance.fine.threshold=static")
+    priors.check_priors(config("guidance.coarse.threshold=static"))  # pixels have a range
+    path = priors.POCKET_FOLDERS["fine"] / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps({"prediction_type": "sample"}))
+    refused("rule=ism does not fit the prior pocket", "guidance.fine.rule=ism")
+    path.unlink()
+    assert "stages.pocket.train" in refused("pocket prior .* is not there").fix
+
+
+def test_a_prompt_longer_than_the_pocket_prior_reads_is_refused_before_any_work(pocket):
+    long = "a red mug and a blue mug on a red car"  # 11 words, ", left side view, clay render" and two ends: 20
+    priors.check_priors(config(prompt=long))
+    error = refused("too long.*is 21 tokens and the encoder reads 20.*cut off", prompt=f"{long} red")
+    assert "left side view, clay render" in error.why
+
+
+SOURCES = ["pocket", "some/model"]  # known by its folder, and not here yet
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize(
+    ("pattern", "settings"),
+    [
+        ("rule=nfsd has no negative prompt", ["guidance.fine.rule=nfsd"]),
+        ("blend=perp_neg does not fit scale=1", ["prompts.blend=perp_neg", "guidance.fine.scale=1"]),
+        ("rule=vsd does not fit.*leave the device", ["guidance.fine.rule=vsd", "prior.diffusion.offload=blocks"]),
+        (
+            "half precision is too coarse",
+            ["guidance.fine.rule=vsd", "guidance.fine.vsd.model=copy", "prior.diffusion.dtype=bfloat16"],
+        ),
+    ],
+)
+def test_what_the_settings_alone_rule_out_is_refused_before_any_work(pocket, source, pattern, settings):
+    refused(pattern, f"prior.fine={source}", *settings)
+
+
+def test_half_precision_that_the_device_chooses_counts(pocket, monkeypatch):
+    copy = ["guidance.fine.rule=vsd", "guidance.fine.vsd.model=copy"]
+    priors.check_priors(config(*copy, device="cpu"))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    refused("half precision is too coarse", *copy)
+    priors.check_priors(config(*copy, device="cpu"))
+    priors.check_priors(config(*copy, "prior.diffusion.dtype=float32"))
+
+
+def test_a_threshold_is_refused_for_a_known_latent_model_that_is_not_here_yet(pocket, monkeypatch, tmp_path):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    cure = "guidance.coarse.threshold=static"
+    refused("its data are latents", "prior.coarse=stabilityai/stable-diffusion-xl-base-1.0", cure)
+    priors.check_priors(config("prior.coarse=DeepFloyd/IF-I-XL-v1.0", cure))  # pixels
+    priors.check_priors(config("prior.coarse=some/model", cure))  # who knows
+
+
+def test_a_negative_prompt_that_no_stage_uses_is_refused_and_one_that_a_stage_does_not_use_is_said(pocket):
+    one = ["guidance.coarse.scale=1", "negative=blurry"]
+    error = refused("negative prompt.* has no use", *one, "guidance.fine.scale=1")
+    assert "guidance.coarse.scale" in error.fix
+    refused("negative prompt.* has no use", *one, stages="coarse")
+    refused("negative prompt.* has no use", *one[:1], "prompts.per_view_negative.back=blurry", stages="coarse")
+    priors.check_priors(config(*one))
+    assert priors.notices(config(*one)) == ["coarse: the negative prompt is not used at guidance.coarse.scale=1"]
+    for settings in (["negative=blurry"], one[:1], [*one, "guidance.coarse.rule=csd"]):
+        assert priors.notices(config(*settings)) == []
+
+
+def test_a_run_says_at_its_start_what_a_stage_leaves_aside(pocket, tmp_path, monkeypatch):
+    import pipeline.run
+
+    said = []
+    monkeypatch.setattr(pipeline.run, "Run", lambda *_: SimpleNamespace(go=lambda: None))
+    chosen = config("guidance.coarse.scale=1", "negative=blurry")
+    pipeline.run.start_run(chosen, tmp_path / "out", SimpleNamespace(note=said.append))
+    assert "coarse: the negative prompt is not used at guidance.coarse.scale=1" in said
+
+
+def test_a_lora_for_stages_that_do_not_run_is_refused(pocket):
+    lora = ["prior.lora=gone.safetensors", "prior.lora_stages=fine"]
+    error = refused("prior.lora has no use here", *lora, stages="coarse")
+    assert "prior.lora_stages=coarse" in error.fix
+
+
+def test_unknown_words_of_prompts_by_view_are_refused(pocket):
+    priors.check_priors(config("prompts.per_view.back=a red mug, back view", prompt="a red mug"))
+    back = ["prompts.per_view.back=a red mug with a zebra"]
+    assert "'with', 'zebra'" in refused('cannot read "a red mug with a zebra"', *back, prompt="a red mug").why
+    suffix = 'prompts.textureless_suffix=", gypsum"'
+    assert "'gypsum'" in refused("cannot read", suffix, prompt="a red mug").why
+    priors.check_priors(config(*back, prompt="a red mug", force=True))
 
 
 def test_reference_without_a_mesh_says_how_to_name_one():

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -98,12 +99,8 @@ class ClipScorer:
             ),
         )
         self.model = model.eval().requires_grad_(False).to(self.device)
-        self.tokenizer = load_part(
-            folder,
-            "CLIP tokenizer",
-            lambda: transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True),
-        )
-        self.limit = min(self.tokenizer.model_max_length, model.config.text_config.max_position_embeddings)
+        self.tokenizer = load_tokenizer(folder)
+        self.limit = token_limit(folder, self.tokenizer)
         self._texts: dict[str, Tensor] = {}
 
     @property
@@ -128,7 +125,7 @@ class ClipScorer:
         """Unit embeddings [P, D]; each text is encoded once and remembered. UserError for one that does not fit."""
         new = list(dict.fromkeys(text for text in texts if text not in self._texts))
         if new:
-            self._check_length(new)
+            check_captions(self.name, self.tokenizer, self.limit, new)
             tokens = self.tokenizer(new, padding=True, return_tensors="pt")
             out = self.model.text_model(
                 input_ids=tokens.input_ids.to(self.device), attention_mask=tokens.attention_mask.to(self.device)
@@ -137,16 +134,39 @@ class ClipScorer:
             self._texts.update(zip(new, embeddings, strict=True))
         return torch.stack([self._texts[text] for text in texts])
 
-    def _check_length(self, texts: list[str]) -> None:
-        longest = max(texts, key=lambda text: len(self.tokenizer(text).input_ids))
-        length = len(self.tokenizer(longest).input_ids)
-        if length > self.limit:
-            why = f"{longest!r} is {length} tokens and it reads {self.limit}"
-            raise UserError(f"A caption is too long for the CLIP {self.name}", why, "shorten it")
-
     def scores(self, images: Tensor, texts: list[str]) -> Tensor:
         """Cosines [B, P] of linear images [B, H, W, 3] and texts; differentiable in the images."""
         return self.embed_images(images) @ self.embed_texts(texts).T
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a CLIP's folder."""
+    import transformers
+
+    return load_part(
+        folder,
+        "CLIP tokenizer",
+        lambda: transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True),
+    )
+
+
+def token_limit(folder: Path, tokenizer: Any) -> int:
+    """Tokens that a CLIP reads of a text, special tokens included."""
+    import transformers
+
+    config = load_part(
+        folder, "CLIP config", lambda: transformers.CLIPConfig.from_pretrained(folder, local_files_only=True)
+    )
+    return min(tokenizer.model_max_length, config.text_config.max_position_embeddings)
+
+
+def check_captions(name: str, tokenizer: Any, limit: int, texts: list[str]) -> None:
+    """Raise UserError naming the longest text where the CLIP called `name` does not read all of it."""
+    lengths = {text: len(tokenizer(text).input_ids) for text in texts}
+    longest = max(lengths, key=lengths.__getitem__)
+    if lengths[longest] > limit:
+        why = f"{longest!r} is {lengths[longest]} tokens and it reads {limit}"
+        raise UserError(f"A caption is too long for the CLIP {name}", why, "shorten it")
 
 
 def check_clip_folder(folder: Path) -> None:

@@ -61,8 +61,7 @@ class ClipGuidance:
     ) -> None:
         check_prompts(scorer.name, prompts)
         self.scorer, self.settings, self.prompts, self.generator = scorer, settings, prompts, generator
-        texts = prompts.all_texts()
-        scorer.embed_texts(list(dict.fromkeys([*texts, *map(self._bare, texts)])))
+        scorer.embed_texts(asked_texts(prompts, settings))
 
     def __call__(
         self,
@@ -83,7 +82,7 @@ class ClipGuidance:
         check_shape("images", images, (len(views), None, None, 3))
         texts = self.prompts.texts(views, textureless)
         if textureless:
-            texts = [self._bare(text) for text in texts]
+            texts = [bare(text, self.settings) for text in texts]
         with phase("crop"):
             seen = random_crops(images, self.settings.crop, self.settings.crops, self.generator)
         with phase("networks"):
@@ -93,10 +92,6 @@ class ClipGuidance:
         cosine = (found * wanted).sum(-1).mean()
         return GuidanceOutput(-self.settings.weight * cosine, {"clip": 100 * float(cosine.detach())})
 
-    def _bare(self, text: str) -> str:
-        """The words of a textureless render."""
-        return without_contradictions(text, TEXTURELESS, {TEXTURELESS: self.settings.textureless_without})
-
     def state_dict(self) -> dict[str, Tensor]:
         """The generator's state: all that makes a resumed guidance equal to an uninterrupted one."""
         return {"generator": self.generator.get_state()}
@@ -104,6 +99,17 @@ class ClipGuidance:
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Inverse of state_dict."""
         self.generator.set_state(state["generator"].cpu())
+
+
+def bare(text: str, settings: ClipGuidanceSettings) -> str:
+    """The words of a textureless render."""
+    return without_contradictions(text, TEXTURELESS, {TEXTURELESS: settings.textureless_without})
+
+
+def asked_texts(prompts: ViewPrompts, settings: ClipGuidanceSettings) -> list[str]:
+    """Every text that a stage so guided can ask a CLIP about, without repetition."""
+    texts = prompts.all_texts()
+    return list(dict.fromkeys([*texts, *(bare(text, settings) for text in texts)]))
 
 
 def check_prompts(clip: str, prompts: ViewPrompts) -> None:

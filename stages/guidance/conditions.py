@@ -28,6 +28,25 @@ class ViewConditions:
     share: Tensor
     against: list[Tensor]
 
+    def distinct(self, *names: str) -> tuple[list[str], list[int]]:
+        """The first of each group of named branches that ask the same of every view, and each branch's group.
+
+        Without a negative prompt `negative` is `empty`, so a rule that asks for both is answered with one prediction.
+        """
+        first: list[str] = []
+        group: list[int] = []
+        for name in names:
+            same = [k for k, other in enumerate(first) if self._asks_the_same(name, other)]
+            group.append(same[0] if same else len(first))
+            first += [] if same else [name]
+        return first, group
+
+    def _asks_the_same(self, a: str, b: str) -> bool:
+        mixed = self.others.get(a), self.others.get(b)
+        if mixed[0] is not mixed[1] and (mixed[0] is None or mixed[1] is None or not torch.equal(*mixed)):
+            return False
+        return torch.equal(self.rows[a], self.rows[b])
+
     def embedding(self, *names: str) -> Any:
         """The embeddings of the named branches, one after the other: [len(names) B, ...]."""
         first = self.embeddings[torch.cat([self.rows[name] for name in names])]

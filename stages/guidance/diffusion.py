@@ -52,7 +52,7 @@ class DiffusionSettings(BaseModel):
     vae_sample: Literal["sample", "mode"] = Field("sample", description="latents drawn from the posterior, or its mean")
     embedded_guidance: float = Field(3.5, ge=0, description="guidance told to a distilled Flux; others have none")
     max_batch: int = Field(0, ge=0, description="most images in one denoiser call, to save memory; 0: no limit")
-    attention_slicing: bool = Field(False, description="UNets' attention one slice at a time: less memory, slower")
+    attention_slicing: bool = Field(False, description="attention one slice at a time, UNets only: less memory, slower")
     vae_checkpointing: bool = Field(False, description="recompute VAE activations in the backward pass: less memory")
     vae_slicing: bool = Field(False, description="one image at a time through the VAE, recomputed in the backward pass")
     vae_tiling: bool = Field(False, description="VAE in overlapping tiles beyond its own size: seams differ slightly")
@@ -71,7 +71,8 @@ class DiffusionSettings(BaseModel):
 class DiffusionPrior:
     """A diffusers folder behind the Prior protocol; made by :func:`load_prior`.
 
-    Beyond the protocol: `unknown_words`, `known_words`, `release_text_encoder`, `noise`, `latent`, `family`.
+    Beyond the protocol: `unknown_words`, `known_words`, `release_text_encoder`, `noise`, `conditions`, `latent`,
+    `family`.
     """
 
     def __init__(
@@ -138,11 +139,16 @@ class DiffusionPrior:
     @torch.no_grad()
     def predict_noise(self, z_t: Tensor, t: Tensor, embedding: Tensor, context: ViewContext | None = None) -> Tensor:
         """eps [B, C, h, w] in the dtype of z_t; one denoiser call, or several of at most `max_batch`."""
-        told: dict[str, Any] = {}
-        if self.camera is not None and context is not None:
-            with phase("networks"):
-                told = self.camera.of(embedding, context)
-        return self.noise(self.unet, z_t, t, embedding, **told)
+        return self.noise(self.unet, z_t, t, embedding, **self.conditions(embedding, context))
+
+    @torch.no_grad()
+    def conditions(self, embedding: Tensor, context: ViewContext | None) -> dict[str, Any]:
+        """What the denoiser is given beyond the embedding for these views, for :meth:`noise`: the camera's residuals;
+        nothing for a prior without that part, or where the views are not known."""
+        if self.camera is None or context is None:
+            return {}
+        with phase("networks"):
+            return self.camera.of(embedding, context)
 
     def noise(self, network: torch.nn.Module, z_t: Tensor, t: Tensor, embedding: Tensor, **conditions: Any) -> Tensor:
         """predict_noise by this network or one like it, with gradients in those of its weights that ask for them.
@@ -252,7 +258,7 @@ class _Loader:
         network = load_part(plan.folder, part, load)
         torch.nn.Module.to(network, dtype)  # torch_dtype leaves some models in float32; diffusers' own to() complains
         self._finish(part, network)
-        if self.settings.attention_slicing and hasattr(network, "set_attention_slice"):
+        if self.settings.attention_slicing and part == plan.family.part:
             network.set_attention_slice("auto")
         return network
 

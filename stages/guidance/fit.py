@@ -1,6 +1,12 @@
-"""Which rule and cure fits which prior: what does not ends here, in the user's terms, before any step."""
+"""Which rule and cure fits which prior: what does not ends here, in the user's terms, before any step.
+
+It is asked twice: before any work, of what a folder says of itself (:class:`Described`), so that a run does not end
+after its coarse stage; and of the prior itself once it is loaded.
+"""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 from stages.errors import UserError
 from stages.guidance.prior import Prior
@@ -14,6 +20,19 @@ NEEDS_WORDS = {
     "vsd": "it needs a network that learns",
 }
 INVERTING = ("ism", "sdi")
+PIXELS = (-1.0, 1.0)
+
+
+@dataclass(frozen=True)
+class Described:
+    """A prior that is not loaded yet: what :func:`check_described` reads of it.
+
+    Defaults are for what is not known, such as of a hub id that is still to be fetched: they rule nothing out.
+    """
+
+    name: str
+    prediction: str = "epsilon"
+    data_range: tuple[float, float] | None = PIXELS
 
 
 def check_wordless(settings: GuidanceSettings, prompts: ViewPrompts, name: str) -> None:
@@ -33,11 +52,16 @@ def check_wordless(settings: GuidanceSettings, prompts: ViewPrompts, name: str) 
 
 
 def check_fit(prior: Prior, settings: GuidanceSettings, prompts: ViewPrompts) -> None:
-    """Raise UserError for a rule or cure that cannot work with this prior or these prompts."""
+    """Raise UserError for a rule or cure that cannot work with this loaded prior or these prompts."""
     if not getattr(prior, "reads_prompts", True):
         check_wordless(settings, prompts, prior.name)
     if settings.rule == "vsd":
         check_trainable(prior, settings.vsd)
+    check_described(prior, settings, prompts)
+
+
+def check_described(prior: Prior | Described, settings: GuidanceSettings, prompts: ViewPrompts) -> None:
+    """As :func:`check_fit`, as far as a prior's name, prediction type and data range and the settings say."""
     if settings.rule in INVERTING and getattr(prior, "prediction", "epsilon") == "sample":
         raise UserError(
             f"rule={settings.rule} does not fit the prior {prior.name}",
@@ -48,10 +72,10 @@ def check_fit(prior: Prior, settings: GuidanceSettings, prompts: ViewPrompts) ->
     if settings.rule == "nfsd" and not any(prompts.negatives()):
         raise UserError(
             "rule=nfsd has no negative prompt",
-            "it tells the model's own bias by a prompt of bad pictures; without one it is csd above t = 0.2",
+            "it tells the model's own bias by a prompt of bad pictures; without one it is csd but at low noise",
             'give one, such as negative="blurry, low quality", or use rule=csd',
         )
-    if prompts.settings.blend == "perp_neg" and settings.scale == 1 and settings.rule not in ("csd", "nfsd"):
+    if prompts.settings.blend == "perp_neg" and not uses_negative(settings):
         raise UserError(
             "prompts.blend=perp_neg does not fit scale=1",
             "Perp-Neg turns the direction of guidance, and at scale 1 there is none",
@@ -60,7 +84,13 @@ def check_fit(prior: Prior, settings: GuidanceSettings, prompts: ViewPrompts) ->
     data_range(prior, settings)
 
 
-def data_range(prior: Prior, settings: GuidanceSettings) -> tuple[float, float] | None:
+def uses_negative(settings: GuidanceSettings) -> bool:
+    """Whether a stage so guided asks for the negative prompt: at scale 1 only the rules that have a term of their own
+    for it do."""
+    return settings.scale != 1 or settings.rule in ("csd", "nfsd")
+
+
+def data_range(prior: Prior | Described, settings: GuidanceSettings) -> tuple[float, float] | None:
     """The range x0_hat is brought back to, None without a threshold; UserError where the prior's range is not known."""
     if settings.threshold == "none":
         return None

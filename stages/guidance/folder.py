@@ -65,21 +65,31 @@ def locate_autoencoder(path_or_id: str) -> Path:
     )
 
 
-def cached(model_id: str, revision: str | None = None, variant: str | None = None) -> Path | None:
-    """The snapshot of a hub id that is on this machine, whole; None for none, or for what is no hub id."""
+def snapshot(model_id: str, revision: str | None = None) -> Path | None:
+    """The snapshot of a hub id that is on this machine, whole or not; None for none, or for what is no hub id."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     if not _HUB_ID.fullmatch(model_id):
         return None
     try:
-        folder = Path(snapshot_download(model_id, revision=revision, local_files_only=True))
+        return Path(snapshot_download(model_id, revision=revision, local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError):
+        return None
+
+
+def cached(model_id: str, revision: str | None = None, variant: str | None = None) -> Path | None:
+    """The snapshot of a hub id that is on this machine, whole; None for none, or for what is no hub id."""
+    folder = snapshot(model_id, revision)
+    if folder is None:
+        return None
+    try:
         classes = read_index(folder)
         for part in (*PARTS, *TOKENIZERS, "scheduler"):
             if part in classes:
                 stem = None if part not in PARTS else "model" if part.startswith("text") else "diffusion_pytorch_model"
                 check_component(folder, Component(part, classes[part], stem), variant)
-    except (LocalEntryNotFoundError, HFValidationError, UserError):
+    except UserError:
         return None  # an unfinished download is taken up again when the prior is loaded
     return folder
 

@@ -2,8 +2,8 @@
 
 Weights: counted in the headers of the files, in the precision they will run in. Images and gradients: the networks are
 built on torch's meta device, which has shapes and no memory, and run once there, forward and backward, while the
-tensors that are alive are summed. Attention is counted as the fused kernels have it, without its matrix. The renderer's
-own memory is not in it.
+tensors that are alive are summed. Attention is counted as the fused kernels have it, without its matrix. VSD's lesson,
+a forward and backward pass through the denoiser, and what it learns with are in it; the renderer's own memory is not.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,6 +25,8 @@ from stages.guidance.autoencoder import Autoencoder
 from stages.guidance.denoisers import Denoiser
 from stages.guidance.folder import quiet
 from stages.guidance.plan import Plan, network_dtype, vae_dtype
+from stages.guidance.text import token_limit
+from stages.guidance.vsd import CAMERA, RenderScore, VsdSettings
 from stages.guidance.weights import Header, parameter_count
 
 if TYPE_CHECKING:
@@ -37,8 +40,9 @@ _BLOCK = re.compile(r"((?:\w*blocks)\.\d+|mid_block)\.")
 class Footprint:
     """Bytes on the prior's device.
 
-    weights: of the denoiser and the autoencoder, which stay, by part. text: of each text encoder, freed after the
-    prompts are embedded, by part; none when they are embedded elsewhere. images: what a step adds to the weights.
+    weights: of the denoiser and the autoencoder, which stay, by part; `vsd` is what that rule learns. text: of each
+    text encoder, freed after the prompts are embedded, by part; none when they are embedded elsewhere. images: what a
+    step adds to the weights.
     """
 
     dtype: torch.dtype
@@ -62,13 +66,19 @@ class Footprint:
 
 
 def footprint(
-    plan: Plan, settings: DiffusionSettings, device: torch.device, *, images: int, predictions: int, length: int = 77
+    plan: Plan,
+    settings: DiffusionSettings,
+    device: torch.device,
+    *,
+    images: int,
+    predictions: int,
+    vsd: VsdSettings | None = None,
 ) -> Footprint:
     """The footprint of a planned prior.
 
     Args:
         images: pictures encoded in one step. predictions: pictures in the largest batch the rule asks noise for.
-        length: text tokens a prompt, for the denoiser's attention.
+        vsd: how the score of the renders is learned beside it; None for other rules.
     """
     family = plan.family
     dtype = network_dtype(settings, family, device)
@@ -83,7 +93,11 @@ def footprint(
         elif settings.text_device == "prior":
             text[part] = parameter_count(headers) * dtype.itemsize
     kept, encoding = _encoding(plan, settings, dtype, images)
-    predicting = _prediction(plan, dtype, min(predictions, settings.max_batch or predictions), length)
+    predicting = _prediction(plan, dtype, min(predictions, settings.max_batch or predictions))
+    if vsd is not None:
+        learned, lesson = _lesson(plan, dtype, images, vsd)
+        weights["vsd"] = 3 * 4 * learned  # float32, each with Adam's two moments
+        predicting = max(predicting, lesson)
     return Footprint(dtype, weights, text, max(encoding, kept + predicting))
 
 
@@ -122,17 +136,55 @@ def _encoding(plan: Plan, settings: DiffusionSettings, dtype: torch.dtype, image
     return live_bytes(vae, lambda: autoencoder.encode(pictures, torch.Generator()), backward=True)
 
 
-def _prediction(plan: Plan, dtype: torch.dtype, batch: int, length: int) -> int:
+def embedding_shape(plan: Plan) -> tuple[int, int]:
+    """(rows, width) of a prompt's embedding: tokens of all encoders, the pooled part behind them (join_pooled)."""
+    encoded = []
+    for reading in plan.readings:
+        config = plan.configs[reading.part]
+        width = getattr(config, "hidden_size", None) or config.d_model
+        limit = token_limit(reading, plan.tokenizers[reading.part], config)
+        pooled = config.projection_dim if reading.pooled == "text_embeds" else width
+        encoded.append(
+            (
+                None if reading.tokens == "none" else torch.empty(1, limit, width, device="meta"),
+                None if reading.pooled is None else torch.empty(1, pooled, device="meta"),
+            )
+        )
+    _, rows, width = plan.family.join(encoded, plan.configs[plan.family.part]).shape
+    return rows, width
+
+
+def _denoiser(plan: Plan, dtype: torch.dtype, batch: int) -> tuple[Denoiser, tuple[Tensor, Tensor, Tensor]]:
+    """The denoiser and its input for that many samples, without memory."""
+    family, geometry = plan.family, plan.geometry
+    network = _on_meta(plan.classes[family.part], plan.configs[family.part], dtype)
+    meta = {"device": "meta", "dtype": dtype}
+    z = torch.empty(batch, geometry.channels, geometry.latents, geometry.latents, **meta)
+    inputs = z, torch.empty(batch, device="meta"), torch.empty(batch, *embedding_shape(plan), **meta)
+    return Denoiser(network, family.call, geometry, torch.device("meta"), dtype, 1.0), inputs
+
+
+def _prediction(plan: Plan, dtype: torch.dtype, batch: int) -> int:
     """Bytes alive at once in a denoiser call on that many samples."""
-    family, geometry, config = plan.family, plan.geometry, plan.configs[plan.family.part]
-    network = _on_meta(plan.classes[family.part], config, dtype)
-    denoiser = Denoiser(network, family.call, geometry, torch.device("meta"), dtype, 1.0)
-    tokens, pooled = family.network_widths(config)
-    z = torch.empty(batch, geometry.channels, geometry.latents, geometry.latents, device="meta", dtype=dtype)
-    embedding = torch.empty(batch, length + -(-pooled // tokens), tokens, device="meta", dtype=dtype)
-    timestep = torch.empty(batch, device="meta")
+    denoiser, inputs = _denoiser(plan, dtype, batch)
     with torch.no_grad():
-        return live_bytes(network, lambda: denoiser(z, timestep, embedding))[1]
+        return live_bytes(denoiser.network, lambda: denoiser(*inputs))[1]
+
+
+def _lesson(plan: Plan, dtype: torch.dtype, batch: int, settings: VsdSettings) -> tuple[int, int]:
+    """Numbers that VSD's score learns, and bytes alive at once in its lesson on that many samples."""
+    denoiser, inputs = _denoiser(plan, dtype, batch)
+    prior = SimpleNamespace(
+        name=plan.folder.name,
+        unet=denoiser.network,
+        device=denoiser.device,
+        noise=lambda network, z, t, embedding: denoiser(z, t, embedding, network=network),
+        conditions=lambda embedding, context: {},
+    )
+    score = RenderScore(prior, settings, torch.Generator())
+    camera = torch.empty(batch, CAMERA, device="meta")
+    learned = sum(p.numel() for p in score.parameters.values())
+    return learned, live_bytes(score.unet, lambda: score.noise(*inputs, camera), backward=True)[1]
 
 
 def live_bytes(network: torch.nn.Module, run: Callable[[], Tensor], backward: bool = False) -> tuple[int, int]:

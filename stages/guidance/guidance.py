@@ -90,14 +90,16 @@ class Guidance:
         conditions, camera = self._conditions.of(views, textureless), camera_numbers(views)
 
         def predict(z: Tensor, t: Tensor, *names: str) -> list[Tensor]:
+            names, groups = conditions.distinct(*names)
             k = len(names)
             eps = self.prior.predict_noise(
                 z.repeat(k, 1, 1, 1), t.repeat(k), conditions.embedding(*names), context.repeat(k)
             )
-            return list(eps.to(z.dtype).chunk(k))
+            found = eps.to(z.dtype).chunk(k)
+            return [found[group] for group in groups]
 
         def score(z: Tensor, t: Tensor) -> Tensor:
-            return self._score.predict(z, t, conditions.embedding("prompt"), camera)
+            return self._score.predict(z, t, conditions.embedding("prompt"), camera, context)
 
         with torch.no_grad(), phase("rule"):
             problem = Problem(x.detach(), eps, t, alphas_cumprod, progress, predict)
@@ -123,7 +125,7 @@ class Guidance:
         if self._score is not None:
             with phase("score"):
                 embedding = conditions.embedding("prompt")
-                metrics["score_error"] = self._score.train(x.detach(), embedding, camera, self.generator)
+                metrics["score_error"] = self._score.train(x.detach(), embedding, camera, self.generator, context)
         return GuidanceOutput(loss, metrics)
 
     def _backdrop(self, background: Tensor | None, images: Tensor) -> Tensor | None:

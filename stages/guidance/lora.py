@@ -4,7 +4,8 @@ LoRA (Hu et al. 2021, eq. 3): W + s (alpha / r) U D with D [r, in], U [out, r] a
 the file gives none. Written for good into the weights, so no package for adapters is needed and no step costs more.
 File names of diffusers (two generations of them), kohya (SD 1.x / 2.x, SDXL) and, through diffusers' own converter,
 of Flux trainers are read; layers are found by their names with every dot and underscore alike. A file without
-low-rank parts holds whole weights under the network's own names (DreamBooth): each replaces the network's.
+low-rank parts holds whole weights W' under the network's own names (DreamBooth), and W + s (W' - W) takes their place.
+So does a diffusers folder, whole or with a unet/ or transformer/ alone: its denoiser and its text encoders.
 
 A key that fits no layer is refused by name: half a personalisation looks like a bad one.
 """
@@ -16,13 +17,15 @@ import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from stages.errors import UserError
-from stages.guidance.weights import PICKLED, read_header
+from stages.guidance.folder import read_json
+from stages.guidance.noise_schedule import FLOW
+from stages.guidance.weights import PICKLED, Header, check_files, read_header, weight_files
 
 if TYPE_CHECKING:
     from stages.guidance.families import Configs, Family
@@ -50,6 +53,8 @@ _KEY = re.compile(
 )
 _ROLES = {"lora_A": "down", "lora_down": "down", "lora_B": "up", "lora_up": "up"}
 _OTHER_KINDS = ("dora", "magnitude", "hada", "lokr", "lora_mid", "oft")
+_STEM = "diffusion_pytorch_model"
+_NOT_LEARNT = ("position_ids",)  # a count that some versions of transformers write beside the weights
 _OLD_TEXT = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
 _SGM_RESNET = {
     "in_layers_2": "conv1",
@@ -65,6 +70,14 @@ _SGM_SINGLE = {
     "label_emb_0_0": "add_embedding_linear_1",
     "label_emb_0_2": "add_embedding_linear_2",
 }
+
+
+class _Kept(NamedTuple):
+    """A whole tensor that stays in its file until it is merged: memory may not allow a text encoder twice."""
+
+    path: Path
+    key: str
+    header: Header
 
 
 @dataclass
@@ -84,29 +97,33 @@ class LowRank:
 
 
 class Lora:
-    """The changes of one file, by part of the model.
+    """The changes of one file or folder, by part of the model.
 
     Args:
-        path: a safetensors file, or a folder with one. scale: s, what every low-rank change is multiplied by.
+        path: a safetensors file, a folder with one, or a diffusers folder of whole weights. scale: s, what every change
+            is multiplied by.
     Raises: UserError for a file that is none, is pickled or holds something else.
     """
 
     def __init__(self, path: str | Path, scale: float = 1.0) -> None:
-        self.path, self.scale = _file(Path(path).expanduser()), scale
-        self.what = f"Cannot use prior.lora={path}"
-        self._names = list(read_header(self.path))
-        matches = [_KEY.fullmatch(name) for name in self._names]
+        self.scale, self.what = scale, f"Cannot use prior.lora={path}"
+        self.path, self._folder = _found(Path(path).expanduser(), self.what)
+        self._changes: dict[str, dict[str, LowRank]] = {}
+        self._whole: dict[str, dict[str, _Kept]] = {}
+        self.low_rank = False
+        if self._folder:
+            return
+        names = list(read_header(self.path))
+        matches = [_KEY.fullmatch(name) for name in names]
         self.low_rank = any(match and match["role"] != "alpha" for match in matches)
         if self.low_rank:
-            self._refuse([name for name, match in zip(self._names, matches, strict=True) if not match])
-        elif any(name.startswith(("model.diffusion_model.", "first_stage_model.")) for name in self._names):
+            self._refuse([name for name, match in zip(names, matches, strict=True) if not match])
+        elif any(name.startswith(("model.diffusion_model.", "first_stage_model.")) for name in names):
             raise UserError(
                 self.what,
                 "it is a whole checkpoint in one file, not a LoRA",
                 "make it a diffusers folder (diffusers' from_single_file, save_pretrained), then prior.coarse=FOLDER",
             )
-        self._changes: dict[str, dict[str, LowRank]] = {}
-        self._whole: dict[str, dict[str, Tensor]] = {}
 
     def check(self, plan: Plan) -> None:
         """That every key fits a layer of the planned networks, by their headers; needed before :meth:`merge`.
@@ -124,10 +141,32 @@ class Lora:
                 layers = {_flat(name.removesuffix(".weight"), part): shape for name, shape in shapes.items()}
                 self._check_low_rank(part, layers)
             else:
-                known = {_plain(name): shape for name, shape in shapes.items()}
-                self._refuse([name for name in self._whole[part] if name not in known])
-                wrong = [name for name, tensor in self._whole[part].items() if tuple(tensor.shape) != known[name]]
-                self._refuse(wrong, "of another shape than the model's")
+                self._check_whole(own, self._whole[part], {_plain(name): shape for name, shape in shapes.items()})
+        if self._folder:
+            self._check_meaning(plan)
+
+    def _check_whole(self, part: str, given: dict[str, _Kept], shapes: dict[str, tuple[int, ...]]) -> None:
+        for name in [name for name in given if name.endswith(_NOT_LEARNT)]:
+            del given[name]
+        self._refuse([name for name in given if name not in shapes])
+        wrong = [name for name, kept in given.items() if kept.header.shape != shapes[name]]
+        self._refuse(wrong, "of another shape than the model's")
+        absent = [name for name in shapes if name not in given and not name.endswith(_NOT_LEARNT)]
+        if self._folder and absent:
+            why = f"its {part} lacks {len(absent)} of the model's {len(shapes)} tensors, {absent[0]} first"
+            raise UserError(self.what, why, "get the folder again: half a personalisation looks like a bad one")
+
+    def _check_meaning(self, plan: Plan) -> None:
+        """Stable Diffusion 2.1 has the same layers twice, one predicting epsilon and one v."""
+        path = self.path / "scheduler" / "scheduler_config.json"
+        if not path.is_file():
+            return
+        config = read_json(path, self.what)
+        flow = config.get("_class_name") in FLOW
+        given = "flow_prediction" if flow else config.get("prediction_type", "epsilon")
+        if given != plan.schedule.prediction:
+            why = f"its model predicts {given} and the prior {plan.schedule.prediction}"
+            raise UserError(self.what, why, f"give it as the prior itself: prior.coarse={self.path}")
 
     def _check_low_rank(self, part: str, shapes: dict[str, tuple[int, ...]]) -> None:
         changes = self._changes[part]
@@ -146,6 +185,8 @@ class Lora:
     @torch.no_grad()
     def merge(self, part: str, network: torch.nn.Module) -> int:
         """Write the changes of one part (unet, transformer, text_encoder, ...) into its network; returns how many."""
+        from safetensors import safe_open
+
         part = DENOISER if part in ("unet", "transformer") else part
         modules = {_flat(name, part): module for name, module in network.named_modules()}
         for flat, change in self._changes.get(part, {}).items():
@@ -153,20 +194,31 @@ class Lora:
             delta = change.delta(weight.shape).to(weight.device)
             weight.data = (weight.data.float() + self.scale * delta).to(weight.dtype)
         own = {_plain(name): tensor for name, tensor in network.state_dict().items()}
-        for name, tensor in self._whole.get(part, {}).items():
-            own[name].copy_(tensor.to(own[name]))
+        whole = self._whole.get(part, {})
+        for path in dict.fromkeys(kept.path for kept in whole.values()):
+            with safe_open(path, "pt") as file:
+                for name, kept in whole.items():
+                    if kept.path == path:
+                        self._replace(own[name], file.get_tensor(kept.key))
         return len(self._changes.get(part, {})) + len(self._whole.get(part, {}))
+
+    def _replace(self, weight: Tensor, new: Tensor) -> None:
+        if self.scale != 1 and weight.is_floating_point():
+            new = torch.lerp(weight.float(), new.to(weight.device).float(), self.scale)
+        weight.copy_(new)
 
     def _read(self, family: Family, configs: Configs) -> None:
         from safetensors.torch import load_file
 
-        tensors = load_file(self.path)
         self._changes, self._whole = {}, {}
         if not self.low_rank:
-            for name, tensor in tensors.items():
-                part, rest = _split(name)
-                self._whole.setdefault(part, {})[_plain(rest)] = tensor
+            for folder_part, files in (self._folder or {"": [self.path]}).items():
+                for path in files:
+                    for key, header in read_header(path).items():
+                        part, rest = (folder_part, key) if folder_part else _split(key)
+                        self._whole.setdefault(part, {})[_plain(rest)] = _Kept(path, key, header)
             return
+        tensors = load_file(self.path)
         if family.name == "Flux" and not any(name.startswith(("transformer.", "text_encoder.")) for name in tensors):
             tensors = self._from_flux_trainers(tensors)
         layers = getattr(configs[family.part], "layers_per_block", None)
@@ -215,27 +267,40 @@ class Lora:
     def _refuse(self, keys: list[str], why: str = "that fit no layer of this model") -> None:
         if keys:
             more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
-            fix = "take a LoRA trained on this prior's own kind of model (SD 1.5, SDXL, ... are not interchangeable)"
+            fix = "take one trained on this prior's own kind of model (SD 1.5, SDXL, ... are not interchangeable)"
             if any(kind in key for key in keys for kind in _OTHER_KINDS):
                 fix = "DoRA, LoHa, LoKr and their like are not supported: take a plain LoRA"
             raise UserError(self.what, f"{self.path.name} has {len(keys)} keys {why}: {', '.join(keys[:3])}{more}", fix)
 
 
-def _file(path: Path) -> Path:
-    what = f"Cannot use prior.lora={path}"
+def _found(path: Path, what: str) -> tuple[Path, dict[str, list[Path]]]:
+    """What a path names: a file and nothing, or a folder and its weight files by part of the model."""
     if path.is_dir():
         files = sorted(path.glob("*.safetensors"))
         named = path / "pytorch_lora_weights.safetensors"
-        if (path / "model_index.json").is_file():
-            raise UserError(what, "it is a whole model's folder", f"give it as the prior itself: prior.coarse={path}")
-        if named not in files and len(files) != 1:
+        if named in files:
+            return named, {}
+        if weight_files(path, _STEM):  # a unet/ or transformer/ itself
+            return path, {DENOISER: weight_files(path, _STEM)}
+        for part in ("unet", "transformer"):
+            if (path / part).is_dir():
+                texts = [folder for folder in sorted(path.glob("text_encoder*")) if folder.is_dir()]
+                parts = {DENOISER: _weights(path / part, _STEM, what)}
+                return path, parts | {folder.name: _weights(folder, "model", what) for folder in texts}
+        if len(files) != 1:
             raise UserError(what, f"{len(files)} safetensors files are in it", "name the file")
-        return named if named in files else files[0]
+        return files[0], {}
     if not path.is_file():
         raise UserError(what, "there is no such file", "check the path, relative to where you stand")
     if path.suffix in PICKLED:
         raise UserError(what, "it is pickled, which can run code when read", "get or convert it to safetensors")
-    return path
+    return path, {}
+
+
+def _weights(directory: Path, stem: str, what: str) -> list[Path]:
+    """A part's weight files, in half precision where there are no others: they are converted as they are merged."""
+    half = None if weight_files(directory, stem) or not weight_files(directory, stem, "fp16") else "fp16"
+    return check_files(directory, stem, half, what)
 
 
 def _split(name: str) -> tuple[str, str]:
@@ -247,8 +312,10 @@ def _split(name: str) -> tuple[str, str]:
 
 
 def _plain(name: str) -> str:
-    """A weight's name without the level that some versions of transformers put above a CLIP text model."""
-    return name.removeprefix("text_model.")
+    """A weight's name as all versions of transformers have it: some put a level above a CLIP text model, and some write
+    a T5's embeddings under the other of their names."""
+    name = name.removeprefix("text_model.")
+    return "shared.weight" if name == "encoder.embed_tokens.weight" else name
 
 
 def _flat(name: str, part: str) -> str:

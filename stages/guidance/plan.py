@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from stages.errors import UserError
 from stages.guidance.families import (
     SDXL,
     Configs,
@@ -82,6 +83,12 @@ def make_plan(
     Raises: UserError for anything missing, damaged, unsupported or not belonging together.
     """
     family, classes = check_folder(folder, settings.variant)
+    if settings.attention_slicing and family.part != "unet":
+        raise UserError(
+            f"Cannot load the prior {folder}",
+            f"prior.diffusion.attention_slicing is for UNets; its {classes[family.part]} has no slices to take",
+            "leave it false; prior.diffusion.offload=blocks and max_batch=1 save memory with any model",
+        )
     configs, vae_folder = read_configs(folder, family, classes), folder
     if settings.autoencoder is not None and "vae" in classes:
         vae_folder = locate_autoencoder(settings.autoencoder)
@@ -100,13 +107,13 @@ def make_plan(
     return plan
 
 
-def network_dtype(settings: DiffusionSettings, family: Family, device: torch.device) -> torch.dtype:
-    """The precision that a family's networks run in on a device."""
+def network_dtype(settings: DiffusionSettings, family: Family | None, device: torch.device) -> torch.dtype:
+    """The precision that a family's networks run in on a device; None for a family that is not known yet."""
     if settings.dtype != "auto":
         return DTYPES[settings.dtype]
     if device.type != "cuda":
         return torch.float32
-    return torch.bfloat16 if family.wants_bfloat16 else torch.float16
+    return torch.bfloat16 if family is not None and family.wants_bfloat16 else torch.float16
 
 
 def vae_dtype(family: Family, config: Any, dtype: torch.dtype) -> torch.dtype:

@@ -26,6 +26,11 @@ class Preset:
     status: str = "open"
     instead: str = ""
 
+    @property
+    def latent(self) -> bool:
+        """Whether it works on latents, whose range is not stated; DeepFloyd IF sees pixels."""
+        return self.family != "DeepFloyd IF"
+
 
 _SAI = "Stability AI Community"
 PRESETS = (
@@ -57,7 +62,8 @@ PRESETS = (
     Preset("DeepFloyd/IF-I-M-v1.0", "DeepFloyd IF", "coarse", 64, 0.8, 9.5, "DeepFloyd IF", "gated"),
     Preset("DeepFloyd/IF-I-XL-v1.0", "DeepFloyd IF", "coarse", 64, 8.6, 9.5, "DeepFloyd IF", "gated"),
     Preset(
-        "stabilityai/stable-diffusion-3-medium-diffusers", "Stable Diffusion 3", "fine", 1024, 4.3, 9.5, _SAI, "gated",
+        "stabilityai/stable-diffusion-3-medium-diffusers", "Stable Diffusion 3", "coarse, fine", 1024, 4.3, 9.5, _SAI,
+        "gated",
     ),
     Preset("stabilityai/stable-diffusion-3.5-medium", "Stable Diffusion 3", "fine", 1024, 5.1, 9.5, _SAI, "gated"),
     Preset("stabilityai/stable-diffusion-3.5-large", "Stable Diffusion 3", "fine", 1024, 16.5, 9.5, _SAI, "gated"),

@@ -14,13 +14,15 @@ from torch import Tensor
 
 from stages.guidance import rules
 from stages.guidance.prior import add_noise, eps_from_x0, per_sample, x0_from_eps
-from stages.guidance.schedules import anneal
+from stages.guidance.schedules import anneal, noisier_than_stable_diffusions
 from stages.guidance.settings import GuidanceSettings
+from stages.prompts import ViewPrompts
 
 
 class Found(NamedTuple):
     """residual: what the step pushes against. eps_hat: the guided (and bounded) prediction that it comes from, whose
-    x0_hat is where the rule wants to go. eps_y: the conditional prediction. z_t: the point of both."""
+    x0_hat is where the rule wants to go. eps_y: the prediction under the prompt alone, not pushed by Perp-Neg. z_t: the
+    point of both."""
 
     residual: Tensor
     eps_hat: Tensor
@@ -30,7 +32,8 @@ class Found(NamedTuple):
 
 @dataclass
 class Problem:
-    """One step as a rule sees it; `predict(z, t, *branches)` evaluates branches prompt / negative / empty at once.
+    """One step as a rule sees it; `predict(z, t, *branches)` evaluates branches prompt / negative / empty at once,
+    each distinct text once.
 
     data_range: what x0_hat is brought back to, None for no threshold. backdrop: what x was composited on, in its space,
     where x0_hat is to be put on it. against: Perp-Neg's weights [B] of the branches
@@ -63,17 +66,18 @@ class Problem:
         if settings.scale == 1:
             (eps_y,) = self.predict(z, t, "prompt")
             return self.bounded(eps_y, z, t, settings), eps_y
-        eps_y, eps_0 = self.asked(z, t, "negative")
-        eps_hat = rules.guided(eps_y, eps_0, settings.scale)
+        eps_y, pushed, eps_0 = self.asked(z, t, "negative")
+        eps_hat = rules.guided(pushed, eps_0, settings.scale)
         eps_hat = rules.rescaled(eps_hat, eps_y, z, self.alphas_cumprod[t], settings.rescale)
         return self.bounded(eps_hat, z, t, settings), eps_y
 
     def asked(self, z: Tensor, t: Tensor, *references: str) -> list[Tensor]:
-        """predict(z, t, "prompt", *references), Perp-Neg pushing the first against the second where views ask."""
+        """[eps_y, pushed, *references]: the prompt's prediction, the same pushed by Perp-Neg, seen from the first
+        reference, where views ask for that, and the references' own."""
         names = [f"against {k}" for k in range(len(self.against))]
         eps_y, *rest = self.predict(z, t, "prompt", *references, *names)
-        found, pushed = rest[: len(references)], rest[len(references) :]
-        return [rules.perp_neg(eps_y, found[0], pushed, self.against) if pushed else eps_y, *found]
+        found, others = rest[: len(references)], rest[len(references) :]
+        return [eps_y, rules.perp_neg(eps_y, found[0], others, self.against) if others else eps_y, *found]
 
     def bounded(self, eps_hat: Tensor, z: Tensor, t: Tensor, settings: GuidanceSettings) -> Tensor:
         """eps_hat with its x0_hat brought back to the data range and put on the true backdrop, as the settings say."""
@@ -126,18 +130,26 @@ def _sjc(p: Problem, s: GuidanceSettings) -> Found:
 def _csd(p: Problem, s: GuidanceSettings) -> Found:
     """Its residual is eps_hat - reference with eps_hat = reference + s (eps_y - reference), bounded by a threshold."""
     z_t = p.noisy(p.eps)
-    eps_y, eps_0, eps_n = p.asked(z_t, p.t, "empty", "negative")
     negative = anneal(0.0, 1.0, s.negative_anneal, p.progress)
-    residual = s.scale * rules.csd(eps_y, eps_0, eps_n, negative)
-    return _measured_from(eps_0 + negative * (eps_n - eps_0), residual, eps_y, z_t, p, s)
+    if negative == 0:
+        eps_y, pushed, reference = p.asked(z_t, p.t, "empty")
+        residual = rules.csd(pushed, reference)
+    elif negative == 1 and not p.against:  # Perp-Neg is measured from the empty prompt
+        eps_y, pushed, reference = p.asked(z_t, p.t, "negative")
+        residual = rules.csd(pushed, reference)
+    else:
+        eps_y, pushed, eps_0, eps_n = p.asked(z_t, p.t, "empty", "negative")
+        reference = eps_0 + negative * (eps_n - eps_0)
+        residual = rules.csd(pushed, eps_0, eps_n, negative)
+    return _measured_from(reference, s.scale * residual, eps_y, z_t, p, s)
 
 
 def _nfsd(p: Problem, s: GuidanceSettings) -> Found:
     """Its residual is eps_hat at low noise and eps_hat - eps_n above, eps_hat = eps_0 + s (eps_y - eps_0)."""
     z_t = p.noisy(p.eps)
-    eps_y, eps_0, eps_n = p.asked(z_t, p.t, "empty", "negative")
-    low_noise = p.t < 0.2 * p.alphas_cumprod.shape[0]
-    residual = rules.nfsd(eps_y, eps_0, eps_n, s.scale, low_noise)
+    eps_y, pushed, eps_0, eps_n = p.asked(z_t, p.t, "empty", "negative")
+    low_noise = ~noisier_than_stable_diffusions(0.2, p.alphas_cumprod[p.t])
+    residual = rules.nfsd(pushed, eps_0, eps_n, s.scale, low_noise)
     reference = torch.where(per_sample(low_noise, eps_n).bool(), torch.zeros_like(eps_n), eps_n)
     return _measured_from(reference, residual, eps_y, z_t, p, s)
 
@@ -187,3 +199,12 @@ RULES: dict[str, Rule] = {
     "sdi": _sdi,
     "vsd": _vsd,
 }
+
+
+def most_predictions(settings: GuidanceSettings, prompts: ViewPrompts) -> int:
+    """Most predictions a view that a rule asks for in one batch: prompt, references, and two of Perp-Neg."""
+    if settings.rule in ("csd", "nfsd"):
+        own = 3 if any(prompts.negatives()) else 2  # without one the negative and the empty prompt are the same
+    else:
+        own = 1 if settings.scale == 1 and settings.rule != "sdi" else 2  # sdi's inversion has a scale of its own
+    return own + (2 if prompts.settings.blend == "perp_neg" else 0)

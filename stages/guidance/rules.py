@@ -110,7 +110,8 @@ def csd(eps_y: Tensor, eps_0: Tensor, eps_n: Tensor | None = None, negative: flo
 def nfsd(eps_y: Tensor, eps_0: Tensor, eps_n: Tensor, scale: float, low_noise: Tensor) -> Tensor:
     """Noise-free score distillation (arXiv 2310.17590 eq. 8): delta_D + s delta_C.
 
-    delta_C = eps_y - eps_0; delta_D = eps_0 where `low_noise` [B] bool (t < 200 of 1000), else eps_0 - eps_n.
+    delta_C = eps_y - eps_0; delta_D = eps_0 where `low_noise` [B] bool (t < 200 of Stable Diffusion's 1000, or what is
+    as noisy on another schedule), else eps_0 - eps_n.
     """
     delta_d = torch.where(per_sample(low_noise, eps_0).bool(), eps_0, eps_0 - eps_n)
     return delta_d + scale * (eps_y - eps_0)

@@ -1,6 +1,10 @@
 """Which timestep a step looks at, and how much it counts.
 
-Fractions are of the schedule: t = 0.02 is timestep 20 of 1000. `progress` in [0, 1] is the share of the stage done.
+Fractions are of the prior's own steps: t = 0.02 is timestep 20 of 1000. They are no noise levels, since priors differ:
+t = 0.5 has alpha_bar 0.28 in Stable Diffusion's schedule, which the papers' numbers are for, 0.49 in the cosine one of
+the pocket prior and of DeepFloyd IF, and 0.10 in Stable Diffusion 3's flow with shift 3, whose t = 0.35 is as noisy as
+0.5 there (configs/flow.yaml). What a paper says of a noise level is looked up by alpha_bar. `progress` in [0, 1] is the
+share of the stage done.
 A timestep schedule is a function (progress, low, high, u [B] in [0, 1), alphas_cumprod [T]) -> t [B] as fractions;
 a weighting is a function alpha_bar [B] -> w_t [B]. Both are chosen by name from a dict.
 """
@@ -12,6 +16,8 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+from stages.guidance.prior import scaled_linear_alphas_cumprod
 
 TimestepSchedule = Callable[[float, float, float, Tensor, Tensor], Tensor]
 
@@ -86,6 +92,17 @@ WEIGHTINGS: dict[str, Callable[[Tensor], Tensor]] = {
     # as much as low noise (the x0 form of SDS, cf. HiFA eq. 6); bounded where the schedule has no signal left
     "x0": lambda alpha_bar: ((1 - alpha_bar) / alpha_bar.clamp_min(1e-3)).sqrt(),
 }
+
+
+def noisier_than_stable_diffusions(fraction: float, alpha_bar: Tensor) -> Tensor:
+    """Whether noise levels alpha_bar [B] lie at or above a fraction of Stable Diffusion's schedule: [B] bool.
+
+    For thresholds that a paper gives as timesteps of that schedule, on the schedule of any prior.
+    """
+    alphas_cumprod = scaled_linear_alphas_cumprod().double()
+    k = math.ceil(fraction * len(alphas_cumprod) - 1e-9)
+    # halfway to the step before: folders' own rounding moves no timestep across
+    return alpha_bar.double() < (alphas_cumprod[k - 1] + alphas_cumprod[k]) / 2
 
 
 def to_index(fraction: Tensor, low: float, high: float, steps: int) -> Tensor:

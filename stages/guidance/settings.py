@@ -1,4 +1,8 @@
-"""How a stage is guided: the rule, its schedule and its cures, as settings."""
+"""How a stage is guided: the rule, its schedule and its cures, as settings.
+
+All t, in ranges, caps, annealing and ism_delta, are fractions of the prior's own schedule; schedules.py says what that
+means for priors whose steps are not as noisy as Stable Diffusion's.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +27,9 @@ class GuidanceSettings(BaseModel):
         "sds", description="w(t): sigma^2, 1, alpha sigma^2, or sigma / alpha (the residual in x0)"
     )
     timesteps: Literal["uniform", "linear", "sqrt", "dreamtime"] = Field("uniform", description="how t is chosen")
-    t_range: Fraction = Field((0.02, 0.98), description="lowest and highest t as fractions of the schedule")
+    t_range: Fraction = Field(
+        (0.02, 0.98), description="lowest and highest t as fractions of the prior's steps, whose noise differs by prior"
+    )
     t_min_end: float | None = Field(None, ge=0, le=1, description="lowest t at the end of annealing; none: constant")
     t_max_end: float | None = Field(0.5, ge=0, le=1, description="highest t at the end of annealing; none: constant")
     t_anneal: Fraction = Field((0.0, 0.5), description="shares of the stage between which the t range is annealed")

@@ -3,8 +3,8 @@
 VSD (ProlificDreamer, arXiv 2305.16213) puts eps_phi(z_t; t, y, c), the noise that a model of the present renders sees,
 where SDS has the added noise. eps_phi is the prior's own network, UNet or transformer, either with low-rank terms on
 its attention (LoRA, Hu et al. 2021: y = W x + U D x) or copied whole, and is told the camera c by a term added to the
-embedding of the time. Both terms begin at zero, so eps_phi begins as the prior under the prompt. Plain denoising of
-renders trains it (eq. 8).
+embedding of the time. Both terms begin at zero, so eps_phi begins as the prior under the prompt, and under what a
+prior with a camera part is told of the views. Plain denoising of renders trains it (eq. 8).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from stages.cameras import Views
 from stages.errors import UserError
-from stages.guidance.prior import add_noise
+from stages.guidance.prior import ViewContext, add_noise
 
 # diffusers' names: what LoRA changes, and where the time is embedded, with the layer that gives the embedding's width
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
@@ -47,7 +47,8 @@ class RenderScore:
     """eps_phi: predicts the noise on renders and learns from them. Its whole state is in state_dict().
 
     Args:
-        prior: a prior with `unet`, its network, `noise(network, z_t, t, embedding)`, `device` and `prediction`.
+        prior: a prior with `unet`, its network, `noise(network, z_t, t, embedding, **conditions)`,
+            `conditions(embedding, context)`, `device` and `prediction`.
         settings: kind and learning. generator: a CPU generator, read for the first weights only.
     Raises: UserError for a prior whose network cannot learn.
     """
@@ -98,19 +99,35 @@ class RenderScore:
 
         time.register_forward_hook(hook)
 
-    def _noise(self, z_t: Tensor, t: Tensor, embedding: Tensor, camera: Tensor) -> Tensor:
+    def noise(
+        self, z_t: Tensor, t: Tensor, embedding: Tensor, camera: Tensor, context: ViewContext | None = None
+    ) -> Tensor:
+        """eps_phi [B, C, h, w] of noisy renders z_t at t [B] under embeddings and cameras [B, 13].
+
+        context: what the prior itself is told of the views; None where they are not known. Not differentiable in: it.
+        """
+        told = self.prior.conditions(embedding, context)
         self._active, self._camera = True, camera
         try:
-            return self.prior.noise(self.unet, z_t, t, embedding)
+            return self.prior.noise(self.unet, z_t, t, embedding, **told)
         finally:
             self._active, self._camera = False, None
 
     @torch.no_grad()
-    def predict(self, z_t: Tensor, t: Tensor, embedding: Tensor, camera: Tensor) -> Tensor:
-        """eps_phi [B, C, h, w] of noisy renders z_t at t [B] under embeddings and cameras [B, 13]."""
-        return self._noise(z_t, t, embedding, camera.to(self.device))
+    def predict(
+        self, z_t: Tensor, t: Tensor, embedding: Tensor, camera: Tensor, context: ViewContext | None = None
+    ) -> Tensor:
+        """:meth:`noise` without gradients."""
+        return self.noise(z_t, t, embedding, camera.to(self.device), context)
 
-    def train(self, x: Tensor, embedding: Tensor, camera: Tensor, generator: torch.Generator) -> float:
+    def train(
+        self,
+        x: Tensor,
+        embedding: Tensor,
+        camera: Tensor,
+        generator: torch.Generator,
+        context: ViewContext | None = None,
+    ) -> float:
         """Eq. 8: Adam steps of ||eps_phi - eps||^2 on renders x [B, C, h, w], t uniform over the schedule.
 
         The error is weighed as the prior's own prediction type weighs it, and summed over a sample, which keeps half
@@ -124,7 +141,8 @@ class RenderScore:
             shown = (torch.rand(len(x), generator=generator) >= s.camera_drop).to(camera)
             alpha_bar = self.prior.alphas_cumprod[t]
             with torch.enable_grad():
-                noise = self._noise(add_noise(x, eps, alpha_bar), t, embedding, (camera * shown[:, None]).to(x))
+                seen = (camera * shown[:, None]).to(x)
+                noise = self.noise(add_noise(x, eps, alpha_bar), t, embedding, seen, context)
                 square = (noise - eps).square().flatten(1)
                 weight = native_weight(alpha_bar, self.prior.prediction).to(square)
                 loss = (weight * square.sum(1)).mean()
@@ -204,9 +222,20 @@ def check_trainable(prior: Any, settings: VsdSettings) -> None:
         raise UserError(what, "it has no network that could learn the score of the renders", fix)
     if time_module(network) is None or not attention_layers(network):
         raise UserError(what, f"its {type(network).__name__} lacks a time embedding or attention to change", fix)
-    if getattr(getattr(prior, "settings", None), "offload", "none") != "none":
+    offload = getattr(getattr(prior, "settings", None), "offload", "none")
+    check_loading(prior.name, settings, offload, next(network.parameters()).dtype)
+
+
+def check_loading(name: str, settings: VsdSettings, offload: str, dtype: torch.dtype) -> None:
+    """Raise UserError for a way of loading the prior called `name` that leaves nothing to learn on.
+
+    Args:
+        offload, dtype: of its network, as DiffusionSettings and plan.network_dtype have them.
+    """
+    what = f"rule=vsd does not fit the prior {name}"
+    if offload != "none":
         raise UserError(what, "its weights leave the device after each block", "set prior.diffusion.offload=none")
-    if settings.model == "copy" and next(network.parameters()).dtype != torch.float32:
+    if settings.model == "copy" and dtype != torch.float32:
         raise UserError(
             what,
             "vsd.model=copy trains every weight of the network, which half precision is too coarse for",
