@@ -13,6 +13,7 @@ from stages.errors import UserError
 if TYPE_CHECKING:
     from torch import Tensor
 
+CHECKPOINT = "checkpoint.safetensors"  # its name in the folder of its stage
 _META = "pipeline"  # the one metadata entry of a checkpoint: JSON
 _HEADER = 100_000_000  # bytes: the longest header that the format allows
 
@@ -37,45 +38,47 @@ def save_checkpoint(path: Path, state: dict[str, Tensor], meta: dict[str, Any]) 
     write_whole(path, save(tensors, metadata={_META: json.dumps(meta)}))
 
 
-def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def load_checkpoint(path: Path, fix: str | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read what save_checkpoint wrote. Raises UserError where the file is cut short, altered or something else.
 
     The file is opened once and read whole: a run that replaces it meanwhile is never seen half.
+    Args:
+        fix: what helps then; None for a checkpoint that resuming makes again once it is removed.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load
 
     data = path.read_bytes()
-    meta = _meta(path, data)
+    meta = _meta(path, data, fix)
     try:
         state = load(data)
     except SafetensorError as error:
-        raise _damaged(path, str(error)) from None
+        raise _damaged(path, str(error), fix) from None
     if meta.get("crc32") != _checksum(state):
-        raise _damaged(path, "its checksum does not match its contents")
+        raise _damaged(path, "its checksum does not match its contents", fix)
     return state, meta
 
 
-def read_meta(path: Path) -> dict[str, Any]:
-    """The meta of a checkpoint alone: step, steps, seconds, phases."""
+def read_meta(path: Path, fix: str | None = None) -> dict[str, Any]:
+    """The meta of a checkpoint alone: step, steps, seconds, phases, and lineage.py's; `fix` as for load_checkpoint."""
     with path.open("rb") as file:
         length = file.read(8)
-        return _meta(path, length + file.read(min(int.from_bytes(length, "little"), _HEADER)))
+        return _meta(path, length + file.read(min(int.from_bytes(length, "little"), _HEADER)), fix)
 
 
-def _meta(path: Path, data: bytes) -> dict[str, Any]:
+def _meta(path: Path, data: bytes, fix: str | None) -> dict[str, Any]:
     """The meta in a safetensors header: its length in eight bytes, little end first, then JSON."""
     end = 8 + int.from_bytes(data[:8], "little")
     if len(data) < max(end, 9):
-        raise _damaged(path, "the file is cut short")
+        raise _damaged(path, "the file is cut short", fix)
     try:
         return json.loads(json.loads(data[8:end])["__metadata__"][_META])
     except (ValueError, KeyError, TypeError) as error:
-        raise _damaged(path, str(error) or type(error).__name__) from None
+        raise _damaged(path, str(error) or type(error).__name__, fix) from None
 
 
-def _damaged(path: Path, why: str) -> UserError:
-    fix = f"remove it and `pipeline resume {path.parent.parent}` starts its stage again from the beginning"
+def _damaged(path: Path, why: str, fix: str | None) -> UserError:
+    fix = fix or f"remove it and `pipeline resume {path.parent.parent}` starts its stage again from the beginning"
     return UserError(f"damaged checkpoint {path}", why.strip().split("\n")[0], fix)
 
 

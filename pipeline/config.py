@@ -8,7 +8,6 @@ and the nearest name, before any work is done.
 
 from __future__ import annotations
 
-import difflib
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -16,8 +15,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 
 from pipeline.clips import anchored
-from pipeline.export.settings import ExportSettings
+from pipeline.export.settings import ExportSettings, split_commas
 from pipeline.layers import Layer, from_file, from_flags, from_overrides, from_recipe, merge, validate
+from pipeline.recipes import find_recipe
 from stages.clip_mesh import ClipMeshSettings
 from stages.coarse import CoarseSettings
 from stages.errors import UserError
@@ -37,10 +37,6 @@ StageName = Literal["coarse", "fine", "clipmesh"]
 _SOURCES = "pocket, reference, a diffusers folder or a hub id"
 
 
-def _split_commas(value: Any) -> Any:
-    return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
-
-
 class PriorSettings(BaseModel):
     """Which diffusion prior, or which CLIP, each stage listens to."""
 
@@ -49,9 +45,9 @@ class PriorSettings(BaseModel):
     coarse: str = Field("pocket", min_length=1, description=f"{_SOURCES}; or a CLIP: clip:pocket, clip:FOLDER")
     fine: str = Field("pocket", min_length=1, description=f"{_SOURCES}; or a CLIP: clip:pocket, clip:FOLDER")
     clipmesh: str = Field("clip:pocket", min_length=1, description=f"clip:pocket, clip:FOLDER; or {_SOURCES}")
-    lora: str | None = Field(None, min_length=1, description="LoRA or DreamBooth weights, a safetensors file")
-    lora_scale: float = Field(1.0, description="strength of a LoRA; 1 as it was trained")
-    lora_stages: Annotated[list[StageName], BeforeValidator(_split_commas)] = Field(
+    lora: str | None = Field(None, min_length=1, description="LoRA or DreamBooth weights: safetensors file or folder")
+    lora_scale: float = Field(1.0, description="strength of the LoRA; 1 as it was trained")
+    lora_stages: Annotated[list[StageName], BeforeValidator(split_commas)] = Field(
         ["coarse", "fine"], description="stages whose prior takes the LoRA"
     )
     diffusion: DiffusionSettings = Field(default_factory=DiffusionSettings)
@@ -81,7 +77,7 @@ class Config(BaseModel):
     negative: str = Field("", description="what to move away from; empty: the unconditional model")
     seed: int = Field(0, ge=0, lt=2**31, description="same seed, same device: same bytes")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes CUDA where torch finds it")
-    stages: Annotated[list[StageName], BeforeValidator(_split_commas)] = Field(
+    stages: Annotated[list[StageName], BeforeValidator(split_commas)] = Field(
         ["coarse", "fine"], min_length=1, description="stages to run, in their order"
     )
     from_run: str | None = Field(None, description="run folder whose finished stage this run starts from")
@@ -139,7 +135,7 @@ def load_config(name: str | None, overrides: list[str], flags: dict[str, Any]) -
 def _own_recipe(given: dict[str, Any]) -> str | None:
     """The recipe that a run without --config takes, by what it starts from; None for that run's own settings."""
     stages, fine = given.get("stages"), given.get("fine")
-    first = _split_commas(stages)[0] if isinstance(stages, str | list) and stages else STAGES[0]
+    first = split_commas(stages)[0] if isinstance(stages, str | list) and stages else STAGES[0]
     if given.get("from_run") is not None:
         return "edit" if first == "coarse" else None
     if first != "fine":
@@ -173,6 +169,10 @@ def _anchored(config: Config) -> Config:
     folders |= {k: anchored(v) for k, v in sources.items() if k not in folders}
     if config.prior.lora is not None:
         folders["lora"] = str(Path(config.prior.lora).expanduser().absolute())
+    vae = config.prior.diffusion.autoencoder
+    if vae is not None and Path(vae).expanduser().is_dir():  # what is no folder is a hub id
+        vae = str(Path(vae).expanduser().absolute())
+    folders["diffusion"] = config.prior.diffusion.model_copy(update={"autoencoder": vae})
     mesh, source = config.reference.mesh, config.from_run
     return config.model_copy(
         update={
@@ -181,30 +181,4 @@ def _anchored(config: Config) -> Config:
             "from_run": source and str(Path(source).expanduser().absolute()),
             "init_mesh": config.init_mesh and str(Path(config.init_mesh).expanduser().absolute()),
         }
-    )
-
-
-def recipes() -> dict[str, Path]:
-    """The recipes that come with the toolkit: configs/ of a checkout, or their copy inside an installed package."""
-    here = Path(__file__).resolve().parent
-    installed = here / "_configs"
-    folder = installed if installed.is_dir() else here.parent / "configs"
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
-
-
-def find_recipe(name: str) -> Path:
-    """A recipe by its name, or a YAML file by its path."""
-    known = recipes()
-    if name in known:
-        return known[name]
-    path = Path(name).expanduser()
-    if path.is_file():
-        return path
-    if path.is_dir() and (path / "config.yaml").is_file():
-        return path / "config.yaml"
-    near = difflib.get_close_matches(name, known, 1)
-    raise UserError(
-        f"--config {name}: no such recipe or file",
-        f"recipes: {', '.join(known) or 'none'}",
-        f"did you mean {near[0]}?" if near else "give one of these names, or the path of a YAML file",
     )

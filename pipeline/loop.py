@@ -12,12 +12,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from pipeline.checkpoint import load_checkpoint, save_checkpoint
+from pipeline.checkpoint import CHECKPOINT, load_checkpoint, save_checkpoint
 from pipeline.config import STAGES
 from pipeline.errors import Interrupted
 from pipeline.export.files import write_whole
 from pipeline.export.surface import png_bytes
 from pipeline.interrupt import StopRequest
+from pipeline.lineage import check_upstream, lineage
 from pipeline.memory import forecast
 from pipeline.priors import build_guidance
 from stages.errors import UserError
@@ -28,8 +29,6 @@ if TYPE_CHECKING:
 
     from pipeline.run import Run
     from stages.stage import Asset, Stage
-
-CHECKPOINT = "checkpoint.safetensors"
 
 
 def make_stage(
@@ -68,6 +67,8 @@ class StageLoop:
         (self._folder / "previews").mkdir(parents=True, exist_ok=True)
         self._opened = time.perf_counter()
         state, meta = load_checkpoint(self._path) if self._path.exists() else (None, {"step": 0})
+        check_upstream(run.folder, run.config, name, meta)  # a stage before it may have been made again just now
+        self._lineage = lineage(run.folder, run.config, name)
         self._phases, self._seconds = meta.get("phases", {}), meta.get("seconds", 0.0)
         run.metrics.rewind(name, meta["step"], STAGES[STAGES.index(name) + 1 :])
         run.progress.note(f"{name}: loading the prior {getattr(run.config.prior, name)}")
@@ -106,11 +107,7 @@ class StageLoop:
             self._stop.gentle = False
 
     def _finish(self, stage: Stage) -> Asset:
-        try:
-            asset = self._timed("finish", stage.finish)
-        except UserError as error:
-            pictures = self._folder / "previews"
-            raise UserError(error.what, error.why, f"{error.fix}\nthe previews are in {pictures}") from error
+        asset = self._timed("finish", lambda: self._run.finish(self._name, stage))
         self._join()
         self._note(stage)
         return asset
@@ -140,7 +137,7 @@ class StageLoop:
     def _write(self, stage: Stage) -> None:
         self._run.metrics.flush(durable=True)
         seconds, phases = self._spent(stage)
-        meta = {"stage": self._name, "step": stage.step_index, "steps": stage.steps}
+        meta = {"stage": self._name, "step": stage.step_index, "steps": stage.steps} | self._lineage
         save_checkpoint(self._path, stage.state_dict(), meta | {"seconds": seconds, "phases": phases})
 
     def _note(self, stage: Stage) -> None:

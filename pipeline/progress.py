@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from pipeline.record import memory_mb
+from pipeline.record import memory_mb, peak_gpu_memory_mb
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -109,11 +109,13 @@ class StageProgress:
 
     def _facts(self, done: int, headline: str) -> dict[str, str]:
         speed = self._speed(done)
-        memory = memory_mb()
+        host, gpu = memory_mb(), peak_gpu_memory_mb()
+        memory = [] if host is None else [f"{host / 1024:.1f} GB"]
+        memory += [] if gpu is None else [f"GPU peak {gpu / 1024:.1f} GB"]
         return {
             "speed": "" if speed == 0 else f"{speed:.2f} it/s" if speed >= 1 else f"{1 / speed:.1f} s/it",
             "left": f"{duration((self.steps - done) / speed)} left" if speed else "",
-            "memory": "" if memory is None else f"{memory / 1024:.1f} GB",
+            "memory": ", ".join(memory),
             "headline": headline,
         }
 

@@ -2,6 +2,9 @@
 
 RUN/config.yaml   every setting, can be given to --config        RUN/run.json      machine, versions, times, status
 RUN/metrics.jsonl one line per step                              RUN/<stage>/      checkpoint.safetensors, previews/
+
+On CUDA the seconds of run.json's phases are those of the launches (each session's `phase_clock` says so): nothing waits
+for the device at their ends, which would slow the run. `pipeline run --profile` waits.
 """
 
 from __future__ import annotations
@@ -25,6 +28,11 @@ from pipeline.export.files import write_whole
 from stages.errors import UserError
 
 MIN_FREE_MB = 300  # checkpoints of both stages with a 128^3 grid, written beside their predecessors, and the exports
+_CLOCKS = {  # what the seconds of run.json's phases are, by device
+    "cpu": "the host's",
+    "cuda": "the host's, without waiting for the GPU: a phase's seconds are those of its launches, and what the GPU "
+    "has yet to do then counts in the phase that waits next; the seconds of a stage are whole",
+}
 _PACKAGES = ("torch", "numpy", "numba", "warp-lang", "diffusers", "transformers", "safetensors", "xatlas")
 
 
@@ -125,7 +133,7 @@ class Record:
             self.data |= read_json(self._path, fix)
 
     def open_session(self, device: dict[str, Any], kernels: dict[str, str], **facts: Any) -> None:
-        """Note machine, versions and the backend of each family of kernels; earlier sessions keep theirs."""
+        """Note machine, versions, each kernel family's backend and the phases' clock; earlier sessions keep theirs."""
         session = {
             "started": _now(),
             "pipeline": __version__,
@@ -133,6 +141,7 @@ class Record:
             "python": platform.python_version(),
             "platform": platform.platform(),
             "device": device,
+            "phase_clock": _CLOCKS.get(device.get("type"), _CLOCKS["cpu"]),
             "kernels": kernels,
             "versions": {name: _version(name) for name in _PACKAGES},
         }
@@ -143,9 +152,10 @@ class Record:
     def save(self, **changes: Any) -> None:
         self.data |= changes
         self.data["sessions"][-1]["ended"] = _now()
-        peaks = [s.get("peak_memory_mb") or 0 for s in self.data["sessions"][:-1]]
-        self.data["sessions"][-1]["peak_memory_mb"] = peak_memory_mb()
-        self.data["peak_memory_mb"] = max([*peaks, peak_memory_mb() or 0]) or None
+        for name, peak in {"peak_memory_mb": peak_memory_mb(), "peak_gpu_memory_mb": peak_gpu_memory_mb()}.items():
+            earlier = [session.get(name) or 0 for session in self.data["sessions"][:-1]]
+            self.data["sessions"][-1][name] = peak
+            self.data[name] = max([*earlier, peak or 0]) or None
         write_whole(self._path, (json.dumps(self.data, indent=2, ensure_ascii=False) + "\n").encode())
 
 
@@ -213,6 +223,17 @@ def peak_memory_mb() -> float | None:
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return round(peak / (2**20 if sys.platform == "darwin" else 1024), 1)
+
+
+def peak_gpu_memory_mb() -> float | None:
+    """Highest memory of this process's tensors on the GPU in MB, as torch's allocator counts it; None without a GPU.
+
+    The driver's own share and what kernels take beside torch are not in it.
+    """
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return None
+    return round(torch.cuda.max_memory_allocated() / 2**20, 1)
 
 
 def git_revision() -> str | None:

@@ -1,21 +1,16 @@
-"""From a stage's asset to the mesh that is written: the coarse stage's density is given a surface first."""
+"""From a stage's asset to the mesh that is written, and what run.json tells of it."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from stages.errors import UserError
-from stages.phases import phase
 
 if TYPE_CHECKING:
-    import torch
-
     from pipeline.export.settings import ExportSettings
+    from stages.mesh.initialise import InitialiseSettings
     from stages.mesh.mesh import Mesh
     from stages.stage import Asset
-
-_COARSE_LATTICE = 64  # cells a side: twice finer than a 64x64 render resolves
 
 
 def check_formats(text: str) -> list[str]:
@@ -31,35 +26,21 @@ def check_formats(text: str) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def finished_mesh(asset: Asset, settings: ExportSettings, device: torch.device, facts: dict[str, Any]) -> Mesh:
+def finished_mesh(
+    asset: Asset, settings: ExportSettings, initialise: InitialiseSettings, facts: dict[str, Any]
+) -> Mesh:
     """The mesh that leaves the toolkit: cleaned, decimated, unwrapped, baked.
 
     Args:
+        initialise: the fine stage's settings of how a density gets a surface; where the coarse stage was the last, its
+            density gets the one that the fine stage would start from, on a lattice of its own.
         facts: filled with what run.json tells of the export: seconds by phase, the mesh report, how it was unwrapped.
     """
     from pipeline.export.finalise import finalise
 
-    times: dict[str, float] = {}
-    with phase("extract", times):
-        if asset.mesh is None:
-            asset = replace(asset, mesh=_surface(asset, device))
     notes: dict[str, Any] = {}
-    mesh = finalise(asset, settings, notes=notes)
-    times |= notes.pop("times")
+    mesh = finalise(asset, settings, initialise=initialise, notes=notes)
+    times = notes.pop("times")
     facts |= notes | {"report": notes["report"].as_dict()}
     facts["phases"] = {phase: round(seconds, 3) for phase, seconds in times.items()}
     return mesh
-
-
-def _surface(asset: Asset, device: torch.device) -> Mesh:
-    """The level set of the density that the fine stage would start from."""
-    import torch
-
-    from stages.mesh.initialise import dmtet_from_density
-    from stages.mesh.mesh import Mesh
-    from stages.mesh.tetrahedra import Lattice
-
-    tets, _ = dmtet_from_density(asset.density, Lattice(_COARSE_LATTICE), device=device)
-    with torch.no_grad():
-        surface = tets.surface()
-    return Mesh(surface.vertices.cpu().numpy(), surface.faces.cpu().numpy())

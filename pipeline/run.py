@@ -9,18 +9,20 @@ from __future__ import annotations
 
 import contextlib
 import gc
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.checkpoint import load_checkpoint, read_meta
+from pipeline.checkpoint import CHECKPOINT, load_checkpoint, read_meta
 from pipeline.config import Config, read_config
 from pipeline.errors import Interrupted
 from pipeline.export.files import write_whole
 from pipeline.interrupt import StopRequest
 from pipeline.layers import dump
-from pipeline.loop import CHECKPOINT, StageLoop, make_stage
+from pipeline.lineage import COARSE, afresh, check_run, check_upstream, remedy, upstream_of
+from pipeline.loop import StageLoop, make_stage
 from pipeline.memory import explain_shortage
-from pipeline.priors import check_priors
+from pipeline.priors import check_priors, notices
 from pipeline.progress import Progress, duration
 from pipeline.record import Lock, Metrics, Record, check_disk, new_folder, open_folder
 from pipeline.results import check_formats, finished_mesh
@@ -33,7 +35,7 @@ if TYPE_CHECKING:
     import torch
 
     from pipeline.profile import Profile
-    from stages.stage import Asset
+    from stages.stage import Asset, Stage
 
 
 def start_run(
@@ -47,6 +49,8 @@ def start_run(
     start = check_start(config)
     folder = new_folder(out, config.prompt, config.seed)
     progress.note(f"run folder {folder}" + (f"; {start.said}" if start.said else ""))
+    for notice in notices(config):
+        progress.note(notice)
     with Lock(folder):
         start.write(folder)
         write_whole(folder / "config.yaml", dump(config).encode())
@@ -66,6 +70,7 @@ def resume_run(folder: Path, progress: Progress | None = None) -> None:
         if record.data.get("status") == "finished" and not missing:
             progress.note(f"{folder} is finished: {', '.join(record.data['outputs'])}")
             return
+        check_run(folder, config)
         progress.note(f"resuming {folder}")
         Run(folder, config, choose_device(config.device), progress).go()
 
@@ -78,6 +83,7 @@ def export_run(folder: Path, formats: str, out: Path | None = None, progress: Pr
     progress = progress or Progress()
     names = check_formats(formats)
     config = read_config(open_folder(folder))
+    check_run(folder, config)
     target = out or folder
     check_disk(target)
     target.mkdir(parents=True, exist_ok=True)
@@ -85,7 +91,7 @@ def export_run(folder: Path, formats: str, out: Path | None = None, progress: Pr
         run = Run(folder, config, choose_device(config.device), progress)
         with selected(run.kernels), progress.announce_compilation():
             asset = run.restore(config.stages[-1])
-            mesh = finished_mesh(asset, config.export, run.device, {})
+            mesh = finished_mesh(asset, config.export, config.fine.initialise, {})
         for path in write_formats(in_own_place(mesh, asset), target, names):
             progress.note(f"wrote {path}")
 
@@ -108,6 +114,7 @@ class Run:
         self.folder, self.config, self.device, self.progress = folder, config, device, progress
         self.record, self.metrics = Record(folder), Metrics(folder)
         self.kernels = resolve(config.kernels, device)
+        self._stuck = False  # a stage took all its steps and made nothing to hand on: resuming would end there again
 
     def go(self) -> None:
         """Take every stage that is not finished, then write the files."""
@@ -132,7 +139,7 @@ class Run:
         except BaseException as error:
             with contextlib.suppress(OSError, UserError):  # a full disk must not hide its own message
                 self.record.save(status="failed", error=f"{type(error).__name__}: {error}")
-            if self.record.data["stages"]:
+            if self.record.data["stages"] and not self._stuck:
                 self.progress.note(f"what was done is kept; to go on after mending: pipeline resume {self.folder}")
             raise
         self.record.data.pop("error", None)
@@ -142,7 +149,7 @@ class Run:
     def saved_step(self, name: str) -> int | None:
         """The step of a stage's checkpoint, None without one."""
         path = self.folder / name / CHECKPOINT
-        return read_meta(path)["step"] if path.exists() else None
+        return read_meta(path, remedy(self.folder, self.config, name))["step"] if path.exists() else None
 
     def finished(self, name: str) -> bool:
         """Whether the stage's checkpoint has come to the last step of the configuration."""
@@ -151,31 +158,57 @@ class Run:
 
     def _before(self, name: str) -> Asset | None:
         """What a stage of this run starts from; None for nothing."""
-        config = self.config
-        if name == "fine" and ("coarse" in config.stages or config.from_run is not None):
+        if upstream_of(self.config, name) == COARSE:
             return self.restore("coarse")
-        return load_start(self.folder, config, self.device) if name == config.stages[0] else None
+        return load_start(self.folder, self.config, self.device) if name == self.config.stages[0] else None
 
     def restore(self, name: str) -> Asset:
         """The asset of a stage from its checkpoint, without its prior."""
         if not self.finished(name):
-            wanted = getattr(self.config, name).steps
-            raise UserError(
-                f"{name} is not finished in {self.folder}",
-                f"it stands at step {self.saved_step(name) or 0} of {wanted}",
-                f"pipeline resume {self.folder}",
-            )
+            wanted, step = getattr(self.config, name).steps, self.saved_step(name) or 0
+            fix = f"pipeline resume {self.folder}"
+            if name not in self.config.stages:  # a copy of another run's, which resuming does not take further
+                back = f"set {name}.steps={step} again in its config.yaml"
+                fix = back if step else afresh(self.folder, self.config)
+            raise UserError(f"{name} is not finished in {self.folder}", f"it stands at step {step} of {wanted}", fix)
         with phase(name), phase("restore"):
             return self._restore(name)
 
     def _restore(self, name: str) -> Asset:
-        state, meta = load_checkpoint(self.folder / name / CHECKPOINT)
+        path = self.folder / name / CHECKPOINT
+        state, meta = load_checkpoint(path, remedy(self.folder, self.config, name))
+        if name in self.config.stages:
+            check_upstream(self.folder, self.config, name, meta)
         self.progress.note(f"{name}: restoring its result")
         if name in self.config.stages and name not in self.record.data["stages"]:  # killed before it was noted
             self.record.data["stages"][name] = {key: meta[key] for key in ("step", "steps", "seconds", "phases")}
         stage = make_stage(name, getattr(self.config, name), None, self.device, self.config.seed, self._before(name))
         stage.load_state_dict(state)
-        return stage.finish()
+        return self.finish(name, stage)
+
+    def finish(self, name: str, stage: Stage) -> Asset:
+        """What a stage hands on after its last step; where that is nothing of use, says how to get something.
+
+        Its checkpoint holds the last step, so resuming would only come to the same end.
+        """
+        try:
+            return stage.finish()
+        except UserError as error:
+            self._stuck = True
+            raise UserError(error.what, error.why, "\n".join([error.fix, *self._ways_on(name, error.fix)])) from error
+
+    def _ways_on(self, name: str, fix: str) -> Iterator[str]:
+        config = self.folder / "config.yaml"
+        if name not in self.config.stages:
+            yield f"its coarse stage is that of {self.config.from_run}: make another run and give that to --from"
+            return
+        if upstream_of(self.config, name) == COARSE:
+            yield f"from the same coarse object: pipeline run --stages fine --from {self.folder} KEY=VALUE --out FOLDER"
+        else:
+            yield f"anew, with other settings: pipeline run --config {config} KEY=VALUE --out FOLDER"
+        if f"{name}.steps" in fix:
+            yield f"for more steps alone: raise {name}.steps in {config}, then pipeline resume {self.folder}"
+        yield f"the previews are in {self.folder / name / 'previews'}"
 
     def _take(self, name: str, previous: Asset | None, stop: StopRequest) -> Asset:
         loop = StageLoop(self, name, stop)
@@ -196,7 +229,7 @@ class Run:
         self.progress.note("export: cleaning, unwrapping, baking, turning")
         written: dict[str, float] = {}
         with phase("export"):
-            mesh = finished_mesh(asset, self.config.export, self.device, facts)
+            mesh = finished_mesh(asset, self.config.export, self.config.fine.initialise, facts)
             with phase("write", written):
                 paths = write_results(mesh, self.folder, self.config.export, in_own_place(mesh, asset))
         facts["phases"]["write"] = round(written["write"], 3)
@@ -207,6 +240,8 @@ class Run:
         parts = [f"{name} {duration(facts['seconds'])}" for name, facts in stages.items()]
         memory = self.record.data.get("peak_memory_mb")
         parts += [f"peak memory {memory / 1024:.1f} GB"] if memory else []
+        gpu = self.record.data.get("peak_gpu_memory_mb")
+        parts += [f"of the GPU {gpu / 1024:.1f} GB"] if gpu else []
         return f"done: {self.folder / self.record.data['outputs'][0]}  ({', '.join(parts)})"
 
 

@@ -17,7 +17,7 @@ from pipeline import loop
 from pipeline.checkpoint import load_checkpoint, read_meta, save_checkpoint
 from pipeline.config import read_config
 from pipeline.export.surface import GENERATOR
-from pipeline.loop import CHECKPOINT
+from pipeline.lineage import COARSE, EDITED, GIVEN, afresh, check_settings, made_with, remedy, upstream_of
 from pipeline.record import open_folder
 from stages.errors import UserError
 
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from stages.mesh.mesh import Mesh
     from stages.stage import Asset
 
-START, MESH = "start", "mesh.safetensors"
 _PARTS = ("vertices", "faces", "colours", "uv", "uv_faces", "texture")
 
 
@@ -55,8 +54,7 @@ class Start:
 
             parts = {name: getattr(self.mesh, name) for name in _PARTS}
             state = {name: torch.from_numpy(part.copy()) for name, part in parts.items() if part is not None}
-            (folder / START).mkdir(exist_ok=True)
-            save_checkpoint(folder / START / MESH, state, {"up": self.up})
+            save_checkpoint(folder / GIVEN, state, {"up": self.up})
 
 
 def check_start(config: Config) -> Start:
@@ -81,16 +79,19 @@ def check_start(config: Config) -> Start:
                 "its coarse stage was made with other settings and is not made again",
                 f"leave coarse.* as in {source / 'config.yaml'}",
             )
-        return Start({f"coarse/{CHECKPOINT}": source / "coarse" / CHECKPOINT})
-    for name in ("field", "background.hidden", "occupancy.resolution"):
-        if _at(theirs.coarse, name) != _at(config.coarse, name):
+        if meta["step"] < config.coarse.steps:  # raised in its config.yaml since
             raise UserError(
-                f"coarse.{name} differs from {source}",
-                f"its field has another shape ({_at(theirs.coarse, name)}) and cannot be gone on with",
-                f"leave coarse.{name} as in {source / 'config.yaml'}",
+                f"--from {source} has not taken all its coarse steps",
+                f"its config.yaml asks for {config.coarse.steps}, it stands at step {meta['step']}",
+                f"set coarse.steps={meta['step']} there, or go on with it first: pipeline resume {source}",
             )
+    # A checkpoint that does not say what it was made with is taken at its config.yaml's word.
+    made, back = meta.get("settings") or made_with(theirs, "coarse"), f"as when {source / 'config.yaml'} was written"
+    check_settings(source / COARSE, made, config, "coarse", back)
+    if first == "fine":
+        return Start({COARSE: source / COARSE})
     said = f'coarse goes on from step {meta["step"]} of {source}, "{theirs.prompt}", as "{config.prompt}"'
-    return Start({f"{START}/{CHECKPOINT}": source / "coarse" / CHECKPOINT}, said=said)
+    return Start({EDITED: source / COARSE}, said=said)
 
 
 def _from_mesh(config: Config, first: str) -> Start:
@@ -132,30 +133,25 @@ def _up(path: Path) -> str:
 def _finished_coarse(source: Path) -> tuple[Path, dict[str, Any]]:
     """A run's folder and the meta of its coarse stage. Raises UserError where that is not finished."""
     open_folder(source)
-    path = source / "coarse" / CHECKPOINT
+    path = source / COARSE
     what = f"--from {source} has no finished coarse stage"
     if not path.is_file():
         fix = f"pipeline resume {source}, or another run" if "coarse" in read_config(source).stages else "another run"
         raise UserError(what, f"no {path}", fix)
-    meta = read_meta(path)
+    meta = read_meta(path, remedy(source, read_config(source), "coarse"))
     if meta["step"] < meta["steps"]:
         raise UserError(what, f"it stands at step {meta['step']} of {meta['steps']}", f"pipeline resume {source}")
     return source, meta
 
 
-def _at(settings: Any, name: str) -> Any:
-    for part in name.split("."):
-        settings = getattr(settings, part)
-    return settings
-
-
 def load_start(folder: Path, config: Config, device: torch.device) -> Asset | None:
     """What the first stage of a run starts from, out of its own folder; None for nothing."""
-    if config.init_mesh is not None:
+    file = upstream_of(config, config.stages[0])
+    if file == GIVEN:
         return _given_mesh(folder, config)
-    if config.from_run is None or config.stages[0] != "coarse":
+    if file != EDITED:
         return None
-    state, _ = _loaded(folder, CHECKPOINT)
+    state, _ = _loaded(folder, config, EDITED)
     stage = loop.make_stage("coarse", config.coarse, None, device, config.seed, None)
     stage.load_state_dict(state)
     return stage.finish()
@@ -166,17 +162,16 @@ def _given_mesh(folder: Path, config: Config) -> Asset:
     from stages.mesh.place import place
     from stages.stage import Asset
 
-    state, meta = _loaded(folder, MESH)
+    state, meta = _loaded(folder, config, GIVEN)
     mesh = Mesh(**{name: part.numpy() for name, part in state.items()})
     mesh, placement = place(mesh, config.place, meta["up"])
     return Asset(mesh=mesh, placement=placement)
 
 
-def _loaded(folder: Path, name: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    path = folder / START / name
+def _loaded(folder: Path, config: Config, file: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    path = folder / file
     try:
         return load_checkpoint(path)
     except (UserError, OSError) as error:
         why = error.why if isinstance(error, UserError) else str(error)
-        fix = f"start again: pipeline run --config {folder / 'config.yaml'} --out ANOTHER_FOLDER"
-        raise UserError(f"what {folder} started from is damaged: {path}", why, fix) from None
+        raise UserError(f"what {folder} started from is damaged: {path}", why, afresh(folder, config)) from None

@@ -24,7 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, field_valid
 from torch import Tensor
 
 from stages.cameras import CameraSettings, Views, linear_to_srgb, orbit_views, sample_views
-from stages.descent import Descent
+from stages.descent import Descent, below
 from stages.errors import UserError
 from stages.fields.backdrops import BackdropSettings, random_backdrops
 from stages.kernels.raster import edge_topology
@@ -307,8 +307,7 @@ class ClipMeshStage:
         self._build(start, state["colour_map"], state["normal_map"])
         self.descent.load_state_dict(state)
         if hasattr(self.guidance, "load_state_dict"):
-            own = {k.removeprefix("guidance."): v for k, v in state.items() if k.startswith("guidance.")}
-            self.guidance.load_state_dict(own)
+            self.guidance.load_state_dict(below(state, "guidance"))
 
     @torch.no_grad()
     def finish(self) -> Asset:

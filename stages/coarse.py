@@ -23,12 +23,11 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor, nn
 
 from stages.cameras import CameraSettings, Views, linear_to_srgb, orbit_views, sample_views
-from stages.descent import Descent, fading
-from stages.errors import UserError
+from stages.descent import Descent, below, check_parts, fading
 from stages.fields.backdrops import BackdropSettings, random_backdrops, show_on
 from stages.fields.background import Background, BackgroundSettings, random_background
 from stages.fields.check import check_object
-from stages.fields.hashfield import FieldSettings, HashField
+from stages.fields.hashfield import FieldSettings, HashField, without_gradient
 from stages.fields.occupancy import OccupancyGrid, OccupancySettings
 from stages.phases import phase
 from stages.render.shade import ALBEDO, LAMBERT, ShadingSettings, sample_shading
@@ -112,12 +111,7 @@ class CoarseStage:
         seed: int,
         previous: Asset | None = None,
     ) -> None:
-        if settings.views_per_step % settings.accumulate:
-            raise UserError(
-                "coarse.accumulate does not divide coarse.views_per_step",
-                f"{settings.views_per_step} views cannot be rendered in {settings.accumulate} equal parts",
-                f"set coarse.accumulate to a divisor of {settings.views_per_step}",
-            )
+        check_parts("coarse", settings.views_per_step, settings.accumulate)
         self.settings, self.guidance, self.device = settings, guidance, torch.device(device)
         self.steps, self.step_index, self.times = settings.steps, 0, {}
         self.generator = torch.Generator().manual_seed(seed)
@@ -278,37 +272,25 @@ class CoarseStage:
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Inverse of state_dict; the stage must be freshly constructed with the same settings."""
-
-        def below(prefix: str) -> dict[str, Tensor]:
-            return {k.removeprefix(f"{prefix}."): v for k, v in state.items() if k.startswith(f"{prefix}.")}
-
         self.step_index = int(state["step_index"])
         self.generator.set_state(state["generator"].cpu())
         for name, module in self._modules().items():
-            module.load_state_dict(below(name))
+            module.load_state_dict(below(state, name))
         self._set_progress(self.step_index / self.steps)
         self.descent.load_state_dict(state)
         if hasattr(self.guidance, "load_state_dict"):
-            self.guidance.load_state_dict(below("guidance"))
+            self.guidance.load_state_dict(below(state, "guidance"))
 
     def finish(self) -> Asset:
         """Check that there is one finite object of sensible size and hand it on."""
         self.field.set_progress(1.0)
         check_object(self.field.density, self.device)
-        density = self._without_gradient(self.field.density)
+        density = without_gradient(self.field.density)
         return Asset(density=density, albedo=self.field.albedo, field=self.field, background=self.background)
 
     def _set_progress(self, progress: float) -> None:
         """Coarse-to-fine training; an inherited field keeps all its levels on, or its detail would be gone at once."""
         self.field.set_progress(1.0 if self.edits else progress)
-
-    @staticmethod
-    def _without_gradient(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-        def call(points: Tensor) -> Tensor:
-            with torch.no_grad():
-                return torch.cat([function(part) for part in points.split(1 << 17)])
-
-        return call
 
     def _modules(self) -> dict[str, nn.Module]:
         return {"field": self.field, "background": self.background, "occupancy": self.occupancy}

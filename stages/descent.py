@@ -1,4 +1,5 @@
-"""The optimiser step that the stages share: Adam, a rate for every group, gradients that are not finite left out."""
+"""What the stages' optimisations share: a step of Adam with a rate for every group, which leaves out gradients that are
+not finite; a step's views in equal parts; the part of a saved state that lies below a name."""
 
 from __future__ import annotations
 
@@ -17,6 +18,21 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 def fading(end: float, progress: float) -> float:
     """A factor that falls from 1 to `end` as half a cosine while progress goes from 0 to 1."""
     return end + (1 - end) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def check_parts(stage: str, views: int, parts: int) -> None:
+    """Raise UserError unless the views of a step can be rendered in that many equal parts, `accumulate`."""
+    if views % parts:
+        raise UserError(
+            f"{stage}.accumulate does not divide {stage}.views_per_step",
+            f"{views} views cannot be rendered in {parts} equal parts",
+            f"set {stage}.accumulate to a divisor of {views}",
+        )
+
+
+def below(state: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+    """The entries NAME.KEY of a flat state, by KEY."""
+    return {key.removeprefix(f"{name}."): value for key, value in state.items() if key.startswith(f"{name}.")}
 
 
 class Descent:

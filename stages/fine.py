@@ -25,11 +25,11 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat
 from torch import Tensor
 
 from stages.cameras import CameraSettings, Views, linear_to_srgb, orbit_views, sample_views
-from stages.descent import Descent, fading
+from stages.descent import Descent, below, check_parts, fading
 from stages.errors import UserError
 from stages.fields.background import BackgroundSettings, random_background
 from stages.fields.fit import FitSettings, fit_albedo
-from stages.fields.hashfield import DetailSettings, FieldSettings, HashField
+from stages.fields.hashfield import DetailSettings, FieldSettings, HashField, without_gradient
 from stages.kernels.smoothness import smoothness
 from stages.mesh.clean import drop_floaters
 from stages.mesh.dmtet import DMTet, Surface, from_function
@@ -113,12 +113,7 @@ class FineStage:
     def __init__(
         self, settings: FineSettings, guidance: Guide, device: torch.device, seed: int, previous: Asset | None = None
     ) -> None:
-        if settings.views_per_step % settings.accumulate:
-            raise UserError(
-                "fine.accumulate does not divide fine.views_per_step",
-                f"{settings.views_per_step} views cannot be rendered in {settings.accumulate} equal parts",
-                f"set fine.accumulate to a divisor of {settings.views_per_step}",
-            )
+        check_parts("fine", settings.views_per_step, settings.accumulate)
         self.settings, self.guidance, self.device = settings, guidance, torch.device(device)
         self.previous = previous or Asset()
         self.steps, self.step_index, self.times = settings.steps, 0, {}
@@ -323,24 +318,20 @@ class FineStage:
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Inverse of state_dict; the stage must be freshly constructed with the same settings."""
-
-        def below(prefix: str) -> dict[str, Tensor]:
-            return {k.removeprefix(f"{prefix}."): v for k, v in state.items() if k.startswith(f"{prefix}.")}
-
         s = self.settings
         self.step_index = int(state["step_index"])
         self.generator.set_state(state["generator"].cpu())
-        self.field.load_state_dict(below("field"))
+        self.field.load_state_dict(below(state, "field"))
         self.dmtet = self.locked = None
         if "locked.faces" in state:
             self._lock(state["locked.vertices"].clone(), state["locked.faces"].clone())
         else:
             options = {"deformation": s.deformation, "device": self.device}
-            self.dmtet = DMTet.from_state(Lattice(s.tets), below("dmtet"), **options)
+            self.dmtet = DMTet.from_state(Lattice(s.tets), below(state, "dmtet"), **options)
         self._optimise()
         self.descent.load_state_dict(state)
         if hasattr(self.guidance, "load_state_dict"):
-            self.guidance.load_state_dict(below("guidance"))
+            self.guidance.load_state_dict(below(state, "guidance"))
 
     @torch.no_grad()
     def finish(self) -> Asset:
@@ -360,15 +351,13 @@ class FineStage:
                     f"volume {found.volume:.2g}",
                     "lower fine.lr_sdf, or raise fine.normal_consistency",
                 )
-        mesh.colours = self._albedo(torch.from_numpy(mesh.vertices).to(self.device)).float().cpu().numpy()
+        albedo = without_gradient(self.field.albedo)
+        mesh.colours = albedo(torch.from_numpy(mesh.vertices).to(self.device)).float().cpu().numpy()
         if not np.isfinite(mesh.colours).all():
             raise UserError(
                 "The fine stage ended with broken colours",
                 f"{100 * (1 - np.isfinite(mesh.colours).mean()):.1f} % of them are not numbers",
                 "lower fine.lr_texture; for a half-precision prior set its dtype to float32",
             )
-        return Asset(albedo=self._albedo, field=self.field, mesh=mesh, placement=self.previous.placement, locked=locked)
-
-    @torch.no_grad()
-    def _albedo(self, points: Tensor) -> Tensor:
-        return torch.cat([self.field.albedo(part) for part in points.split(1 << 17)])
+        # `albedo` holds the field alone: the prior, which this stage knows, is not to live on through the export.
+        return Asset(albedo=albedo, field=self.field, mesh=mesh, placement=self.previous.placement, locked=locked)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from stages.coarse import CoarseSettings, CoarseStage
+from stages.descent import below
 from stages.errors import UserError
 from stages.stage import Asset
 
@@ -64,7 +65,8 @@ class ParticleStage:
             )
         self.settings, self.steps, self.times = settings, settings.steps, {}
         share = settings.model_copy(update={"steps": settings.steps // n})
-        self.members = [CoarseStage(share, guidance, device, (seed + 7919 * k) % 2**31) for k in range(n)]
+        seeds = [(seed + 7919 * k) % 2**31 for k in range(n)]
+        self.members = [CoarseStage(share, guidance, device, own, previous) for own in seeds]
         for member in self.members:
             member.times = self.times
         self.agreement = torch.full((n,), float("nan"), dtype=torch.float64)
@@ -104,9 +106,7 @@ class ParticleStage:
         self.agreement = state["agreement"].clone()
         shared = {key: value for key, value in state.items() if key.startswith("guidance.")}
         for k, member in enumerate(self.members):
-            prefix = f"particle{k}."
-            own = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-            member.load_state_dict(own | shared)
+            member.load_state_dict(below(state, f"particle{k}") | shared)
 
     def finish(self) -> Asset:
         """The chosen particle's object, or that of the one the prior agrees with best among those that are objects."""

@@ -1,10 +1,11 @@
-"""Test meshes with known topology: closed forms, and isosurfaces as rough as an optimiser's output."""
+"""Test meshes with known topology: closed forms, and isosurfaces as rough as an optimiser's output; whole lattices."""
 
 from __future__ import annotations
 
 import numpy as np
 
 from stages.mesh.mesh import Mesh
+from stages.mesh.tetrahedra import Lattice
 
 # Kuhn's six tetrahedra of a cube, corners numbered x + 2 y + 4 z; every face diagonal agrees with its neighbour's.
 _KUHN = np.array([[0, 1, 3, 7], [0, 3, 2, 7], [0, 2, 6, 7], [0, 6, 4, 7], [0, 4, 5, 7], [0, 5, 1, 7]])
@@ -122,3 +123,10 @@ def table(resolution: int = 48) -> Mesh:
         return d
 
     return isosurface(sdf, resolution)
+
+
+def all_ids(lattice: Lattice) -> np.ndarray:
+    """Every id of a lattice, sorted; as large as the cube, which the code under test never is."""
+    axes = [np.arange(parity, 2 * lattice.resolution + 1, 2) for parity in (0, 1)]
+    grids = [np.stack(np.meshgrid(a, a, a, indexing="ij"), -1).reshape(-1, 3) for a in axes]
+    return np.sort(lattice.ids(np.concatenate(grids)))

@@ -32,7 +32,7 @@ ALLOWED = {
     "stages.coarse": _STAGE | {"stages.fields", "stages.render", "stages.guidance", "stages.prompts", "stages.stage"},
     "stages.fine": _STAGE | {"stages.fields", "stages.render", "stages.guidance", "stages.prompts", "stages.stage"},
     "stages.clip_mesh": _STAGE | {"stages.fields", "stages.render", "stages.stage"},
-    "stages.particles": _BASE | {"stages.coarse", "stages.stage"},
+    "stages.particles": _BASE | {"stages.coarse", "stages.descent", "stages.stage"},
     "stages.pocket": _SURFACE | {"stages.render", "stages.guidance", "stages.prompts"},
     "pipeline": {"stages"},
     "benchmarks": {"stages", "pipeline"},

@@ -23,8 +23,11 @@ from pipeline.export.settings import ExportSettings
 from pipeline.export.stl import write_stl
 from pipeline.export.surface import srgb_bytes, vertex_colours
 from pipeline.export.write import FORMATS, write_formats, write_results
+from pipeline.results import finished_mesh
 from stages.cameras import srgb_to_linear
 from stages.errors import UserError
+from stages.fields.hashfield import FieldSettings, HashField
+from stages.mesh.initialise import InitialiseSettings
 from stages.mesh.read import read_mesh
 from stages.stage import Asset
 
@@ -195,6 +198,35 @@ def test_density_becomes_a_mesh_where_no_mesh_stage_ran():
     assert report.solid and report.euler_number == 2 and report.faces <= 1200
     assert report.volume == pytest.approx(4 / 3 * np.pi * 0.5**3, rel=0.15)
     assert (mesh.texture == 124).all()  # linear 0.2
+
+
+def cone(points):
+    """Density 40 in the middle, falling to 0 at radius 1: the surface at level v has radius 1 - v / 40."""
+    return 40 * (1 - points.norm(dim=-1)).clamp_min(0)
+
+
+def test_a_run_without_a_mesh_stage_heeds_lattice_and_level():
+    """Through the run's own door: export.tets cells a side, and fine.initialise as the fine stage would."""
+    field = HashField(FieldSettings(levels=1, log2_table=10), torch.Generator())
+    asset, count, radius = Asset(density=cone, albedo=field.albedo, field=field), [], []
+    for tets, level in ((16, 10.0), (32, 10.0), (32, 30.0)):
+        settings = ExportSettings(tets=tets, faces=100_000, texture_size=16, padding=2, unwrap="boxes")
+        facts: dict = {}
+        mesh = finished_mesh(asset, settings, InitialiseSettings(samples=32, level=level), facts)
+        count.append(len(mesh.faces))
+        radius.append(float(np.linalg.norm(mesh.vertices, axis=1).mean()))
+        assert list(facts["phases"])[:2] == ["extract", "clean"] and facts["report"]["solid"]
+    assert count[1] > 3 * count[0]
+    np.testing.assert_allclose(radius, [0.75, 0.75, 0.25], atol=0.02)
+    assert ExportSettings().tets == 64  # what the published coarse results were made with
+
+
+def test_advice_on_the_lattice_names_the_exports_own():
+    speck = Asset(density=lambda p: 1e4 * (p - 0.031).norm(dim=-1).lt(0.05))
+    settings = InitialiseSettings(samples=64, level=1.0, volume=(1e-6, 0.6))
+    with pytest.raises(UserError, match="first surface is empty") as caught:
+        finalise(speck, ExportSettings(tets=16), initialise=settings)
+    assert "raise export.tets" in caught.value.fix and "fine.tets" not in caught.value.fix
 
 
 def test_asset_without_a_surface_is_refused_with_advice():

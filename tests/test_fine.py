@@ -1,9 +1,12 @@
 """The fine stage against a guidance that knows the answer: renders of a known mesh."""
 
+import gc
+import weakref
+
 import numpy as np
 import pytest
 import torch
-from mesh_shapes import join, make, moved, sphere, torus
+from mesh_shapes import all_ids, join, make, moved, sphere, torus
 
 from stages.cameras import orbit_views
 from stages.errors import UserError
@@ -323,10 +326,23 @@ def test_a_non_finite_gradient_is_skipped_and_gives_up_after_a_while():
         fine.step()
 
 
+def test_the_asset_holds_the_field_and_lets_the_prior_go():
+    target = Target(torus())
+    fine = stage(target, steps=1)
+    fine.step()
+    asset, watched = fine.finish(), weakref.ref(target)
+    del fine, target
+    gc.collect()
+    assert watched() is None
+    points = torch.from_numpy(asset.mesh.vertices[:5])
+    torch.testing.assert_close(asset.albedo(points), asset.field.albedo(points).detach())
+    assert not asset.albedo(points).requires_grad
+
+
 def test_finish_drops_floaters():
     fine = stage(tets=24)
     lattice = Lattice(24)
-    ids = lattice.all_ids()
+    ids = all_ids(lattice)
     p = lattice.positions(ids)
     sdf = np.minimum(np.linalg.norm(p, axis=1) - 0.4, np.linalg.norm(p - np.float32([0.6, 0.6, 0]), axis=1) - 0.08)
     fine.dmtet = DMTet(lattice, ids, sdf)

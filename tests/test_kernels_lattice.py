@@ -5,6 +5,7 @@ from importlib.util import find_spec
 import numpy as np
 import pytest
 import torch
+from mesh_shapes import all_ids
 
 from stages.kernels.lattice import diffuse
 from stages.mesh.tetrahedra import STRENGTH_PER_CELL, Lattice, build_band, dilate
@@ -15,7 +16,7 @@ BACKENDS = ("torch", "numba", *(["warp"] if find_spec("warp") else []))
 @pytest.fixture(scope="module")
 def band():
     lattice = Lattice(8)
-    ids = lattice.all_ids()
+    ids = all_ids(lattice)
     distance = np.linalg.norm(lattice.positions(ids), axis=1) - 0.5
     return build_band(lattice, dilate(lattice, ids[np.abs(distance) < 0.2], 1))
 
@@ -74,7 +75,7 @@ def test_the_strength_of_a_length_gives_that_length():
     """In the bulk (1 - l^2 Laplacian) x = delta has the second moment 6 l^2 whatever the lattice."""
     for resolution in (20, 28):
         lattice = Lattice(resolution)
-        full = build_band(lattice, lattice.all_ids())
+        full = build_band(lattice, all_ids(lattice))
         p = torch.from_numpy(lattice.positions(full.ids)).double()
         length = 0.12
         delta = torch.zeros(len(full), dtype=torch.float64)

@@ -6,6 +6,7 @@ from importlib.util import find_spec
 import numpy as np
 import pytest
 import torch
+from mesh_shapes import all_ids
 
 from stages.kernels import cpu_marching
 from stages.kernels.marching import marching_tetrahedra, mesh_edges
@@ -22,7 +23,7 @@ ONE = (EDGES, torch.arange(4, dtype=torch.int32)[None], torch.arange(6, dtype=to
 @pytest.fixture(scope="module")
 def cube():
     lattice = Lattice(8)
-    band = build_band(lattice, lattice.all_ids())
+    band = build_band(lattice, all_ids(lattice))
     cells = tuple(torch.from_numpy(x) for x in (band.edges, band.tets, band.tet_edges))
     return torch.from_numpy(lattice.positions(band.ids)), cells, torch.from_numpy(band.border)
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import trimesh
+from mesh_shapes import all_ids
 
 from stages.cameras import orbit_views, to_clip
 from stages.kernels import reference_raster
@@ -271,7 +272,7 @@ def test_a_whole_picture_on_cuda_has_the_cpu_pixels_and_the_same_gradient_bytes_
 def test_a_step_on_cuda_waits_for_the_device_at_known_places_only():
     """Of the mesh ops, marching waits once for the number of faces, and mesh_edges to refuse an open surface."""
     lattice = Lattice(12)
-    band = build_band(lattice, lattice.all_ids())
+    band = build_band(lattice, all_ids(lattice))
     cells = [torch.from_numpy(x).cuda() for x in (band.edges, band.tets, band.tet_edges)]
     positions = torch.from_numpy(lattice.positions(band.ids)).cuda()
     sdf = (positions.norm(dim=1) - 0.6).requires_grad_()

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from mesh_shapes import all_ids
 
 from stages.errors import UserError
 from stages.mesh.dmtet import DMTet, extend, from_function
@@ -67,7 +68,7 @@ def test_a_surface_pushed_against_the_border_of_the_box_stays_closed():
 def test_a_band_that_moves_equals_one_that_holds_the_whole_lattice():
     """The narrow band is an economy, not a different method: signs, hence topology, are those of the full lattice."""
     lattice = Lattice(16)
-    ids = lattice.all_ids()
+    ids = all_ids(lattice)
     full = DMTet(lattice, ids, np.linalg.norm(lattice.positions(ids), axis=1) - 0.3)
     narrow = from_function(lattice, ball(0.3))
     for k in range(30):  # a ball that grows and drifts; both get the same exact distances where they have vertices

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from mesh_shapes import all_ids
 
 from stages.mesh.tetrahedra import SAFE_MOVE, Lattice, build_band, dilate, lookup
 
@@ -11,12 +12,12 @@ PAIRS = [[0, 1], [0, 2], [0, 3], [1, 2], [1, 3], [2, 3]]
 @pytest.fixture(scope="module")
 def whole():
     lattice = Lattice(6)
-    return build_band(lattice, lattice.all_ids())
+    return build_band(lattice, all_ids(lattice))
 
 
 def sphere_band(resolution: int, radius: float, rings: int = 2):
     lattice = Lattice(resolution)
-    ids = lattice.all_ids()
+    ids = all_ids(lattice)
     distance = np.linalg.norm(lattice.positions(ids), axis=1) - radius
     return build_band(lattice, dilate(lattice, ids[np.abs(distance) < lattice.cell], rings))
 
@@ -53,7 +54,7 @@ def test_tetrahedra_fit_together_each_inner_triangle_between_two_of_them(whole):
 
 def test_ids_and_coordinates_are_inverse_and_ids_are_sorted_along_the_axes():
     lattice = Lattice(9)
-    ids = lattice.all_ids()
+    ids = all_ids(lattice)
     assert (np.diff(ids) > 0).all()
     c = lattice.coordinates(ids)
     np.testing.assert_array_equal(lattice.ids(c), ids)
@@ -68,14 +69,14 @@ def test_ids_in_boxes_are_found_by_looking_at_every_vertex():
     rng = np.random.default_rng(0)
     low = rng.uniform(-1.2, 0.9, (20, 3))
     high = low + rng.uniform(0, 0.5, (20, 3))
-    p = lattice.positions(lattice.all_ids()).astype(np.float64)
+    p = lattice.positions(all_ids(lattice)).astype(np.float64)
     inside = ((p[:, None] >= low) & (p[:, None] < high)).all(2).any(1)
-    np.testing.assert_array_equal(lattice.ids_in_boxes(low, high), lattice.all_ids()[inside])
+    np.testing.assert_array_equal(lattice.ids_in_boxes(low, high), all_ids(lattice)[inside])
 
 
 def test_a_band_is_the_part_of_the_whole_lattice_among_its_vertices():
     lattice = Lattice(8)
-    everything = lattice.all_ids()
+    everything = all_ids(lattice)
     full = build_band(lattice, everything)
     ids = everything[np.random.default_rng(1).random(len(everything)) < 0.7]
     band = build_band(lattice, ids)
@@ -94,7 +95,7 @@ def test_a_band_is_the_part_of_the_whole_lattice_among_its_vertices():
 
 def test_dilate_takes_rings_of_neighbours():
     lattice = Lattice(8)
-    full = build_band(lattice, lattice.all_ids())
+    full = build_band(lattice, all_ids(lattice))
     wanted = lattice.ids(np.array([[8, 8, 8]]))
     assert len(dilate(lattice, wanted, 1)) == 15
     grown = np.isin(full.ids, wanted)

@@ -56,6 +56,15 @@ def test_particles_take_turns_from_different_seeds_and_share_the_steps():
     assert particles.times["render"] > 0
 
 
+def test_an_edit_by_particles_begins_with_the_object_it_is_given():
+    source = stage(particles=1)
+    source.step()
+    given = Asset(density=source.field.density, field=source.field, background=source.background)
+    settings = CoarseSettings(**{"steps": 8, "particles": 2} | SMALL)
+    edit = make_coarse(settings, Pull(), torch.device("cpu"), 4, given)
+    assert all(torch.equal(member.field.table, source.field.table) for member in edit.members)
+
+
 def test_resumed_particles_go_on_to_the_same_bytes():
     whole = stage()
     for _ in range(3):

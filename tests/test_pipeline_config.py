@@ -2,8 +2,9 @@
 
 import pytest
 
-from pipeline.config import Config, find_recipe, load_config, read_config, recipes
+from pipeline.config import Config, load_config, read_config
 from pipeline.layers import dump
+from pipeline.recipes import find_recipe, heading_of, recipes
 from stages.errors import UserError
 
 
@@ -64,6 +65,44 @@ def test_from_inherits_the_settings_of_that_run_under_the_new_ones(tmp_path):
     config = load_config(None, ["fine.steps=7"], {"from_run": str(tmp_path), "stages": "fine", "seed": 5})
     assert (config.prompt, config.seed, config.coarse.lr, config.fine.steps) == ("a blue car", 5, 0.02, 7)
     assert config.stages == ["fine"] and config.from_run == str(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "heading"),
+    [
+        ("# Whole (sec. 5): a line.\n# more\nseed: 1\n", "Whole (sec. 5): a line."),
+        ("# A sentence. And half of one\n", "A sentence."),
+        ("# half of one\n# and the rest\n", "half of one ..."),
+        ("seed: 1  # not about the recipe\n", ""),
+    ],
+)
+def test_heading_of_a_recipe_is_the_first_line_of_its_comment(text, heading):
+    assert heading_of(text) == heading
+
+
+def test_recipes_are_listed_with_what_they_extend(capsys):
+    from pipeline.cli import main
+
+    with pytest.raises(SystemExit) as stopped:
+        main(["recipes"])
+    shown = [line.split(maxsplit=2) for line in capsys.readouterr().out.splitlines() if not line.startswith("#")]
+    assert not stopped.value.code and [words[0] for words in shown] == sorted(recipes())
+    found = {name: (base, what) for name, base, what in shown}
+    assert found["csd"] == ("default", heading_of(find_recipe("csd").read_text())) and found["default"][0] == "-"
+    assert all(what for _, what in found.values())
+
+
+def test_an_autoencoders_folder_is_found_from_anywhere_and_a_hub_id_stays_one(tmp_path, monkeypatch):
+    (tmp_path / "models" / "taesd").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    word = "prior.diffusion.autoencoder=models/taesd"
+    folder = load_config(None, [word], {})
+    assert folder.prior.diffusion.autoencoder == str(tmp_path / "models" / "taesd")
+    monkeypatch.chdir(tmp_path / "models")
+    assert load_config(None, [word], {}).prior.diffusion.autoencoder == "models/taesd"  # no folder from here: an id
+    assert load_config(None, [], {}).prior.diffusion.autoencoder is None
+    (tmp_path / "config.yaml").write_text(dump(folder))
+    assert read_config(tmp_path) == folder
 
 
 def test_error_in_a_recipe_names_its_line(tmp_path):

@@ -13,7 +13,7 @@ import pytest
 if os.name != "posix":
     pytest.skip("kills and forks", allow_module_level=True)
 
-from pipeline.checkpoint import load_checkpoint, read_meta
+from pipeline.checkpoint import load_checkpoint, read_meta, save_checkpoint
 from pipeline.cli import main
 from pipeline.config import load_config, read_config
 from stages.errors import UserError
@@ -87,7 +87,7 @@ def test_run_folder_holds_everything_a_run_leaves(uninterrupted):
 def test_run_json_tells_machine_times_and_status(uninterrupted):
     run = json.loads((uninterrupted / "run.json").read_text())
     assert run["status"] == "finished" and run["seed"] == 3 and run["prompt"] == "a red mug"
-    assert run["peak_memory_mb"] > 50
+    assert run["peak_memory_mb"] > 50 and run["peak_gpu_memory_mb"] is None
     session = run["sessions"][0]
     assert session["versions"]["torch"] and session["device"]["type"] == "cpu" and session["device"]["threads"] >= 1
     assert list(run["stages"]) == ["coarse", "fine"]
@@ -299,6 +299,87 @@ def test_stage_without_an_object_points_at_its_previews(in_process, monkeypatch,
         in_process.start_run(load(), tmp_path / "run")
     assert str(tmp_path / "run" / "coarse" / "previews") in caught.value.fix
     assert (tmp_path / "run" / "coarse" / "previews" / "000012.png").exists()
+
+
+def test_a_stage_that_made_nothing_is_not_sent_round_in_a_circle(in_process, monkeypatch, tmp_path, capsys):
+    """Its checkpoint has its last step, so resuming ends there again: what helps is a new run, or more steps."""
+    monkeypatch.setenv("TOY_EMPTY", "coarse")
+    again = "pipeline run --config run/config.yaml KEY=VALUE --out FOLDER"
+    for go in (lambda: in_process.start_run(load(), Path("run")), lambda: in_process.resume_run(Path("run"))):
+        with pytest.raises(UserError, match="coarse made no object") as caught:
+            go()
+        assert again in caught.value.fix and "run/coarse/previews" in caught.value.fix
+        assert "raise coarse.steps in run/config.yaml, then pipeline resume run" in caught.value.fix
+        assert "to go on after mending" not in capsys.readouterr().out
+    monkeypatch.delenv("TOY_EMPTY")  # as if more steps helped
+    text = (tmp_path / "run" / "config.yaml").read_text()
+    (tmp_path / "run" / "config.yaml").write_text(text.replace("  steps: 12", "  steps: 14"))
+    in_process.resume_run(Path("run"))
+    assert [line["step"] for line in lines(tmp_path / "run") if line["stage"] == "coarse"] == list(range(1, 15))
+
+
+def test_a_fine_stage_that_made_nothing_is_done_again_from_its_coarse_stage(in_process, monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("TOY_EMPTY", "fine")
+    with pytest.raises(UserError, match="fine made no object") as caught:
+        in_process.start_run(load(), Path("run"))
+    assert "pipeline run --stages fine --from run KEY=VALUE --out FOLDER" in caught.value.fix
+    assert "coarse.steps" not in caught.value.fix and "to go on after mending" not in capsys.readouterr().out
+    monkeypatch.delenv("TOY_EMPTY")  # what the message says
+    words = ["run", "--stages", "fine", "--from", "run", "fine.keep=0.1", "--out", "new"]
+    with pytest.raises(SystemExit) as stopped:
+        main(words)
+    assert not stopped.value.code and (tmp_path / "new" / "mesh.glb").exists()
+
+
+def test_a_failure_that_can_be_mended_still_says_how_to_go_on(in_process, monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("TOY_NAN_AT", "6")
+    with pytest.raises(UserError):
+        in_process.start_run(load(), tmp_path / "run")
+    assert f"to go on after mending: pipeline resume {tmp_path / 'run'}" in capsys.readouterr().out
+
+
+def test_a_setting_that_a_checkpoint_was_made_with_cannot_be_edited(in_process, uninterrupted, tmp_path):
+    folder = shutil.copytree(uninterrupted, tmp_path / "run")
+    (folder / "mesh.glb").unlink()
+    text = (folder / "config.yaml").read_text()
+    (folder / "config.yaml").write_text(text.replace("  tets: 64", "  tets: 96", 1))
+    before = contents(folder)
+    for go in (in_process.resume_run, lambda folder: in_process.export_run(folder, "glb")):
+        with pytest.raises(UserError, match="fine.tets differs from what"):
+            go(folder)
+    assert contents(folder) == before  # refused before any work
+    (folder / "config.yaml").write_text(text)  # what the message says
+    in_process.resume_run(folder)
+    assert (folder / "mesh.glb").read_bytes() == (uninterrupted / "mesh.glb").read_bytes()
+
+
+def test_checkpoints_of_before_they_said_what_they_were_made_with_are_gone_on_with(in_process, uninterrupted, tmp_path):
+    folder = shutil.copytree(uninterrupted, tmp_path / "run")
+    (folder / "mesh.glb").unlink()
+    for stage in ("coarse", "fine"):
+        state, meta = load_checkpoint(folder / stage / "checkpoint.safetensors")
+        assert meta.pop("settings") and {"upstream", "step", "steps", "seconds", "phases"} <= set(meta)
+        del meta["upstream"]
+        save_checkpoint(folder / stage / "checkpoint.safetensors", state, meta)
+    in_process.resume_run(folder)
+    assert (folder / "mesh.glb").read_bytes() == (uninterrupted / "mesh.glb").read_bytes()
+
+
+@pytest.mark.parametrize("damage", ["flip", "gone"])
+def test_a_damaged_copy_of_another_runs_coarse_stage_sends_back_to_it(in_process, tmp_path, uninterrupted, damage):
+    source = shutil.copytree(uninterrupted, tmp_path / "source")
+    folder = in_process.start_run(load(stages="fine", from_run=str(source)), tmp_path / "run")
+    (folder / "mesh.glb").unlink()
+    path = folder / "coarse" / "checkpoint.safetensors"
+    data = path.read_bytes()
+    path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    if damage == "gone":
+        path.unlink()
+    with pytest.raises(UserError) as caught:
+        in_process.resume_run(folder)
+    assert f"start again with --from {source}: pipeline run --config {folder}/config.yaml" in caught.value.fix
+    again = load_config(str(folder / "config.yaml"), [], {})  # what the message says
+    assert (in_process.start_run(again, tmp_path / "again") / "mesh.glb").exists()
 
 
 def test_full_disk_during_a_run_keeps_the_last_checkpoint(in_process, monkeypatch, tmp_path):

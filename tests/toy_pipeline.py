@@ -64,7 +64,8 @@ class ToyStage:
 
     def finish(self) -> Asset:
         if os.environ.get("TOY_EMPTY") == self.name:
-            raise UserError(f"{self.name} made no object", "the volume is empty", "try another seed")
+            more = ", or more coarse.steps" if self.name == "coarse" else ""
+            raise UserError(f"{self.name} made no object", "the volume is empty", f"try another seed{more}")
         mesh = octahedron()
         mesh.vertices += self.walk.numpy()
         return Asset(mesh=mesh)
@@ -80,4 +81,4 @@ def install() -> None:
     loop.make_stage = run.make_stage = lambda name, settings, guidance, device, seed, previous: ToyStage(
         name, settings.steps, seed, previous
     )
-    run.finished_mesh = lambda asset, settings, device, facts: asset.mesh
+    run.finished_mesh = lambda asset, settings, initialise, facts: asset.mesh

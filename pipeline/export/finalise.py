@@ -10,9 +10,12 @@ import torch
 from pipeline.export.settings import ExportSettings
 from stages.errors import UserError
 from stages.mesh.finalise import finalise as finalise_mesh
+from stages.mesh.initialise import InitialiseSettings, dmtet_from_density
 from stages.mesh.mesh import Mesh
 from stages.mesh.place import SPECK
 from stages.mesh.repaint import repaint
+from stages.mesh.tetrahedra import Lattice
+from stages.phases import phase
 from stages.stage import Asset
 
 
@@ -21,35 +24,51 @@ def _device_of(asset: Asset) -> torch.device:
     return next((tensor.device for tensor in tensors), torch.device("cpu"))
 
 
-def surface_of(asset: Asset, resolution: int) -> Mesh:
+def surface_of(asset: Asset, resolution: int, initialise: InitialiseSettings | None = None) -> Mesh:
     """The asset's mesh, or the surface of its density where no mesh stage ran.
 
     Args:
-        resolution: lattice cells a side for the latter.
+        resolution: lattice cells a side for the latter. initialise: how its level is found.
     Raises: UserError if the asset has neither, or its density holds no object.
     """
     if asset.mesh is not None:
         return asset.mesh
     if asset.density is None:
         raise UserError("There is no mesh to export", "the last stage made neither mesh nor density", "run fine")
-    from stages.mesh.initialise import dmtet_from_density
-    from stages.mesh.tetrahedra import Lattice
-
-    dmtet, _ = dmtet_from_density(asset.density, Lattice(resolution), device=_device_of(asset))
+    try:
+        dmtet, _ = dmtet_from_density(asset.density, Lattice(resolution), initialise, device=_device_of(asset))
+    except UserError as error:  # the advice is written for the fine stage, whose lattice this is not
+        raise UserError(error.what, error.why, error.fix.replace("fine.tets", "export.tets")) from error
     with torch.no_grad():
         surface = dmtet.surface()
     return Mesh(surface.vertices.cpu().numpy(), surface.faces.cpu().numpy().astype(np.int32))
 
 
-def finalise(asset: Asset, settings: ExportSettings, *, notes: dict[str, object] | None = None) -> Mesh:
+def finalise(
+    asset: Asset,
+    settings: ExportSettings,
+    *,
+    initialise: InitialiseSettings | None = None,
+    notes: dict[str, object] | None = None,
+) -> Mesh:
     """The asset's surface cleaned, decimated, unwrapped and baked with the asset's colour; a locked one only baked.
 
     Args:
-        asset: with a mesh or a density. notes: filled with times, the mesh report and how it was unwrapped.
+        asset: with a mesh or a density. initialise: how the level of a density is found.
+        notes: filled with times, the mesh report and how it was unwrapped.
     Returns: the mesh in the scene.
     Raises: UserError if there is no surface, or it cannot be used.
     """
-    mesh, device = surface_of(asset, settings.tets), _device_of(asset)
+    notes, times = {} if notes is None else notes, {}
+    with phase("extract", times):
+        mesh = surface_of(asset, settings.tets, initialise)
+    result = _finished(mesh, asset, settings, notes)
+    notes["times"] = times | notes["times"]
+    return result
+
+
+def _finished(mesh: Mesh, asset: Asset, settings: ExportSettings, notes: dict[str, object]) -> Mesh:
+    device = _device_of(asset)
     if asset.locked:
         return repaint(
             mesh,

@@ -10,17 +10,20 @@ from stages.mesh.finalise import ExportSettings as MeshSettings
 from stages.mesh.repaint import OwnLayout
 
 
-def _split_commas(value: Any) -> Any:
+def split_commas(value: Any) -> Any:
+    """Words between commas as a list; anything else as it is."""
     return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
 
 
 class ExportSettings(MeshSettings):
     """Settings of the files at the end of a run."""
 
-    formats: Annotated[list[Literal["glb", "obj", "ply", "stl"]], BeforeValidator(_split_commas)] = Field(
+    formats: Annotated[list[Literal["glb", "obj", "ply", "stl"]], BeforeValidator(split_commas)] = Field(
         ["glb", "obj"], description="mesh files to write at the end of a run"
     )
-    tets: int = Field(96, ge=16, le=256, description="lattice cells a side for a mesh straight from a density field")
+    tets: int = Field(
+        64, ge=16, le=256, description="lattice cells a side for a mesh straight from a density field, without fine"
+    )
     own_uv: OwnLayout = Field(
         "auto", description="keep a locked mesh's texture coordinates: where they can carry a texture, always, never"
     )

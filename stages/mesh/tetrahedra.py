@@ -77,12 +77,6 @@ class Lattice:
         """World positions [N, 3] float32 of ids [N]."""
         return (self.coordinates(ids) / self.resolution - 1.0).astype(np.float32)
 
-    def all_ids(self) -> np.ndarray:
-        """Every id of the lattice, sorted; as large as the cube, so for small lattices and tests."""
-        axes = [np.arange(parity, 2 * self.resolution + 1, 2) for parity in (0, 1)]
-        grids = [np.stack(np.meshgrid(a, a, a, indexing="ij"), -1).reshape(-1, 3) for a in axes]
-        return np.sort(self.ids(np.concatenate(grids)))
-
     def ids_in_boxes(self, low: np.ndarray, high: np.ndarray) -> np.ndarray:
         """Sorted ids of the vertices in a union of half-open world boxes.
 

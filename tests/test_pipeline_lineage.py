@@ -1,0 +1,198 @@
+"""Which changes of config.yaml a checkpoint goes on with, and which it refuses by name."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline.checkpoint import CHECKPOINT, load_checkpoint, read_meta, save_checkpoint
+from pipeline.config import load_config
+from pipeline.layers import dump
+from pipeline.lineage import COARSE, DEFINING, EDITED, GIVEN, check_run, check_upstream, lineage, made_with, upstream_of
+from pipeline.start import check_start
+from stages.errors import UserError
+
+STEPS = ["coarse.steps=12", "fine.steps=9"]
+
+
+def config_of(*overrides, **flags):
+    return load_config(None, [*STEPS, *overrides], flags)
+
+
+def save(folder: Path, config, stage: str, step: int, value: float = 0.0, **changes) -> None:
+    """A checkpoint as the loop writes it, of a state of one number."""
+    meta = {"stage": stage, "step": step, "steps": getattr(config, stage).steps, "seconds": 1.0, "phases": {}}
+    (folder / stage).mkdir(exist_ok=True)
+    meta |= lineage(folder, config, stage) | changes
+    save_checkpoint(folder / stage / CHECKPOINT, {"x": torch.full((1,), value)}, meta)
+
+
+def without_lineage(path: Path) -> None:
+    """As an earlier version wrote it."""
+    state, meta = load_checkpoint(path)
+    save_checkpoint(path, state, {k: v for k, v in meta.items() if k not in ("settings", "upstream")})
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    """A run with a finished coarse stage and a fine stage at step 4, to be looked at only."""
+    folder, config = tmp_path_factory.mktemp("made"), config_of()
+    (folder / "config.yaml").write_text(dump(config))
+    save(folder, config, "coarse", 12)
+    save(folder, config, "fine", 4)
+    return folder
+
+
+@pytest.fixture
+def run(made, tmp_path) -> Path:
+    """A copy of it."""
+    return shutil.copytree(made, tmp_path / "run")
+
+
+def refused(folder: Path, *overrides, **flags) -> UserError:
+    with pytest.raises(UserError) as caught:
+        check_run(folder, config_of(*overrides, **flags))
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    ("change", "back"),
+    [
+        ("fine.tets=96", "fine.tets=64"),
+        ("fine.deformation=0.1", "fine.deformation=0.24"),
+        ("fine.geometry=locked", 'fine.geometry="dmtet"'),
+        ("fine.detail.levels=2", "fine.detail.levels=4"),
+        ("fine.initialise.level=3.5", "fine.initialise.level=null"),
+        ("guidance.fine.rule=vsd", 'guidance.fine.rule="sds"'),
+        ("coarse.field.levels=8", "coarse.field.levels=16"),
+        ("coarse.field.blob_scale=1", "coarse.field.blob_scale=10.0"),
+        ("coarse.particles=2", "coarse.particles=1"),
+        ("coarse.background.hidden=8", "coarse.background.hidden=16"),
+        ("coarse.occupancy.resolution=32", "coarse.occupancy.resolution=64"),
+    ],
+)
+def test_a_setting_that_says_what_a_state_means_is_refused_by_name_with_the_way_back(made, change, back):
+    error = refused(made, change)
+    name, _, value = change.partition("=")
+    assert error.what.startswith(
+        f"{name} differs from what {made / name.split('.')[name.startswith('guid')] / CHECKPOINT}"
+    )
+    assert f"{name} is" in error.why and value in error.why
+    assert f"set {back} in {made / 'config.yaml'}, or start again: pipeline run --config" in error.fix
+
+
+def test_several_changes_are_all_named(made):
+    error = refused(made, "fine.tets=32", "fine.detail.finest=512")
+    assert error.what.startswith("fine.tets and 1 more differ") and "fine.tets=64, fine.detail.finest=1024" in error.fix
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *(
+            "coarse.views_per_step=2",
+            "coarse.accumulate=2",
+            "fine.resolution=256",
+            "coarse.samples=40",
+            "fine.lr_sdf=0.1",
+        ),
+        *(
+            "prior.diffusion.offload=blocks",
+            "prior.diffusion.vae_slicing=true",
+            "preview_every=7",
+            "checkpoint_every=7",
+        ),
+        *("fine.steps=20", "fine.keep=0.5", "guidance.fine.rule=csd", "guidance.fine.scale=9", "export.faces=500"),
+    ],
+)
+def test_what_acts_from_the_next_step_on_may_change(made, change):
+    check_run(made, config_of(change, "guidance.fine.rescale=0"))
+
+
+def test_learning_of_a_rule_with_a_state_may_change_and_its_shape_may_not(run):
+    vsd = ["guidance.fine.rule=vsd", "guidance.fine.rescale=0"]
+    save(run, config_of(*vsd), "fine", 4)
+    check_run(run, config_of(*vsd, "guidance.fine.vsd.lr=0.01"))
+    assert "guidance.fine.vsd.rank differs" in refused(run, *vsd, "guidance.fine.vsd.rank=8").what
+    assert "prior.fine differs" in refused(run, *vsd, "prior.fine=some/model").what
+
+
+def test_checkpoints_from_before_the_keys_are_taken_as_they_are(run):
+    for stage in ("coarse", "fine"):
+        without_lineage(run / stage / CHECKPOINT)
+    check_run(run, config_of("fine.tets=96", "coarse.field.levels=8"))
+    check_upstream(run, config_of(), "fine", read_meta(run / "fine" / CHECKPOINT))
+
+
+def test_a_setting_that_one_side_does_not_know_is_not_compared(run):
+    settings = {"fine.gone": 1} | {k: v for k, v in made_with(config_of(), "fine").items() if k != "fine.tets"}
+    save(run, config_of(), "fine", 4, settings=settings)
+    check_run(run, config_of("fine.tets=96"))
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_more_coarse_steps_are_refused_once_fine_has_begun(run, old):
+    if old:
+        without_lineage(run / "fine" / CHECKPOINT)
+    error = refused(run, "coarse.steps=20")
+    assert error.what.startswith("coarse.steps = 20") and "object of 12 steps" in error.what
+    assert "set coarse.steps=12 again" in error.fix and f"remove {run / 'fine' / CHECKPOINT}" in error.fix
+    (run / "fine" / CHECKPOINT).unlink()  # what the message says
+    check_run(run, config_of("coarse.steps=20"))
+
+
+def test_a_coarse_stage_made_again_must_be_the_same(run):
+    config, meta = config_of(), read_meta(run / "fine" / CHECKPOINT)
+    (run / COARSE).unlink()
+    check_run(run, config)  # it is made again first
+    save(run, config, "coarse", 5, 1.0)
+    check_run(run, config)
+    save(run, config, "coarse", 12)
+    check_run(run, config)
+    check_upstream(run, config, "fine", meta)
+    save(run, config, "coarse", 12, 1.0)
+    assert "was started from another coarse/checkpoint" in refused(run).what
+    with pytest.raises(UserError, match="has been made again") as caught:
+        check_upstream(run, config, "fine", meta)
+    assert f"remove {run / 'fine' / CHECKPOINT}" in caught.value.fix
+
+
+def test_another_start_than_the_checkpoints_is_refused(made):
+    error = refused(made, stages="fine")
+    assert "was started from coarse/checkpoint.safetensors, not from nothing" in error.what and "stages" in error.why
+
+
+def test_upstreams_of_every_way_to_begin(tmp_path):
+    def file(stage, **flags):
+        return upstream_of(load_config("default", [], flags), stage)
+
+    (tmp_path / "config.yaml").write_text(dump(config_of()))
+    source, mesh = str(tmp_path), str(tmp_path / "a.glb")
+    assert (file("coarse"), file("fine"), file("fine", stages="fine")) == (None, COARSE, None)
+    assert file("fine", stages="fine", from_run=source) == COARSE
+    assert file("coarse", from_run=source) == EDITED and file("fine", from_run=source) == COARSE
+    assert file("fine", stages="fine", init_mesh=mesh) == GIVEN == file("clipmesh", stages="clipmesh", init_mesh=mesh)
+
+
+def test_every_defining_setting_exists():
+    for stage in DEFINING:
+        values = made_with(config_of(), stage)
+        assert values == json.loads(json.dumps(values)) and len(values) >= len(DEFINING[stage])
+
+
+def test_a_new_run_from_a_run_whose_config_was_edited_is_held_to_its_checkpoint(run):
+    text = (run / "config.yaml").read_text()
+    config = config_of(from_run=str(run), stages="fine")
+    assert list(check_start(config).copies) == [COARSE]
+    (run / "config.yaml").write_text(text.replace("    levels: 16", "    levels: 8", 1))
+    for stages in (["fine"], ["coarse", "fine"]):
+        edited = load_config(None, [], {"from_run": str(run), "stages": stages})
+        with pytest.raises(UserError, match=r"coarse\.field\.levels differs from what") as caught:
+            check_start(edited)
+        assert "coarse.field.levels=16" in caught.value.fix
+    (run / "config.yaml").write_text(text.replace("  steps: 12", "  steps: 20"))
+    with pytest.raises(UserError, match="has not taken all its coarse steps") as caught:
+        check_start(load_config(None, [], {"from_run": str(run), "stages": "fine"}))
+    assert f"pipeline resume {run}" in caught.value.fix

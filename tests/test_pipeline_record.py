@@ -1,0 +1,49 @@
+"""What run.json says of memory and of its clock, on the CPU and with a stand-in for a GPU."""
+
+import json
+
+import pytest
+import torch
+
+from pipeline.progress import Progress
+from pipeline.record import Record, peak_gpu_memory_mb
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """torch's counters as a process that works on a GPU sees them."""
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 3 * 2**30)
+
+
+def session(folder, device: str) -> tuple[dict, dict]:
+    record = Record(folder)
+    record.open_session({"type": device}, {})
+    record.save(status="finished")
+    data = json.loads((folder / "run.json").read_text())
+    return data, data["sessions"][-1]
+
+
+def test_a_gpus_peak_is_recorded_beside_the_hosts_and_kept_over_sessions(gpu, tmp_path, monkeypatch):
+    data, last = session(tmp_path, "cuda")
+    assert data["peak_gpu_memory_mb"] == last["peak_gpu_memory_mb"] == 3072 and data["peak_memory_mb"] > 50
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 2**30)
+    data, last = session(tmp_path, "cuda")
+    assert data["peak_gpu_memory_mb"] == 3072 and last["peak_gpu_memory_mb"] == 1024
+
+
+def test_a_run_without_a_gpu_has_no_peak_of_one(tmp_path):
+    data, last = session(tmp_path, "cpu")
+    assert peak_gpu_memory_mb() is None
+    assert data["peak_gpu_memory_mb"] is None and last["peak_gpu_memory_mb"] is None
+
+
+def test_a_session_says_what_its_phases_seconds_are(tmp_path):
+    assert session(tmp_path, "cpu")[1]["phase_clock"] == "the host's"
+    assert "launches" in session(tmp_path, "cuda")[1]["phase_clock"]
+
+
+def test_the_bar_shows_the_gpus_peak(gpu, capsys):
+    with Progress().stage("coarse", 2, 0) as shown:
+        shown.update(1, "cover 3 %")
+    assert "GB, GPU peak 3.0 GB  cover 3 %" in capsys.readouterr().out
