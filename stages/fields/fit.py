@@ -37,8 +37,7 @@ def fit_albedo(field: HashField, sample: Sample, settings: FitSettings, device: 
         return _error(field, *_moved(sample(settings.points), device))
     points, colours = _moved(sample(settings.points), device)
     mean = colours.mean(0).clamp(1e-3, 1 - 1e-3)
-    with torch.no_grad():
-        field.albedo_head.b2.copy_(torch.logit(mean))
+    field.start_albedo(mean)
     if float(linear_to_srgb(colours).std(0).max()) < PLAIN:
         return _error(field, points, colours)
     parameters = field.albedo_parameters()

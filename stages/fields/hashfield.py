@@ -4,7 +4,7 @@ Source: Magic3D's coarse field (arXiv 2211.10440) in threestudio's open form, wi
     raw(p)     = head_density(features(p)) + blob(p),    blob(p) = blob_scale (1 - |p| / blob_radius)
     sigma(p)   = density_scale softplus(raw(p))          density per world length, on [-1, 1]^3
     normal(p)  = - grad sigma / |grad sigma|             = - grad raw / |grad raw|, since softplus' > 0
-    albedo(p)  = sigmoid(head_albedo(features(p)))       linear RGB
+    albedo(p)  = sigmoid(head_albedo(features(p)))       linear RGB; or clamped, see stages/fields/clamped.py
 grad raw is the blob's gradient plus J(p)^T d head / d features (stages/kernels/hashgrid.py), written out: a loss
 on normals reaches table and head by ordinary differentiation, without a second derivative of the network.
 """
@@ -13,12 +13,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
 from stages.errors import check_shape
+from stages.fields.clamped import before_clamping, clamped
 from stages.kernels.density import hash_density
 from stages.kernels.hashgrid import HashGridSpec, hash_encode
 from stages.kernels.mlp import mlp
@@ -39,6 +41,9 @@ class FieldSettings(BaseModel):
     )
     blob_scale: float = Field(10.0, ge=0, description="raw density added at the centre (Magic3D: 10)")
     blob_radius: float = Field(0.5, gt=0, le=2, description="radius at which the blob's bias crosses zero")
+    albedo: Literal["sigmoid", "clamped"] = Field(
+        "sigmoid", description="how colours are kept in [0, 1]; clamped ones can leave a bound, sigmoid ones burn in"
+    )
     bands_start: int = Field(16, ge=1, le=32, description="levels switched on at the start; all of them: no annealing")
     bands_until: float = Field(0.3, gt=0, le=1, description="share of the stage at which all levels are on")
 
@@ -144,7 +149,14 @@ class HashField(nn.Module):
         if self.detail is not None:
             features = torch.cat([features, hash_encode(0.5 * (points + 1), self.detail, self.detail_spec)], -1)
             mask = None if mask is None else nn.functional.pad(mask, (0, self.detail_spec.width), value=1.0)
-        return torch.sigmoid(mlp(features, *self.albedo_head.weights(mask)))
+        raw = mlp(features, *self.albedo_head.weights(mask))
+        return clamped(raw) if self.settings.albedo == "clamped" else torch.sigmoid(raw)
+
+    def start_albedo(self, colour: Tensor) -> None:
+        """Make one linear colour [3] the field's, before it is trained: the albedo head's bias."""
+        raw = before_clamping if self.settings.albedo == "clamped" else torch.logit
+        with torch.no_grad():
+            self.albedo_head.b2.copy_(raw(colour))
 
     def forward(self, points: Tensor, known: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """sigma [N] and albedo [N, 3]; `known` features as in :meth:`features`."""
