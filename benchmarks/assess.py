@@ -59,26 +59,27 @@ def clip_facts(subject: Subject, scorers: list[ClipScorer]) -> dict[str, Any]:
 def colour_facts(subject: Subject, truth: Subject | None) -> dict[str, float | None]:
     """Saturation, brightness and detail, and where there is a truth their errors against it.
 
-    saturation_error, brightness_error: signed differences. detail_ratio: high-frequency energy over the truth's.
+    saturation_error, brightness_error: signed differences. colour_difference: of the mean colours, Delta E.
+    detail_ratio: high-frequency energy over the truth's.
     """
-    own = _looks(subject)
+    own, lab = _looks(subject)
     facts = dict(own)
     if truth is not None:
-        theirs = _looks(truth)
+        theirs, their_lab = _looks(truth)
+        facts["colour_difference"] = metrics.colour_difference(lab, their_lab)
         facts["saturation_error"] = own["saturation"] - theirs["saturation"]
         facts["brightness_error"] = own["brightness"] - theirs["brightness"]
         facts["detail_ratio"] = own["detail"] / theirs["detail"] if theirs["detail"] > 1e-6 else math.nan
     return {k: _finite(v) for k, v in facts.items()}
 
 
-def _looks(subject: Subject) -> dict[str, float]:
+def _looks(subject: Subject) -> tuple[dict[str, float], torch.Tensor]:
+    """Numbers of an asset's colours and detail, and its mean colour in each view."""
     cameras = ring(4, ELEVATION)
-    saturation, brightness = metrics.saturation_brightness(*shoot(subject, cameras, 128, ALBEDO))
-    return {
-        "saturation": saturation,
-        "brightness": brightness,
-        "detail": metrics.detail(*shoot(subject, cameras, PICTURE, COLOUR)),
-    }
+    unshaded = shoot(subject, cameras, 128, ALBEDO)
+    saturation, brightness = metrics.saturation_brightness(*unshaded)
+    detail = metrics.detail(*shoot(subject, cameras, PICTURE, COLOUR))
+    return {"saturation": saturation, "brightness": brightness, "detail": detail}, metrics.mean_lab(*unshaded)
 
 
 def janus_facts(subject: Subject, truth: Subject) -> dict[str, Any]:
@@ -110,6 +111,7 @@ def mesh_facts(mesh: Mesh) -> dict[str, Any]:
     facts: dict[str, Any] = {k: report[k] for k in wanted}
     facts["self_intersections"] = geometry.self_intersections(mesh)
     facts["uv_stretch"] = _finite(geometry.uv_stretch(mesh))
+    facts["uv_collapsed"] = _finite(geometry.uv_collapsed(mesh))
     facts["texture"] = None if mesh.texture is None else list(mesh.texture.shape[:2])
     return facts
 

@@ -132,25 +132,25 @@ def _trial(system: str, job: Job, steps: dict[str, int]) -> Cost:
 
 
 def options_by_system(
-    budget: Budget, systems: list[str], prompt: str, out: Path, threads: int, options: tuple[str, ...]
+    budget: Budget, options: dict[str, tuple[str, ...]], prompt: str, out: Path, threads: int
 ) -> dict[str, tuple[str, ...]]:
     """By system, the settings STAGE.steps=N that make it use up the budget; made once, then read from OUT/budget.json.
 
     Args:
-        prompt: what the trial run of a budget in seconds makes. threads, options: as of the suite's runs.
+        options: by system, of its runs. prompt: what the trial run of a budget in seconds makes. threads: of every run.
     """
     path = out / "budget.json"
     kept: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
-    for system in systems:
-        steps = own_steps(system, options)
+    for system, words in options.items():
+        steps = own_steps(system, words)
         if system in kept or not steps:
             continue
         cost = None
         if budget.unit == "seconds":
             print(f"{system:>10}  a run by its recipe, to see what its steps take", flush=True)
-            cost = _trial(system, Job(prompt, 0, out / "trials" / Path(system).stem, threads, options), steps)
+            cost = _trial(system, Job(prompt, 0, out / "trials" / Path(system).stem, threads, words), steps)
         fitted = fitted_steps(system, steps, budget, cost)
         kept[system] = {"steps": fitted, "recipe": steps, "budget": str(budget)}
         kept[system] |= {} if cost is None else {"fixed_s": round(cost.fixed_s, 2), "step_s": cost.step_s}
         write_whole(path, (json.dumps(kept, indent=1) + "\n").encode())
-    return {system: as_options(kept.get(system, {"steps": {}})["steps"]) for system in systems}
+    return {system: as_options(kept.get(system, {"steps": {}})["steps"]) for system in options}

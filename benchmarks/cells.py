@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import time
@@ -29,18 +30,24 @@ class Cell:
 
 
 def _slug(text: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:80]
+    """A folder's name for any text; two texts never share one."""
+    slug = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+    if slug == text.replace(" ", "-") and len(slug) <= 80:
+        return slug
+    return f"{slug[:70]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"  # something was lost
 
 
 def cells_of(suite: Suite, systems: list[str], seeds: int) -> list[Cell]:
-    """All cells, systems innermost, so that an unfinished suite has whole prompts; coarse goes before magic3d."""
-    ordered = sorted(systems, key=lambda name: name != "coarse")
+    """All cells, systems innermost, so that an unfinished suite has whole prompts; a system goes before those that take
+    over its stage."""
+    found = {name: find_system(name) for name in systems}
+    ordered = sorted(systems, key=lambda name: found[name].begins_as in systems)
     return [
         Cell(system, prompt, seed)
         for seed in range(seeds)
         for prompt in suite.prompts
         for system in ordered
-        if seed == 0 or find_system(system).seeded
+        if seed == 0 or found[system].seeded
     ]
 
 
@@ -65,9 +72,8 @@ def make_cell(cell: Cell, out: Path, clips: list[Path], options: tuple[str, ...]
     torch.set_num_threads(max(1, threads or torch.get_num_threads()))
     folder = cell.folder(out)
     folder.mkdir(parents=True, exist_ok=True)
-    coarse_run = (
-        Cell("coarse", cell.prompt, cell.seed).folder(out) / "run" if coarse and cell.system == "magic3d" else None
-    )
+    first = find_system(cell.system).begins_as if coarse else None
+    coarse_run = None if first is None else Cell(first, cell.prompt, cell.seed).folder(out) / "run"
     if coarse_run is not None and not (coarse_run / "mesh.glb").is_file():
         coarse_run = None
     line: dict[str, Any] = {"system": cell.system, "prompt": cell.prompt, "seed": cell.seed, **environment()}

@@ -279,15 +279,15 @@ def _pierces(p, q, triangle):
 def uv_stretch(mesh: Mesh) -> float:
     """L2 texture stretch (Sander et al. 2001, sec. 3): root mean square length of texture steps on the surface.
 
-    Normalised by the total areas: 1 is a map that is isometric up to one scale. nan without UVs.
+    Normalised by the total areas: 1 is a map that is isometric up to one scale. Faces without an area in the texture
+    are left to `uv_collapsed`. nan without UVs, and where every face has collapsed.
     """
     if mesh.uv is None or len(mesh.faces) == 0:
         return math.nan
-    q1, q2, q3 = (mesh.vertices[mesh.faces[:, k]].astype(np.float64) for k in range(3))
-    t1, t2, t3 = (mesh.uv[mesh.uv_faces[:, k]].astype(np.float64) for k in range(3))
-    area = ((t2 - t1)[:, 0] * (t3 - t1)[:, 1] - (t2 - t1)[:, 1] * (t3 - t1)[:, 0]) / 2
-    surface = np.linalg.norm(np.cross(q2 - q1, q3 - q1), axis=1) / 2
+    q1, q2, q3, t1, t2, t3, surface, area = _charts(mesh)
     good = np.abs(area) > 1e-14
+    if not good.any():
+        return math.nan
     q1, q2, q3, t1, t2, t3 = (x[good] for x in (q1, q2, q3, t1, t2, t3))
     double = 2 * area[good, None]
     along_s = (q1 * (t2 - t3)[:, 1:] + q2 * (t3 - t1)[:, 1:] + q3 * (t1 - t2)[:, 1:]) / double
@@ -295,3 +295,24 @@ def uv_stretch(mesh: Mesh) -> float:
     square = ((along_s**2).sum(1) + (along_t**2).sum(1)) / 2
     total = surface[good].sum()
     return float(math.sqrt((square * surface[good]).sum() / total) * math.sqrt(np.abs(area[good]).sum() / total))
+
+
+def uv_collapsed(mesh: Mesh) -> float:
+    """The share of the surface whose faces have no area in the texture: one texel is stretched over each of them.
+
+    nan without UVs.
+    """
+    if mesh.uv is None or len(mesh.faces) == 0:
+        return math.nan
+    *_, surface, area = _charts(mesh)
+    return float(surface[np.abs(area) <= 1e-14].sum() / surface.sum())
+
+
+def _charts(mesh: Mesh) -> tuple[np.ndarray, ...]:
+    """The faces' corners in space [F, 3] and in the texture [F, 2], three of each, and their areas [F] there; those in
+    the texture are negative where a face is turned over."""
+    q1, q2, q3 = (mesh.vertices[mesh.faces[:, k]].astype(np.float64) for k in range(3))
+    t1, t2, t3 = (mesh.uv[mesh.uv_faces[:, k]].astype(np.float64) for k in range(3))
+    area = ((t2 - t1)[:, 0] * (t3 - t1)[:, 1] - (t2 - t1)[:, 1] * (t3 - t1)[:, 0]) / 2
+    surface = np.linalg.norm(np.cross(q2 - q1, q3 - q1), axis=1) / 2
+    return q1, q2, q3, t1, t2, t3, surface, area

@@ -42,11 +42,11 @@ def judges_of_run(clips: list[Path], run: Path) -> list[Path]:
     return judges_among(clips, guides_of(read_config(run)) if (run / "config.yaml").is_file() else [])
 
 
-def check_judges(recipes: dict[str, str | None], clips: list[Path], options: list[str]) -> None:
+def check_judges(recipes: dict[str, str | None], clips: list[Path], options: dict[str, tuple[str, ...]]) -> None:
     """Raise UserError, before any work, for CLIPs of one name, and for a system that none of them may judge.
 
     Args:
-        recipes: by system, the recipe that it runs, or None for one without a run. options: of every pipeline run.
+        recipes: by system, the recipe that it runs, or None for one without a run. options: by system, of its runs.
     """
     names = [clip.name for clip in clips]
     if len(set(names)) < len(names):
@@ -56,7 +56,7 @@ def check_judges(recipes: dict[str, str | None], clips: list[Path], options: lis
             "rename one of the folders",
         )
     for system, recipe in recipes.items():
-        guides = [] if recipe is None else guides_of(load_config(recipe, list(options), {}))
+        guides = [] if recipe is None else guides_of(load_config(recipe, list(options[system]), {}))
         if guides and not judges_among(clips, guides):
             raise UserError(
                 f"{system} is guided by the CLIP that would judge it",

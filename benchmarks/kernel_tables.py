@@ -43,6 +43,13 @@ def kernels_markdown(lines: list[Line]) -> str:
     return "\n\n".join(parts)
 
 
+def goals_markdown(lines: list[Line]) -> str:
+    """What was asked for and whether it is met, of the newest lines of each device that were asked for anything."""
+    mine = [line for line in lines if line.get("device") == "cpu"]
+    said = [*targets(mine), *_absent(mine)]
+    return "\n".join(f"- {text}" for text in said) + "\n\n" + _footer([line for line in mine if "case" in line])
+
+
 def rows_of(lines: list[Line]) -> dict[tuple[str, str, str], list[Line]]:
     """Lines of one measurement together: by case, work, and what tells its shapes from those of its namesakes."""
     shapes: dict[tuple[str, str], list[dict]] = {}

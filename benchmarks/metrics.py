@@ -103,6 +103,36 @@ def saturation_brightness(albedo: Tensor, coverage: Tensor) -> tuple[float, floa
     return float((high - low).mean()), float((high + low).mean() / 2)
 
 
+def mean_lab(albedo: Tensor, coverage: Tensor) -> Tensor:
+    """The mean CIELAB colour [V, 3] of an object's unshaded pictures, view by view; nan where nothing is covered.
+
+    Lab under D65, from linear sRGB (IEC 61966-2-1, CIE 15): L in [0, 100].
+
+    Args:
+        albedo: linear [V, H, W, 3]. coverage: [V, H, W, 1]; only fully covered pixels count.
+    """
+    xyz = albedo.clamp(0, 1).double() @ _XYZ.T / _XYZ.sum(1)  # white is (1, 1, 1)
+    f = torch.where(xyz > (6 / 29) ** 3, xyz.clamp_min(1e-12) ** (1 / 3), xyz / (3 * (6 / 29) ** 2) + 4 / 29)
+    x, y, z = f.unbind(-1)
+    lab = torch.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], -1)
+    inside = (coverage >= 1).double()
+    return ((lab * inside).sum((1, 2)) / inside.sum((1, 2))).float()
+
+
+_XYZ = torch.tensor(
+    [[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.0721750], [0.0193339, 0.1191920, 0.9503041]],
+    dtype=torch.float64,
+)
+
+
+def colour_difference(asset: Tensor, truth: Tensor) -> float:
+    """The mean distance (CIE76 Delta E; 2.3 is just seen) of two assets' mean colours [V, 3] in the same views.
+
+    A wrong hue shows here, of which saturation and brightness know nothing. nan where an asset covers nothing.
+    """
+    return float((asset - truth).norm(dim=-1).mean())
+
+
 def detail(images: Tensor, coverage: Tensor, sigma: float = 1.5) -> float:
     """High-frequency energy inside the silhouette: root mean square of luma minus its Gaussian blur.
 

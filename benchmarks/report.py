@@ -114,6 +114,18 @@ def systems_table(summary: dict[str, Any], group: str) -> str:
     return html_table(["system", *(escape(METRICS[n].label) for n in names)], rows)
 
 
+def times_table(summary: dict[str, Any]) -> str:
+    """Every system's stages: seconds, steps a second, and the dearest phases."""
+    rows = []
+    for system, facts in summary["systems"].items():
+        for stage, times in facts.get("times", {}).items():
+            dear = sorted(times["phases"].items(), key=lambda item: -item[1])[:6]
+            rate = "-" if times["steps_per_s"] is None else f"{times['steps_per_s']:.2f}"
+            phases = ", ".join(f"{escape(name)} {seconds:.1f}" for name, seconds in dear if seconds >= 0.05)
+            rows.append([escape(name_of(system)), escape(stage), f"{times['seconds']:.1f}", rate, phases])
+    return html_table(["system", "stage", "seconds", "steps a second", "seconds by phase"], rows) if rows else ""
+
+
 def clips_table(summary: dict[str, Any]) -> str:
     """R-Precision and score of every system under every CLIP."""
     names = list(METRICS)[:4]
@@ -238,6 +250,7 @@ def write_report(out: Path) -> Path:
         "judged against captions without colours and patterns. Lengths are shares of the truth's diagonal.</p>",
         "<h2>Quality against time</h2>",
         f'<div class="plots">{"".join(plots(summary))}</div>',
+        *(["<h2>Time by stage and phase</h2>", times] if (times := times_table(summary)) else []),
         *(f"<h2>{escape(g.capitalize())}</h2>{systems_table(summary, g)}" for g in groups),
         *(["<h2>Under every CLIP</h2>", clips_table(summary)] if len(summary["clips"]) > 1 else []),
         "<h2>System against system, on the same prompts</h2>",

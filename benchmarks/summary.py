@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -68,6 +68,7 @@ METRICS: dict[str, Metric] = {
     "janus": Metric("two-faced, %", -1, _at("janus", "two_faced", scale=100.0), digits=0),
     "saturation_error": Metric("saturation error", -1, _size("colour", "saturation_error"), digits=3),
     "brightness_error": Metric("brightness error", -1, _size("colour", "brightness_error"), digits=3),
+    "colour_difference": Metric("colour difference, Delta E", -1, _at("colour", "colour_difference")),
     "detail_ratio": Metric("detail / truth", 0, _at("colour", "detail_ratio"), digits=2),
     "chamfer": Metric("Chamfer, % of diagonal", -1, _at("geometry", "chamfer", scale=100.0), digits=2),
     "normal_consistency": Metric("normal consistency", 1, _at("geometry", "normal_consistency"), 0.0, 3),
@@ -78,6 +79,7 @@ METRICS: dict[str, Metric] = {
     "faces": Metric("faces", 0, _at("mesh", "faces"), digits=0),
     "self_intersections": Metric("self-intersections", -1, _at("mesh", "self_intersections")),
     "uv_stretch": Metric("UV stretch", -1, _at("mesh", "uv_stretch"), digits=2),
+    "uv_collapsed": Metric("surface without texture, %", -1, _at("mesh", "uv_collapsed", scale=100.0), digits=2),
     "wall_s": Metric("time, s", -1, _at("cost", "wall_s"), digits=0),
     "energy_kj": Metric("energy, kJ", -1, _energy_kj),
     "memory_mb": Metric("peak memory, MB", -1, _at("cost", "peak_memory_mb"), digits=0),
@@ -176,6 +178,7 @@ def summarise(lines: list[Line], suite: Suite, clips: list[Path]) -> dict[str, A
             "seeds": len({line["seed"] for line in of[system]}),
             "failed": sum("failed" in line for line in of[system]),
             "steps": _steps_of(of[system]),
+            "times": _times_of(of[system]),
         }
         for group, prompts in groups.items():
             chosen = [line for line in of[system] if line["prompt"] in prompts]
@@ -199,6 +202,31 @@ def _steps_of(lines: list[Line]) -> dict[str, int]:
     """A system's steps by stage, of its first run that ended with an object."""
     stages = next((line["cost"]["stages"] for line in lines if line.get("cost", {}).get("stages")), {})
     return {name: facts["steps"] for name, facts in stages.items()}
+
+
+def _times_of(lines: list[Line]) -> dict[str, dict[str, Any]]:
+    """By stage, means over a system's runs: seconds, steps a second, and seconds by phase; `export` has only phases."""
+    stages: dict[str, list[dict[str, Any]]] = {}
+    for line in lines:
+        cost = line.get("cost", {})
+        for name, facts in (cost.get("stages") or {}).items():
+            stages.setdefault(name, []).append(facts)
+        if cost.get("export"):
+            stages.setdefault("export", []).append({"phases": cost["export"]})
+    times = {}
+    for name, found in stages.items():
+        phases = list(dict.fromkeys(phase for facts in found for phase in facts["phases"]))
+        times[name] = {
+            "seconds": _mean(facts.get("seconds", sum(facts["phases"].values())) for facts in found),
+            "steps_per_s": _mean(facts["steps_per_s"] for facts in found if facts.get("steps_per_s")),
+            "phases": {phase: _mean(facts["phases"].get(phase, 0.0) for facts in found) for phase in phases},
+        }
+    return times
+
+
+def _mean(values: Iterable[float]) -> float | None:
+    found = list(values)
+    return round(sum(found) / len(found), 3) if found else None
 
 
 def _interval(values: dict[str, list[float]]) -> dict[str, float] | None:

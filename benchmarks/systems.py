@@ -53,7 +53,8 @@ class System:
     """A name's maker and meaning.
 
     seeded: whether its result depends on the seed. recipe: of its run; stages: those of the recipe that it runs, None
-    for all of them.
+    for all of them. begins_as: the system whose run is the first stage of this one's. needs_truth: whether it is made
+    from the ground truth's mesh, which only captions of the pocket world have.
     """
 
     make: Make
@@ -61,6 +62,8 @@ class System:
     seeded: bool = True
     recipe: str | None = None
     stages: tuple[str, ...] | None = None
+    begins_as: str | None = None
+    needs_truth: bool = False
 
 
 class Failed(Exception):
@@ -146,14 +149,22 @@ def _times(record: dict[str, Any], seconds: float, job: Job) -> dict[str, Any]:
     }
 
 
-def _coarse(job: Job) -> tuple[Mesh, dict[str, Any]]:
-    return run_pipeline(job, ["--stages", "coarse"])
+def _coarse(recipe: str | None = None) -> Make:
+    return lambda job: run_pipeline(job, [*_config(recipe), "--stages", "coarse"])
 
 
-def _magic3d(job: Job) -> tuple[Mesh, dict[str, Any]]:
-    if job.coarse_run is None:
-        return run_pipeline(job, ["--stages", "coarse,fine"])
-    return run_pipeline(job, ["--stages", "fine", "--from", str(job.coarse_run)])
+def _two_stages(recipe: str | None = None) -> Make:
+    def make(job: Job) -> tuple[Mesh, dict[str, Any]]:
+        if job.coarse_run is None:
+            return run_pipeline(job, [*_config(recipe), "--stages", "coarse,fine"])
+        return run_pipeline(job, [*_config(recipe), "--stages", "fine", "--from", str(job.coarse_run)])
+
+    return make
+
+
+def _config(recipe: str | None) -> list[str]:
+    """A recipe as words; none for the default, which is what a user types."""
+    return [] if recipe is None else ["--config", recipe]
 
 
 def _reference(job: Job) -> tuple[Mesh, dict[str, Any]]:
@@ -162,10 +173,6 @@ def _reference(job: Job) -> tuple[Mesh, dict[str, Any]]:
     if not target.is_file():
         write_ply(_truth_mesh(job.prompt), target)
     return run_pipeline(job, ["--config", "reference", f"reference.mesh={target}", "--stages", "coarse,fine"])
-
-
-def _sphere(job: Job) -> tuple[Mesh, dict[str, Any]]:
-    return run_pipeline(job, ["--config", "sphere"])
 
 
 def _texture(job: Job) -> tuple[Mesh, dict[str, Any]]:
@@ -256,19 +263,24 @@ def write_plain(mesh: Mesh, path: Path) -> None:
 
 
 SYSTEMS: dict[str, System] = {
-    "coarse": System(_coarse, "DreamFusion: the coarse stage alone, meshed", recipe="default", stages=("coarse",)),
-    "magic3d": System(_magic3d, "Magic3D: coarse, then fine", recipe="default"),
-    "sphere": System(_sphere, "fine only, from a sphere", recipe="sphere"),
-    "texture": System(_texture, "the ground truth's shape, plain, painted and not moved", recipe="texture"),
-    "reference": System(
-        _reference, "Magic3D under the exact prior of the ground truth: upper bound", recipe="reference"
+    "coarse": System(_coarse(), "DreamFusion: the coarse stage alone, meshed", recipe="default", stages=("coarse",)),
+    "magic3d": System(_two_stages(), "Magic3D: coarse, then fine", recipe="default", begins_as="coarse"),
+    "sphere": System(_recipe("sphere"), "fine only, from a sphere", recipe="sphere"),
+    "texture": System(
+        _texture, "the ground truth's shape, plain, painted and not moved", recipe="texture", needs_truth=True
     ),
-    "truth": System(_truth, "ground truth: ceiling", seeded=False),
+    "reference": System(
+        _reference,
+        "Magic3D under the exact prior of the ground truth: upper bound",
+        recipe="reference",
+        needs_truth=True,
+    ),
+    "truth": System(_truth, "ground truth: ceiling", seeded=False, needs_truth=True),
     "floor": System(_floor, "random smooth blob: floor"),
 }
 
 
-CURES = Path(__file__).parent / "cures"  # plain SDS with one cure each: sds+NAME
+CURES = Path(__file__).parent / "cures"  # plain SDS with one rule or cure each: sds+NAME
 
 
 def cures() -> list[str]:
@@ -277,17 +289,30 @@ def cures() -> list[str]:
 
 
 def find_system(name: str) -> System:
-    """A system by name, sds+CURE, or any recipe of configs/ or YAML file by its name. UserError for an unknown one."""
+    """A system by name, sds+CURE, or any recipe of configs/ or YAML file by its name; RECIPE:coarse is its coarse stage
+    alone, which RECIPE takes over. UserError for an unknown one."""
     if name in SYSTEMS:
         return SYSTEMS[name]
-    from pipeline.config import find_recipe, recipes
+    from pipeline.config import load_config
+    from pipeline.recipes import find_recipe, recipes
 
-    if name in cures():
-        path = str(CURES / f"{name.removeprefix('sds+')}.yaml")
-        return System(_recipe(path), "plain SDS with one cure", recipe=path)
-    try:
-        path = find_recipe(name)
-    except UserError as error:
-        known = [*SYSTEMS, *recipes(), *cures()]
-        raise UserError(f"no such system: {name}", f"known: {', '.join(known)}", "choose among them") from error
-    return System(_recipe(str(path)), f"recipe {path.stem}", recipe=str(path))
+    recipe = name.removesuffix(":coarse")
+    only_coarse = recipe != name
+    if recipe in cures():
+        path = str(CURES / f"{recipe.removeprefix('sds+')}.yaml")
+        meaning = "plain SDS with one rule or cure"
+    else:
+        try:
+            path = str(find_recipe(recipe))
+        except UserError as error:
+            known = [*SYSTEMS, *recipes(), *cures()]
+            raise UserError(f"no such system: {name}", f"known: {', '.join(known)}", "choose among them") from error
+        meaning = f"recipe {Path(path).stem}"
+    two = load_config(path, [], {}).stages == ["coarse", "fine"]
+    if only_coarse and not two:
+        raise UserError(f"no such system: {name}", f"{recipe} does not begin with a coarse stage", f"ask for {recipe}")
+    if only_coarse:
+        return System(_coarse(path), f"{meaning}, the coarse stage alone", recipe=path, stages=("coarse",))
+    if two:
+        return System(_two_stages(path), meaning, recipe=path, begins_as=f"{recipe}:coarse")
+    return System(_recipe(path), meaning, recipe=path)

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.environment import RESULTS, read_lines
-from benchmarks.kernel_tables import kernels_markdown
+from benchmarks.guidance import as_markdown
+from benchmarks.kernel_tables import goals_markdown, kernels_markdown
 from benchmarks.markdown import markdown_table, origin
 from benchmarks.speed_tables import speed_markdown
 from benchmarks.summary import METRICS, shown
@@ -23,6 +24,7 @@ PLAIN = {
     "floor": "random blob",
 }
 ANSWERED = ("r_precision_colour", "clip_colour", "r_precision_textureless", "chamfer")
+CEILINGS = ("r_precision_colour", "clip_colour", "volume_iou")  # how far from the ground truth each system is
 
 
 def name_of(system: str) -> str:
@@ -44,15 +46,16 @@ def answers(summary: dict[str, Any]) -> list[str]:
     for system in summary["systems"]:
         if system in ("truth", "floor"):
             continue
-        for name in ("r_precision_colour", "clip_colour"):
-            gap = _directed(found, "truth", system, name)
-            if gap is not None:
-                d = gap["difference"]
-                sentences.append(
-                    f"{name_of(system).capitalize()} is {d['mean']:z.1f} [{d['low']:z.1f}, {d['high']:z.1f}] "
-                    f"below the ceiling in {METRICS[name].label}."
-                )
+        gaps = {name: _directed(found, system, "truth", name) for name in CEILINGS}
+        parts = [_gap(gap["difference"], name) for name, gap in gaps.items() if gap is not None]
+        if parts:
+            sentences.append(f"{name_of(system).capitalize()} against the ground truth: {'; '.join(parts)}.")
     return sentences
+
+
+def _gap(d: dict[str, float], name: str) -> str:
+    label, n = METRICS[name].label, METRICS[name].digits
+    return f"{label} {d['mean']:+z.{n}f} [{d['low']:+z.{n}f}, {d['high']:+z.{n}f}]"
 
 
 def _directed(found: dict, a: str, b: str, metric: str) -> dict[str, Any] | None:
@@ -182,7 +185,8 @@ def quality_markdown(
     names = [n for n in chosen if any(n in facts["all"] for facts in summary["systems"].values())]
     rows = []
     for system, facts in summary["systems"].items():
-        rows.append([name_of(system), *(shown(facts["all"].get(n), METRICS[n].digits) for n in names)])
+        lost = f" ({facts['failed']} of {facts['cells']} without an object)" if facts["failed"] else ""
+        rows.append([name_of(system) + lost, *(shown(facts["all"].get(n), METRICS[n].digits) for n in names)])
     table = markdown_table(["system", *(METRICS[n].label for n in names)], rows)
     prompts, seeds = sum(summary["prompts"].values()), max(f["seeds"] for f in summary["systems"].values())
     note = (
@@ -193,8 +197,21 @@ def quality_markdown(
     return f"{table}\n\n{note}\n\n{said}".rstrip()
 
 
+def guidance_markdown(lines: list[dict[str, Any]]) -> str:
+    """The table of rules and cures against plain SDS, and where it was made."""
+    prompts, seeds = max(line["prompts"] for line in lines), max(line["seeds"] for line in lines)
+    where = origin(*(sorted({str(line[k])[:10] for line in lines}) for k in ("date", "git")))
+    note = (
+        f"{prompts} prompts with a true front, up to {seeds} seed{'s' if seeds > 1 else ''}, coarse + fine, pocket "
+        "world; `sds` is DreamFusion's recipe as published, `sds+X` the same with one rule or cure "
+        f"(benchmarks/cures). {where}, {lines[-1]['cores']} cores of {lines[-1]['cpu']}."
+    )
+    return f"{as_markdown(lines)}\n\n{note}"
+
+
 def markdown_blocks(results: Path = RESULTS) -> dict[str, str]:
-    """Every table there are results for, by name: pocket, reference, kernels, speed, and quality_<suite>."""
+    """Every table there are results for, by name: pocket, reference, kernels, kernels_goals, speed, guidance and
+    quality_<suite>."""
     blocks = {}
     lines = read_lines(results / "pocket.jsonl")
     if lines:
@@ -205,9 +222,13 @@ def markdown_blocks(results: Path = RESULTS) -> dict[str, str]:
     lines = read_lines(results / "kernels.jsonl")
     if lines:
         blocks["kernels"] = kernels_markdown(lines)
+        blocks["kernels_goals"] = goals_markdown(lines)
     lines = read_lines(results / "speed.jsonl")
     if lines:
         blocks["speed"] = speed_markdown(lines)
+    lines = read_lines(results / "guidance.jsonl")
+    if lines:
+        blocks["guidance"] = guidance_markdown(lines)
     for path in sorted(results.glob("quality_*.json")):
         blocks[path.stem] = quality_markdown(json.loads(path.read_text(encoding="utf-8")))
     return blocks

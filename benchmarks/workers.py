@@ -67,7 +67,7 @@ class Worker:
             self._process = self._start()
         words = {"system": cell.system, "prompt": cell.prompt, "seed": cell.seed, "out": str(args.out)}
         words |= {"clips": [str(c) for c in args.clip]}
-        words |= {"options": [*args.options, *args.budgeted.get(cell.system, ())]}
+        words |= {"options": list(args.words[cell.system])}
         words |= {"threads": args.threads, "take_over": args.take_over}
         try:
             self._process.stdin.write(json.dumps(words) + "\n")
@@ -107,7 +107,7 @@ class Worker:
 def run_cells(cells: list[Cell], args: argparse.Namespace) -> list[Cell]:
     """Make what is missing, `args.workers` at a time; returns the cells that broke (a bug or a lost machine).
 
-    Cells of one prompt and seed go to one worker in turn, since magic3d takes over the coarse cell's stage.
+    Cells of one prompt and seed go to one worker in turn, since a two-stage system takes over its coarse cell's stage.
     """
     waiting = [c for c in cells if load_result(c, args.out) is None]
     print(f"{len(cells)} cells, {len(cells) - len(waiting)} finished before", flush=True)

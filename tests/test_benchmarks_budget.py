@@ -72,7 +72,8 @@ def test_steps_are_settled_once_and_trials_are_made_of_the_systems_that_optimise
     whole = systems.System(make, "both stages", recipe="default")
     monkeypatch.setitem(systems.SYSTEMS, "magic3d", whole)
     (tmp_path / "trials" / "magic3d" / "run").mkdir(parents=True)  # what an interrupted trial left
-    words = (Budget("seconds", 50), ["magic3d", "truth"], "a red mug", tmp_path, 1, ("coarse.views_per_step=1",))
+    options = {"magic3d": ("coarse.views_per_step=1",), "truth": ()}
+    words = (Budget("seconds", 50), options, "a red mug", tmp_path, 1)
     found = options_by_system(*words)
     assert found == {"magic3d": ("coarse.steps=100", "fine.steps=30"), "truth": ()}
     assert len(made) == 2 and made[1].options == ("coarse.views_per_step=1",)
@@ -87,7 +88,7 @@ def test_cells_of_a_budget_get_their_systems_steps_and_share_no_coarse_stage(tmp
     prompts.write_text("a red ball\n")
     words = ["--prompts", str(prompts), "--systems", "coarse,magic3d,truth", "--budget", "steps=26", "--out"]
     assert quality.main([*words, str(tmp_path / "out")]) == 0
-    assert seen[0].budgeted == {
+    assert seen[0].words == {
         "coarse": ("coarse.steps=26",),
         "magic3d": ("coarse.steps=20", "fine.steps=6"),
         "truth": (),
@@ -105,8 +106,8 @@ def test_a_quick_suite_takes_a_share_of_every_recipes_steps(tmp_path, monkeypatc
     assert args.take_over and not args.options
     for system in ("coarse", "magic3d", "sphere", "reference"):
         own = own_steps(system, ())
-        assert args.budgeted[system] == tuple(f"{stage}.steps={round(0.6 * n)}" for stage, n in own.items())
-    assert args.budgeted["truth"] == args.budgeted["floor"] == ()
+        assert args.words[system] == tuple(f"{stage}.steps={round(0.6 * n)}" for stage, n in own.items())
+    assert args.words["truth"] == args.words["floor"] == ()
     assert quality.main(["--out", str(tmp_path / "out")]) == 2  # not into the same folder
 
 

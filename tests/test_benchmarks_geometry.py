@@ -9,7 +9,15 @@ import pytest
 import trimesh
 
 from benchmarks import geometry
-from benchmarks.geometry import Alignment, compare, self_intersections, surface_points, uv_stretch, volume_iou
+from benchmarks.geometry import (
+    Alignment,
+    compare,
+    self_intersections,
+    surface_points,
+    uv_collapsed,
+    uv_stretch,
+    volume_iou,
+)
 from stages.mesh.mesh import Mesh
 from stages.pocket import world
 
@@ -161,3 +169,12 @@ def test_uv_stretch_of_an_even_map_is_one_and_of_a_squeezed_one_is_known():
     squeezed = uv_stretch(flat_square([[0, 0], [0.5, 0], [0.5, 1], [0, 1]]))
     assert squeezed == pytest.approx(math.sqrt(10) * math.sqrt(0.5 / 4))
     assert math.isnan(uv_stretch(box()))
+
+
+def test_faces_that_collapsed_in_the_texture_are_counted_by_their_surface():
+    whole, half = ([[0, 0], [1, 0], [1, 1], [0, 1]], [[0, 0], [1, 0], [1, 1], [1, 1]])
+    assert (uv_collapsed(flat_square(whole)), uv_collapsed(flat_square(half))) == (0, pytest.approx(0.5))
+    assert uv_stretch(flat_square(half)) == pytest.approx(1)  # of what is mapped
+    nothing = flat_square([[0, 0]] * 4)
+    assert uv_collapsed(nothing) == 1 and math.isnan(uv_stretch(nothing))
+    assert math.isnan(uv_collapsed(box()))

@@ -1,6 +1,7 @@
 """The guidance table: made of finished cells, resumable, by formula; and the classifier that counts fronts behind."""
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 
 from benchmarks import guidance, quality
 from benchmarks.cells import Cell, make_cell
-from benchmarks.guidance import COLUMNS, RULES, as_markdown, main, meets, step_seconds
+from benchmarks.guidance import COLUMNS, WHOLE, as_markdown, main, meets, paired, step_seconds
 from benchmarks.render import Subject
 from benchmarks.suite import load_suite
 from benchmarks.systems import cures, random_blob
@@ -29,7 +30,7 @@ def test_the_prompts_are_twelve_kinds_with_a_true_front_four_of_them_held_out():
 
 def test_default_systems_are_plain_sds_the_default_every_rule_and_every_cure(tmp_path):
     args = guidance._arguments(["--out", str(tmp_path)])
-    assert args.systems.split(",") == [*RULES, *cures()] and RULES[0] == "sds" and "sds+perp-neg" in args.systems
+    assert args.systems.split(",") == [*WHOLE, *cures()] and {"sds+perp-neg", "sds+csd", "sds+sjc"} < set(cures())
 
 
 # --- the classifier ---------------------------------------------------------------------------------------------------
@@ -105,9 +106,8 @@ def test_step_seconds_are_medians_without_the_first_step(tmp_path):
     assert step_seconds(tmp_path / "none") == {}
 
 
-def line_of(janus, saturation, r_colour):
-    values = {"janus": janus, "saturation": saturation, "r_colour": r_colour}
-    return {name: None if v is None else {"mean": v} for name, v in values.items()}
+def numbers_of(janus, saturation, r_colour, r_textureless=50.0):
+    return {"janus": janus, "saturation": saturation, "r_colour": r_colour, "r_textureless": r_textureless}
 
 
 @pytest.mark.parametrize(
@@ -118,11 +118,22 @@ def line_of(janus, saturation, r_colour):
         ((21.0, 0.1, 50.0), False),
         ((10.0, 0.21, 50.0), False),
         ((10.0, 0.1, 49.0), False),  # R-Precision lost
-        ((None, 0.1, 60.0), None),
+        ((10.0, 0.1, 60.0, 49.0), False),  # of clay renders
+        ((math.nan, 0.1, 60.0), None),
     ],
 )
 def test_what_meets_the_goal(mine, wanted):
-    assert meets(line_of(*mine), line_of(40.0, 0.4, 50.0)) is wanted
+    base = {("a mug", 0): numbers_of(40.0, 0.4, 50.0)}
+    assert meets(paired({("a mug", 0): numbers_of(*mine)}, base)) is wanted
+
+
+def test_systems_are_compared_over_the_cells_where_both_ended_with_an_object():
+    lost = numbers_of(math.nan, math.nan, 0.0, 0.0)
+    mine = {("a", 0): numbers_of(10, 0.1, 100), ("b", 0): lost, ("c", 0): numbers_of(90, 0.9, 100)}
+    base = {("a", 0): numbers_of(30, 0.3, 100), ("b", 0): numbers_of(50, 0.5, 100)}
+    found = paired(mine, base)
+    assert found["janus"] == {"mine": 10, "base": 30, "cells": 1}
+    assert found["r_colour"] == {"mine": 50, "base": 100, "cells": 2}  # what was lost counts here
 
 
 @pytest.fixture()

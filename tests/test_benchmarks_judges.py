@@ -48,24 +48,25 @@ def test_a_run_is_judged_by_the_clips_its_folder_does_not_name(tmp_path, other):
 def test_systems_without_an_impartial_judge_are_refused_before_any_work(recipe, other):
     systems = {"truth": None, "coarse": "default", recipe: recipe}
     with pytest.raises(UserError, match=f"{recipe} is guided by the CLIP that would judge it") as caught:
-        check_judges(systems, [POCKET_CLIP], [])
+        check_judges(systems, [POCKET_CLIP], dict.fromkeys(systems, ()))
     assert "stages.pocket.train clip --seed 1" in caught.value.fix
-    check_judges(systems, [POCKET_CLIP, other], [])
+    check_judges(systems, [POCKET_CLIP, other], dict.fromkeys(systems, ()))
     stage = {"dreamfields": "coarse", "clip-mesh": "clipmesh"}[recipe]
-    check_judges(systems, [POCKET_CLIP], [f"prior.{stage}=clip:{other}"])
+    told = {"truth": (), "coarse": (), recipe: (f"prior.{stage}=clip:{other}",)}
+    check_judges(systems, [POCKET_CLIP], told)
     with pytest.raises(UserError, match="guided by"):
-        check_judges(systems, [other], [f"prior.{stage}=clip:{other}"])
+        check_judges(systems, [other], told)
 
 
 def test_an_option_that_makes_a_clip_the_guide_counts(other):
     with pytest.raises(UserError, match="coarse is guided"):
-        check_judges({"coarse": "default"}, [POCKET_CLIP], ["prior.coarse=clip:pocket"])
+        check_judges({"coarse": "default"}, [POCKET_CLIP], {"coarse": ("prior.coarse=clip:pocket",)})
 
 
 def test_two_clips_of_one_name_are_refused(tmp_path, other):
     shutil.copytree(other, tmp_path / "clip")
     with pytest.raises(UserError, match="two CLIPs are called clip"):
-        check_judges({}, [POCKET_CLIP, tmp_path / "clip"], [])
+        check_judges({}, [POCKET_CLIP, tmp_path / "clip"], {})
 
 
 def test_a_cell_goes_without_the_scores_of_its_guide_and_says_so(tmp_path, monkeypatch, other):

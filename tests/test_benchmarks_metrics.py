@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from benchmarks import metrics
+from benchmarks.assess import JANUS_ELEVATION, JANUS_PICTURE, colour_facts
 from benchmarks.render import Subject, albedo_of, ring, shoot
 from stages.cameras import linear_to_srgb, orbit_views, srgb_to_linear
 from stages.mesh.mesh import Mesh
@@ -83,6 +84,37 @@ def test_scaling_colours_by_1_3_scales_saturation_and_brightness_by_1_3():
     assert lighter / brightness == pytest.approx(1.3, rel=0.01)
 
 
+def test_lab_of_known_colours():
+    colours = {
+        (1.0, 1.0, 1.0): (100.0, 0.0, 0.0),
+        (1.0, 0.0, 0.0): (53.24, 80.09, 67.20),
+        (0.0, 0.0, 1.0): (32.30, 79.19, -107.86),
+    }
+    for srgb, lab in colours.items():
+        assert torch.allclose(metrics.mean_lab(*one_colour(list(srgb))), torch.tensor([lab]), atol=0.02)
+
+
+def test_colour_difference_sees_a_hue_that_saturation_and_brightness_do_not():
+    red, green = one_colour([0.8, 0.2, 0.2]), one_colour([0.2, 0.8, 0.2])
+    assert metrics.saturation_brightness(*red) == pytest.approx(metrics.saturation_brightness(*green))
+    assert metrics.colour_difference(metrics.mean_lab(*red), metrics.mean_lab(*green)) > 80
+    assert metrics.colour_difference(metrics.mean_lab(*red), metrics.mean_lab(*red)) == 0
+    lighter = metrics.mean_lab(*one_colour([0.9, 0.9, 0.9])), metrics.mean_lab(*one_colour([0.5, 0.5, 0.5]))
+    assert metrics.colour_difference(*lighter) == pytest.approx(91.12 - 53.39, abs=0.02)  # 116 y^(1/3) - 16
+
+
+def test_scaling_colours_by_1_3_moves_the_saturation_error_by_three_tenths_of_the_chroma():
+    truth = world.build(world.parse("a green mug"))
+    truth.colours = srgb_to_linear(0.7 * linear_to_srgb(torch.from_numpy(truth.colours))).numpy()
+    over = srgb_to_linear(1.3 * linear_to_srgb(torch.from_numpy(truth.colours))).numpy()
+    own, more = (Subject.of(Mesh(truth.vertices, truth.faces, c)) for c in (truth.colours, over))
+    same, facts = colour_facts(own, own), colour_facts(more, own)
+    assert (same["saturation_error"], same["brightness_error"], same["colour_difference"]) == (0, 0, 0)
+    assert facts["saturation_error"] == pytest.approx(0.3 * same["saturation"], rel=0.02)
+    assert facts["brightness_error"] == pytest.approx(0.3 * same["brightness"], rel=0.02)
+    assert facts["colour_difference"] > 5
+
+
 def test_nothing_covered_gives_no_saturation_and_no_detail():
     empty = torch.zeros(1, 8, 8, 3), torch.zeros(1, 8, 8, 1)
     assert all(math.isnan(v) for v in (*metrics.saturation_brightness(*empty), metrics.detail(*empty)))
@@ -135,7 +167,7 @@ def test_a_seam_in_the_texture_does_not_show_in_the_shading():
 # --- Janus ------------------------------------------------------------------------------------------------------
 
 FRONTED = [kind for kind in world.KINDS if world.true_front(kind)]
-VIEWS = orbit_views(metrics.janus_azimuths(), 15.0)
+VIEWS = orbit_views(metrics.janus_azimuths(), JANUS_ELEVATION)
 
 
 def mirrored_front(mesh: Mesh) -> Mesh:
@@ -147,7 +179,7 @@ def mirrored_front(mesh: Mesh) -> Mesh:
 
 
 def features(mesh: Mesh) -> tuple[torch.Tensor, torch.Tensor]:
-    images, _ = shoot(Subject.of(mesh), VIEWS, 48)
+    images, _ = shoot(Subject.of(mesh), VIEWS, JANUS_PICTURE)
     return metrics.picture_features(images), metrics.picture_features(images.flip(2))
 
 

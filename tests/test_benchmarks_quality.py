@@ -18,12 +18,14 @@ import trimesh
 
 from benchmarks import quality, systems
 from benchmarks.cells import Cell, cells_of, load_result, make_cell
-from benchmarks.suite import load_suite, pocket_suite
+from benchmarks.quality import choose_systems, prior_words
+from benchmarks.suite import Suite, load_suite, pocket_suite
 from benchmarks.summary import METRICS, as_text, summarise
 from benchmarks.systems import Job, find_system, random_blob
 from stages.errors import UserError
 from stages.mesh.measure import measure
 from stages.pocket import world
+from tests import tiny_folders
 from tests.tiny_clip import openai_like, pocket_like
 
 ENDS = ["--systems", "floor,truth"]
@@ -214,13 +216,86 @@ def test_a_folder_with_cells_of_another_recipe_is_refused(tmp_path, clips, capsy
 
 def test_a_cell_that_breaks_is_reported_with_its_traceback_and_the_others_are_made(tmp_path, clips, capsys):
     prompts = tmp_path / "two.txt"
-    prompts.write_text("a red ball\na squirrel\n")  # no ground truth of squirrels
-    words = ["--systems", "truth", "--prompts", str(prompts), "--clip", str(clips[0]), "--out", str(tmp_path / "out")]
-    assert quality.main(words) == 1
+    prompts.write_text("a red ball\na squirrel\n")
+    words = ["--systems", "floor", "--prompts", str(prompts), "--clip", str(clips[0]), "--out", str(tmp_path / "out")]
+    folder = Cell("floor", "a squirrel", 0).folder(tmp_path / "out")
+    (folder / "gallery.jpg").mkdir(parents=True)  # where the cell would write its picture
+    assert quality.main([*words, "--seeds", "1"]) == 1
     assert "a squirrel" in capsys.readouterr().err
-    folder = Cell("truth", "a squirrel", 0).folder(tmp_path / "out")
-    assert "no ground truth for 'a squirrel'" in (folder / "error.txt").read_text()
+    assert "gallery.jpg" in (folder / "error.txt").read_text()
     assert len((tmp_path / "out" / "results.jsonl").read_text().splitlines()) == 1
+
+
+# --- another prior ----------------------------------------------------------------------------------------------
+
+
+def suite_of(*prompts):
+    return Suite("mine", {"captions": list(prompts)}, [], [])
+
+
+def test_captions_without_ground_truth_go_without_the_systems_that_need_it():
+    known, foreign = suite_of("a red ball"), suite_of("a red ball", "a squirrel on a skateboard")
+    assert choose_systems(None, known, False) == ["coarse", "magic3d", "sphere", "reference", "truth", "floor"]
+    assert choose_systems(None, foreign, False) == ["coarse", "magic3d", "sphere", "floor"]
+    assert choose_systems(None, foreign, True) == ["stable-diffusion:coarse", "stable-diffusion", "floor"]
+    for name in ("truth", "reference", "texture"):
+        with pytest.raises(UserError, match="no ground truth for 'a squirrel on a skateboard'"):
+            choose_systems(f"floor,{name}", foreign, False)
+
+
+@pytest.mark.parametrize("name", ["coarse", "magic3d", "sphere", "texture", "csd", "sds+static"])
+def test_what_was_tuned_for_the_pocket_prior_does_not_run_under_another(name):
+    assert choose_systems(name, suite_of("a red ball"), False) == [name]
+    with pytest.raises(UserError, match="which --prior cannot take from the pocket prior") as error:
+        choose_systems(name, suite_of("a red ball"), True)
+    assert "stable-diffusion" in error.value.fix
+
+
+def test_a_prior_replaces_diffusion_models_but_neither_the_exact_prior_nor_a_clip():
+    assert prior_words("stable-diffusion", "A,B") == ("prior.coarse=A", "prior.fine=B")
+    assert prior_words("stable-diffusion:coarse", "A") == ("prior.coarse=A",)
+    assert prior_words("stable-diffusion", None) == prior_words("truth", "A") == ()
+    assert prior_words("reference", "A") == prior_words("dreamfields", "A") == prior_words("clip-mesh", "A") == ()
+
+
+def test_a_recipes_coarse_stage_alone_is_a_system_that_the_whole_recipe_takes_over(tmp_path, fake_pipeline):
+    first, whole = find_system("stable-diffusion:coarse"), find_system("stable-diffusion")
+    assert whole.begins_as == "stable-diffusion:coarse" and first.begins_as is None
+    assert [c.system for c in cells_of(suite_of("a ball"), ["stable-diffusion", "stable-diffusion:coarse"], 1)] == [
+        "stable-diffusion:coarse",
+        "stable-diffusion",
+    ]
+    first.make(job(tmp_path / "first"))
+    assert fake_pipeline.calls[0][-5:-1] == ["--config", first.recipe, "--stages", "coarse"]
+    whole.make(job(tmp_path / "second", coarse_run=tmp_path / "first" / "run"))
+    assert fake_pipeline.calls[1][-7:-1] == [
+        "--config", whole.recipe, "--stages", "fine", "--from", str(tmp_path / "first/run")
+    ]  # fmt: skip
+    with pytest.raises(UserError, match="does not begin with a coarse stage"):
+        find_system("clip-mesh:coarse")
+
+
+def test_a_folder_prior_and_two_folder_clips_make_and_judge_both_stages(tmp_path, clips):
+    """The whole way of a real model, on folders of random weights: two steps of a full-size recipe's settings."""
+    prior = tiny_folders.stable_diffusion(tmp_path / "sd")
+    recipe, prompts, out = tmp_path / "tiny.yaml", tmp_path / "own.txt", tmp_path / "out"
+    recipe.write_text(
+        "extends: stable-diffusion\n"
+        "coarse: {steps: 2, resolution: 16, samples: 24, field: {levels: 4, blob_scale: 30}}\n"
+        "fine: {steps: 2, resolution: 32, tets: 16}\n"
+        "export: {texture_size: 256, faces: 2000}\n"
+    )
+    prompts.write_text("a squirrel on a skateboard\na bowl of soup\n")
+    words = ["--prompts", str(prompts), "--limit", "1", "--seeds", "1", "--prior", str(prior)]
+    words += ["--systems", str(recipe), "--clip", ",".join(map(str, clips)), "--out", str(out)]
+    assert quality.main(words) == 0
+    line = json.loads((out / "results.jsonl").read_text())
+    assert set(line["clip"]) == {"small", "other"} and "geometry" not in line
+    assert {stage: facts["steps"] for stage, facts in line["cost"]["stages"].items()} == {"coarse": 2, "fine": 2}
+    config = (Cell(str(recipe), "a squirrel on a skateboard", 0).folder(out) / "run" / "config.yaml").read_text()
+    assert f"fine: {prior}" in config
+    summary = json.loads((out / "summary.json").read_text())
+    assert set(summary["by_clip"]) == {"small", "other"} and summary["candidates"]["colour"] == 2
 
 
 # --- the pipeline as a child ------------------------------------------------------------------------------------

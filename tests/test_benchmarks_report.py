@@ -136,7 +136,7 @@ def test_the_answers_turn_comparisons_the_right_way_round():
         "worse on 0 of 4 prompts (p = 0.030)."
     )
     assert said[1] == "The price of the fine stage: 60 s more [50, 70]."
-    assert "Coarse + fine is 23.0 [16.0, 30.0] below the ceiling in R-Precision, colour, %." in said
+    assert "Coarse + fine against the ground truth: R-Precision, colour, % -23.0 [-30.0, -16.0]." in said
 
 
 def test_quality_markdown_has_a_row_a_system_and_says_where_it_comes_from():
@@ -242,6 +242,23 @@ def test_the_page_is_one_file_that_fetches_nothing_and_escapes_what_it_shows(fin
     assert "a &lt;fast&gt; one" in text
     assert text.count('<script type="text/plain"') == 6
     assert "<svg" in text
+
+
+def test_the_page_says_where_the_time_went(tmp_path):
+    clip = pocket_like(tmp_path / "tiny")
+    stage = {"seconds": 60.0, "steps": 30, "steps_per_s": 0.5, "phases": {"render": 20.0, "prior": 40.0, "load": 0.01}}
+    quick = stage | {"seconds": 30.0, "steps_per_s": 1.0}
+    costs = [{"stages": {"fine": facts}, "export": {"unwrap": 2.0, "bake": 1.0}} for facts in (stage, quick)]
+    lines = [line("magic3d", p, "tiny") | {"cost": cost} for p, cost in zip(PROMPTS[:2], costs, strict=True)]
+    summary = summarise(lines, Suite("two", {"captions": PROMPTS}, [], []), [clip])
+    times = summary["systems"]["magic3d"]["times"]
+    assert (times["fine"]["seconds"], times["fine"]["steps_per_s"]) == (45, 0.75)
+    assert times["export"]["seconds"] == 3
+    shown = report.times_table(summary)
+    assert "prior 40.0, render 20.0" in shown and "load" not in shown and ">0.75<" in shown
+    assert "1 of 3 without an object" in tables.quality_markdown(
+        summary | {"systems": {"magic3d": summary["systems"]["magic3d"] | {"failed": 1, "cells": 3}}}
+    )
 
 
 def test_a_folder_without_a_suite_is_refused(tmp_path, capsys):
