@@ -236,17 +236,29 @@ def peak_gpu_memory_mb() -> float | None:
     return round(torch.cuda.max_memory_allocated() / 2**20, 1)
 
 
-def git_revision() -> str | None:
-    """The source's revision, with -dirty where files differ; None for an installed package."""
-    root = Path(__file__).resolve().parent.parent
+MAKES_RESULTS = ("pipeline", "stages", "configs", "benchmarks", "pyproject.toml", ":(exclude)benchmarks/results")
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def git_revision(root: Path = ROOT) -> str | None:
+    """The source's revision, with -dirty where files that make results differ; None for an installed package.
+
+    Texts, tests and published results are none of these: a second benchmark may run after the first has published.
+    """
     if not (root / ".git").exists():
         return None
     try:
-        command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+        revision = _git(root, "rev-parse", "HEAD")
+        changed = _git(root, "status", "--porcelain", "--untracked-files=no", "--", *MAKES_RESULTS)
     except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout.strip() or None
+    return f"{revision}-dirty" if changed else revision
+
+
+def _git(root: Path, *words: str) -> str:
+    done = subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, timeout=10, check=True)
+    return done.stdout.strip()
 
 
 def _version(package: str) -> str | None:

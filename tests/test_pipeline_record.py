@@ -1,12 +1,13 @@
-"""What run.json says of memory and of its clock, on the CPU and with a stand-in for a GPU."""
+"""What run.json says of memory, of its clock, on the CPU and with a stand-in for a GPU, and of the revision."""
 
 import json
+import subprocess
 
 import pytest
 import torch
 
 from pipeline.progress import Progress
-from pipeline.record import Record, peak_gpu_memory_mb
+from pipeline.record import Record, git_revision, peak_gpu_memory_mb
 
 
 @pytest.fixture
@@ -47,3 +48,25 @@ def test_the_bar_shows_the_gpus_peak(gpu, capsys):
     with Progress().stage("coarse", 2, 0) as shown:
         shown.update(1, "cover 3 %")
     assert "GB, GPU peak 3.0 GB  cover 3 %" in capsys.readouterr().out
+
+
+def test_a_revision_is_dirty_where_what_makes_results_differs_and_only_there(tmp_path):
+    def git(*words):
+        who = ("-c", "user.name=a", "-c", "user.email=a@b.c")
+        subprocess.run(["git", "-C", str(tmp_path), *who, *words], check=True, capture_output=True)
+
+    assert git_revision(tmp_path) is None
+    files = {name: tmp_path / name for name in ("README.md", "stages/fine.py", "benchmarks/results/speed.jsonl")}
+    for path in files.values():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("before")
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-qm", "all")
+    clean = git_revision(tmp_path)
+    assert len(clean) == 40
+    files["README.md"].write_text("after")
+    files["benchmarks/results/speed.jsonl"].write_text("after")
+    assert git_revision(tmp_path) == clean
+    files["stages/fine.py"].write_text("after")
+    assert git_revision(tmp_path) == f"{clean}-dirty"
