@@ -37,7 +37,7 @@ def kernels_markdown(lines: list[Line]) -> str:
     for device in dict.fromkeys(line["device"] for line in lines if "case" in line):
         chosen = [line for line in lines if line["device"] == device]
         parts.append(_table([line for line in chosen if "case" in line]))
-        said = [*targets(chosen), *_absent(chosen)]
+        said = [*targets(chosen), *on_moved_meshes(chosen), *_absent(chosen)]
         parts += ["\n".join(f"- {text}" for text in said)] if said else []
         parts.append(_footer([line for line in chosen if "case" in line]))
     return "\n\n".join(parts)
@@ -46,7 +46,7 @@ def kernels_markdown(lines: list[Line]) -> str:
 def goals_markdown(lines: list[Line]) -> str:
     """What was asked for and whether it is met, of the newest lines of each device that were asked for anything."""
     mine = [line for line in lines if line.get("device") == "cpu"]
-    said = [*targets(mine), *_absent(mine)]
+    said = [*targets(mine), *on_moved_meshes(mine), *_absent(mine)]
     return "\n".join(f"- {text}" for text in said) + "\n\n" + _footer([line for line in mine if "case" in line])
 
 
@@ -122,6 +122,26 @@ def targets(lines: list[Line]) -> list[str]:
             met = "" if value >= target.least else " **missed**"
             runs = f" in {against['runs']} runs" if against["runs"] < 5 else ""
             said.append(f"{what}{name}: {value:.1f}x [{low:.1f}, {high:.1f}]{runs}; wanted >= {target.least:g}x{met}")
+    return said
+
+
+def on_moved_meshes(lines: list[Line]) -> list[str]:
+    """How the ray casters do where the mesh has moved, as in every step of a fine stage: building and casting."""
+    mine = [line for line in lines if line.get("case") == "rasterise" and line["device"] == "cpu"]
+    said = []
+    for threads in sorted({line["threads"] for line in mine}):
+        here = [line for line in mine if line["threads"] == threads]
+        build = {line["contestant"]: line["ms"] for line in here if line["work"] == "build"}
+        cast = {line["contestant"]: line["ms"] for line in here if line["work"] == FORWARD}
+        ours = next((cast[name] for name in OURS if name in cast), None)
+        both = {name: cast[name] + build[name] for name in build if name in cast}
+        if ours is None or not both:
+            continue
+        name = min(both, key=both.get)
+        said.append(
+            f"rasterise, forward, {threads} thread{'s' if threads > 1 else ''}, on a mesh that has moved, as a fine "
+            f"step's has: {both[name] / ours:.1f}x the fastest peer with its structure built anew, {name}"
+        )
     return said
 
 
