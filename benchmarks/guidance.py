@@ -41,6 +41,7 @@ PROMPTS = Path(__file__).with_name("guidance_prompts.txt")
 BASE = "sds"
 WHOLE = (BASE, "default")
 GOOD_JANUS, GOOD_SATURATION = 5.0, 0.05  # "under 5 %"
+PAIRED = ("janus", "saturation", "r_colour", "r_textureless")  # what `meets` asks of
 Line = dict[str, Any]
 
 # name: (heading, digits)
@@ -151,7 +152,7 @@ def paired(
 ) -> dict[str, dict[str, float]]:
     """By column, a system's and the base's means over the cells (prompt, seed) where both were measured; only those."""
     means = {}
-    for name in ("janus", "saturation", "r_colour", "r_textureless"):
+    for name in PAIRED:
         both = [(mine[key][name], base[key][name]) for key in mine if key in base]
         both = [pair for pair in both if not any(map(math.isnan, pair))]
         if both:
@@ -166,7 +167,7 @@ def meets(pairs: dict[str, dict[str, float]]) -> bool | None:
 
     pairs: of `paired`.
     """
-    if len(pairs) < 4:
+    if len(pairs) < len(PAIRED):
         return None
     bounds = {"janus": GOOD_JANUS, "saturation": GOOD_SATURATION}
     cured = all(pairs[name]["mine"] <= max(pairs[name]["base"] / 2, good) for name, good in bounds.items())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.markdown import markdown_table, origin
+from benchmarks.markdown import markdown_table, origin_of
 
 OURS = ("numba", "warp")
 TWIN, PEER = "torch", "the fastest peer"
@@ -37,17 +37,20 @@ def kernels_markdown(lines: list[Line]) -> str:
     for device in dict.fromkeys(line["device"] for line in lines if "case" in line):
         chosen = [line for line in lines if line["device"] == device]
         parts.append(_table([line for line in chosen if "case" in line]))
-        said = [*targets(chosen), *on_moved_meshes(chosen), *_absent(chosen)]
-        parts += ["\n".join(f"- {text}" for text in said)] if said else []
-        parts.append(_footer([line for line in chosen if "case" in line]))
+        parts += _said(chosen)
     return "\n\n".join(parts)
 
 
 def goals_markdown(lines: list[Line]) -> str:
-    """What was asked for and whether it is met, of the newest lines of each device that were asked for anything."""
-    mine = [line for line in lines if line.get("device") == "cpu"]
-    said = [*targets(mine), *on_moved_meshes(mine), *_absent(mine)]
-    return "\n".join(f"- {text}" for text in said) + "\n\n" + _footer([line for line in mine if "case" in line])
+    """What was asked for, which was of a CPU alone, and whether it is met; kernels_markdown without its tables."""
+    return "\n\n".join(_said([line for line in lines if line["device"] == "cpu"]))
+
+
+def _said(lines: list[Line]) -> list[str]:
+    """Below a device's table: what was asked for, who is absent, and where it was measured."""
+    said = [*targets(lines), *on_moved_meshes(lines), *_absent(lines)]
+    points = ["\n".join(f"- {text}" for text in said)] if said else []
+    return [*points, _footer([line for line in lines if "case" in line])]
 
 
 def rows_of(lines: list[Line]) -> dict[tuple[str, str, str], list[Line]]:
@@ -155,9 +158,8 @@ def _footer(lines: list[Line]) -> str:
     where = f"{last['cores']} cores of {last['cpu']}" if last["device"] == "cpu" else last["device"]
     versions = {"torch": last["versions"].get("torch"), "numba": last["versions"].get("numba")}
     versions |= {line["contestant"]: line["version"] for line in lines if "version" in line}
-    dates, revisions = ({str(line[k])[:10] for line in lines} for k in ("date", "git"))
     return (
         "Medians of interleaved runs in one process per number of threads; `x` is time over ours. Ray casters build "
         "their structure beforehand (`build`), embree casts on one thread; Dr.Jit's grid has its own layout. "
-        f"{origin(sorted(dates), sorted(revisions))}, {where}; {', '.join(f'{k} {v}' for k, v in versions.items())}."
+        f"{origin_of(lines)}, {where}; {', '.join(f'{k} {v}' for k, v in versions.items())}."
     )

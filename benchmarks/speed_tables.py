@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from benchmarks.curves import Curve, growth_plot
-from benchmarks.markdown import markdown_table, origin
+from benchmarks.markdown import markdown_table, origin_of
 from benchmarks.timing import fit_line, fit_power
 
 Line = dict[str, Any]
@@ -84,10 +84,9 @@ def speed_markdown(lines: list[Line]) -> str:
     parts = ["\n".join(f"- {text}" for text in said)] if said else []
     parts += [table for table in (_split(lines), _growth(lines)) if table]
     last = lines[-1]
-    dates, revisions = ({str(line[k])[:10] for line in lines} for k in ("date", "git"))
     machines = {f"{line['cores']} cores of {line['cpu']}" for line in lines if line["device"] == "cpu"}
     machines |= {line["device"] for line in lines if line["device"] != "cpu"}
-    where = f"{origin(sorted(dates), sorted(revisions))}, {'; '.join(sorted(machines))}"
+    where = f"{origin_of(lines)}, {'; '.join(sorted(machines))}"
     return "\n\n".join([*parts, f"{where}; torch {last['versions'].get('torch')}."])
 
 

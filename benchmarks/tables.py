@@ -10,7 +10,7 @@ from typing import Any
 from benchmarks.environment import RESULTS, read_lines
 from benchmarks.guidance import as_markdown
 from benchmarks.kernel_tables import goals_markdown, kernels_markdown
-from benchmarks.markdown import markdown_table, origin
+from benchmarks.markdown import markdown_table, origin, origin_of
 from benchmarks.speed_tables import speed_markdown
 from benchmarks.summary import METRICS, shown
 from pipeline.export.files import write_whole
@@ -111,7 +111,7 @@ def pocket_markdown(line: dict[str, Any]) -> str:
     s = line["settings"]
     note = (
         f"R-Precision at 1 under the pocket CLIP; {s['captions']} held-out captions, guidance {s['scale']:g}, "
-        f"{s['steps']} steps. {origin([line['date'][:10]], [str(line['git'])])}, {line['cores']} cores."
+        f"{s['steps']} steps. {origin_of([line])}, {line['cores']} cores."
     )
     return markdown_table(["what", "8 views", "1 view", "candidates"], rows) + f"\n\n{note}"
 
@@ -131,12 +131,11 @@ def reference_markdown(lines: list[dict[str, Any]]) -> str:
     rows.append(["wanted", *wanted, _bound(targets.get("fine", {}), "chamfer"), "closed, manifold, 1 part", ""])
     head = ["mesh", "coarse IoU", "coarse PSNR", "fine IoU", "fine PSNR", "Chamfer", "surface", "time"]
     chosen = list(latest.values())
-    where = origin(*(sorted({str(line[k])[:10] for line in chosen}) for k in ("date", "git")))
     floors = [line["chamfer_floor"] for line in chosen if "chamfer_floor" in line]
     note = "Silhouettes and unshaded pictures on views that training has not seen; Chamfer over the box's diagonal"
     note += f" (the truth against itself: {max(floors):.4f})" if floors else ""
     bold = "; bold misses its target" if any(line["missed"] for line in chosen) else ""
-    return markdown_table(head, rows) + f"\n\n{note}{bold}. {where}, {chosen[-1]['cores']} cores."
+    return markdown_table(head, rows) + f"\n\n{note}{bold}. {origin_of(chosen)}, {chosen[-1]['cores']} cores."
 
 
 _DIGITS = {"iou": "{:.3f}", "psnr_db": "{:.1f} dB", "chamfer": "{:.4f}"}
@@ -200,11 +199,10 @@ def quality_markdown(
 def guidance_markdown(lines: list[dict[str, Any]]) -> str:
     """The table of rules and cures against plain SDS, and where it was made."""
     prompts, seeds = max(line["prompts"] for line in lines), max(line["seeds"] for line in lines)
-    where = origin(*(sorted({str(line[k])[:10] for line in lines}) for k in ("date", "git")))
     note = (
         f"{prompts} prompts with a true front, up to {seeds} seed{'s' if seeds > 1 else ''}, coarse + fine, pocket "
         "world; `sds` is DreamFusion's recipe as published, `sds+X` the same with one rule or cure "
-        f"(benchmarks/cures). {where}, {lines[-1]['cores']} cores of {lines[-1]['cpu']}."
+        f"(benchmarks/cures). {origin_of(lines)}, {lines[-1]['cores']} cores of {lines[-1]['cpu']}."
     )
     return f"{as_markdown(lines)}\n\n{note}"
 

@@ -40,7 +40,7 @@ def print_recipes() -> None:
 
     for name, path in recipes().items():
         base = from_file(path).values.get("extends", "-")
-        print(f"{name:<17} {base:<8} {heading_of(path.read_text(encoding='utf-8'))}")
+        print(f"{name:<17} {base:<17} {heading_of(path.read_text(encoding='utf-8'))}")
     print("# name, the recipe it extends, what it is; take one with --config NAME")
     print("# its values: pipeline settings --config NAME")
 
