@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,21 @@ if TYPE_CHECKING:
 
     from pipeline.config import Config
 
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 OWN_PRIORS = ("pocket", "reference")
+
+
+def keep_freed_memory(most: int = 512 << 20) -> bool:
+    """Let glibc keep up to `most` bytes of freed memory for the next allocation instead of giving them back.
+
+    A step frees and allocates the same tensors again and again, and each page given back is zeroed and mapped anew:
+    1,466 pages and 18 ms of system time in a fine step, 9 pages and none of it with this. Returns False where the C
+    library is another one.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:
+        return False
+    return bool(mallopt(M_MMAP_THRESHOLD, 32 << 20) and mallopt(M_TRIM_THRESHOLD, most))
 
 
 def is_folder(source: str) -> bool:

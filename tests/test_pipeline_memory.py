@@ -1,6 +1,9 @@
 """Memory said before loading, and the way out when it runs out: three settings that help, the run kept."""
 
+import ctypes
 import json
+import subprocess
+import sys
 
 import pytest
 import tiny_folders
@@ -120,3 +123,29 @@ def test_a_run_out_of_memory_names_three_settings_and_goes_on_with_them(folder, 
     assert run("resume", "out") in (0, 2)  # three steps of a random prior may leave no surface to write
     steps = [json.loads(line)["step"] for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     assert steps == [1, 2, 3]
+
+
+STEPS = """
+import resource
+import numpy as np
+{set_up}
+def step():
+    held = [np.ones(1 << 17) for _ in range(40)]  # 1 MB each
+for _ in range(3):
+    step()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(10):
+    step()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="a C library without mallopt")
+def test_a_step_uses_the_last_ones_memory_again():
+    faults = {}
+    for name, line in {"given back": "", "kept": "import pipeline.memory; pipeline.memory.keep_freed_memory()"}.items():
+        done = subprocess.run(
+            [sys.executable, "-c", STEPS.format(set_up=line)], capture_output=True, text=True, check=True
+        )
+        faults[name] = int(done.stdout)
+    assert faults["kept"] < 100 < 1000 < faults["given back"]

@@ -10,9 +10,9 @@ Half-edge 3 f + k lies opposite corner k of triangle f, from corner k + 1 to cor
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
 from stages.kernels.cpu_raster import _project
+from stages.kernels.jit import njit
 from stages.kernels.threads import each
 
 STEPS_MAX = 64  # triangles walked over within one pixel

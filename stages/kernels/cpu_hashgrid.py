@@ -13,10 +13,10 @@ from functools import lru_cache
 
 import numpy as np
 import torch
-from numba import njit
 from torch import Tensor
 
 from stages.kernels.cpu_vectors import BLOCK, CORNERS, gather_dot, gather_sum, scatter_add, scatter_add_two
+from stages.kernels.jit import njit
 from stages.kernels.threads import each
 
 PRIME_Y, PRIME_Z = np.uint32(2654435761), np.uint32(805459861)

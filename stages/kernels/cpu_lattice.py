@@ -7,8 +7,8 @@ merge: linear, no hashing, no table as large as the cube.
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
+from stages.kernels.jit import njit
 from stages.kernels.threads import each
 
 BLOCK = 1 << 14  # vertices a task owns

@@ -7,8 +7,8 @@ Serial on purpose: at 350,000 tetrahedra a pass takes about a millisecond, below
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
+from stages.kernels.jit import njit
 from stages.kernels.reference_marching import TRIANGLES
 
 _TABLE = np.array(TRIANGLES, dtype=np.int8)

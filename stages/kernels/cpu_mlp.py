@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from numba import njit
 from torch import Tensor
 
 from stages.kernels.cpu_vectors import COLUMNS, NARROW, ROWS, narrow_product_tile, product_tile
+from stages.kernels.jit import njit
 from stages.kernels.threads import each
 
 BLOCK = 64  # points, a multiple of ROWS

@@ -6,8 +6,8 @@ Their loops' bodies, a triangle's cross product and its gradient, are also those
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
+from stages.kernels.jit import njit
 from stages.kernels.reference_raster import NORMAL_SQUARE_MIN
 
 

@@ -7,8 +7,8 @@ takes 6. Not differentiable.
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
+from stages.kernels.jit import njit
 from stages.kernels.threads import each
 
 ROWS = 16  # of a picture, that a task fills

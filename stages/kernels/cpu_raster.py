@@ -13,13 +13,16 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numba import njit
 
-from stages.kernels.cpu_vectors import PIXELS, draw_pixels
+from stages.kernels.cpu_vectors import PIXELS, draw_pixels, hides, write_pixel
+from stages.kernels.jit import njit
 from stages.kernels.reference_raster import AREA_MIN, PIXELS_MAX, W_MIN
 from stages.kernels.threads import each
 
-BAND = 64  # rows a task owns; 64 rows of 512 columns with depth and id stay in a 0.5 MB cache
+SHIFT = 6
+BAND = 1 << SHIFT  # rows a task owns; 64 rows of 512 columns with depth and id stay in a 0.5 MB cache
+PART = 1 << 13  # triangles that a task sorts into bands
+AREA_SURE, DEPTH_SURE = 1e-3, 1e-6  # a depth within a triangle this large is the corners' least to this or better
 REDUCED = 1 << 14  # vertices whose sums a task adds up
 
 
@@ -38,21 +41,21 @@ def _project(clip, height, width, screen):
 
 
 @njit(cache=True, nogil=True)
-def _row_ranges(screen, triangles, height, width, rows):
-    for f in range(triangles.shape[0]):
+def _find_rows(screen, triangles, first, last, height, width, rows):
+    """First and end row of triangles first .. last, none where nothing is drawn, and 1 where one turns away."""
+    for f in range(first, last):
         a, b, c = triangles[f, 0], triangles[f, 1], triangles[f, 2]
-        rows[f, 0] = rows[f, 1] = 0
+        x0, x1, x2, y0, y1, y2 = screen[a, 0], screen[b, 0], screen[c, 0], screen[a, 1], screen[b, 1], screen[c, 1]
+        rows[f, 0] = rows[f, 1] = rows[f, 2] = 0
         z = screen[a, 2] + screen[b, 2] + screen[c, 2]
         if z != z:
             continue
-        x_max = max(screen[a, 0], screen[b, 0], screen[c, 0])
-        x_min = min(screen[a, 0], screen[b, 0], screen[c, 0])
-        y_min = max(min(screen[a, 1], screen[b, 1], screen[c, 1]), 0.0)
-        y_max = min(max(screen[a, 1], screen[b, 1], screen[c, 1]), np.float64(height))
-        if x_max < 0.5 or x_min > width - 0.5 or y_max < 0.5 or y_min > height - 0.5:
+        y_min, y_max = max(min(y0, y1, y2), 0.0), min(max(y0, y1, y2), np.float64(height))
+        if max(x0, x1, x2) < 0.5 or min(x0, x1, x2) > width - 0.5 or y_max < 0.5 or y_min > height - 0.5:
             continue
         rows[f, 0] = np.int32(math.ceil(y_min - 0.5))
         rows[f, 1] = min(np.int32(math.floor(y_max - 0.5)) + 1, height)
+        rows[f, 2] = (x1 - x0) * (y2 - y0) > (x2 - x0) * (y1 - y0)
 
 
 @njit(cache=True, nogil=True)
@@ -83,11 +86,11 @@ def _narrow(ea, er, lo, hi):
 
 
 @njit(cache=True, nogil=True)
-def _fill_band(screen, triangles, rows, y_lo, y_hi, width, depth, ids):
-    for f in range(triangles.shape[0]):
+def _fill_band(screen, triangles, rows, order, away, y_lo, y_hi, width, depth, ids):
+    """Draw the triangles `order` into rows y_lo .. y_hi; of those that turn `away`, on a closed body drawn after the
+    others, most lie with all of their box behind what is there already, which is quicker found out than drawn."""
+    for f in order:
         r0, r1 = max(rows[f, 0], y_lo), min(rows[f, 1], y_hi)
-        if r0 >= r1:
-            continue
         a, b, c = triangles[f, 0], triangles[f, 1], triangles[f, 2]
         x0, y0, z0 = screen[a, 0], screen[a, 1], screen[a, 2]
         x1, y1, z1 = screen[b, 0], screen[b, 1], screen[b, 2]
@@ -100,19 +103,29 @@ def _fill_band(screen, triangles, rows, y_lo, y_hi, width, depth, ids):
         area = (x1 - x0) * (y2 - y0) - (x2 - x0) * (y1 - y0)
         if not abs(area) > AREA_MIN:
             continue
+        if away and right - left <= PIXELS and abs(area) > AREA_SURE:
+            least, covered = min(z0, z1, z2) - DEPTH_SURE, True
+            for y in range(r0, r1):
+                covered &= hides(depth, (y - y_lo) * depth.shape[1] + left, right - left, least)
+            if covered:
+                continue
         sign = 1.0 if area > 0.0 else -1.0
         inverse = 1.0 / abs(area)
         ea0, eb0, ec0 = _edge(x1, y1, x2, y2, sign)
         ea1, eb1, ec1 = _edge(x2, y2, x0, y0, sign)
         ea2, eb2, ec2 = _edge(x0, y0, x1, y1, sign)
+        if right - left <= PIXELS:
+            for y in range(r0, r1):
+                py, at = y + 0.5, (y - y_lo) * depth.shape[1] + left
+                edges = (ea0, eb0 * py + ec0, ea1, eb1 * py + ec1, ea2, eb2 * py + ec2)
+                draw_pixels(depth, ids, at, left, right, f + 1, edges, z0, z1, z2, inverse)
+            continue
         for y in range(r0, r1):
             py = y + 0.5
             er0, er1, er2 = eb0 * py + ec0, eb1 * py + ec1, eb2 * py + ec2
-            lo, hi = left, right
-            if right - left > PIXELS:
-                lo, hi = _narrow(ea0, er0, lo, hi)
-                lo, hi = _narrow(ea1, er1, lo, hi)
-                lo, hi = _narrow(ea2, er2, lo, hi)
+            lo, hi = _narrow(ea0, er0, left, right)
+            lo, hi = _narrow(ea1, er1, lo, hi)
+            lo, hi = _narrow(ea2, er2, lo, hi)
             edges = (ea0, er0, ea1, er1, ea2, er2)
             for x in range(lo, hi, PIXELS):
                 at = (y - y_lo) * depth.shape[1] + x
@@ -131,48 +144,80 @@ def _about_pixel(clip, a, b, c, fx, fy):
 
 @njit(cache=True, nogil=True)
 def _resolve_band(clip, triangles, y_lo, height, width, depth, ids, rast):
+    across = 2.0 * (np.arange(width) + 0.5) / width - 1.0
     for y in range(depth.shape[0]):
         fy = 1.0 - 2.0 * (y + y_lo + 0.5) / height
         for x in range(width):
-            f = ids[y, x] - 1
-            if f < 0:
+            number = ids[y, x]
+            if number == 0:
                 rast[y + y_lo, x, 0] = rast[y + y_lo, x, 1] = rast[y + y_lo, x, 2] = rast[y + y_lo, x, 3] = 0.0
                 continue
-            fx = 2.0 * (x + 0.5) / width - 1.0
-            ax, ay, bx, by, cx, cy = _about_pixel(clip, triangles[f, 0], triangles[f, 1], triangles[f, 2], fx, fy)
-            d0, d1, d2 = bx * cy - by * cx, cx * ay - cy * ax, ax * by - ay * bx
-            scale = 1.0 / (d0 + d1 + d2)
-            rast[y + y_lo, x, 0] = d0 * scale
-            rast[y + y_lo, x, 1] = d1 * scale
-            rast[y + y_lo, x, 2] = depth[y, x]
-            rast[y + y_lo, x, 3] = f + 1
+            at = 4 * ((y + y_lo) * width + x)
+            write_pixel(clip, triangles, number, across[x], fy, depth, y * depth.shape[1] + x, rast, at)
 
 
 @njit(cache=True, nogil=True)
-def _place_view(b, clip, triangles, height, width, screen, rows):
-    _project(clip[b], height, width, screen[b])
-    _row_ranges(screen[b], triangles, height, width, rows[b])
+def _project_part(task, parts, clip, height, width, screen):
+    b, part = task // parts, task % parts
+    start, stop = part * clip.shape[1] // parts, (part + 1) * clip.shape[1] // parts
+    _project(clip[b, start:stop], height, width, screen[b, start:stop])
 
 
 @njit(cache=True, nogil=True)
-def _raster_band(task, clip, screen, triangles, rows, rast):
+def _count_part(task, parts, screen, triangles, height, width, rows, count):
+    """Count [view, part, band and 2] the triangles of a part that touch each band, those that turn away apart."""
+    b, part = task // parts, task % parts
+    first, last = part * len(triangles) // parts, (part + 1) * len(triangles) // parts
+    _find_rows(screen[b], triangles, first, last, height, width, rows[b])
+    mine, found = rows[b], count[b, part]
+    for f in range(first, last):
+        for band in range(mine[f, 0] >> SHIFT, (mine[f, 1] + BAND - 1) >> SHIFT):
+            found[2 * band + mine[f, 2]] += 1
+
+
+@njit(cache=True, nogil=True)
+def _sort_part(task, parts, rows, start, order):
+    """Write their numbers into `order` from `start` on, which moves along."""
+    b, part = task // parts, task % parts
+    mine, to = rows[b], start[b, part]
+    for f in range(part * len(mine) // parts, (part + 1) * len(mine) // parts):
+        for band in range(mine[f, 0] >> SHIFT, (mine[f, 1] + BAND - 1) >> SHIFT):
+            order[to[2 * band + mine[f, 2]]] = f
+            to[2 * band + mine[f, 2]] += 1
+
+
+@njit(cache=True, nogil=True)
+def _raster_band(task, clip, screen, triangles, rows, order, first, rast):
     _, height, width, _ = rast.shape
     bands = (height + BAND - 1) // BAND
     b, band = task // bands, task % bands
     y_lo, y_hi = band * BAND, min((band + 1) * BAND, height)
     depth = np.full((y_hi - y_lo, width + PIXELS), np.inf, np.float64)
     ids = np.zeros((y_hi - y_lo, width + PIXELS), np.int32)
-    _fill_band(screen[b], triangles, rows[b], y_lo, y_hi, width, depth, ids)
+    for away in range(2):
+        chosen = order[first[2 * task + away] : first[2 * task + away + 1]]
+        _fill_band(screen[b], triangles, rows[b], chosen, away, y_lo, y_hi, width, depth, ids)
     _resolve_band(clip[b], triangles, y_lo, height, width, depth, ids, rast[b])
 
 
 def rasterise_forward(clip, triangles, rast):
     """Fill rast [B, H, W, 4] from clip [B, V, 4] float32 and triangles [F, 3] int32."""
     batch, height, width, _ = rast.shape
+    if not batch:
+        return
+    bands, parts = -(-height // BAND), max(1, len(triangles) // PART)
     screen = np.empty((batch, clip.shape[1], 3), np.float64)
-    rows = np.empty((batch, triangles.shape[0], 2), np.int32)
-    each(batch, _place_view, clip, triangles, height, width, screen, rows)
-    each(batch * -(-height // BAND), _raster_band, clip, screen, triangles, rows, rast)
+    each(batch * parts, _project_part, parts, clip, height, width, screen)
+    rows = np.empty((batch, len(triangles), 3), np.int32)
+    count = np.zeros((batch, parts, 2 * bands), np.int64)
+    each(batch * parts, _count_part, parts, screen, triangles, height, width, rows, count)
+    of_band = count.transpose(0, 2, 1)
+    ends = np.cumsum(of_band)
+    start = (ends.reshape(of_band.shape) - of_band).transpose(0, 2, 1).copy()
+    first = np.append(start[:, 0].ravel(), ends[-1])
+    order = np.empty(ends[-1], np.int32)
+    each(batch * parts, _sort_part, parts, rows, start, order)
+    each(batch * bands, _raster_band, clip, screen, triangles, rows, order, first, rast)
 
 
 def private_copies(owners: int, pixels: int) -> int:

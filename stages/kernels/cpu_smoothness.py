@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
 from stages.kernels.cpu_normals import add_cross, add_cross_gradient
+from stages.kernels.jit import njit
 from stages.kernels.reference_raster import NORMAL_SQUARE_MIN
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
+from stages.kernels.jit import njit
 from stages.kernels.threads import each
 
 BLOCK = 1 << 14  # points a task looks up

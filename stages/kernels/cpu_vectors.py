@@ -186,9 +186,68 @@ def _scatter(code: _Code, table, start, rows, p, terms) -> None:
 
 
 @intrinsic
+def hides(typing, depth, at, count, least):
+    """Whether all of depth[at : at + count], count <= PIXELS, is below `least`; reads PIXELS of them."""
+
+    def generate(context, builder, signature, arguments):
+        code = _Code(context, builder, signature, arguments)
+        depth, at, count, least = code.values
+        lanes, marks = ir.VectorType(_F64, PIXELS), ir.VectorType(_I64, PIXELS)
+        beyond = builder.icmp_signed(">=", ir.Constant(marks, list(range(PIXELS))), code.spread(count, marks))
+        nearer = builder.fcmp_ordered("<", code.load(depth, at, lanes), code.spread(least, lanes))
+        bits = ir.IntType(PIXELS)
+        return builder.icmp_unsigned("==", builder.bitcast(builder.or_(beyond, nearer), bits), ir.Constant(bits, -1))
+
+    return types.boolean(depth, at, count, least), generate
+
+
+@intrinsic
+def write_pixel(typing, clip, triangles, number, fx, fy, depth, depth_at, rast, at):
+    """rast[at : at + 4] = (u, v, depth[depth_at], number): the ray's barycentrics in triangle number - 1.
+
+    The corners' x and y are taken with the pixel's ray (fx, fy) moved to the origin: homogeneous, perspective-exact.
+    clip: [V, 4] float32; triangles: [F, 3] int32; number: at least 1. All is computed in float64, products and sums
+    rounded one by one.
+    """
+
+    def generate(code: _Code) -> None:
+        builder = code.builder
+        clip, triangles, number, fx, fy, depth, depth_at, rast, at = code.values
+        two, four = ir.VectorType(_F64, 2), ir.VectorType(_F32, 4)
+
+        def pick(vector, *lanes: int):
+            return builder.shuffle_vector(vector, vector, ir.Constant(ir.VectorType(_I32, len(lanes)), list(lanes)))
+
+        ray = builder.insert_element(code.spread(fx, two), fy, ir.Constant(_I32, 1))
+        corners = []
+        first = builder.mul(builder.sub(number, ir.Constant(_I64, 1)), ir.Constant(_I64, 3))
+        for k in range(3):
+            corner = builder.zext(code.load(triangles, builder.add(first, ir.Constant(_I64, k))), _I64)
+            point = code.load(clip, builder.shl(corner, ir.Constant(_I64, 2)), four)
+            wide = builder.fpext(point, ir.VectorType(_F64, 4))
+            corners.append(builder.fsub(pick(wide, 0, 1), builder.fmul(ray, pick(wide, 3, 3))))
+        areas = []
+        for k in range(3):
+            product = builder.fmul(corners[(k + 1) % 3], pick(corners[(k + 2) % 3], 1, 0))
+            low, high = (builder.extract_element(product, ir.Constant(_I32, lane)) for lane in range(2))
+            areas.append(builder.fsub(low, high))
+        scale = builder.fdiv(ir.Constant(_F64, 1.0), builder.fadd(builder.fadd(areas[0], areas[1]), areas[2]))
+        out = ir.Constant(four, ir.Undefined)
+        nearest = code.load(depth, depth_at)
+        parts = [builder.fptrunc(v, _F32) for v in (*(builder.fmul(d, scale) for d in areas[:2]), nearest)]
+        for lane, value in enumerate((*parts, builder.sitofp(number, _F32))):
+            out = builder.insert_element(out, value, ir.Constant(_I32, lane))
+        code.store(out, rast, at)
+
+    kinds = (clip, triangles, number, fx, fy, depth, depth_at, rast, at)
+    return types.void(*kinds), _returning_nothing(generate)
+
+
+@intrinsic
 def draw_pixels(typing, depth, ids, at, x, right, number, edges, z0, z1, z2, inverse):
     """Write depth and number of a triangle where it covers pixel centres x + 0.5 .. < right, is nearest and in [-1, 1].
 
+    Of equal depths the lower number is kept, whichever comes first.
     Takes PIXELS columns from x on, whose depth [.] float64 and ids [.] int32 lie from `at` on, also those beyond right.
     edges: slope and value at x = 0 of the three edge functions in this row, six float64; z0, z1, z2: depths of the
     corners opposite them; inverse: of twice the area. Products and sums are rounded one by one.
@@ -214,13 +273,14 @@ def draw_pixels(typing, depth, ids, at, x, right, number, edges, z0, z1, z2, inv
             term = builder.fmul(weight, code.spread(z, lanes))
             total = term if total is None else builder.fadd(total, term)
         here = builder.fmul(total, code.spread(inverse, lanes))
-        before = code.load(depth, at, lanes)
-        for sign, bound in (("<", before), (">=", every(-1.0)), ("<=", every(1.0))):
-            drawn = builder.and_(drawn, builder.fcmp_ordered(sign, here, bound))
-        bits = ir.IntType(PIXELS)
-        with builder.if_then(builder.icmp_unsigned("!=", builder.bitcast(drawn, bits), ir.Constant(bits, 0))):
-            code.store(builder.select(drawn, here, before), depth, at)
-            own = code.spread(builder.trunc(number, _I32), marks)
-            code.store(builder.select(drawn, own, code.load(ids, at, marks)), ids, at)
+        before, other = code.load(depth, at, lanes), code.load(ids, at, marks)
+        own = code.spread(builder.trunc(number, _I32), marks)
+        for sign, bound in ((">=", -1.0), ("<=", 1.0)):
+            drawn = builder.and_(drawn, builder.fcmp_ordered(sign, here, every(bound)))
+        first = builder.and_(builder.fcmp_ordered("==", here, before), builder.icmp_signed("<", own, other))
+        drawn = builder.and_(drawn, builder.or_(first, builder.fcmp_ordered("<", here, before)))
+        # Always stored: whether any of them is drawn cannot be foretold, and a wrong guess costs more than two stores.
+        code.store(builder.select(drawn, here, before), depth, at)
+        code.store(builder.select(drawn, own, other), ids, at)
 
     return types.void(depth, ids, at, x, right, number, edges, z0, z1, z2, inverse), _returning_nothing(generate)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from numba import njit
 from torch import Tensor
 
+from stages.kernels.jit import njit
 from stages.kernels.reference_volume import DIAGONAL, SHORTEST
 from stages.kernels.threads import each
 

@@ -15,7 +15,8 @@ are written in scalars because array expressions compile more slowly (12 s again
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
+
+from stages.kernels.jit import njit
 
 # Pull of a vertex's quadric towards where it was, per unit area: keeps flat regions non-singular and evenly meshed.
 ANCHOR = 1e-3

@@ -13,7 +13,8 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numba import njit
+
+from stages.kernels.jit import njit
 
 LEAF = 4  # triangles a leaf, at most
 FAR = 3.0  # radii of a node from which its dipole stands for it; closed surfaces were off by at most 0.014
