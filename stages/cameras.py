@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 NEAR, FAR = 0.1, 100.0
+SRGB_KNEE = 0.0031308  # below, the transfer curve is a line
 
 
 class CameraSettings(BaseModel):
@@ -178,8 +179,26 @@ def to_clip(vertices: Tensor, views: Views, aspect: float = 1.0) -> Tensor:
 
 def linear_to_srgb(linear: Tensor) -> Tensor:
     """IEC 61966-2-1 transfer curve; input clamped to [0, 1], finite gradient at 0."""
-    linear = linear.clamp(0, 1)
-    return torch.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear.clamp_min(0.0031308) ** (1 / 2.4) - 0.055)
+    return _ToSrgb.apply(linear)
+
+
+class _ToSrgb(torch.autograd.Function):
+    """The curve with its slope taken from its value: every step passes large pictures through it."""
+
+    @staticmethod
+    def forward(ctx, linear: Tensor) -> Tensor:
+        curve = linear.clamp(SRGB_KNEE, 1).pow_(1 / 2.4).mul_(1.055).sub_(0.055)
+        srgb = torch.where(linear <= SRGB_KNEE, 12.92 * linear.clamp_min(0), curve)
+        ctx.save_for_backward(linear, srgb)
+        return srgb
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor) -> Tensor:
+        linear, srgb = ctx.saved_tensors
+        slope = (srgb + 0.055).div_(linear).mul_(1 / 2.4)
+        slope = torch.where(linear <= SRGB_KNEE, 12.92, slope).mul_(grad)
+        return slope.masked_fill_((linear < 0) | (linear > 1), 0.0)
 
 
 def srgb_to_linear(srgb: Tensor) -> Tensor:

@@ -245,7 +245,7 @@ class FineStage:
         """Add the gradient of the smoothness terms to the vertices; returns the surface's metrics."""
         s = self.settings
         with torch.no_grad():
-            a, b, c = leaf[surface.faces.long()].unbind(1)
+            a, b, c = leaf.index_select(0, surface.faces.reshape(-1)).view(-1, 3, 3).unbind(1)
             volume = float((a * torch.linalg.cross(b, c)).sum(dtype=torch.float64) / 6)
         metrics = {"faces": float(len(surface.faces)), "volume": volume}
         if self.dmtet is None:

@@ -171,6 +171,17 @@ def test_srgb_has_a_finite_gradient_at_black_and_white():
     assert 0.3 < linear.grad[3] < 0.5
 
 
+def test_the_gradient_of_srgb_is_its_slope_and_none_outside():
+    linear = torch.tensor([0.001, 0.003, 0.0032, 0.2, 0.7, 0.999], dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(linear_to_srgb, [linear])
+    outside = torch.tensor([-0.5, -1e-6, 1.001, 3.0], requires_grad=True)
+    linear_to_srgb(outside).sum().backward()
+    assert (outside.grad == 0).all()
+    broken = torch.tensor([torch.nan], requires_grad=True)
+    linear_to_srgb(broken).sum().backward()
+    assert broken.grad.isnan().all()  # is seen by whoever looks for it
+
+
 def test_unknown_setting_is_refused():
     with pytest.raises(ValueError, match="fov"):
         CameraSettings(fov=30)

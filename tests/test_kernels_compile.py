@@ -14,6 +14,7 @@ from torch._inductor.exc import InductorError
 
 from stages.kernels.density import hash_density
 from stages.kernels.hashgrid import HashGridSpec, hash_encode, hash_gradient
+from stages.kernels.lambert import lambert
 from stages.kernels.lattice import diffuse
 from stages.kernels.marching import marching_tetrahedra, mesh_edges
 from stages.kernels.mlp import mlp, mlp_with_slope
@@ -89,6 +90,10 @@ def roughness(vertices):
     return torch.stack(smoothness(vertices * 1.0, TETRAHEDRON, *mesh_edges(TETRAHEDRON, 4))).sin()
 
 
+def shading(albedo, vectors, points):
+    return lambert(albedo, vectors * 1.0, points, CORNERS[:1] + 2, 0.3, 0.7, shortest=1e-3).sin()
+
+
 def surface(positions, sdf):
     vertices, faces, _ = marching_tetrahedra(positions * 1.0, sdf, *ONE, guard=0.01)
     return vertices[faces.long()].sin()
@@ -109,6 +114,7 @@ OPS = {
     "texture": (lookup, (randn(4, 5, 3), randn(20, 2))),
     "vertex normals": (normals, (CORNERS,)),
     "smoothness": (roughness, (CORNERS,)),
+    "shading": (shading, (randn(5, 3), randn(5, 3), randn(5, 3))),
     "marching tetrahedra": (surface, (CORNERS, torch.tensor([-1.0, 0.5, 2, 1]))),
     "diffusion, mesh edges": (smoothing, (randn(4),)),
 }

@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from stages.kernels.lambert import lambert
 from stages.kernels.lattice import diffuse
 from stages.kernels.marching import marching_tetrahedra, mesh_edges
 from stages.kernels.raster import antialias, edge_topology, interpolate, rasterise, texture, vertex_normals
@@ -200,6 +201,28 @@ def case_of_diffuse(seed: int) -> Case:
     return Case(diffuse, (values,), (neighbours, strength))
 
 
+def case_of_lambert(seed: int) -> Case:
+    g, kind, pick = random(seed)
+    n = {"empty": 0, "one": 1}.get(kind, pick(2, 40))
+    normals, points = torch.randn(n, 3, generator=g), torch.randn(n, 3, generator=g)
+    albedo = torch.rand(1 if seed % 3 == 0 else n, 3, generator=g)
+    light = 3 * torch.randn(1 if seed % 2 else n, 3, generator=g)
+    if kind == "huge":
+        points, light, normals = points * 1e6, light * 1e6, normals * 1e6
+    if kind == "degenerate":
+        normals[::2] *= 1e-5  # shorter than counts
+        normals[1::2] = 0.0
+        points[::3] = light[:1] if len(light) == 1 else light[::3]  # in the light
+    if kind == "behind":
+        normals = -(light - points) * torch.rand(n, 1, generator=g)  # turned away from it
+    options = (("shortest", 1e-3 if pick(0, 1) else 0.0),)
+    grads = points.detach()  # which a point in the light has none of that means anything
+    if kind == "degenerate":
+        return Case(lambda a, v, *rest, **more: lambert(a, v, grads, *rest, **more), (albedo, normals),
+                    (light, 0.3, 0.7), options)  # fmt: skip
+    return Case(lambert, (albedo, normals, points), (light, 0.3, 0.7), options)
+
+
 OPS = {
     "rasterise": case_of_rasterise,
     "interpolate": case_of_interpolate,
@@ -211,6 +234,7 @@ OPS = {
     "mesh_edges": case_of_mesh_edges,
     "diffuse": case_of_diffuse,
     "smoothness": case_of_smoothness,
+    "lambert": case_of_lambert,
 }
 FAST = [
     pytest.param("numba", "cpu", id="numba"),

@@ -28,7 +28,7 @@ wp = pytest.importorskip("warp")
 from stages.kernels import cuda_raster, cuda_sums  # noqa: E402
 from stages.kernels.cuda_launch import launch  # noqa: E402
 
-MODULES = ("raster", "antialias", "texture", "normals", "marching", "lattice", "smoothness")
+MODULES = ("raster", "antialias", "texture", "normals", "marching", "lattice", "smoothness", "lambert")
 DEVICES = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
 
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from stages.cameras import Views, linear_to_srgb
 from stages.errors import UserError
-from stages.guidance.prior import ViewContext
+from stages.guidance.prior import ViewContext, is_flat
 
 NUMBERS = 16
 DISTANCE = 3.0  # of the cameras, about: bends the rays through the volume
@@ -41,7 +41,7 @@ def view_numbers(views: Views, background: Tensor, ambient: float = 1.0, texture
     origin = -torch.einsum("bij,bi->bj", rotation, views.position.float())  # the object's centre as the camera sees it
     reach = -origin[:, 2] * torch.tan(torch.deg2rad(views.fov_deg.float()) / 2)  # half the picture's height there
     if background.dim() == 4:
-        background = background.mean((1, 2))
+        background = background[:, 0, 0] if is_flat(background) else background.mean((1, 2))
     grey = linear_to_srgb(background.float()).expand(len(views), 3)
     light = torch.einsum("bij,bi->bj", rotation, F.normalize(views.light.float(), dim=-1)) * (1 - ambient)
     flags = torch.tensor([2 * ambient - 1, float(textureless)]).to(back).expand(len(views), 2)

@@ -23,6 +23,7 @@ SHIFT = 6
 BAND = 1 << SHIFT  # rows a task owns; 64 rows of 512 columns with depth and id stay in a 0.5 MB cache
 PART = 1 << 13  # triangles that a task sorts into bands
 AREA_SURE, DEPTH_SURE = 1e-3, 1e-6  # a depth within a triangle this large is the corners' least to this or better
+PIXELS_PART = 1 << 15  # pixels that a task interpolates
 REDUCED = 1 << 14  # vertices whose sums a task adds up
 
 
@@ -294,62 +295,68 @@ def rasterise_backward(clip, triangles, rast, grad):
 
 
 @njit(cache=True, nogil=True)
-def _interpolate(task, tasks, attributes, rast, triangles, out):
-    batch, height, channels = rast.shape[0], rast.shape[1], attributes.shape[2]
-    start, stop = _share(task, tasks, batch, height)
-    for row in range(start, stop):
-        n, y = row // height, row % height
-        source = attributes[n if attributes.shape[0] > 1 else 0]
-        for x in range(rast.shape[2]):
-            f = np.int64(rast[n, y, x, 3]) - 1
-            if f < 0:
-                for k in range(channels):
-                    out[n, y, x, k] = 0.0
-                continue
-            u, v = rast[n, y, x, 0], rast[n, y, x, 1]
-            w = np.float32(1.0) - u - v
-            a, b, c = triangles[f, 0], triangles[f, 1], triangles[f, 2]
+def _interpolate(task, parts, attributes, rast, triangles, out):
+    owner, part = task // parts, task % parts
+    pixels, channels = rast.shape[1], attributes.shape[2]
+    source, picture, to = attributes[owner], rast[owner], out[owner]
+    for q in range(part * pixels // parts, (part + 1) * pixels // parts):
+        f = np.int64(picture[q, 3]) - 1
+        if f < 0:
             for k in range(channels):
-                out[n, y, x, k] = u * source[a, k] + v * source[b, k] + w * source[c, k]
+                to[q, k] = 0.0
+            continue
+        u, v = picture[q, 0], picture[q, 1]
+        w = np.float32(1.0) - u - v
+        a, b, c = triangles[f, 0], triangles[f, 1], triangles[f, 2]
+        for k in range(channels):
+            to[q, k] = u * source[a, k] + v * source[b, k] + w * source[c, k]
+
+
+def _by_owner(attributes, picture):
+    """A picture [B, H, W, K] as [A, B H W / A, K]: pixels behind one another, for each owner A of attributes."""
+    owners, channels = attributes.shape[0], picture.shape[-1]
+    return picture.reshape(owners, picture.size // max(owners * channels, 1), channels)
 
 
 def interpolate_forward(attributes, rast, triangles, out):
     """out [B, H, W, C] from attributes [1 or B, V, C]."""
-    tasks = -(-rast.shape[0] * rast.shape[1] // BAND)
-    each(tasks, _interpolate, tasks, attributes, rast, triangles, out)
+    picture, owners = _by_owner(attributes, rast), attributes.shape[0]
+    parts = -(-picture.shape[1] // PIXELS_PART)
+    each(owners * parts, _interpolate, parts, attributes, picture, triangles, _by_owner(attributes, out))
 
 
 @njit(cache=True, nogil=True)
-def _interpolate_backward(task, attributes, rast, triangles, grad, private, grad_rast):
-    batch, height, channels = rast.shape[0], rast.shape[1], attributes.shape[2]
-    start, stop = _share(task, len(private), batch, height)
+def _interpolate_backward(task, parts, attributes, rast, triangles, grad, private, grad_rast):
+    owner, part = task // parts, task % parts
+    pixels, channels = rast.shape[1], attributes.shape[2]
+    source, picture, up, back = attributes[owner], rast[owner], grad[owner], grad_rast[owner]
     out = private[task]
-    for row in range(start, stop):
-        n, y = row // height, row % height
-        source = attributes[n if attributes.shape[0] > 1 else 0]
-        for x in range(rast.shape[2]):
-            grad_rast[n, y, x, 0] = grad_rast[n, y, x, 1] = grad_rast[n, y, x, 2] = grad_rast[n, y, x, 3] = 0.0
-            f = np.int64(rast[n, y, x, 3]) - 1
-            if f < 0:
-                continue
-            u, v = rast[n, y, x, 0], rast[n, y, x, 1]
-            w = np.float32(1.0) - u - v
-            a, b, c = triangles[f, 0], triangles[f, 1], triangles[f, 2]
-            gu = gv = 0.0
-            for k in range(channels):
-                g = grad[n, y, x, k]
-                out[a, k] += u * g
-                out[b, k] += v * g
-                out[c, k] += w * g
-                gu += g * (source[a, k] - source[c, k])
-                gv += g * (source[b, k] - source[c, k])
-            grad_rast[n, y, x, 0], grad_rast[n, y, x, 1] = gu, gv
+    for q in range(part * pixels // parts, (part + 1) * pixels // parts):
+        back[q, 0] = back[q, 1] = back[q, 2] = back[q, 3] = 0.0
+        f = np.int64(picture[q, 3]) - 1
+        if f < 0:
+            continue
+        u, v = picture[q, 0], picture[q, 1]
+        w = np.float32(1.0) - u - v
+        a, b, c = triangles[f, 0], triangles[f, 1], triangles[f, 2]
+        gu = gv = 0.0
+        for k in range(channels):
+            g = up[q, k]
+            out[a, k] += u * g
+            out[b, k] += v * g
+            out[c, k] += w * g
+            gu += g * (source[a, k] - source[c, k])
+            gv += g * (source[b, k] - source[c, k])
+        back[q, 0], back[q, 1] = gu, gv
 
 
 def interpolate_backward(attributes, rast, triangles, grad):
     """Gradients of attributes [1 or B, V, C] and of rast [B, H, W, 4]."""
-    copies = private_copies(attributes.shape[0], rast.size // 4)
+    owners = attributes.shape[0]
+    copies = private_copies(owners, rast.size // 4)
     private = np.zeros((copies, *attributes.shape[1:]), np.float64)
     grad_rast = np.empty(rast.shape, np.float32)
-    each(copies, _interpolate_backward, attributes, rast, triangles, grad, private, grad_rast)
-    return reduced(private, len(attributes)), grad_rast
+    pictures = (_by_owner(attributes, rast), triangles, _by_owner(attributes, grad))
+    parts = copies // max(owners, 1)
+    each(copies, _interpolate_backward, parts, attributes, *pictures, private, _by_owner(attributes, grad_rast))
+    return reduced(private, owners), grad_rast

@@ -33,6 +33,21 @@ def _crossings(o, d):
 
 
 @njit(inline="always")
+def _span(o, d, low, high, half, near, far, step_size):
+    """The first step and the distance that the steps end at, of those that can fall into cells low .. high."""
+    first, last, margin = near, far, np.float32(2) * step_size  # to spare: products are rounded
+    for axis in range(3):
+        if abs(d[axis]) > np.float32(1e-3):
+            inverse = np.float32(1) / d[axis]
+            a = (np.float32(low[axis]) / half - np.float32(1) - o[axis]) * inverse
+            b = (np.float32(high[axis] + 1) / half - np.float32(1) - o[axis]) * inverse
+            first, last = max(first, min(a, b) - margin), min(last, max(a, b) + margin)
+    if not first < last:
+        return 0, near
+    return max(0, np.int64((first - near) / step_size) - 1), last
+
+
+@njit(inline="always")
 def _cell(position, half, grid):
     return min(max(np.int64(np.floor((position + np.float32(1)) * half)), 0), grid - 1)
 
@@ -47,12 +62,14 @@ def _march(chunk, rays_o, rays_d, occupancy, low, high, step_size, jitter, strid
         near, far = _crossings(rays_o[r], rays_d[r])
         ox, oy, oz = rays_o[r, 0], rays_o[r, 1], rays_o[r, 2]
         dx, dy, dz = rays_d[r, 0], rays_d[r, 1], rays_d[r, 2]
-        count, k, j = 0, -1, jitter[r]
+        count, j = 0, jitter[r]
         first = np.int64(np.float32(4096) * j)
+        k, end = _span(rays_o[r], rays_d[r], low, high, half, near, far, step_size)
+        k -= 1
         while True:
             k += 1
             t = near + (np.float32(k) + j) * step_size
-            if not t < far:
+            if not t < end:
                 break
             x = _cell(ox + t * dx, half, grid)
             if x < low[0] or x > high[0]:

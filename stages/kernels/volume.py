@@ -114,7 +114,7 @@ def visible(
     chosen = choose_backend(backend, sigmas, family="volume")
     packed = (samples.delta, samples.ray_offsets)
     index, offsets = _run(chosen, "visible", sigmas.detach(), *packed, threshold, faint)
-    return index, Samples(samples.t[index], samples.delta[index], offsets)
+    return index, Samples(samples.t.index_select(0, index), samples.delta.index_select(0, index), offsets)
 
 
 def _module(backend: str):

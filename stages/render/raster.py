@@ -19,6 +19,7 @@ from stages.kernels.backend import choose_backend
 from stages.kernels.raster import antialias, edge_topology, interpolate, rasterise, vertex_normals
 from stages.mesh.mesh import Mesh
 from stages.phases import phase
+from stages.render.pixels import place, take
 from stages.render.shade import ALBEDO, LAMBERT, TEXTURELESS_ALBEDO, Shading, shade
 
 NORMAL_MIN = 1e-3  # an interpolated normal shorter than this stays short, so its gradient stays below 1 / NORMAL_MIN
@@ -27,7 +28,8 @@ PLAIN = 0.8  # albedo of a mesh without colours
 
 @dataclass(frozen=True)
 class Seen:
-    """What the covered pixels show: flat indices [N], world points and unit normals [N, 3]; camera positions [B, 3]."""
+    """What the covered pixels show: flat indices [N], world points and interpolated normals [N, 3], which are not unit;
+    camera positions [B, 3]."""
 
     pixels: Tensor
     points: Tensor
@@ -47,7 +49,7 @@ class MeshImages:
     @property
     def normal(self) -> Tensor:
         """[B, H, W, 3] unit, world; made when asked for, which an optimisation does not."""
-        return self._image(self.seen.normals)
+        return self._image(_unit(self.seen.normals))
 
     @property
     def depth(self) -> Tensor:
@@ -57,12 +59,11 @@ class MeshImages:
         return self._image(torch.linalg.vector_norm(self.seen.points - camera, dim=-1, keepdim=True))
 
     def _image(self, values: Tensor) -> Tensor:
-        return _placed(values, self.seen.pixels, values.new_zeros(*self.mask.shape[:3], values.shape[-1]))
+        return place(values, self.seen.pixels, values.new_zeros(*self.mask.shape[:3], values.shape[-1]))
 
 
-def _placed(values: Tensor, pixels: Tensor, under: Tensor) -> Tensor:
-    """The image `under` [B, H, W, C] with values [N, C] at those flat pixels."""
-    return under.reshape(-1, under.shape[-1]).index_copy(0, pixels, values).view(under.shape)
+def _unit(normals: Tensor) -> Tensor:
+    return torch.nn.functional.normalize(normals, dim=-1, eps=NORMAL_MIN)
 
 
 @runtime_checkable
@@ -121,21 +122,21 @@ def render_mesh(
         rast = rasterise(clip, triangles, height, width, backend=backend)
         covered = (rast[..., 3] > 0).reshape(-1).nonzero()[:, 0]  # [N]
     with phase("interpolate"):
-        planes = interpolate(torch.cat(attributes, -1), rast, triangles, backend=backend).flatten(0, 2)
-        points, normals, *colours = planes.index_select(0, covered).split(3, -1)  # [N, 3]
-    normals = torch.nn.functional.normalize(normals, dim=-1, eps=NORMAL_MIN)
-    view = covered // (height * width)
+        row = take(rast, covered)[None, None]  # [1, 1, N, 4]: a picture of nothing but covered pixels
+        planes = interpolate(torch.cat(attributes, -1), row, triangles, backend=backend)[0, 0]
+        points, normals, *colours = planes.split(3, -1)  # [N, 3]
     if isinstance(albedo, Material):
         with phase("colour"):
-            colour, normals = albedo.at(rast, covered, normals)
+            colour, normals = albedo.at(rast, covered, _unit(normals))
             colours = [colour]
     elif callable(albedo):
         with phase("colour"):
             colours = [albedo(points) if len(covered) and not shading.textureless else points]
-    shaded = shade(colours[0], normals, points, views.light.index_select(0, view), shading)
+    light = views.light if batch == 1 else views.light.index_select(0, covered // (height * width))
+    shaded = shade(colours[0], normals, points, light, shading, shortest=NORMAL_MIN, backend=backend)
     background = background.expand(batch, height, width, 3)
     under = torch.cat([background, background.new_zeros(batch, height, width, 1)], -1)
-    hard = _placed(torch.cat([shaded, torch.ones_like(shaded[:, :1])], -1), covered, under)
+    hard = place(torch.cat([shaded, torch.ones_like(shaded[:, :1])], -1), covered, under)
     with phase("antialias"):
         colour, mask = antialias(hard, rast, clip, triangles, topology, backend=backend).split([3, 1], -1)
     return MeshImages(colour, mask, rast, Seen(covered, points, normals, views.position))

@@ -13,6 +13,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor
 
+from stages.kernels.lambert import lambert
+
 TEXTURELESS_ALBEDO = 0.8  # light grey: the paper's pure white clips where ambient and diffuse add up to 1
 
 
@@ -68,19 +70,30 @@ def sample_shading(settings: ShadingSettings, step: int, generator: torch.Genera
     return Shading(ambient, 1 - ambient, bare < settings.textureless_probability)
 
 
-def shade(albedo: Tensor, normals: Tensor, positions: Tensor, light: Tensor, shading: Shading) -> Tensor:
+def shade(
+    albedo: Tensor,
+    normals: Tensor,
+    positions: Tensor,
+    light: Tensor,
+    shading: Shading,
+    *,
+    shortest: float = 0.0,
+    backend: str = "auto",
+) -> Tensor:
     """Lambertian colour of surface points under a point light without falloff (DreamFusion sec. 3.1).
 
     Args:
-        albedo: [..., 3] linear. normals: [..., 3] unit (zero: no diffuse part). positions: [..., 3] world.
+        albedo, normals, positions: [..., 3], of one shape: linear colour, unit normal (zero: no diffuse part), world.
         light: world position of the light, broadcastable to positions.
+        shortest: > 0 for normals that are not unit: the length below which one stays short (stages/kernels/lambert.py).
     Returns: [..., 3] linear. A textureless step has no gradient to albedo, an albedo step none to normals.
     Not differentiable in: n . l at 0, where a point turns away from the light.
     """
-    if shading.textureless:
-        albedo = torch.full_like(albedo, TEXTURELESS_ALBEDO)
     if shading.diffuse == 0:
-        return albedo * shading.ambient
-    towards = torch.nn.functional.normalize(light - positions, dim=-1)
-    cosine = (normals * towards).sum(-1, keepdim=True).clamp_min(0)
-    return albedo * (shading.ambient + shading.diffuse * cosine)
+        grey = torch.full_like(albedo, TEXTURELESS_ALBEDO) if shading.textureless else albedo
+        return grey * shading.ambient
+    plain = albedo.new_full((1, 3), TEXTURELESS_ALBEDO) if shading.textureless else albedo.reshape(-1, 3)
+    light = light.reshape(1, 3) if light.numel() == 3 else light.expand(positions.shape).reshape(-1, 3)
+    flat = (plain, normals.reshape(-1, 3), positions.reshape(-1, 3), light)
+    shaded = lambert(*flat, shading.ambient, shading.diffuse, shortest=shortest, backend=backend)
+    return shaded.reshape(positions.shape)

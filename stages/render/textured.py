@@ -15,6 +15,7 @@ from torch.nn.functional import normalize
 from stages.cameras import srgb_to_linear
 from stages.errors import check_shape
 from stages.kernels.raster import interpolate, texture
+from stages.render.pixels import take
 
 
 class TextureMaterial:
@@ -52,12 +53,13 @@ class TextureMaterial:
         """Linear colours and normals [N, 3] of the covered pixels; differentiable in maps, vertices and normals."""
         if len(covered) == 0:
             return normals, normals
-        planes = interpolate(self.attributes, rast, self.uv_faces, backend=self.backend).flatten(0, 2)[covered]
+        row = take(rast, covered)[None, None]
+        planes = interpolate(self.attributes, row, self.uv_faces, backend=self.backend)[0, 0]
         looked_up = texture(self.maps, planes[:, :2].contiguous(), backend=self.backend)
         colour = srgb_to_linear(looked_up[:, :3])
         if looked_up.shape[1] == 3:
             return colour, normals
-        triangle = rast[..., 3].reshape(-1)[covered].long() - 1
+        triangle = row[0, 0, :, 3].detach().long() - 1
         along = planes[:, 2:]
         along = normalize(along - normals * (along * normals).sum(-1, keepdim=True), dim=-1, eps=1e-8)
         across = torch.linalg.cross(normals, along) * self.handed[triangle][:, None]

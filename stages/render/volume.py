@@ -95,9 +95,9 @@ def render_field(
     with torch.no_grad(), phase("first look"):
         features = field.features(points)
         keep, samples = visible(field.density(points, features), samples, early_stop, faint)
-        points, features = points[keep], features[keep]
+        points, features = points.index_select(0, keep), features.index_select(0, keep)
 
-    directions = rays_d[samples.rays]  # [N, 3]
+    directions = rays_d.index_select(0, samples.rays)  # [N, 3]
     normals = normals or shading.diffuse != 0
     normal = None
     with phase("field"):
@@ -106,7 +106,7 @@ def render_field(
         else:
             sigma, albedo = field.forward(points, features)
     if shading.diffuse != 0:
-        light = views.light[samples.rays // (height * width)]
+        light = views.light.index_select(0, samples.rays // (height * width))
         colour = shade(albedo, normal, points, light, shading)
     else:
         colour = shade(albedo, points, points, points, shading)  # neither normals nor light enter
@@ -138,4 +138,4 @@ def render_field(
 def _points(rays_o: Tensor, rays_d: Tensor, samples) -> Tensor:
     """World positions [N, 3] of the samples."""
     index = samples.rays
-    return torch.addcmul(rays_o[index], samples.t[:, None], rays_d[index])
+    return torch.addcmul(rays_o.index_select(0, index), samples.t[:, None], rays_d.index_select(0, index))
