@@ -13,8 +13,9 @@ from PIL import Image
 from benchmarks import geometry, metrics
 from benchmarks.render import ALBEDO, CLAY, COLOUR, Subject, ring, shoot
 from benchmarks.suite import spec_of
-from stages.cameras import linear_to_srgb, orbit_views
+from stages.cameras import orbit_views
 from stages.guidance.clip import ClipScorer
+from stages.kernels.srgb import linear_to_srgb
 from stages.mesh.measure import measure
 from stages.mesh.mesh import Mesh
 from stages.pocket import world

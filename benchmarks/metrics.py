@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stages.cameras import linear_to_srgb
+from stages.kernels.srgb import linear_to_srgb
 from stages.pocket import world
 
 LUMA = (0.2126, 0.7152, 0.0722)

@@ -36,10 +36,11 @@ from pipeline.export.files import write_whole
 from pipeline.export.finalise import finalise
 from pipeline.loop import make_stage
 from pipeline.run import choose_device
-from stages.cameras import Views, linear_to_srgb, orbit_views, srgb_to_linear
+from stages.cameras import Views, orbit_views
 from stages.errors import UserError
 from stages.guidance.guidance import Guidance
 from stages.guidance.reference import ReferencePrior
+from stages.kernels.srgb import linear_to_srgb, srgb_to_linear
 from stages.mesh.measure import face_areas, measure
 from stages.mesh.mesh import Mesh
 from stages.prompts import ViewPrompts

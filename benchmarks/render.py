@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stages.cameras import Views, orbit_views, srgb_to_linear, to_clip
+from stages.cameras import Views, orbit_views, to_clip
 from stages.kernels.raster import interpolate, rasterise
+from stages.kernels.srgb import srgb_to_linear
 from stages.mesh.mesh import Mesh
 from stages.render.shade import ALBEDO, Shading, shade
 

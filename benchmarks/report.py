@@ -218,7 +218,7 @@ def pack(mesh: Mesh) -> str:
     """A mesh with vertex colours as the viewer's base64: see viewer.js."""
     import torch
 
-    from stages.cameras import linear_to_srgb
+    from stages.kernels.srgb import linear_to_srgb
 
     scale = max(float(np.abs(mesh.vertices).max()), 1e-6) / 32767 if len(mesh.vertices) else 1.0
     positions = np.round(mesh.vertices / scale).astype("<i2")

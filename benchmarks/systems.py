@@ -242,7 +242,7 @@ def write_ply(mesh: Mesh, path: Path) -> None:
     import torch
     import trimesh
 
-    from stages.cameras import linear_to_srgb
+    from stages.kernels.srgb import linear_to_srgb
 
     colours = (linear_to_srgb(torch.from_numpy(mesh.colours)) * 255).round().byte().numpy()
     part = trimesh.Trimesh(mesh.vertices, mesh.faces, vertex_colors=colours, process=False)

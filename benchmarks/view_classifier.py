@@ -24,7 +24,8 @@ from benchmarks.metrics import janus_azimuths
 from benchmarks.render import Subject, shoot
 from benchmarks.systems import random_blob
 from pipeline.export.files import write_whole
-from stages.cameras import Views, direction, linear_to_srgb, look_at, orbit_views
+from stages.cameras import Views, direction, look_at, orbit_views
+from stages.kernels.srgb import linear_to_srgb
 from stages.pocket import world
 from stages.render.shade import Shading
 

@@ -19,7 +19,6 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 NEAR, FAR = 0.1, 100.0
-SRGB_KNEE = 0.0031308  # below, the transfer curve is a line
 
 
 class CameraSettings(BaseModel):
@@ -175,33 +174,3 @@ def to_clip(vertices: Tensor, views: Views, aspect: float = 1.0) -> Tensor:
     matrix = projection(views.fov_deg, aspect) @ w2c  # [B, 4, 4]
     homogeneous = torch.nn.functional.pad(vertices, (0, 1), value=1.0)  # [V, 4]
     return torch.einsum("bij,vj->bvi", matrix.to(vertices.dtype), homogeneous).contiguous()
-
-
-def linear_to_srgb(linear: Tensor) -> Tensor:
-    """IEC 61966-2-1 transfer curve; input clamped to [0, 1], finite gradient at 0."""
-    return _ToSrgb.apply(linear)
-
-
-class _ToSrgb(torch.autograd.Function):
-    """The curve with its slope taken from its value: every step passes large pictures through it."""
-
-    @staticmethod
-    def forward(ctx, linear: Tensor) -> Tensor:
-        curve = linear.clamp(SRGB_KNEE, 1).pow_(1 / 2.4).mul_(1.055).sub_(0.055)
-        srgb = torch.where(linear <= SRGB_KNEE, 12.92 * linear.clamp_min(0), curve)
-        ctx.save_for_backward(linear, srgb)
-        return srgb
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: Tensor) -> Tensor:
-        linear, srgb = ctx.saved_tensors
-        slope = (srgb + 0.055).div_(linear).mul_(1 / 2.4)
-        slope = torch.where(linear <= SRGB_KNEE, 12.92, slope).mul_(grad)
-        return slope.masked_fill_((linear < 0) | (linear > 1), 0.0)
-
-
-def srgb_to_linear(srgb: Tensor) -> Tensor:
-    """Inverse of :func:`linear_to_srgb`; input clamped to [0, 1]."""
-    srgb = srgb.clamp(0, 1)
-    return torch.where(srgb <= 0.04045, srgb / 12.92, ((srgb.clamp_min(0.04045) + 0.055) / 1.055) ** 2.4)

@@ -23,11 +23,12 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, field_validator
 from torch import Tensor
 
-from stages.cameras import CameraSettings, Views, linear_to_srgb, orbit_views, sample_views
+from stages.cameras import CameraSettings, Views, orbit_views, sample_views
 from stages.descent import Descent, below
 from stages.errors import UserError
 from stages.fields.backdrops import BackdropSettings, random_backdrops
 from stages.kernels.raster import edge_topology
+from stages.kernels.srgb import linear_to_srgb
 from stages.mesh.bake import push_pull, texel_points
 from stages.mesh.control import ControlMesh, control_mesh, control_sphere
 from stages.mesh.loop import as_torch, limit_surface, subdivide_linearly

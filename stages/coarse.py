@@ -22,13 +22,14 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor, nn
 
-from stages.cameras import CameraSettings, Views, linear_to_srgb, orbit_views, sample_views
+from stages.cameras import CameraSettings, Views, orbit_views, sample_views
 from stages.descent import Descent, below, check_parts, fading
 from stages.fields.backdrops import BackdropSettings, random_backdrops, show_on
 from stages.fields.background import Background, BackgroundSettings, random_background
 from stages.fields.check import check_object
 from stages.fields.hashfield import FieldSettings, HashField, without_gradient
 from stages.fields.occupancy import OccupancyGrid, OccupancySettings
+from stages.kernels.srgb import linear_to_srgb
 from stages.phases import phase
 from stages.render.shade import ALBEDO, LAMBERT, ShadingSettings, sample_shading
 from stages.render.transmittance import TransmittanceSettings, transmittance_loss

@@ -24,13 +24,14 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat
 from torch import Tensor
 
-from stages.cameras import CameraSettings, Views, linear_to_srgb, orbit_views, sample_views
+from stages.cameras import CameraSettings, Views, orbit_views, sample_views
 from stages.descent import Descent, below, check_parts, fading
 from stages.errors import UserError
 from stages.fields.background import BackgroundSettings, random_background
 from stages.fields.fit import FitSettings, fit_albedo
 from stages.fields.hashfield import DetailSettings, FieldSettings, HashField, without_gradient
 from stages.kernels.smoothness import smoothness
+from stages.kernels.srgb import linear_to_srgb
 from stages.mesh.clean import drop_floaters
 from stages.mesh.dmtet import DMTet, Surface, from_function
 from stages.mesh.initialise import InitialiseSettings, dmtet_from_density

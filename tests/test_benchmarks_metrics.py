@@ -11,7 +11,8 @@ import torch
 from benchmarks import metrics
 from benchmarks.assess import JANUS_ELEVATION, JANUS_PICTURE, colour_facts
 from benchmarks.render import Subject, albedo_of, ring, shoot
-from stages.cameras import linear_to_srgb, orbit_views, srgb_to_linear
+from stages.cameras import orbit_views
+from stages.kernels.srgb import linear_to_srgb, srgb_to_linear
 from stages.mesh.mesh import Mesh
 from stages.pocket import world
 

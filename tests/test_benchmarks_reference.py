@@ -12,7 +12,7 @@ from scipy.spatial import ConvexHull
 from benchmarks import reference, tables
 from benchmarks.reference_meshes import MESHES
 from pipeline.config import load_config
-from stages.cameras import srgb_to_linear
+from stages.kernels.srgb import srgb_to_linear
 from stages.mesh.measure import measure
 from stages.mesh.mesh import Mesh
 from tests.mesh_shapes import sphere

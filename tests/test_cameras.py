@@ -10,13 +10,11 @@ from stages.cameras import (
     NEAR,
     CameraSettings,
     direction,
-    linear_to_srgb,
     look_at,
     orbit_views,
     projection,
     rays,
     sample_views,
-    srgb_to_linear,
     to_clip,
 )
 
@@ -153,33 +151,6 @@ def test_indexing_keeps_the_batch_axis():
     assert len(views[1]) == 1 and views[1].azimuth_deg.item() == 90
     assert len(views[1:]) == 2 and len(views[torch.tensor([2, 0])]) == 2
     assert views[torch.tensor([2, 0])].azimuth_deg.tolist() == [180, 0]
-
-
-def test_srgb_matches_the_standard_and_inverts():
-    linear = torch.tensor([0.0, 0.0031308, 0.21404114, 0.5, 1.0])
-    srgb = linear_to_srgb(linear)
-    torch.testing.assert_close(srgb, torch.tensor([0.0, 0.040449936, 0.5, 0.7353569, 1.0]), atol=1e-6, rtol=0)
-    ramp = torch.linspace(0, 1, 257)
-    torch.testing.assert_close(srgb_to_linear(linear_to_srgb(ramp)), ramp, atol=1e-5, rtol=0)
-    assert linear_to_srgb(torch.tensor([-1.0, 2.0])).tolist() == pytest.approx([0, 1], abs=1e-6)
-
-
-def test_srgb_has_a_finite_gradient_at_black_and_white():
-    linear = torch.tensor([0.0, 1e-9, 0.003, 1.0], requires_grad=True)
-    linear_to_srgb(linear).sum().backward()
-    assert torch.isfinite(linear.grad).all() and linear.grad[0] == pytest.approx(12.92, rel=1e-4)
-    assert 0.3 < linear.grad[3] < 0.5
-
-
-def test_the_gradient_of_srgb_is_its_slope_and_none_outside():
-    linear = torch.tensor([0.001, 0.003, 0.0032, 0.2, 0.7, 0.999], dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(linear_to_srgb, [linear])
-    outside = torch.tensor([-0.5, -1e-6, 1.001, 3.0], requires_grad=True)
-    linear_to_srgb(outside).sum().backward()
-    assert (outside.grad == 0).all()
-    broken = torch.tensor([torch.nan], requires_grad=True)
-    linear_to_srgb(broken).sum().backward()
-    assert broken.grad.isnan().all()  # is seen by whoever looks for it
 
 
 def test_unknown_setting_is_refused():

@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from stages.cameras import CameraSettings, linear_to_srgb, orbit_views, to_clip
+from stages.cameras import CameraSettings, orbit_views, to_clip
 from stages.clip_mesh import ClipMeshSettings, ClipMeshStage
 from stages.errors import UserError
 from stages.fields.backdrops import BackdropSettings
 from stages.guidance.clip import ClipScorer
 from stages.guidance.clip_guidance import ClipGuidance, ClipGuidanceSettings
 from stages.kernels.raster import interpolate, rasterise, texture
+from stages.kernels.srgb import linear_to_srgb
 from stages.mesh.control import control_sphere
 from stages.mesh.finalise import ExportSettings, finalise
 from stages.mesh.measure import measure

@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 import torch
 
-from stages.cameras import CameraSettings, linear_to_srgb, orbit_views, rays
+from stages.cameras import CameraSettings, orbit_views, rays
 from stages.coarse import CoarseSettings, CoarseStage
 from stages.errors import UserError
 from stages.fields.backdrops import BackdropSettings
 from stages.fields.background import BackgroundSettings
 from stages.fields.hashfield import FieldSettings
 from stages.fields.occupancy import OccupancySettings
+from stages.kernels.srgb import linear_to_srgb
 from stages.render.shade import ALBEDO, ShadingSettings, shade
 from stages.render.transmittance import TransmittanceSettings, target_opacity
 from stages.stage import Asset

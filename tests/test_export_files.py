@@ -24,9 +24,9 @@ from pipeline.export.stl import write_stl
 from pipeline.export.surface import srgb_bytes, vertex_colours
 from pipeline.export.write import FORMATS, write_formats, write_results
 from pipeline.results import finished_mesh
-from stages.cameras import srgb_to_linear
 from stages.errors import UserError
 from stages.fields.hashfield import FieldSettings, HashField
+from stages.kernels.srgb import srgb_to_linear
 from stages.mesh.initialise import InitialiseSettings
 from stages.mesh.read import read_mesh
 from stages.stage import Asset

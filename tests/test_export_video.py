@@ -13,8 +13,9 @@ from mesh_shapes import box, make, moved
 from PIL import Image
 
 from pipeline.export.video import render_frames, turntable
-from stages.cameras import linear_to_srgb, orbit_views
+from stages.cameras import orbit_views
 from stages.errors import UserError
+from stages.kernels.srgb import linear_to_srgb
 from stages.mesh.charts import unwrap_by_boxes
 from stages.render.shade import ALBEDO
 

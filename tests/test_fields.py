@@ -5,12 +5,12 @@ import copy
 import pytest
 import torch
 
-from stages.cameras import linear_to_srgb
 from stages.errors import UserError
 from stages.fields.background import Background, BackgroundSettings, harmonics, random_background
 from stages.fields.check import check_object, measure
 from stages.fields.hashfield import FieldSettings, HashField
 from stages.fields.occupancy import OccupancyGrid, OccupancySettings
+from stages.kernels.srgb import linear_to_srgb
 
 SETTINGS = FieldSettings(levels=6, log2_table=11, base=4, finest=24, hidden=16)
 

@@ -7,7 +7,6 @@ import math
 import pytest
 import torch
 
-from stages.cameras import linear_to_srgb
 from stages.fields.backdrops import (
     AMPLITUDE,
     COLOURS,
@@ -20,6 +19,7 @@ from stages.fields.backdrops import (
     random_backdrops,
     show_on,
 )
+from stages.kernels.srgb import linear_to_srgb
 
 NOTHING = {"noise": 0.0, "checkerboard": 0.0, "fourier": 0.0, "blur": (0.0, 0.0)}
 

@@ -5,9 +5,9 @@ import pytest
 import torch
 from mesh_shapes import sphere
 
-from stages.cameras import srgb_to_linear
 from stages.fields.fit import FitSettings, fit_albedo
 from stages.fields.hashfield import FieldSettings, HashField
+from stages.kernels.srgb import srgb_to_linear
 from stages.mesh.mesh import Mesh
 from stages.mesh.sample import colours_at, painted_samples, points_at, surface_samples
 

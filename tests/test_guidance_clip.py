@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from stages.cameras import linear_to_srgb, srgb_to_linear
 from stages.errors import UserError
 from stages.guidance.clip import ClipScorer, Preprocessing
+from stages.kernels.srgb import linear_to_srgb, srgb_to_linear
 from tests.tiny_clip import openai_like, pocket_like
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from stages.cameras import linear_to_srgb, orbit_views
+from stages.cameras import orbit_views
 from stages.errors import UserError
 from stages.guidance.clip import ClipScorer
 from stages.guidance.clip_guidance import ClipGuidance, ClipGuidanceSettings, random_crops
+from stages.kernels.srgb import linear_to_srgb
 from stages.prompts import PromptSettings, ViewPrompts
 from tests.tiny_clip import openai_like, pocket_like
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from stages.cameras import CameraSettings, linear_to_srgb, orbit_views, sample_views, srgb_to_linear
+from stages.cameras import CameraSettings, orbit_views, sample_views
 from stages.errors import UserError
 from stages.guidance.guidance import Guidance, GuidanceSettings
 from stages.guidance.prior import ViewContext, add_noise
@@ -17,6 +17,7 @@ from stages.guidance.reference import (
     load_reference,
     mixture_noise,
 )
+from stages.kernels.srgb import linear_to_srgb, srgb_to_linear
 from stages.mesh.mesh import Mesh
 from stages.mesh.read import read_mesh
 from stages.prompts import PromptSettings, ViewPrompts, view_class

@@ -3,12 +3,13 @@
 import pytest
 import torch
 
-from stages.cameras import linear_to_srgb, orbit_views
+from stages.cameras import orbit_views
 from stages.errors import UserError
 from stages.guidance import rules
 from stages.guidance.guidance import GuidanceSettings
 from stages.guidance.prior import scaled_linear_alphas_cumprod
 from stages.guidance.residuals import RULES
+from stages.kernels.srgb import linear_to_srgb
 from tests.gaussian_prior import EMPTY, NEGATIVE, PROMPT, VIEWS, X0, images, k_of, make, mean_gradient
 
 T = 0.4

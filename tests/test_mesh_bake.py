@@ -11,8 +11,8 @@ import torch
 from mesh_shapes import box, make, moved, noisy_blob, sphere, tetrahedron, torus
 from PIL import Image
 
-from stages.cameras import linear_to_srgb
 from stages.errors import UserError
+from stages.kernels.srgb import linear_to_srgb
 from stages.mesh.bake import bake, bake_vertex_colours, evaluate, push_pull, texel_points
 from stages.mesh.charts import unwrap_by_boxes
 from stages.mesh.finalise import ExportSettings, finalise

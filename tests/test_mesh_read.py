@@ -10,8 +10,8 @@ from trimesh.visual import TextureVisuals
 from trimesh.visual.material import PBRMaterial
 
 from pipeline.export.glb import write_glb
-from stages.cameras import srgb_to_linear
 from stages.errors import UserError
+from stages.kernels.srgb import srgb_to_linear
 from stages.mesh.read import GREY, _joined, _parts, read_mesh
 from stages.mesh.sample import colours_at
 

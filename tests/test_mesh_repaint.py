@@ -7,8 +7,8 @@ import pytest
 import torch
 from mesh_shapes import box, make, sphere
 
-from stages.cameras import srgb_to_linear
 from stages.errors import UserError
+from stages.kernels.srgb import srgb_to_linear
 from stages.mesh.mesh import Mesh
 from stages.mesh.repaint import repaint
 from stages.mesh.sample import colours_at, points_at, surface_samples

@@ -20,8 +20,8 @@ from pipeline.config import load_config, read_config
 from pipeline.export.glb import write_glb
 from pipeline.export.stl import write_stl
 from pipeline.start import check_start
-from stages.cameras import srgb_to_linear
 from stages.errors import UserError
+from stages.kernels.srgb import srgb_to_linear
 from stages.mesh.mesh import Mesh
 from stages.mesh.read import read_mesh
 from stages.mesh.sample import painted_samples

@@ -6,7 +6,7 @@ from functools import cache
 import numpy as np
 import pytest
 
-from stages.cameras import srgb_to_linear as camera_srgb_to_linear
+from stages.kernels.srgb import srgb_to_linear as camera_srgb_to_linear
 from stages.mesh.mesh import Mesh
 from stages.pocket import world
 from stages.pocket.palette import COLOURS, Palette, Vary, srgb_to_linear

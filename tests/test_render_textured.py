@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from stages.cameras import linear_to_srgb, orbit_views, srgb_to_linear
+from stages.cameras import orbit_views
 from stages.kernels.raster import rasterise
+from stages.kernels.srgb import linear_to_srgb, srgb_to_linear
 from stages.render.raster import Material, render_mesh
 from stages.render.shade import Shading
 from stages.render.textured import TextureMaterial, blurred_maps, tangents

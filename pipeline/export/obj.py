@@ -12,7 +12,7 @@ import numpy as np
 
 from pipeline.export.files import write_whole
 from pipeline.export.surface import GENERATOR, png_bytes, textured
-from stages.cameras import linear_to_srgb
+from stages.kernels.srgb import linear_to_srgb
 from stages.mesh.clean import check_mesh
 from stages.mesh.mesh import Mesh
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from stages.cameras import linear_to_srgb, srgb_to_linear
+from stages.kernels.srgb import linear_to_srgb, srgb_to_linear
 from stages.mesh.clean import check_mesh
 from stages.mesh.mesh import Mesh
 

@@ -19,9 +19,10 @@ from torch import Tensor
 
 from pipeline.export.files import write_whole
 from pipeline.export.surface import srgb_bytes, textured
-from stages.cameras import Views, orbit_views, srgb_to_linear, to_clip
+from stages.cameras import Views, orbit_views, to_clip
 from stages.errors import UserError
 from stages.kernels.raster import interpolate, rasterise, texture, vertex_normals
+from stages.kernels.srgb import srgb_to_linear
 from stages.mesh.clean import check_mesh
 from stages.mesh.mesh import Mesh
 from stages.render.shade import LAMBERT, Shading, shade

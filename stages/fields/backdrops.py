@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from torch import Tensor
 
-from stages.cameras import srgb_to_linear
 from stages.errors import check_shape
+from stages.kernels.srgb import srgb_to_linear
 
 KINDS = ("noise", "checkerboard", "fourier", "colour", "grey")
 SIDE = 224  # pixels at which the papers' numbers in pixels are meant

@@ -11,10 +11,10 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor, nn
 
-from stages.cameras import srgb_to_linear
 from stages.errors import check_shape
 from stages.fields.hashfield import Head
 from stages.kernels.mlp import mlp
+from stages.kernels.srgb import srgb_to_linear
 
 
 class BackgroundSettings(BaseModel):

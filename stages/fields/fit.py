@@ -9,8 +9,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from stages.cameras import linear_to_srgb
 from stages.fields.hashfield import HashField
+from stages.kernels.srgb import linear_to_srgb
 
 PLAIN = 1 / 255  # a surface whose sRGB colours spread less than this has one colour
 Sample = Callable[[int], tuple[Tensor, Tensor]]  # count -> points [N, 3] in the scene, linear colours [N, 3]

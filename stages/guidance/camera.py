@@ -20,9 +20,10 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from stages.cameras import Views, linear_to_srgb
+from stages.cameras import Views
 from stages.errors import UserError
 from stages.guidance.prior import ViewContext, is_flat
+from stages.kernels.srgb import linear_to_srgb
 
 NUMBERS = 16
 DISTANCE = 3.0  # of the cameras, about: bends the rays through the volume

@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stages.cameras import linear_to_srgb
 from stages.errors import UserError, check_shape
 from stages.guidance.folder import load_part, read_json
+from stages.kernels.srgb import linear_to_srgb
 
 RESAMPLE = {0: "nearest", 2: "bilinear", 3: "bicubic"}  # Pillow's numbers, as processors write them
 OPENAI_MEAN, OPENAI_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stages.cameras import Views, linear_to_srgb
+from stages.cameras import Views
 from stages.errors import UserError, check_shape
 from stages.guidance import rules
 from stages.guidance.conditions import Conditions
@@ -23,6 +23,7 @@ from stages.guidance.residuals import RULES, Found, Problem
 from stages.guidance.schedules import TIMESTEPS, WEIGHTINGS, anneal, stratified, to_index
 from stages.guidance.settings import GuidanceSettings
 from stages.guidance.vsd import RenderScore, camera_numbers
+from stages.kernels.srgb import linear_to_srgb
 from stages.phases import phase
 from stages.prompts import ViewPrompts
 

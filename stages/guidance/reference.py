@@ -20,8 +20,9 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from stages.cameras import Views, direction, linear_to_srgb, look_at, srgb_to_linear, to_clip
+from stages.cameras import Views, direction, look_at, to_clip
 from stages.guidance.prior import ViewContext, per_sample, resized, scaled_linear_alphas_cumprod
+from stages.kernels.srgb import linear_to_srgb, srgb_to_linear
 from stages.mesh.mesh import Mesh
 from stages.mesh.read import GREY, read_mesh
 from stages.prompts import PromptSettings, view_class

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stages.cameras import linear_to_srgb
 from stages.errors import UserError
+from stages.kernels.srgb import linear_to_srgb
 from stages.mesh.measure import edges_of
 from stages.mesh.mesh import Mesh
 from stages.mesh.texels import barycentrics, near_borders, scan

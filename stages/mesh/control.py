@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from stages.cameras import srgb_to_linear
 from stages.errors import UserError
+from stages.kernels.srgb import srgb_to_linear
 from stages.mesh.bake import bake_vertex_colours
 from stages.mesh.clean import check_mesh, decimate
 from stages.mesh.loop import control_of, icosphere

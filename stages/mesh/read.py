@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from stages.cameras import linear_to_srgb, srgb_to_linear
 from stages.errors import UserError
+from stages.kernels.srgb import linear_to_srgb, srgb_to_linear
 from stages.mesh.measure import face_areas
 from stages.mesh.mesh import Mesh
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stages.cameras import srgb_to_linear
+from stages.kernels.srgb import srgb_to_linear
 from stages.mesh.measure import face_areas
 from stages.mesh.mesh import Mesh
 

@@ -19,8 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stages.cameras import CameraSettings, Views, linear_to_srgb, sample_views, srgb_to_linear
+from stages.cameras import CameraSettings, Views, sample_views
 from stages.guidance.camera import view_numbers
+from stages.kernels.srgb import linear_to_srgb, srgb_to_linear
 from stages.mesh.mesh import Mesh
 from stages.pocket import world
 from stages.prompts import PromptSettings, view_class

@@ -98,6 +98,6 @@ def _jitter(colour: Colour, rng: np.random.Generator | None) -> Colour:
 
 
 def srgb_to_linear(colour) -> np.ndarray:
-    """IEC 61966-2-1 decoding, the inverse of cameras.linear_to_srgb."""
+    """IEC 61966-2-1 decoding, the inverse of kernels.srgb.linear_to_srgb."""
     colour = np.asarray(colour, dtype=np.float64)
     return np.where(colour <= 0.04045, colour / 12.92, ((colour + 0.055) / 1.055) ** 2.4)

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from stages.cameras import srgb_to_linear
 from stages.errors import check_shape
 from stages.kernels.raster import interpolate, texture
+from stages.kernels.srgb import srgb_to_linear
 from stages.render.pixels import take
 
 
