@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from stages.kernels.density import hash_density
-from stages.kernels.hashgrid import HashGridSpec, hash_encode, hash_gradient
+from stages.kernels.hashgrid import HashGridSpec, hash_encode, hash_encode_both, hash_gradient
 from stages.kernels.mlp import mlp, mlp_with_slope
 from stages.kernels.volume import Samples, composite, march, visible
 from tests.test_kernels_sizes import FAST, SIZES, Case, assert_agrees, assert_refused_or_left_to_the_twin, outputs
@@ -82,6 +82,16 @@ def case_of_encode(seed: int) -> Case:
     draw, spec = Draw(seed, 100), SPECS[seed % len(SPECS)]
     table = draw.normal(spec.rows, 2) * (1e6 if draw.kind == "huge" else 1)
     return Case(hash_encode, (draw.points(spec), table), (spec,), layout=draw.layout, tolerance=2e-5)
+
+
+def case_of_both(seed: int) -> Case:
+    draw, spec, finer = Draw(seed, 100), SPECS[seed % len(SPECS)], SPECS[(seed + 1) % len(SPECS)]
+
+    def op(points, first, second, backend):
+        return hash_encode_both(points, (first, second), (spec, finer), backend=backend)
+
+    leaves = (draw.points(spec), draw.normal(spec.rows, 2), draw.normal(finer.rows, 2))
+    return Case(op, leaves, layout=draw.layout, tolerance=2e-5)
 
 
 def case_of_gradient(seed: int) -> Case:
@@ -180,6 +190,7 @@ def case_of_march(seed: int) -> Case:
 
 OPS = {
     "hash_encode": case_of_encode,
+    "hash_encode_both": case_of_both,
     "hash_gradient": case_of_gradient,
     "hash_density": case_of_density,
     "mlp": case_of_mlp,

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from stages.errors import check_shape
 from stages.fields.clamped import before_clamping, clamped
 from stages.kernels.density import hash_density
-from stages.kernels.hashgrid import HashGridSpec, hash_encode
+from stages.kernels.hashgrid import HashGridSpec, hash_encode, hash_encode_both
 from stages.kernels.mlp import mlp
 
 
@@ -136,6 +136,13 @@ class HashField(nn.Module):
         check_shape("points", points, (None, 3))
         return hash_encode(0.5 * (points + 1), self.table, self.spec, known=known)
 
+    def _features_with_detail(self, points: Tensor, features: Tensor | None) -> Tensor:
+        check_shape("points", points, (None, 3))
+        unit = 0.5 * (points + 1)
+        if features is None:
+            return hash_encode_both(unit, (self.table, self.detail), (self.spec, self.detail_spec))
+        return torch.cat([features, hash_encode(unit, self.detail, self.detail_spec)], -1)
+
     def density(self, points: Tensor, features: Tensor | None = None) -> Tensor:
         """sigma [N]."""
         features = self.features(points) if features is None else features
@@ -144,10 +151,11 @@ class HashField(nn.Module):
 
     def albedo(self, points: Tensor, features: Tensor | None = None) -> Tensor:
         """Linear albedo [N, 3]; does not evaluate the density."""
-        features = self.features(points) if features is None else features
         mask = self._mask
-        if self.detail is not None:
-            features = torch.cat([features, hash_encode(0.5 * (points + 1), self.detail, self.detail_spec)], -1)
+        if self.detail is None:
+            features = self.features(points) if features is None else features
+        else:
+            features = self._features_with_detail(points, features)
             mask = None if mask is None else nn.functional.pad(mask, (0, self.detail_spec.width), value=1.0)
         raw = mlp(features, *self.albedo_head.weights(mask))
         return clamped(raw) if self.settings.albedo == "clamped" else torch.sigmoid(raw)

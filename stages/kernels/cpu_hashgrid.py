@@ -114,9 +114,9 @@ def _weigh_slopes(u, low, f, count, resolution, weights):
 
 
 @njit(cache=True, nogil=True)
-def _encode(part, points, table, resolutions, offsets, dense, mask, up, span, out):
-    """Features of one span, or with `up` [N, 3] (else [0, 0]) their derivatives along it."""
-    levels, along = resolutions.shape[0], up.shape[0] > 0
+def _encode(part, points, table, resolutions, offsets, dense, mask, up, span, out, column):
+    """Features of one span from a column of `out` on, or with `up` [N, 3] (else [0, 0]) their derivatives along it."""
+    levels, along, width = resolutions.shape[0], up.shape[0] > 0, out.shape[1]
     first, last = part * span, min(len(points), (part + 1) * span)
     x, u = np.empty((3, last - first), np.float32), np.empty((3, last - first), np.float32)
     rows, f = np.empty((CORNERS, BLOCK), np.uint32), np.empty((3, BLOCK), np.float32)
@@ -132,9 +132,9 @@ def _encode(part, points, table, resolutions, offsets, dense, mask, up, span, ou
                 _weigh_slopes(u, low, f, count, resolutions[level], weights)
             else:
                 _weigh(f, count, weights)
-            at = 2 * ((first + low) * levels + level)
+            at = (first + low) * width + column + 2 * level
             for p in range(count):
-                gather_sum(table, offsets[level], rows, weights, p, out, at + 2 * p * levels)
+                gather_sum(table, offsets[level], rows, weights, p, out, at + p * width)
 
 
 @njit
@@ -176,10 +176,14 @@ def _gradient(part, points, table, resolutions, offsets, dense, mask, g, span, o
 
 
 @njit(cache=True, nogil=True)
-def _scatter(group, groups, points, resolutions, offsets, dense, mask, e, g, up, span, out):
-    """Gradient of sum(encode * e) + sum(J^T g * up) in every `groups`th level; a term counts if its arrays do."""
+def _scatter(group, groups, points, resolutions, offsets, dense, mask, e, column, g, up, span, out):
+    """Gradient of sum(encode * e) + sum(J^T g * up) in every `groups`th level; a term counts if its arrays do.
+
+    e may be wider than the levels and have theirs from a column on, but not beside g.
+    """
     n, levels = points.shape[0], resolutions.shape[0]
     with_e, with_g = e.shape[0] > 0, g.shape[0] > 0
+    width = e.shape[1] if with_e else g.shape[1]
     x, u = np.empty((3, span), np.float32), np.empty((3, span), np.float32)
     rows, f = np.empty((CORNERS, BLOCK), np.uint32), np.empty((3, BLOCK), np.float32)
     weights, slopes = np.empty((CORNERS, BLOCK), np.float32), np.empty((CORNERS, BLOCK), np.float32)
@@ -192,20 +196,20 @@ def _scatter(group, groups, points, resolutions, offsets, dense, mask, e, g, up,
             for low in range(0, last - first, BLOCK):
                 count = min(BLOCK, last - first - low)
                 _locate(x, low, count, resolutions[level], mask, dense[level], rows, f)
-                start, at = offsets[level], 2 * ((first + low) * levels + level)
+                start, at = offsets[level], (first + low) * width + column + 2 * level
                 if with_e:
                     _weigh(f, count, weights)
                 if with_g:
                     _weigh_slopes(u, low, f, count, resolutions[level], slopes)
                 if with_e and with_g:
                     for p in range(count):
-                        scatter_add_two(out, start, rows, p, weights, e, slopes, g, at + 2 * p * levels)
+                        scatter_add_two(out, start, rows, p, weights, e, slopes, g, at + p * width)
                 elif with_e:
                     for p in range(count):
-                        scatter_add(out, start, rows, p, weights, e, at + 2 * p * levels)
+                        scatter_add(out, start, rows, p, weights, e, at + p * width)
                 elif with_g:
                     for p in range(count):
-                        scatter_add(out, start, rows, p, slopes, g, at + 2 * p * levels)
+                        scatter_add(out, start, rows, p, slopes, g, at + p * width)
 
 
 @lru_cache(maxsize=16)
@@ -225,17 +229,22 @@ def _span(spec, points: int, tasks: int) -> int:
     return max(SPAN, -(-points // (tasks * BLOCK)) * BLOCK)
 
 
-def _features(points: Tensor, table: Tensor, spec, up: Tensor | None) -> Tensor:
-    out = torch.empty(points.shape[0], spec.width)
+def _features(points: Tensor, table: Tensor, spec, up: Tensor | None, out: Tensor | None = None, column: int = 0):
+    out = torch.empty(points.shape[0], spec.width) if out is None else out
     span = _span(spec, len(points), torch.get_num_threads())
     arrays = (_array(points), _array(table), *_layout(spec), _array(up))
-    each(-(-len(points) // span), _encode, *arrays, span, out.numpy())
+    each(-(-len(points) // span), _encode, *arrays, span, out.numpy(), column)
     return out
 
 
 def encode(points: Tensor, table: Tensor, spec) -> Tensor:
     """Features [N, 2 L]."""
     return _features(points, table, spec, None)
+
+
+def encode_into(points: Tensor, table: Tensor, spec, out: Tensor, column: int) -> None:
+    """Features from a column of `out` [N, W] on."""
+    _features(points, table, spec, None, out, column)
 
 
 def directional(points: Tensor, table: Tensor, spec, up: Tensor) -> Tensor:
@@ -252,18 +261,21 @@ def gradient(points: Tensor, table: Tensor, spec, g: Tensor) -> Tensor:
     return out
 
 
-def scatter(points: Tensor, spec, e: Tensor | None, g: Tensor | None, up: Tensor | None) -> Tensor:
-    """Gradient [T, 2] in the table of sum(encode * e) + sum(J^T g * up); either term may be None."""
+def scatter(points: Tensor, spec, e: Tensor | None, g: Tensor | None, up: Tensor | None, column: int = 0) -> Tensor:
+    """Gradient [T, 2] in the table of sum(encode * e) + sum(J^T g * up); either term may be None.
+
+    column: where the levels begin in an e that is wider than they are, without a second term.
+    """
     out = torch.zeros(spec.rows, 2)
     groups = min(spec.levels, 2 * torch.get_num_threads())  # a few a thread: dense levels are cheap, hashed ones dear
-    arrays = (_array(points), *_layout(spec), _array(e), _array(g), _array(up))
+    arrays = (_array(points), *_layout(spec), _array(e), column, _array(g), _array(up))
     each(groups, _scatter, groups, *arrays, _span(spec, len(points), 1), out.numpy())
     return out
 
 
-def encode_backward(points: Tensor, spec, grad: Tensor) -> Tensor:
-    """Gradient of the encoding in the table."""
-    return scatter(points, spec, grad, None, None)
+def encode_backward(points: Tensor, spec, grad: Tensor, column: int = 0) -> Tensor:
+    """Gradient of the encoding in the table; `column` as in scatter."""
+    return scatter(points, spec, grad, None, None, column)
 
 
 def gradient_backward_table(points: Tensor, spec, g: Tensor, grad: Tensor) -> Tensor:

@@ -96,6 +96,24 @@ def hash_encode(
     return reference_hashgrid.hash_encode(points, table, spec)
 
 
+def hash_encode_both(
+    points: Tensor,
+    tables: tuple[Tensor, Tensor],
+    specs: tuple[HashGridSpec, HashGridSpec],
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """Encodings of two grids side by side, [N, W1 + W2]; arguments as in hash_encode.
+
+    Differentiable in points and both tables.
+    """
+    chosen = {check_grid(points, table, spec, backend) for table, spec in zip(tables, specs, strict=True)}
+    if chosen == {"numba"}:
+        return untraced(_EncodeBoth.apply, points, *tables, *specs)
+    parts = [hash_encode(points, table, spec, backend=backend) for table, spec in zip(tables, specs, strict=True)]
+    return torch.cat(parts, -1)
+
+
 def hash_gradient(points: Tensor, table: Tensor, spec: HashGridSpec, g: Tensor, *, backend: str = "auto") -> Tensor:
     """Derivative of the encoding with respect to the points, contracted with g: J(points)^T g.
 
@@ -157,6 +175,34 @@ class _Encode(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             grad_table = ctx.grid.encode_backward(points, ctx.spec, grad)
         return grad_points, grad_table, None, None, None
+
+
+class _EncodeBoth(torch.autograd.Function):
+    """Two grids write into one tensor and read its gradient where it lies; to join and split it took 6 ms a step."""
+
+    @staticmethod
+    def forward(ctx, points: Tensor, first: Tensor, second: Tensor, spec: HashGridSpec, finer: HashGridSpec) -> Tensor:
+        ctx.save_for_backward(points, first, second)
+        ctx.specs, ctx.grid = (spec, finer), compiled_grid("numba")
+        out = points.new_empty(points.shape[0], spec.width + finer.width)
+        ctx.grid.encode_into(points, first, spec, out, 0)
+        ctx.grid.encode_into(points, second, finer, out, spec.width)
+        return out
+
+    @staticmethod
+    @stepped_over
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor):
+        points, *tables = ctx.saved_tensors
+        grad = grad.contiguous()
+        columns, grad_points, grad_tables = (0, ctx.specs[0].width), None, [None, None]
+        for k, (table, spec, column) in enumerate(zip(tables, ctx.specs, columns, strict=True)):
+            if ctx.needs_input_grad[0]:
+                part = ctx.grid.gradient(points, table, spec, grad[:, column : column + spec.width])
+                grad_points = part if grad_points is None else grad_points.add_(part)
+            if ctx.needs_input_grad[1 + k]:
+                grad_tables[k] = ctx.grid.encode_backward(points, spec, grad, column)
+        return grad_points, *grad_tables, None, None
 
 
 class _Gradient(torch.autograd.Function):
