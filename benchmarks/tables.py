@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from benchmarks.compare import compare_markdown
 from benchmarks.environment import RESULTS, read_lines
 from benchmarks.guidance import as_markdown
 from benchmarks.kernel_tables import goals_markdown, kernels_markdown
@@ -208,8 +209,8 @@ def guidance_markdown(lines: list[dict[str, Any]]) -> str:
 
 
 def markdown_blocks(results: Path = RESULTS) -> dict[str, str]:
-    """Every table there are results for, by name: pocket, reference, kernels, kernels_goals, speed, guidance and
-    quality_<suite>."""
+    """Every table there are results for, by name: pocket, reference, kernels, kernels_goals, speed, guidance,
+    quality_<suite> and compare_<name>."""
     blocks = {}
     lines = read_lines(results / "pocket.jsonl")
     if lines:
@@ -227,6 +228,8 @@ def markdown_blocks(results: Path = RESULTS) -> dict[str, str]:
     lines = read_lines(results / "guidance.jsonl")
     if lines:
         blocks["guidance"] = guidance_markdown(lines)
+    for path in sorted(results.glob("compare_*.json")):
+        blocks[path.stem] = compare_markdown(json.loads(path.read_text(encoding="utf-8")))
     for path in sorted(results.glob("quality_*.json")):
         blocks[path.stem] = quality_markdown(json.loads(path.read_text(encoding="utf-8")))
     return blocks
