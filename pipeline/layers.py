@@ -295,11 +295,22 @@ def describe(model: type[BaseModel], key: Key) -> str:
     kind = re.sub(r"^Literal\[(.*)\]$", r"one of \1", kind).replace(" | None", " or null")
     if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
         kind = "a group of " + ", ".join(info.annotation.model_fields)
-    default = info.get_default(call_default_factory=True)
+    default = _default_at(model, key)
     shown = (
         "" if isinstance(default, BaseModel) else f"; default {json.dumps(default, default=str, ensure_ascii=False)}"
     )
     return f"{_dotted(key)}: {', '.join([kind, *bounds])}; {info.description or 'see the code'}{shown}"
+
+
+def _default_at(model: type[BaseModel], key: Key) -> Any:
+    """A setting's default where it stands: that of a group may differ from its class's (the fine stage's cameras)."""
+    default = model.model_fields[key[0]].get_default(call_default_factory=True)
+    for depth, name in enumerate(key[1:], 1):
+        if not isinstance(default, BaseModel):  # a group that is required, or none by default
+            default = _model_at(model, key[:depth]).model_fields[name].get_default(call_default_factory=True)
+        else:
+            default = getattr(default, name)
+    return default
 
 
 def dump(settings: BaseModel) -> str:

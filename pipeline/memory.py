@@ -54,7 +54,8 @@ def forecast(config: Config, stage: str, device: torch.device) -> str | None:
     predictions = views * most_predictions(guidance, ViewPrompts(config.prompt, config.negative, config.prompts))
     vsd = guidance.vsd if guidance.rule == "vsd" else None
     try:
-        found = footprint(plan, settings, device, images=views, predictions=predictions, vsd=vsd)
+        decodes = guidance.image_term > 0
+        found = footprint(plan, settings, device, images=views, predictions=predictions, vsd=vsd, decodes=decodes)
     except UserError:
         raise
     except Exception as error:  # an estimate is worth no run: a network that meta tensors cannot pass says why

@@ -12,6 +12,7 @@ import difflib
 import json
 import re
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,9 +35,12 @@ POCKET_FOLDERS = {"coarse": POCKET / "pixel", "fine": POCKET / "latent", "clipme
 _ANOTHER_PRIOR = "Stable Diffusion: --config stable-diffusion prior.coarse=FOLDER_OR_ID prior.fine=FOLDER_OR_ID"
 
 
-def check_priors(config: Config) -> None:
-    """Refuse, before any work, priors that cannot be built and prompts that the pocket prior cannot read."""
-    for stage in config.stages:
+def check_priors(config: Config, stages: Sequence[str] | None = None) -> None:
+    """Refuse, before any work, priors that cannot be built and prompts that the pocket prior cannot read.
+
+    stages: those still to be taken; None: all of the run's.
+    """
+    for stage in config.stages if stages is None else stages:
         source = getattr(config.prior, stage)
         clip = clip_folder(source)
         if clip is not None:

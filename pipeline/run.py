@@ -71,8 +71,10 @@ def resume_run(folder: Path, progress: Progress | None = None) -> None:
             progress.note(f"{folder} is finished: {', '.join(record.data['outputs'])}")
             return
         check_run(folder, config)
+        run = Run(folder, config, choose_device(config.device), progress)
+        check_priors(config, [name for name in config.stages if not run.finished(name)])
         progress.note(f"resuming {folder}")
-        Run(folder, config, choose_device(config.device), progress).go()
+        run.go()
 
 
 def export_run(folder: Path, formats: str, out: Path | None = None, progress: Progress | None = None) -> None:

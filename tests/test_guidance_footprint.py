@@ -87,6 +87,23 @@ def test_what_vsd_learns_with_is_what_its_lesson_takes(folders, model):
     assert "vsd" in counted.describe()
 
 
+def test_a_rule_that_looks_at_decoded_pictures_counts_them(folders):
+    from dataclasses import replace
+
+    folder = folders["sdxl"]
+    made = DiffusionSettings()
+    plan, device = make_plan(folder, made), torch.device("cpu")
+    plain, counted = (
+        footprint(plan, made, device, images=8, predictions=1, decodes=decodes) for decodes in (False, True)
+    )
+    prior = load_prior(folder, "cpu", settings=made)
+    z = torch.randn(8, prior.channels, plan.geometry.latents, plan.geometry.latents)
+    with torch.no_grad():
+        _, decoding = live_bytes(prior.vae, lambda: prior.autoencoder.decode(z))
+    assert counted.images >= plain.images and counted.images >= 0.97 * decoding
+    assert replace(counted, images=0) == replace(plain, images=0)
+
+
 def test_careful_settings_take_less(folders):
     plain = found(folders["sdxl"])
     assert found(folders["sdxl"], vae_slicing=True).images < 0.7 * plain.images

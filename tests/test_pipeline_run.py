@@ -267,6 +267,17 @@ def test_damaged_text_files_are_named(in_process, uninterrupted, tmp_path, name,
         in_process.resume_run(folder)
 
 
+def test_a_resumed_run_is_checked_for_the_stages_that_are_left(in_process, uninterrupted, tmp_path, monkeypatch):
+    checked = []
+    monkeypatch.setattr(in_process, "check_priors", lambda config, stages=None: checked.append(stages))
+    folder = shutil.copytree(uninterrupted, tmp_path / "run")
+    text = (folder / "config.yaml").read_text()
+    (folder / "config.yaml").write_text(text.replace("  steps: 9", "  steps: 11"))
+    (folder / "mesh.glb").unlink()
+    in_process.resume_run(folder)
+    assert checked == [["fine"]]
+
+
 def test_resume_of_something_else_lists_the_runs(in_process, tmp_path):
     in_process.start_run(load())
     with pytest.raises(UserError, match="is not a run") as caught:

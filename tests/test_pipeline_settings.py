@@ -5,6 +5,7 @@ import yaml
 
 from pipeline.cli import main
 from pipeline.config import Config, load_config
+from pipeline.layers import describe
 from pipeline.settings import leaves, meaning
 
 
@@ -39,6 +40,13 @@ def test_a_recipes_values_stand_beside_the_defaults_they_differ_from(capsys):
     assert line == "fine.steps = 60 (default 300)  # int, >= 1; optimisation steps"
     (line,) = shown(capsys, "fine.tets", "--config", "default")
     assert line.startswith("fine.tets = 64  # int, >= 8, <= 512")
+
+
+def test_a_default_is_that_of_the_group_it_stands_in():
+    """The fine stage sees a narrower field of view than the class of camera settings has."""
+    own = Config().fine.cameras.fov_deg
+    assert own != type(Config().fine.cameras)().fov_deg
+    assert describe(Config, ("fine", "cameras", "fov_deg")).endswith(f"; default [{own[0]}, {own[1]}]")
 
 
 def test_values_listed_are_the_ones_that_a_run_takes():

@@ -76,7 +76,7 @@ def install() -> None:
     import pipeline.loop as loop
     import pipeline.run as run
 
-    run.check_priors = lambda config: None
+    run.check_priors = lambda config, stages=None: None
     loop.build_guidance = lambda config, stage, device: None
     loop.make_stage = run.make_stage = lambda name, settings, guidance, device, seed, previous: ToyStage(
         name, settings.steps, seed, previous

@@ -73,12 +73,14 @@ def footprint(
     images: int,
     predictions: int,
     vsd: VsdSettings | None = None,
+    decodes: bool = False,
 ) -> Footprint:
     """The footprint of a planned prior.
 
     Args:
         images: pictures encoded in one step. predictions: pictures in the largest batch the rule asks noise for.
         vsd: how the score of the renders is learned beside it; None for other rules.
+        decodes: the rule looks at what a prediction decodes to (HiFA's image term).
     """
     family = plan.family
     dtype = network_dtype(settings, family, device)
@@ -98,6 +100,8 @@ def footprint(
         learned, lesson = _lesson(plan, dtype, images, vsd)
         weights["vsd"] = 3 * 4 * learned  # float32, each with Adam's two moments
         predicting = max(predicting, lesson)
+    if decodes:
+        predicting = max(predicting, _decoding(plan, settings, dtype, images))
     return Footprint(dtype, weights, text, max(encoding, kept + predicting))
 
 
@@ -125,8 +129,7 @@ def _encoding(plan: Plan, settings: DiffusionSettings, dtype: torch.dtype, image
     """Bytes that autograd keeps of the autoencoder's forward pass on that many pictures, and the most with backward."""
     if "vae" not in plan.classes:
         return 0, 0
-    config = plan.configs["vae"]
-    vae = _on_meta(plan.classes["vae"], config, vae_dtype(plan.family, config, dtype))
+    vae = _vae(plan, dtype)
     if settings.vae_checkpointing:
         vae.enable_gradient_checkpointing()
         vae.train()
@@ -134,6 +137,22 @@ def _encoding(plan: Plan, settings: DiffusionSettings, dtype: torch.dtype, image
     pictures = torch.empty(images, 3, side, side, device="meta", requires_grad=True)
     autoencoder = Autoencoder(vae, sample=False, one_by_one=settings.vae_slicing)
     return live_bytes(vae, lambda: autoencoder.encode(pictures, torch.Generator()), backward=True)
+
+
+def _decoding(plan: Plan, settings: DiffusionSettings, dtype: torch.dtype, images: int) -> int:
+    """Bytes alive at once while that many latents become pictures, without gradients."""
+    if "vae" not in plan.classes:
+        return 0
+    vae, geometry = _vae(plan, dtype), plan.geometry
+    z = torch.empty(images, geometry.channels, geometry.latents, geometry.latents, device="meta")
+    autoencoder = Autoencoder(vae, sample=False, one_by_one=settings.vae_slicing)
+    with torch.no_grad():
+        return live_bytes(vae, lambda: autoencoder.decode(z))[1]
+
+
+def _vae(plan: Plan, dtype: torch.dtype) -> torch.nn.Module:
+    config = plan.configs["vae"]
+    return _on_meta(plan.classes["vae"], config, vae_dtype(plan.family, config, dtype))
 
 
 def embedding_shape(plan: Plan) -> tuple[int, int]:
