@@ -90,10 +90,24 @@ def test_parts_agree_with_the_whole_and_known_features_change_nothing():
     field, points = rough_field(), world(100)
     sigma, albedo = field(points)
     features = field.features(points)
-    assert torch.equal(sigma, field.density(points)) and torch.equal(albedo, field.albedo(points))
-    assert torch.equal(sigma, field.density(points, field.features(points, known=features)))
+    torch.testing.assert_close((sigma, albedo), (field.density(points), field.albedo(points)))
+    assert torch.equal(field.density(points), field.density(points, field.features(points, known=features)))
     normal_sigma, _, normal_albedo = field.density_and_normal(points, features.detach())
     assert torch.allclose(sigma, normal_sigma) and torch.allclose(albedo, normal_albedo)
+
+
+def test_the_whole_has_the_gradients_of_its_parts():
+    field, points = rough_field(), world(200)
+    parameters = list(field.parameters())
+    g = torch.randn(200, 4, generator=generator())
+
+    def gradients(sigma, albedo):
+        return torch.autograd.grad((sigma * g[:, 0]).sum() + (albedo * g[:, 1:]).sum(), parameters)
+
+    features = field.features(points)
+    parts = gradients(field.density(points, features), field.albedo(points, features))
+    for whole, part in zip(gradients(*field(points)), parts, strict=True):
+        torch.testing.assert_close(whole, part)
 
 
 def test_levels_fade_in_with_progress():

@@ -157,7 +157,9 @@ class HashField(nn.Module):
         else:
             features = self._features_with_detail(points, features)
             mask = None if mask is None else nn.functional.pad(mask, (0, self.detail_spec.width), value=1.0)
-        raw = mlp(features, *self.albedo_head.weights(mask))
+        return self._coloured(mlp(features, *self.albedo_head.weights(mask)))
+
+    def _coloured(self, raw: Tensor) -> Tensor:
         return clamped(raw) if self.settings.albedo == "clamped" else torch.sigmoid(raw)
 
     def start_albedo(self, colour: Tensor) -> None:
@@ -169,7 +171,14 @@ class HashField(nn.Module):
     def forward(self, points: Tensor, known: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """sigma [N] and albedo [N, 3]; `known` features as in :meth:`features`."""
         features = self.features(points, known)
-        return self.density(points, features), self.albedo(points, features)
+        if self.detail is not None:
+            return self.density(points, features), self.albedo(points, features)
+        # Both heads as one perceptron: their gradients by the features need not be added up afterwards.
+        heads = zip(self.density_head.weights(self._mask), self.albedo_head.weights(self._mask), strict=True)
+        w1, b1, w2, b2 = heads
+        raw = mlp(features, torch.cat(w1), torch.cat(b1), torch.block_diag(*w2), torch.cat(b2))
+        density, albedo = raw.split([1, 3], -1)
+        return self._activated(density[:, 0], points), self._coloured(albedo)
 
     def density_and_normal(self, points: Tensor, known: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """sigma [N], unit normals [N, 3] pointing out of the density, albedo [N, 3]; `known` as in :meth:`features`.

@@ -19,7 +19,7 @@ from stages.kernels.jit import njit
 from stages.kernels.reference_raster import AREA_MIN, PIXELS_MAX, W_MIN
 from stages.kernels.threads import each
 
-SHIFT = 6
+SHIFT = 6  # of a row to its band
 BAND = 1 << SHIFT  # rows a task owns; 64 rows of 512 columns with depth and id stay in a 0.5 MB cache
 PART = 1 << 13  # triangles that a task sorts into bands
 AREA_SURE, DEPTH_SURE = 1e-3, 1e-6  # a depth within a triangle this large is the corners' least to this or better
