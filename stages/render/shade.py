@@ -91,7 +91,7 @@ def shade(
     """
     if shading.diffuse == 0:
         grey = torch.full_like(albedo, TEXTURELESS_ALBEDO) if shading.textureless else albedo
-        return grey * shading.ambient
+        return grey if shading.ambient == 1 else grey * shading.ambient
     plain = albedo.new_full((1, 3), TEXTURELESS_ALBEDO) if shading.textureless else albedo.reshape(-1, 3)
     light = light.reshape(1, 3) if light.numel() == 3 else light.expand(positions.shape).reshape(-1, 3)
     flat = (plain, normals.reshape(-1, 3), positions.reshape(-1, 3), light)
