@@ -52,10 +52,11 @@ def test_the_forecast_counts_what_goes_through_the_prior_at_once(folder, monkeyp
     )
     line = memory.forecast(chosen, "coarse", torch.device("cpu"))
     assert line.startswith("memory: float32: unet 0.00 + vae 0.00 GB stay") and "GB free" in line
-    assert seen == {"images": 3, "predictions": 6, "vsd": None}
+    assert seen == {"images": 3, "predictions": 6, "vsd": None, "decodes": False}
     pushed = ["negative=blurry", "prompts.blend=perp_neg", "guidance.coarse.rule=vsd", "coarse.views_per_step=1"]
+    pushed.append("guidance.coarse.image_term=0.01")
     memory.forecast(config(f"prior.coarse={folder}", *pushed), "coarse", torch.device("cpu"))
-    assert seen == {"images": 1, "predictions": 4, "vsd": VsdSettings()}
+    assert seen == {"images": 1, "predictions": 4, "vsd": VsdSettings(), "decodes": True}
 
 
 def test_a_device_with_too_little_is_warned_of(folder, monkeypatch):
