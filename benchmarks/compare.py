@@ -73,12 +73,23 @@ def compare_cells(before: list[Line], after: list[Line], systems: list[str] | No
     return found
 
 
+def _of_one_suite(before: list[Line], after: list[Line]) -> list[list[Line]]:
+    """Both sides' lines of the suite that both have. Raises UserError where there are more, which may share prompts."""
+    common = sorted({line["suite"] for line in before} & {line["suite"] for line in after})
+    if len(common) > 1:
+        raise UserError("more than one suite to compare", f"both sides have {', '.join(common)}", "add --suite NAME")
+    return [[line for line in lines if line["suite"] in common] for lines in (before, after)]
+
+
 def _metrics(before: list[Line], after: list[Line]) -> dict[str, Any]:
+    # The first CLIP that judged every cell of both sides; without one, there are no scores to compare.
+    first, *others = (line.get("scores", {}) for line in (*before, *after))
+    clip = next((name for name in first if all(name in other for other in others)), None)
     rows = {}
     for name in SHOWN:
         values = []
         for lines in (before, after):
-            scores = {key_of(line): next(iter(line.get("scores", {}).values()), {}) for line in lines}
+            scores = {key_of(line): line.get("scores", {}).get(clip, {}) for line in lines}
             values.append(values_of(lines, scores, name))
         change = compare(values[1], values[0])
         if change.difference.prompts:
@@ -117,7 +128,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--publish", metavar="NAME", help=f"also keep it in {RESULTS.name}/compare_NAME.json")
     args = parser.parse_args(arguments)
     try:
-        sides = [read_cells(source, args.suite) for source in (args.before, args.after)]
+        sides = _of_one_suite(*(read_cells(source, args.suite) for source in (args.before, args.after)))
         found = compare_cells(*sides, args.systems.split(",") if args.systems else None)
         if not found["systems"]:
             raise UserError("nothing to compare", "no cell is in both", "give two runs of the same prompts and seeds")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,7 +25,8 @@ def keep_freed_memory(most: int = 512 << 20) -> bool:
     1,466 pages and 18 ms of system time in a fine step, 9 pages and none of it with this. Returns False where the C
     library is another one.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    # Windows has no CDLL(None), and macOS no mallopt.
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is None:
         return False
     return bool(mallopt(M_MMAP_THRESHOLD, 32 << 20) and mallopt(M_TRIM_THRESHOLD, most))

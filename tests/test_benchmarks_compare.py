@@ -57,3 +57,14 @@ def test_mistakes_are_told(tmp_path, capsys):
     file.write_text(json.dumps(BEFORE[0]) + "\n")
     assert compare.main([str(file), str(other)]) == 2
     assert "no cell is in both" in capsys.readouterr().err
+
+
+def test_two_suites_are_not_mixed_nor_two_clips(tmp_path, capsys):
+    both = tmp_path / "both.jsonl"
+    both.write_text("".join(json.dumps(line("a", 0, 1.0, 1.0, suite=suite)) + "\n" for suite in ("s", "t")))
+    assert compare.main([str(both), str(both)]) == 2
+    assert "both sides have s, t" in capsys.readouterr().err
+    assert compare.main([str(both), str(both), "--suite", "t"]) == 0
+    other = line("a", 0, 50.0, 1.0) | {"scores": {"another": {"colour": {"score": 50.0, "hit": 0.0}}}}
+    metrics = compare.compare_cells([BEFORE[0]], [other])["systems"]["magic3d"]["metrics"]
+    assert "clip_colour" not in metrics and "wall_s" in metrics

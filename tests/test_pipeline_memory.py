@@ -141,7 +141,9 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
-@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="a C library without mallopt")
+@pytest.mark.skipif(
+    sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "mallopt"), reason="a C library without mallopt"
+)
 def test_a_step_uses_the_last_ones_memory_again():
     faults = {}
     for name, line in {"given back": "", "kept": "import pipeline.memory; pipeline.memory.keep_freed_memory()"}.items():

@@ -51,9 +51,8 @@ class ViewContext:
         index = torch.arange(len(self.views)).repeat(times)
         background = self.background
         if background is not None and background.dim() == 4:
-            flat = (
-                background[:, :1, :1] if is_flat(background) else background
-            )  # expanded: 512 x 512 times less to copy
+            # Of one colour a view, that colour is repeated, and not each of 512 x 512 pixels.
+            flat = background[:, :1, :1] if is_flat(background) else background
             background = flat.index_select(0, index.to(background.device)).expand(-1, *background.shape[1:])
         return ViewContext(self.views[index], background, self.shading)
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 
 from stages.kernels.jit import njit
+from stages.kernels.reference_srgb import KNEE
 from stages.kernels.threads import each
 
 CHUNK = 1 << 16  # values a task takes
-KNEE = np.float32(0.0031308)
 
 
 @njit(cache=True, nogil=True)
@@ -17,7 +17,7 @@ def _forward(task, linear, srgb):
     for i in range(task * CHUNK, min(len(linear), (task + 1) * CHUNK)):
         x = linear[i]
         low = line * (zero if x < zero else x)
-        srgb[i] = low if x <= KNEE else factor * srgb[i] - shift
+        srgb[i] = low if x <= np.float32(KNEE) else factor * srgb[i] - shift
 
 
 @njit(cache=True, nogil=True)
@@ -26,7 +26,7 @@ def _backward(task, linear, srgb, grad, out):
     power = np.float32(1 / 2.4)
     for i in range(task * CHUNK, min(len(linear), (task + 1) * CHUNK)):
         x = linear[i]
-        slope = line if x <= KNEE else power * (srgb[i] + shift) / x
+        slope = line if x <= np.float32(KNEE) else power * (srgb[i] + shift) / x
         out[i] = grad[i] * (zero if (x < zero) | (x > one) else slope)
 
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from stages.kernels import reference_srgb
 from stages.kernels.backend import choose_backend
 from stages.kernels.compiled import run
+from stages.kernels.reference_srgb import KNEE
 from stages.kernels.untraced import untraced
-
-KNEE = 0.0031308  # below, the curve is a line
 
 
 def linear_to_srgb(linear: Tensor, *, backend: str = "auto") -> Tensor:
@@ -24,18 +24,13 @@ def linear_to_srgb(linear: Tensor, *, backend: str = "auto") -> Tensor:
     chosen = choose_backend(backend, linear, family="raster")
     if chosen == "numba":
         return untraced(_Curve.apply, linear)
-    return _curve(linear)
+    return reference_srgb.linear_to_srgb(linear)
 
 
 def srgb_to_linear(srgb: Tensor) -> Tensor:
     """Inverse of :func:`linear_to_srgb`; input clamped to [0, 1]."""
     srgb = srgb.clamp(0, 1)
     return torch.where(srgb <= 0.04045, srgb / 12.92, ((srgb.clamp_min(0.04045) + 0.055) / 1.055) ** 2.4)
-
-
-def _curve(linear: Tensor) -> Tensor:
-    linear = linear.clamp(0, 1)
-    return torch.where(linear <= KNEE, 12.92 * linear, 1.055 * linear.clamp_min(KNEE) ** (1 / 2.4) - 0.055)
 
 
 class _Curve(torch.autograd.Function):
