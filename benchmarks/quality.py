@@ -74,6 +74,7 @@ def _arguments(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--out", type=Path, default=Path("runs/quality"), help="folder of the cells")
     parser.add_argument("--publish", action="store_true", help=f"also add the lines to {RESULTS.name}/quality.jsonl")
+    parser.add_argument("--name", help="what the results are published as (default: pocket, or the captions' file)")
     args = parser.parse_args(arguments)
     if args.workers < 1 or (args.seeds is not None and args.seeds < 1):
         parser.error("--workers, --seeds: wanted at least 1")
@@ -108,6 +109,7 @@ def run_suite(args: argparse.Namespace) -> int:
         groups = {name: [p for p in group if p in suite.prompts[: args.limit]] for name, group in suite.groups.items()}
         others = suite.distractors + suite.prompts[args.limit :]
         suite = Suite(suite.name, {k: g for k, g in groups.items() if g}, others, suite.distractors_textureless)
+    suite = replace(suite, name=args.name or suite.name)
     budget = read_budget(args.budget) if args.budget else None
     if budget is not None:
         suite = replace(suite, name=f"{suite.name} {budget}".replace("=", "-").replace(" ", "-"))

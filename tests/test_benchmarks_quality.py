@@ -200,6 +200,19 @@ def test_a_killed_suite_keeps_its_finished_cells_and_goes_on(tmp_path, clips, ca
         assert "holds another suite" in capsys.readouterr().err
 
 
+def test_results_are_published_beside_those_of_other_names(tmp_path, clips, monkeypatch):
+    prompts, results = tmp_path / "one.txt", tmp_path / "results"
+    results.mkdir()
+    prompts.write_text("a red ball\n")
+    monkeypatch.setattr(quality, "RESULTS", results)
+    words = ["--prompts", str(prompts), "--clip", str(clips[0]), "--out", str(tmp_path / "out"), "--publish"]
+    for name in ([], ["--name", "ceiling"], ["--name", "ceiling"]):
+        assert quality.main([*words, "--systems", "truth", *name]) == 0
+    lines = [json.loads(text) for text in (results / "quality.jsonl").read_text().splitlines()]
+    assert [line["suite"] for line in lines] == ["one", "ceiling"]
+    assert all(json.loads((results / f"quality_{name}.json").read_text())["systems"] for name in ("one", "ceiling"))
+
+
 def test_a_folder_with_cells_of_another_recipe_is_refused(tmp_path, clips, capsys, monkeypatch):
     recipe, prompts = tmp_path / "mine.yaml", tmp_path / "one.txt"
     recipe.write_text("extends: default\ncoarse: {steps: 3}\n")
