@@ -11,7 +11,7 @@ import numpy as np
 from stages.kernels.jit import njit
 from stages.kernels.threads import each
 
-BLOCK = 1 << 14  # vertices a task owns
+BLOCK = 1 << 12  # vertices a task owns
 
 
 @njit(cache=True, nogil=True)
@@ -123,33 +123,42 @@ def tetrahedra(centre, ahead, behind, number, moves):
 
 
 @njit(cache=True, nogil=True)
-def _laplace(block, neighbours, x, scale, out):
-    """out = x + scale * (degree x - sum of neighbours) for a block of rows."""
+def _prepare(block, neighbours, near, degree):
+    """Neighbours with the number of rows for a missing one, and how many there are, of a block of rows."""
     n, directions = neighbours.shape
     for i in range(block * BLOCK, min(n, (block + 1) * BLOCK)):
-        total = np.float32(0)
-        degree = 0
+        count = 0
         for k in range(directions):
             j = neighbours[i, k]
-            if j >= 0:
-                total += x[j]
-                degree += 1
-        out[i] = x[i] + scale * (np.float32(degree) * x[i] - total)
+            near[i, k] = n if j < 0 else j
+            count += j >= 0
+        degree[i] = count
 
 
 @njit(cache=True, nogil=True)
-def _descend(x, residual, step, applied, keep, add):
-    for i in range(x.shape[0]):
-        x[i] += step[i]
-        residual[i] -= applied[i]
-        step[i] = keep * step[i] + add * residual[i]
+def _iterate(block, near, degree, scale, keep, add, step, following, x, residual):
+    """One Chebyshev iteration of a block of rows; `following` is the next one's step. A row more of both is zero."""
+    n, directions = near.shape
+    for i in range(block * BLOCK, min(n, (block + 1) * BLOCK)):
+        total = np.float32(0)
+        for k in range(directions):
+            total += step[near[i, k]]
+        own = step[i]
+        x[i] += own
+        residual[i] -= own + scale * (degree[i] * own - total)
+        following[i] = keep * own + add * residual[i]
 
 
 def diffuse(neighbours, values, scale: float, pairs: list[tuple[float, float]], theta: float):
     """Chebyshev iteration for (I + scale (D - A)) x = values from x = 0; see reference_lattice.diffuse."""
-    x, residual, step = np.zeros_like(values), values.copy(), values / np.float32(theta)
-    applied, tasks = np.empty_like(values), -(-len(values) // BLOCK)
+    n, tasks = len(values), -(-len(values) // BLOCK)
+    near, degree = np.empty(neighbours.shape, np.uint32), np.empty_like(values)  # unsigned: no look from the end
+    each(tasks, _prepare, neighbours, near, degree)
+    x, residual = np.zeros_like(values), values.copy()
+    step, following = np.zeros(n + 1, values.dtype), np.zeros(n + 1, values.dtype)
+    np.divide(values, np.float32(theta), out=step[:n])
     for keep, add in pairs:
-        each(tasks, _laplace, neighbours, step, np.float32(scale), applied)
-        _descend(x, residual, step, applied, np.float32(keep), np.float32(add))
-    return x + step
+        numbers = np.float32(scale), np.float32(keep), np.float32(add)
+        each(tasks, _iterate, near, degree, *numbers, step, following, x, residual)
+        step, following = following, step
+    return x + step[:n]

@@ -75,8 +75,10 @@ class DMTet:
         self._neighbours = tensor(band.neighbours)
         self._base = tensor(self.lattice.positions(band.ids))
         self._rim, self._border = tensor(band.rim), tensor(band.border)
-        self._growing = tensor(band.rim & ~band.border)  # where the surface must not arrive
         self._rim_at = torch.nonzero(self._rim)[:, 0]
+        growing = band.rim & ~band.border
+        at_end = growing[band.edges].any(1)
+        self._last_edges = tensor(band.edges[at_end].T.copy())  # where the surface must not arrive
 
     def _freeze_rim(self, sign: Tensor) -> None:
         """Hold the rim at `sign` (an exact zero counts as outside)."""
@@ -138,10 +140,10 @@ class DMTet:
         with torch.no_grad():
             at, floor = self._rim_at, RIM_FLOOR * self.lattice.cell
             self.sdf[at] = (self.sdf[at] * self._rim_sign).clamp_min(floor) * self._rim_sign
-        a, b = self.crossing_ends()
-        if not bool((self._growing[a] | self._growing[b]).any()):
+        start, end = (self.sdf.detach().index_select(0, at) < 0 for at in self._last_edges)
+        if torch.equal(start, end):
             return None
-        return self._rebuild(np.unique(torch.cat([a, b]).cpu().numpy()), moments)
+        return self._rebuild(np.unique(torch.cat(self.crossing_ends()).cpu().numpy()), moments)
 
     def _rebuild(self, core: np.ndarray, moments: list[Tensor]) -> list[Tensor]:
         old_ids, old_sdf = self.band.ids, self.sdf.detach().cpu().numpy()
