@@ -21,6 +21,9 @@ PLAIN = {
     "magic3d": "coarse + fine",
     "sphere": "fine only, from a sphere",
     "reference": "upper bound (exact prior)",
+    "texture": "the shape given, painted by the prompt",
+    "dreamfields": "Dream Fields",
+    "clip-mesh": "CLIP-Mesh",
     "truth": "ground truth",
     "floor": "random blob",
 }
