@@ -4,6 +4,7 @@ differences in float64."""
 import pytest
 import torch
 
+from stages.kernels import cpu_hashgrid
 from stages.kernels.density import hash_density
 from stages.kernels.hashgrid import HashGridSpec, hash_encode, hash_gradient
 from stages.kernels.mlp import mlp, mlp_with_slope
@@ -54,6 +55,33 @@ def test_numba_and_torch_agree_in_values_and_every_gradient():
         for a, b in zip(outputs["torch"], outputs["numba"], strict=True):
             assert torch.allclose(a, b, rtol=1e-4, atol=1e-5 * float(a.detach().abs().max()))
         assert float(outputs["numba"][2][2, 0]) == 0 and float(outputs["numba"][2][2, 1]) != 0  # clamped axis
+
+
+@pytest.mark.parametrize("levels", [3, 9])  # features in rows of points, and meanwhile in rows of levels
+def test_levels_too_large_for_a_cache_are_computed_to_the_same_bytes(levels, monkeypatch):
+    spec = HashGridSpec(levels=levels, log2_table=12, base=6, finest=60)
+    assert spec.dense[0] and not spec.dense[-1]
+    points, table, g, up = problem(spec, 2 * cpu_hashgrid.SPAN + 300)
+    wider = torch.cat([torch.full((len(g), 5), torch.nan), g, torch.full((len(g), 3), torch.nan)], 1)
+
+    def everything():
+        out = torch.zeros(len(points), spec.width + 8)
+        cpu_hashgrid.encode_into(points, table, spec, out, 5)
+        return [
+            out,
+            cpu_hashgrid.directional(points, table, spec, up),
+            cpu_hashgrid.gradient(points, table, spec, g),
+            cpu_hashgrid.encode_backward(points, spec, wider, 5),
+            cpu_hashgrid.scatter(points, spec, g, g, up),
+            cpu_hashgrid.gradient_backward_table(points, spec, g, up),
+        ]
+
+    narrow = everything()
+    monkeypatch.setattr(cpu_hashgrid, "WIDE", 1 << 8)
+    assert cpu_hashgrid._span(spec, len(points), 1) > cpu_hashgrid.SPAN
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        assert all(map(torch.equal, narrow, everything()))
 
 
 def test_twin_gradients_are_float64_finite_differences():

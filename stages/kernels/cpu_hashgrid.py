@@ -4,6 +4,9 @@ Points are taken in blocks. For one block and level the rows of the cells' corne
 computed first, points in the vector lanes, then the table is read or written point by point, so that nothing stands
 between one memory access and the next. Scatters run in parallel over groups of levels, each group walking the points
 in order: no atomics, and the same bytes at any thread count.
+Where a level's rows fit no core's own cache, all points pass it before the next. Their features then lie level by level
+meanwhile: reading two numbers of every row of [N, 2 L] for each level costs more than the table. The rows of a block
+are asked for before its weights are computed.
 No fastmath: contracting x * resolution - floor(...) would move features at the finest levels by 4e-4.
 """
 
@@ -15,13 +18,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stages.kernels.cpu_vectors import BLOCK, CORNERS, gather_dot, gather_sum, scatter_add, scatter_add_two
+from stages.kernels.cpu_vectors import (
+    BLOCK,
+    CORNERS,
+    fetch_rows,
+    gather_dot,
+    gather_sum,
+    scatter_add,
+    scatter_add_two,
+)
 from stages.kernels.jit import njit
 from stages.kernels.threads import each
 
 PRIME_Y, PRIME_Z = np.uint32(2654435761), np.uint32(805459861)
 SPAN = 1024  # points that pass one level before the next: the level's rows stay in a cache
 WIDE = 1 << 16  # rows of a hashed level, beyond which they do not fit a core's own cache
+APART = 8  # levels from which on a point's features fill more than a cache line
 
 # x [3, span] are points clamped into the box, nan where a point is not finite: it stays visible. Per block:
 # f [3, BLOCK] fractions within the cell, and rows and weights [CORNERS, BLOCK]. Corner c is at
@@ -86,6 +98,12 @@ def _locate(x, low, count, resolution, mask, dense, rows, f):
 
 
 @njit
+def _fetch(table, start, rows, count):
+    for p in range(count):
+        fetch_rows(table, start, rows, p)
+
+
+@njit
 def _weigh(f, count, weights):
     """Trilinear weights of the corners."""
     one = np.float32(1)
@@ -113,11 +131,22 @@ def _weigh_slopes(u, low, f, count, resolution, weights):
         weights[6, p], weights[7, p] = fx * c + k, fx * d + m
 
 
+@njit
+def _where(apart, width, level, point, column):
+    """Where a point's pair of numbers of a level lies, and how far it is to the next point's, in rows of points or,
+    `apart`, of levels."""
+    return (level * width + 2 * point, 2) if apart else (point * width + column + 2 * level, width)
+
+
 @njit(cache=True, nogil=True)
 def _encode(part, points, table, resolutions, offsets, dense, mask, up, span, out, column):
     """Features of one span from a column of `out` on, or with `up` [N, 3] (else [0, 0]) their derivatives along it."""
-    levels, along, width = resolutions.shape[0], up.shape[0] > 0, out.shape[1]
+    levels, along = resolutions.shape[0], up.shape[0] > 0
     first, last = part * span, min(len(points), (part + 1) * span)
+    wide = span > SPAN
+    apart = wide and levels >= APART
+    found = np.empty((levels, 2 * (last - first)) if apart else (0, 0), np.float32)
+    to = found if apart else out
     x, u = np.empty((3, last - first), np.float32), np.empty((3, last - first), np.float32)
     rows, f = np.empty((CORNERS, BLOCK), np.uint32), np.empty((3, BLOCK), np.float32)
     weights = np.empty((CORNERS, BLOCK), np.float32)
@@ -128,13 +157,20 @@ def _encode(part, points, table, resolutions, offsets, dense, mask, up, span, ou
         for low in range(0, last - first, BLOCK):
             count = min(BLOCK, last - first - low)
             _locate(x, low, count, resolutions[level], mask, dense[level], rows, f)
+            if wide and not dense[level]:
+                _fetch(table, offsets[level], rows, count)
             if along:
                 _weigh_slopes(u, low, f, count, resolutions[level], weights)
             else:
                 _weigh(f, count, weights)
-            at = (first + low) * width + column + 2 * level
+            at, step = _where(apart, to.shape[1], level, low if apart else first + low, column)
             for p in range(count):
-                gather_sum(table, offsets[level], rows, weights, p, out, at + p * width)
+                gather_sum(table, offsets[level], rows, weights, p, to, at + p * step)
+    if apart:
+        for p in range(last - first):
+            for level in range(levels):
+                out[first + p, column + 2 * level] = found[level, 2 * p]
+                out[first + p, column + 2 * level + 1] = found[level, 2 * p + 1]
 
 
 @njit
@@ -154,7 +190,7 @@ def _add_slopes(f, v, low, count, scale, total):
 
 
 @njit(cache=True, nogil=True)
-def _gradient(part, points, table, resolutions, offsets, dense, mask, g, span, out):
+def _gradient(part, points, table, resolutions, offsets, dense, mask, g, apart, span, out):
     levels, one, zero = resolutions.shape[0], np.float32(1), np.float32(0)
     first, last = part * span, min(len(points), (part + 1) * span)
     x, total = np.empty((3, last - first), np.float32), np.zeros((3, last - first), np.float32)
@@ -165,9 +201,11 @@ def _gradient(part, points, table, resolutions, offsets, dense, mask, g, span, o
         for low in range(0, last - first, BLOCK):
             count = min(BLOCK, last - first - low)
             _locate(x, low, count, resolutions[level], mask, dense[level], rows, f)
-            at = 2 * ((first + low) * levels + level)
+            if span > SPAN and not dense[level]:
+                _fetch(table, offsets[level], rows, count)
+            at, step = _where(apart, g.shape[1], level, first + low, 0)
             for p in range(count):
-                gather_dot(table, offsets[level], rows, p, g, at + 2 * p * levels, v)
+                gather_dot(table, offsets[level], rows, p, g, at + p * step, v)
             _add_slopes(f, v, low, count, np.float32(resolutions[level]), total)
     for p in range(first, last):
         for axis in range(3):
@@ -176,10 +214,10 @@ def _gradient(part, points, table, resolutions, offsets, dense, mask, g, span, o
 
 
 @njit(cache=True, nogil=True)
-def _scatter(group, groups, points, resolutions, offsets, dense, mask, e, column, g, up, span, out):
+def _scatter(group, groups, points, resolutions, offsets, dense, mask, e, column, g, apart, up, span, out):
     """Gradient of sum(encode * e) + sum(J^T g * up) in every `groups`th level; a term counts if its arrays do.
 
-    e may be wider than the levels and have theirs from a column on, but not beside g.
+    e may be wider than the levels and have theirs from a column on, but not beside g. apart: of e and g, see _where.
     """
     n, levels = points.shape[0], resolutions.shape[0]
     with_e, with_g = e.shape[0] > 0, g.shape[0] > 0
@@ -196,20 +234,23 @@ def _scatter(group, groups, points, resolutions, offsets, dense, mask, e, column
             for low in range(0, last - first, BLOCK):
                 count = min(BLOCK, last - first - low)
                 _locate(x, low, count, resolutions[level], mask, dense[level], rows, f)
-                start, at = offsets[level], (first + low) * width + column + 2 * level
+                start = offsets[level]
+                if span > SPAN and not dense[level]:
+                    _fetch(out, start, rows, count)
+                at, step = _where(apart, width, level, first + low, column)
                 if with_e:
                     _weigh(f, count, weights)
                 if with_g:
                     _weigh_slopes(u, low, f, count, resolutions[level], slopes)
                 if with_e and with_g:
                     for p in range(count):
-                        scatter_add_two(out, start, rows, p, weights, e, slopes, g, at + p * width)
+                        scatter_add_two(out, start, rows, p, weights, e, slopes, g, at + p * step)
                 elif with_e:
                     for p in range(count):
-                        scatter_add(out, start, rows, p, weights, e, at + p * width)
+                        scatter_add(out, start, rows, p, weights, e, at + p * step)
                 elif with_g:
                     for p in range(count):
-                        scatter_add(out, start, rows, p, slopes, g, at + p * width)
+                        scatter_add(out, start, rows, p, slopes, g, at + p * step)
 
 
 @lru_cache(maxsize=16)
@@ -227,6 +268,26 @@ def _span(spec, points: int, tasks: int) -> int:
     if 1 << spec.log2_table <= WIDE:
         return SPAN
     return max(SPAN, -(-points // (tasks * BLOCK)) * BLOCK)
+
+
+@njit(cache=True, nogil=True)
+def _part_levels(part, rows, column, out):
+    """Pairs of numbers of SPAN points from rows of points, from a column on, into rows of levels."""
+    first, last = part * SPAN, min(len(rows), (part + 1) * SPAN)
+    for low in range(first, last, 64):
+        for level in range(out.shape[0]):
+            for p in range(low, min(last, low + 64)):
+                out[level, 2 * p] = rows[p, column + 2 * level]
+                out[level, 2 * p + 1] = rows[p, column + 2 * level + 1]
+
+
+def _by_level(rows: np.ndarray, column: int, levels: int) -> np.ndarray:
+    """[levels, 2 N] of [N, W]; nothing of nothing."""
+    if not rows.size:
+        return rows
+    out = np.empty((levels, 2 * len(rows)), np.float32)
+    each(-(-len(rows) // SPAN), _part_levels, rows, column, out)
+    return out
 
 
 def _features(points: Tensor, table: Tensor, spec, up: Tensor | None, out: Tensor | None = None, column: int = 0):
@@ -256,7 +317,9 @@ def gradient(points: Tensor, table: Tensor, spec, g: Tensor) -> Tensor:
     """J^T g, [N, 3]."""
     out = torch.empty(points.shape[0], 3)
     span = _span(spec, len(points), torch.get_num_threads())
-    arrays = (_array(points), _array(table), *_layout(spec), _array(g))
+    apart, slopes = span > SPAN and spec.levels >= APART, _array(g)
+    slopes = _by_level(slopes, 0, spec.levels) if apart else slopes
+    arrays = (_array(points), _array(table), *_layout(spec), slopes, apart)
     each(-(-len(points) // span), _gradient, *arrays, span, out.numpy())
     return out
 
@@ -268,8 +331,12 @@ def scatter(points: Tensor, spec, e: Tensor | None, g: Tensor | None, up: Tensor
     """
     out = torch.zeros(spec.rows, 2)
     groups = min(spec.levels, 2 * torch.get_num_threads())  # a few a thread: dense levels are cheap, hashed ones dear
-    arrays = (_array(points), *_layout(spec), _array(e), column, _array(g), _array(up))
-    each(groups, _scatter, groups, *arrays, _span(spec, len(points), 1), out.numpy())
+    span, values, slopes = _span(spec, len(points), 1), _array(e), _array(g)
+    apart = span > SPAN and spec.levels >= APART
+    if apart:
+        values, slopes = _by_level(values, column, spec.levels), _by_level(slopes, 0, spec.levels)
+    arrays = (_array(points), *_layout(spec), values, column, slopes, apart, _array(up))
+    each(groups, _scatter, groups, *arrays, span, out.numpy())
     return out
 
 

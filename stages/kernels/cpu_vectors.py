@@ -120,6 +120,24 @@ def narrow_product_tile(typing, c, c_at, c_row, d, d_at, d_row, a, a_at, a_row, 
 
 
 @intrinsic
+def fetch_rows(typing, table, start, rows, p):
+    """Ask for table[start + rows[c, p]] for every corner ahead of its use: into the second cache, since a block's rows
+    are more than the first holds."""
+
+    def generate(code: _Code) -> None:
+        table, start, rows, p = code.values
+        builder, pointer, second = code.builder, ir.IntType(8).as_pointer(), 2
+        kind = ir.FunctionType(ir.VoidType(), [pointer, _I32, _I32, _I32])
+        prefetch = builder.module.declare_intrinsic("llvm.prefetch", [pointer], kind)
+        how = [ir.Constant(_I32, value) for value in (0, second, 1)]  # to read, of data
+        for corner in range(CORNERS):
+            _, row = code.row(rows, corner, p, start)
+            builder.call(prefetch, [builder.bitcast(builder.gep(table, [row]), pointer), *how])
+
+    return types.void(table, start, rows, p), _returning_nothing(generate)
+
+
+@intrinsic
 def gather_sum(typing, table, start, rows, weights, p, out, out_at):
     """out[out_at : out_at + 2] = sum over c of weights[c, p] table[start + rows[c, p]]; both [CORNERS, BLOCK]."""
 
