@@ -53,7 +53,8 @@ def answers(summary: dict[str, Any]) -> list[str]:
         gaps = {name: _directed(found, system, "truth", name) for name in CEILINGS}
         parts = [_gap(gap["difference"], name) for name, gap in gaps.items() if gap is not None]
         if parts:
-            sentences.append(f"{name_of(system).capitalize()} against the ground truth: {'; '.join(parts)}.")
+            name = name_of(system)
+            sentences.append(f"{name[:1].upper()}{name[1:]} against the ground truth: {'; '.join(parts)}.")
     return sentences
 
 
