@@ -90,9 +90,12 @@ COMPARED = (
     "clip_colour",
     "clip_textureless",
     "chamfer",
+    "normal_consistency",
     "f_score",
     "volume_iou",
     "saturation_error",
+    "brightness_error",
+    "colour_difference",
     "wall_s",
 )
 

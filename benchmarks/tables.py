@@ -27,7 +27,10 @@ PLAIN = {
     "truth": "ground truth",
     "floor": "random blob",
 }
-ANSWERED = ("r_precision_colour", "clip_colour", "r_precision_textureless", "chamfer")
+ANSWERED = (
+    "r_precision_colour", "clip_colour", "colour_difference", "brightness_error",
+    "r_precision_textureless", "chamfer", "normal_consistency",
+)  # fmt: skip
 CEILINGS = ("r_precision_colour", "clip_colour", "volume_iou")  # how far from the ground truth each system is
 
 
