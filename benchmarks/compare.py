@@ -61,7 +61,8 @@ def _published(revision: str) -> list[Line]:
 
 def compare_cells(before: list[Line], after: list[Line], systems: list[str] | None = None) -> dict[str, Any]:
     """By system and metric: means with intervals before and after, and the paired difference; JSON-ready."""
-    found: dict[str, Any] = {"before": origin_of(before), "after": origin_of(after), "systems": {}}
+    systems_found: dict[str, Any] = {}
+    shared: tuple[list[Line], list[Line]] = ([], [])
     for system in dict.fromkeys(line["system"] for line in after):
         if systems and system not in systems:
             continue
@@ -69,8 +70,11 @@ def compare_cells(before: list[Line], after: list[Line], systems: list[str] | No
         common = {key_of(line) for line in sides[0]} & {key_of(line) for line in sides[1]}
         sides = [[line for line in side if key_of(line) in common] for side in sides]
         if common:
-            found["systems"][system] = {"cells": len(common), "metrics": _metrics(*sides)}
-    return found
+            systems_found[system] = {"cells": len(common), "metrics": _metrics(*sides)}
+            for all_of_it, lines in zip(shared, sides, strict=True):
+                all_of_it += lines
+    origins = {name: origin_of(lines) for name, lines in zip(("before", "after"), shared, strict=True) if lines}
+    return origins | {"systems": systems_found}
 
 
 def _of_one_suite(before: list[Line], after: list[Line]) -> list[list[Line]]:
