@@ -63,10 +63,10 @@ def refused(folder: Path, *overrides, **flags) -> UserError:
         ("fine.tets=96", "fine.tets=64"),
         ("fine.deformation=0.1", "fine.deformation=0.24"),
         ("fine.geometry=locked", 'fine.geometry="dmtet"'),
-        ("fine.detail.levels=2", "fine.detail.levels=4"),
+        ("fine.detail.levels=3", "fine.detail.levels=2"),
         ("fine.initialise.level=3.5", "fine.initialise.level=null"),
         ("guidance.fine.rule=vsd", 'guidance.fine.rule="sds"'),
-        ("coarse.field.levels=8", "coarse.field.levels=16"),
+        ("coarse.field.levels=12", "coarse.field.levels=8"),
         ("coarse.field.blob_scale=1", "coarse.field.blob_scale=10.0"),
         ("coarse.particles=2", "coarse.particles=1"),
         ("coarse.background.hidden=8", "coarse.background.hidden=16"),
@@ -122,7 +122,7 @@ def test_learning_of_a_rule_with_a_state_may_change_and_its_shape_may_not(run):
 def test_checkpoints_from_before_the_keys_are_taken_as_they_are(run):
     for stage in ("coarse", "fine"):
         without_lineage(run / stage / CHECKPOINT)
-    check_run(run, config_of("fine.tets=96", "coarse.field.levels=8"))
+    check_run(run, config_of("fine.tets=96", "coarse.field.levels=12"))
     check_upstream(run, config_of(), "fine", read_meta(run / "fine" / CHECKPOINT))
 
 
@@ -160,7 +160,7 @@ def test_a_coarse_stage_made_again_must_be_the_same(run):
 
 
 def test_another_start_than_the_checkpoints_is_refused(made):
-    error = refused(made, stages="fine")
+    error = refused(made, "fine.detail.levels=2", stages="fine")  # the sphere's recipe has other finer levels
     assert "was started from coarse/checkpoint.safetensors, not from nothing" in error.what and "stages" in error.why
 
 
@@ -186,12 +186,12 @@ def test_a_new_run_from_a_run_whose_config_was_edited_is_held_to_its_checkpoint(
     text = (run / "config.yaml").read_text()
     config = config_of(from_run=str(run), stages="fine")
     assert list(check_start(config).copies) == [COARSE]
-    (run / "config.yaml").write_text(text.replace("    levels: 16", "    levels: 8", 1))
+    (run / "config.yaml").write_text(text.replace("    levels: 8", "    levels: 12", 1))
     for stages in (["fine"], ["coarse", "fine"]):
         edited = load_config(None, [], {"from_run": str(run), "stages": stages})
         with pytest.raises(UserError, match=r"coarse\.field\.levels differs from what") as caught:
             check_start(edited)
-        assert "coarse.field.levels=16" in caught.value.fix
+        assert "coarse.field.levels=8" in caught.value.fix
     (run / "config.yaml").write_text(text.replace("  steps: 12", "  steps: 20"))
     with pytest.raises(UserError, match="has not taken all its coarse steps") as caught:
         check_start(load_config(None, [], {"from_run": str(run), "stages": "fine"}))
