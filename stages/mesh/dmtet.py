@@ -74,8 +74,7 @@ class DMTet:
         self._edges, self._tets, self._tet_edges = tensor(band.edges), tensor(band.tets), tensor(band.tet_edges)
         self._neighbours = tensor(band.neighbours)
         self._base = tensor(self.lattice.positions(band.ids))
-        self._rim, self._border = tensor(band.rim), tensor(band.border)
-        self._rim_at = torch.nonzero(self._rim)[:, 0]
+        self._border, self._rim_at = tensor(band.border), tensor(np.flatnonzero(band.rim))
         growing = band.rim & ~band.border
         at_end = growing[band.edges].any(1)
         self._last_edges = tensor(band.edges[at_end].T.copy())  # where the surface must not arrive
