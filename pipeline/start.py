@@ -96,7 +96,7 @@ def check_start(config: Config) -> Start:
 
 def _from_mesh(config: Config, first: str) -> Start:
     from stages.mesh.place import place
-    from stages.mesh.read import read_mesh
+    from stages.mesh.read import GREY, read_mesh
 
     if first == "coarse":
         raise UserError(
@@ -114,6 +114,8 @@ def _from_mesh(config: Config, first: str) -> Start:
     mesh, up = read_mesh(path), _up(path)
     place(mesh, config.place, up)  # refuses a mesh without extent, or outside the scene
     coats = "its texture" if mesh.texture is not None else "its colours"
+    if mesh.texture is None and (mesh.colours == GREY).all():
+        coats = "plain grey, for it has none"
     locked = first == "fine" and config.fine.geometry == "locked"
     use = "is painted and keeps its shape" if locked else "is refined"
     return Start(mesh=mesh, up=up, said=f"{path.name}, {len(mesh.faces)} faces, {use}, starting with {coats}")

@@ -1,5 +1,8 @@
 """Reading users' files: what is refused, and what their colours and texture coordinates become."""
 
+import json
+import struct
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +15,7 @@ from trimesh.visual.material import PBRMaterial
 from pipeline.export.glb import write_glb
 from stages.errors import UserError
 from stages.kernels.srgb import srgb_to_linear
+from stages.mesh.join import LARGEST, side_by_side
 from stages.mesh.read import GREY, _joined, _parts, read_mesh
 from stages.mesh.sample import colours_at
 
@@ -142,3 +146,131 @@ def test_vertex_colours_of_a_ply_are_srgb(tmp_path):
     trimesh.Trimesh(box().vertices, box().faces, vertex_colors=colours, process=False).export(tmp_path / "a.ply")
     wanted = srgb_to_linear(torch.tensor([128, 0, 255]) / 255).numpy()
     np.testing.assert_allclose(read_mesh(tmp_path / "a.ply").colours, np.tile(wanted, (8, 1)), atol=1e-6)
+
+
+def shown_at(mesh, place):
+    """The colour of the face nearest to a point [3], at the place where it is."""
+    corners = mesh.vertices[mesh.faces].astype(float)
+    face = np.argmin(np.linalg.norm(corners.mean(1) - place, axis=1))
+    weights = np.linalg.lstsq(np.vstack([corners[face].T, np.ones(3)]), [*place, 1], rcond=None)[0]
+    return colours_at(mesh, np.array([face]), weights[None])[0].tolist()
+
+
+MTL = """newmtl picture\nKd 1 1 1\nmap_Kd picture.png\nnewmtl plain\nKd 0 1 0\n"""
+OBJ = (
+    "mtllib a.mtl\nv 0 0 0\nv 1 0 0\nv 0 1 0\nv 5 0 0\nv 6 0 0\nv 5 1 0\nvt 0 0\nvt 1 0\nvt 0 1\n"
+    "usemtl picture\nf 1/1 2/2 3/3\nusemtl plain\nf 4 5 6\n"
+)
+
+
+def test_an_obj_with_a_picture_and_a_plain_material_keeps_both(tmp_path):
+    """What Blender writes; trimesh's own packing of two kinds of material ends in grey."""
+    Image.new("RGB", (8, 8), (255, 0, 0)).save(tmp_path / "picture.png")
+    (tmp_path / "a.mtl").write_text(MTL)
+    (tmp_path / "a.obj").write_text(OBJ)
+    mesh = read_mesh(tmp_path / "a.obj")
+    assert shown_at(mesh, [0.3, 0.3, 0]) == pytest.approx([1, 0, 0], abs=0.01)
+    assert shown_at(mesh, [5.3, 0.3, 0]) == pytest.approx([0, 1, 0], abs=0.01)
+
+
+def painted(material, uv=((0, 0), (1, 0), (1, 1), (0, 1)), away=0.0) -> trimesh.Trimesh:
+    corners = np.array([[0, 0, 0], [1, 0, 0], [1, 1, 0], [0, 1, 0]]) + np.array([away, 0, 0])
+    visual = TextureVisuals(uv=np.asarray(uv, float), material=material)
+    return trimesh.Trimesh(corners, [[0, 1, 2], [0, 2, 3]], visual=visual, process=False)
+
+
+def test_factors_masks_and_tiles_of_several_textures_survive_the_joining(tmp_path):
+    brown = Image.new("RGB", (16, 16), (200, 100, 50))
+    stated = PBRMaterial(baseColorTexture=brown, baseColorFactor=[255, 255, 255, 255])
+    mask = PBRMaterial(baseColorTexture=Image.new("RGB", (16, 8), (0, 0, 255)), alphaMode="MASK")
+    stripes = np.zeros((32, 32, 3), np.uint8)
+    stripes[:, :16] = 255
+    repeat = PBRMaterial(baseColorTexture=Image.fromarray(stripes))
+    parts = [painted(stated), painted(mask, away=5), painted(repeat, [[0, 0], [4, 0], [4, 4], [0, 4]], away=10)]
+    trimesh.Scene(parts).export(tmp_path / "a.glb")
+    mesh = read_mesh(tmp_path / "a.glb")
+    wanted = srgb_to_linear(torch.tensor([200, 100, 50]) / 255).tolist()
+    assert shown_at(mesh, [0.7, 0.2, 0]) == pytest.approx(wanted, abs=0.01)
+    assert shown_at(mesh, [5.7, 0.2, 0]) == pytest.approx([0, 0, 1], abs=0.01)
+    for k in range(4):
+        assert shown_at(mesh, [10 + (k + 0.25) / 4, 0.05, 0]) == pytest.approx([1, 1, 1], abs=0.01)
+        assert shown_at(mesh, [10 + (k + 0.75) / 4, 0.05, 0]) == pytest.approx([0, 0, 0], abs=0.01)
+
+
+def test_parts_that_share_a_picture_share_its_place(tmp_path):
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (32, 16, 3), dtype=np.uint8))
+    parts = [painted(PBRMaterial(baseColorTexture=picture), away=2.0 * k) for k in range(5)]
+    trimesh.Scene(parts).export(tmp_path / "a.glb")
+    mesh = read_mesh(tmp_path / "a.glb")
+    assert mesh.texture.size < 2 * 32 * 16 * 3 and len(np.unique(mesh.uv, axis=0)) == 4
+
+
+@pytest.mark.parametrize("side", [64, 3000])
+def test_every_picture_is_found_in_its_place_however_many_there_are(side):
+    rng = np.random.default_rng(1)
+    sizes = rng.integers(1, side, (12, 2)).tolist()
+    pictures = [np.full((*size, 3), rng.integers(1, 255, 3), np.uint8) for size in sizes]
+    whole, places = side_by_side(pictures)
+    assert max(whole.shape) <= LARGEST
+    for picture, (offset, scale) in zip(pictures, places, strict=True):
+        for corner in ([0, 0], [1, 0], [0, 1], [1, 1], [0.5, 0.5]):
+            u, v = np.asarray(corner) * scale + offset
+            row, column = round((1 - v) * whole.shape[0]), round(u * whole.shape[1])
+            for dr, dc in ((-1, -1), (-1, 0), (0, -1), (0, 0)):  # what a bilinear look-up touches, at the very corner
+                assert (whole[row + dr, column + dc] == picture[0, 0]).all()
+
+
+def test_a_nearly_black_material_stays_nearly_black(tmp_path):
+    """0.004 is stored as a byte of 1, which is no factor of 1."""
+    plain = trimesh.Trimesh(box().vertices, box().faces, process=False)
+    plain.visual = TextureVisuals(material=PBRMaterial(baseColorFactor=[0.004, 0.004, 0.004, 1.0]))
+    plain.export(tmp_path / "a.glb")
+    assert read_mesh(tmp_path / "a.glb").colours.max() < 0.01
+
+
+def test_a_mesh_too_far_from_the_origin_for_its_numbers_is_refused(tmp_path):
+    for north, fits in ((50.0, True), (5.4e6, False)):
+        lines = [f"v {x} {y + north} 0" for x, y in ((0, 0), (10, 0), (0, 10))]
+        (tmp_path / "a.obj").write_text("\n".join(lines) + "\nf 1 2 3\n")
+        if fits:
+            read_mesh(tmp_path / "a.obj")
+            continue
+        with pytest.raises(UserError, match="single precision") as caught:
+            read_mesh(tmp_path / "a.obj")
+        assert "origin" in caught.value.fix
+
+
+def edited(path, change):
+    """A GLB file with its JSON changed."""
+    data = path.read_bytes()
+    length = struct.unpack("<I", data[12:16])[0]
+    document = json.loads(data[20 : 20 + length])
+    change(document)
+    text = json.dumps(document).encode()
+    text += b" " * (-len(text) % 4)
+    body = struct.pack("<I4s", len(text), b"JSON") + text + data[20 + length :]
+    path.write_bytes(struct.pack("<4sII", b"glTF", 2, 12 + len(body)) + body)
+
+
+def test_a_file_whose_texture_would_land_elsewhere_says_so(tmp_path, caplog):
+    def moved_texture(document):
+        pbr = document["materials"][0]["pbrMetallicRoughness"]["baseColorTexture"]
+        pbr["extensions"] = {"KHR_texture_transform": {"scale": [2, 2]}}
+
+    square([[0, 0], [1, 0], [1, 1], [0, 1]]).export(tmp_path / "a.glb")
+    read_mesh(tmp_path / "a.glb")
+    assert not caplog.records
+    edited(tmp_path / "a.glb", moved_texture)
+    read_mesh(tmp_path / "a.glb")
+    assert "KHR_texture_transform" in caplog.text
+
+
+def test_normalised_coordinates_are_refused(tmp_path):
+    def quantised(document):
+        for part in document["meshes"]:
+            document["accessors"][part["primitives"][0]["attributes"]["TEXCOORD_0"]]["normalized"] = True
+
+    square([[0, 0], [1, 0], [1, 1], [0, 1]]).export(tmp_path / "a.glb")
+    edited(tmp_path / "a.glb", quantised)
+    with pytest.raises(UserError, match="normalised integers"):
+        read_mesh(tmp_path / "a.glb")

@@ -14,13 +14,15 @@ import torch
 
 from stages.errors import UserError
 from stages.kernels.srgb import linear_to_srgb, srgb_to_linear
+from stages.mesh.gltf import check_gltf
+from stages.mesh.join import LARGEST, join
 from stages.mesh.measure import face_areas
 from stages.mesh.mesh import Mesh
 
 log = logging.getLogger(__name__)
 
 GREY = 0.6  # linear colour of a mesh that has none
-LARGEST = 8192  # side of a texture in texels after it has been repeated
+FINEST = 2**12  # steps of single precision that a mesh must have along its longest side
 
 
 def read_mesh(path: str | Path) -> Mesh:
@@ -37,8 +39,12 @@ def read_mesh(path: str | Path) -> Mesh:
         why = "it is a folder" if path.is_dir() else "there is no such file"
         raise UserError(what, why, "give the path of a GLB, OBJ, PLY or STL file")
     try:
+        if path.suffix.lower() in (".glb", ".gltf"):
+            check_gltf(path)
         parts = _parts(trimesh.load_scene(str(path), process=False))
         mesh = _joined(parts, linear=path.suffix.lower() in (".glb", ".gltf")) if parts else None
+    except UserError:
+        raise
     except Exception as error:  # each of trimesh's readers raises its own kinds
         reason = str(error).strip().splitlines()
         raise UserError(what, reason[0][:300] if reason else type(error).__name__, "save it again as GLB") from error
@@ -50,6 +56,10 @@ def read_mesh(path: str | Path) -> Mesh:
         raise UserError(what, "it has coordinates that are not finite numbers", "save it again")
     if face_areas(mesh.vertices, mesh.faces).sum() <= 0:
         raise UserError(what, "its triangles have no area", "save a mesh with a surface")
+    far, long = np.abs(mesh.vertices).max(), np.ptp(mesh.vertices, axis=0).max()
+    if long < FINEST * np.spacing(far):
+        why = f"it is {long:g} units long and {far:g} from the origin, where single precision has steps of "
+        raise UserError(what, f"{why}{np.spacing(far):g}", "move it near the origin and save it again")
     return mesh
 
 
@@ -74,47 +84,13 @@ def _parts(scene: Any) -> list[tuple[Any, np.ndarray | None]]:
 
 
 def _joined(parts: list[tuple[Any, np.ndarray | None]], linear: bool) -> Mesh:
-    """All parts as one mesh. Where one has a texture, all are packed into one texture, plain parts as a patch of it."""
-    if any(_textured(part) for part, _ in parts):
-        for part, tint in parts:
-            if not _textured(part):
-                part.visual = _plain_texture(_appearance(part, tint, linear)["colours"])
-        import trimesh
-
-        whole = parts[0][0] if len(parts) == 1 else trimesh.util.concatenate([part for part, _ in parts])
-        return Mesh(*_geometry(whole), **_appearance(whole, None, linear))
-    meshes = [Mesh(*_geometry(part), **_appearance(part, tint, linear)) for part, tint in parts]
-    if len(meshes) == 1:
-        return meshes[0]
-    starts = np.cumsum([0] + [len(mesh.vertices) for mesh in meshes[:-1]])
-    return Mesh(
-        np.concatenate([mesh.vertices for mesh in meshes]),
-        np.concatenate([mesh.faces + start for mesh, start in zip(meshes, starts)]).astype(np.int32),
-        np.concatenate([mesh.colours for mesh in meshes]),
-    )
+    """All parts as one mesh."""
+    return join([Mesh(*_geometry(part), **_appearance(part, tint, linear)) for part, tint in parts])
 
 
 def _geometry(part: Any) -> tuple[np.ndarray, np.ndarray]:
     with np.errstate(over="ignore"):  # beyond float32 is infinite, and refused
         return np.asarray(part.vertices).astype(np.float32), np.asarray(part.faces, np.int32)
-
-
-def _textured(part: Any) -> bool:
-    visual = part.visual
-    return visual.kind == "texture" and visual.uv is not None and _base_colour(visual.material)[0] is not None
-
-
-def _plain_texture(colours: np.ndarray) -> Any:
-    """A texture of the mean of linear vertex colours [V, 3]."""
-    from PIL import Image
-    from trimesh.visual import TextureVisuals
-    from trimesh.visual.material import PBRMaterial
-
-    if np.ptp(colours, axis=0).max() > 2 / 255:
-        log.warning("the mesh mixes textures and vertex colours; the latter are replaced by their mean")
-    mean = tuple(int(v) for v in np.round(_to_srgb(colours.mean(0)) * 255))
-    material = PBRMaterial(baseColorTexture=Image.new("RGB", (4, 4), mean))
-    return TextureVisuals(uv=np.full((len(colours), 2), 0.5), material=material)
 
 
 def _appearance(part: Any, tint: np.ndarray | None, linear: bool) -> dict[str, np.ndarray]:
@@ -123,6 +99,8 @@ def _appearance(part: Any, tint: np.ndarray | None, linear: bool) -> dict[str, n
     if visual.kind == "texture":
         image, factor = _base_colour(visual.material)
         if image is not None and visual.uv is not None:
+            if tint is not None and not np.allclose(tint, 1):
+                log.warning("the vertex colours that tint a texture are left out; bake them into the texture")
             tinted = np.asarray(image.convert("RGB"), np.uint8)
             if not np.allclose(factor, 1):
                 bright = srgb_to_linear(torch.from_numpy(tinted / 255.0)).numpy() * factor
@@ -180,8 +158,8 @@ def _base_colour(material: Any) -> tuple[Any, np.ndarray]:
     image = image if image is not None else getattr(material, "image", None)
     factor = getattr(material, "baseColorFactor", None)
     if factor is not None:
-        factor = np.asarray(factor, np.float64)[:3]
-        return image, factor / 255 if factor.max() > 1 else factor
+        factor = np.asarray(factor)  # trimesh's bytes of a linear factor, or the factor itself
+        return image, factor[:3] / (255 if factor.dtype.kind == "u" else 1.0)
     diffuse = getattr(material, "diffuse", None)
     if diffuse is None or image is not None:
         return image, np.ones(3)
