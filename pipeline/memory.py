@@ -80,7 +80,8 @@ def free_bytes(device: torch.device) -> int | None:
     if device.type == "cuda":
         import torch
 
-        return torch.cuda.mem_get_info(device)[0]
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by torch, free for the next
+        return torch.cuda.mem_get_info(device)[0] + kept
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:
@@ -97,6 +98,9 @@ def advice(config: Config, stage: str) -> list[str]:
     denoiser's weights in main memory (1.7 GB to 24 GB); then what costs quality.
     """
     settings, prior, source = getattr(config, stage), config.prior.diffusion, getattr(config.prior, stage)
+    guidance = getattr(config.guidance, stage, None)
+    trained = guidance is not None and guidance.rule == "vsd"  # which trains the prior, or a copy of it
+    copied = trained and guidance.vsd.model == "copy"
     named: list[str] = []
     if images_at_once(config, stage) > 1 and hasattr(settings, "accumulate"):
         named.append(f"{stage}.accumulate={settings.views_per_step}")
@@ -106,9 +110,9 @@ def advice(config: Config, stage: str) -> list[str]:
             f"prior.diffusion.{name}={value}"
             for name, value, useful in (
                 ("vae_checkpointing", "true", latent and not prior.vae_checkpointing),
-                ("offload", "blocks", prior.offload != "blocks"),
+                ("offload", "blocks", prior.offload != "blocks" and not trained),
                 ("max_batch", "1", prior.max_batch != 1),
-                ("dtype", "bfloat16", prior.dtype not in ("float16", "bfloat16")),
+                ("dtype", "bfloat16", prior.dtype not in ("float16", "bfloat16") and not copied),
             )
             if useful
         ]

@@ -40,6 +40,7 @@ def check_priors(config: Config, stages: Sequence[str] | None = None) -> None:
 
     stages: those still to be taken; None: all of the run's.
     """
+    made_for: dict[str, str] = {}
     for stage in config.stages if stages is None else stages:
         source = getattr(config.prior, stage)
         clip = clip_folder(source)
@@ -51,8 +52,9 @@ def check_priors(config: Config, stages: Sequence[str] | None = None) -> None:
         elif source == "pocket":
             _check_pocket(config, stage, POCKET_FOLDERS[stage])
         else:
-            _check_folder(config, stage, source)
+            made_for[stage] = _check_folder(config, stage, source)
         _check_lora(config, stage, source)
+    _check_autoencoder(config, made_for)
     _check_use(config)
 
 
@@ -193,13 +195,33 @@ def _check_rule(config: Config, stage: str) -> None:
     _check_guidance(config, stage, Described("reference"))
 
 
-def _check_folder(config: Config, stage: str, source: str) -> None:
+def _check_autoencoder(config: Config, made_for: dict[str, str]) -> None:
+    """Another autoencoder, which every stage takes, must not meet the latents of two kinds of model: SDXL's are of SD
+    1.5's shape.
+
+    made_for: by stage, what kind of model its latents are of.
+    """
+    chosen, kinds = config.prior.diffusion.autoencoder, {kind for kind in made_for.values() if kind}
+    if chosen is not None and len(kinds) > 1:
+        shown = ", ".join(f"{stage}: {kind}" for stage, kind in made_for.items() if kind)
+        raise UserError(
+            f"prior.diffusion.autoencoder = {chosen}",
+            f"both stages would decode with it, and their latents differ ({shown})",
+            "leave it out, or take the stages one by one: --stages coarse without it, then --stages fine --from RUN "
+            "with it",
+        )
+
+
+def _check_folder(config: Config, stage: str, source: str) -> str:
     """A folder must be whole, read the prompts without cutting them and fit the LoRA; so must a hub id's, once it is
-    on this machine. What is still to be fetched must be had."""
+    on this machine. What is still to be fetched must be had.
+
+    Returns: the kind of model whose latents it has; nothing for pixels, or where that is not known yet.
+    """
+    from stages.guidance.families import family_of
     from stages.guidance.fit import PIXELS, Described
     from stages.guidance.folder import cached, check_hub
     from stages.guidance.plan import make_plan
-    from stages.guidance.presets import find_preset
 
     path, settings = Path(source).expanduser(), config.prior.diffusion
     folder = path if path.is_dir() else None if path.exists() else cached(source, settings.revision, settings.variant)
@@ -207,18 +229,18 @@ def _check_folder(config: Config, stage: str, source: str) -> None:
         plan = make_plan(folder, settings, prior_texts(config), stage_lora(config, stage))
         space = None if "vae" in plan.classes else PIXELS
         _check_guidance(config, stage, Described(path.name or source, plan.schedule.prediction, space))
-    elif path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", source) or source.startswith("."):
+        return plan.family.name if "vae" in plan.classes else ""
+    if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", source) or source.startswith("."):
         near = difflib.get_close_matches(source, ["pocket", "reference"], 1)
         raise UserError(
             f"prior.{stage} = {source}",
             "it is neither pocket, reference, a folder nor a hub id of the form owner/name",
             f"did you mean {near[0]}?" if near else "check the path, relative to where you stand",
         )
-    else:
-        check_hub(source)
-        preset = find_preset(source)
-        latent = preset is not None and preset.latent
-        _check_guidance(config, stage, Described(path.name, data_range=None if latent else PIXELS))
+    family, parts = family_of(check_hub(source, settings.revision))
+    latent = "vae" in parts
+    _check_guidance(config, stage, Described(path.name, data_range=None if latent else PIXELS))
+    return family.name if latent else ""
 
 
 def _check_guidance(config: Config, stage: str, prior: Described) -> None:

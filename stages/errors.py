@@ -1,5 +1,11 @@
 """The one exception a user is meant to see: what happened, why, and what to do about it."""
 
+import errno
+
+_SHORTAGES = (
+    "not enough memory", "can't allocate memory", "cannot allocate memory", "out of memory", "alloc_failed",
+)  # fmt: skip
+
 
 class UserError(Exception):
     """A mistake or a limit that the user can act on; shown as three lines, exit code 2, no traceback.
@@ -16,11 +22,14 @@ class UserError(Exception):
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out: Python's error, torch's on CUDA, or the RuntimeError of torch's CPU allocator."""
+    """Whether memory ran out: Python's error, the system's, torch's, or the RuntimeErrors of its allocators and CUDA's
+    libraries, main memory that is to be pinned included."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
-    text = str(error)
-    return isinstance(error, RuntimeError) and ("not enough memory" in text or "can't allocate memory" in text)
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and any(words in text for words in _SHORTAGES)
 
 
 def check_shape(name: str, tensor, wanted: tuple[int | None, ...]) -> None:

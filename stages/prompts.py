@@ -25,10 +25,11 @@ CLASSES = ("front", "side", "left side", "right side", "back", "overhead")
 # What a prompt may say that a view cannot show. Hong et al. (arXiv 2303.15413) find such words by asking a
 # masked language model how likely the view is beside each word; this list is the same idea without the model, and
 # `contradictions` adds to it.
+_LOOKS = "facial eyed smiling smirking grinning laughing winking frowning crying licking yawning".split()
 _FACE = [
     "tongue out",
-    *"""face faces facial eye eyes eyed mouth nose beak snout muzzle smile smiles smiling smirk smirking grin grins
-grinning laughing winking frowning crying licking yawning teeth tongue""".split(),
+    *"""face faces eye eyes mouth nose beak snout muzzle smile smiles smirk grin grins teeth tongue""".split(),
+    *_LOOKS,
 ]
 _FROM_THE_FRONT = ["front view", "frontal", "front-facing", "facing forward", "facing front", "portrait", "headshot"]
 _FROM_THE_FRONT += [f"{verb} at the {who}" for verb in ("looking", "staring") for who in ("camera", "viewer")]
@@ -76,6 +77,13 @@ class PromptSettings(BaseModel):
         return value
 
     @model_validator(mode="after")
+    def _sides_are_told_apart(self) -> PromptSettings:
+        for name in (*self.per_view, *self.per_view_negative, *self.contradictions):
+            if name.endswith(" side") and not self.sides:
+                raise ValueError(f"view class {name!r} needs sides: true; without it both sides are 'side'")
+        return self
+
+    @model_validator(mode="after")
     def _blend_needs_words(self) -> PromptSettings:
         if self.blend != "classes" and not self.view_words and not self.per_view:
             raise ValueError(f"blend: {self.blend} has nothing to mix with view_words: false and no per_view")
@@ -100,7 +108,8 @@ def view_class(azimuth_deg: float, elevation_deg: float, settings: PromptSetting
 def without_contradictions(prompt: str, view: str, more: dict[str, list[str]] | None = None) -> str:
     """The prompt without the words that a view contradicts; a dropped noun takes its 'with ...' or 'and ...' along.
 
-    "a smiling cat with big eyes" from behind is "a cat". Nothing is dropped if nothing would be left.
+    "a smiling cat with big eyes" from behind is "a cat", and "a knight and a smiling princess" keeps its princess.
+    Nothing is dropped if nothing would be left.
 
     Args:
         view: a class of CLASSES. more: further words or phrases by class; those of "side" count for both sides.
@@ -111,6 +120,7 @@ def without_contradictions(prompt: str, view: str, more: dict[str, list[str]] | 
     for phrase in sorted(dict.fromkeys(phrases), key=len, reverse=True):
         word = r"\s+".join(re.escape(part) for part in phrase.split())
         led = rf"(?:\s*,)?\s*\b(?:with|and|showing)\s+(?:(?!with\b|and\b)[\w'-]+\s+){{0,3}}?{word}(?![\w'-])"
+        led += r"(?=\s*(?:[,.;]|$|(?:with|and)\b))" if phrase in _LOOKS else ""  # else a noun follows, which stays
         text = re.sub(led, " ", text, flags=re.IGNORECASE)
         text = re.sub(rf"\b(an?)\s+{word}[\s,]+(?=(\w))", _article, text, flags=re.IGNORECASE)
         text = re.sub(rf"(?<![\w'-]){word}(?![\w'-])(?:\s+of\b)?", " ", text, flags=re.IGNORECASE)

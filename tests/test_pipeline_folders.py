@@ -1,5 +1,7 @@
 """Priors from folders, as a run takes them: personal weights, prompts embedded first, refusals before any work."""
 
+import errno
+import json
 import shutil
 
 import pytest
@@ -122,7 +124,83 @@ def test_a_hub_id_in_the_cache_is_checked_and_loaded_offline(folder, monkeypatch
     check_priors(chosen)
     assert build_prior(chosen, "coarse", torch.device("cpu")).resolution == 64
     refused("encoder reads 40", "prior.coarse=owner/name", prompt="a very very very red mug of clay and tin")
+    pytest.importorskip("huggingface_hub._tree_cache")  # newer hubs keep a repository's listing, and call a snapshot
+    listing = {"README.md": {"size": 1, "blob_id": "0" * 40}}  # without every file of it incomplete
+    (tmp_path / "models--owner--name" / "trees").mkdir()
+    text = json.dumps({"format_version": 1, "files": listing})
+    (tmp_path / "models--owner--name" / "trees" / f"{'0' * 40}.json").write_text(text)
+    refused("encoder reads 40", "prior.coarse=owner/name", prompt="a very very very red mug of clay and tin")
+    assert build_prior(chosen, "coarse", torch.device("cpu")).resolution == 64
     shutil.rmtree(snapshot / "unet")  # a download that was broken off
     refused("HF_HUB_OFFLINE is set", "prior.coarse=owner/name")
+    with pytest.raises(UserError, match="unet/ is missing"):
+        build_prior(chosen, "coarse", torch.device("cpu"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     check_priors(chosen)  # the rest will be fetched
+
+
+def test_a_hub_id_that_the_hub_does_not_give_is_refused_before_any_work(monkeypatch, hub):
+    """The index alone is asked for: a wrong id, a licence not accepted or a broken line cost no coarse stage."""
+    import huggingface_hub
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    monkeypatch.setattr("stages.guidance.folder.fetch_index", hub)
+    asked = []
+
+    def fail(error):
+        def download(repo_id, revision=None, allow_patterns=None, local_files_only=False):
+            asked.append(allow_patterns)
+            raise LocalEntryNotFoundError("no") if local_files_only else error
+
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+
+    broken = type("ConnectError", (Exception,), {"__module__": "httpx"})
+    for pattern, error in {
+        "the hub cannot be reached": LocalEntryNotFoundError("offline"),
+        "the hub says: bad name": HFValidationError("bad name"),
+        "the connection broke: reset by peer": broken("reset by peer"),
+    }.items():
+        fail(error)
+        refused(pattern, "prior.fine=owner/name", stages="fine")
+        assert asked[-1] == ["model_index.json"]
+    fail(OSError(errno.ENOSPC, "No space left on device"))
+    with pytest.raises(OSError, match="No space left"):  # explained at the outer boundary, as any full disk
+        check_priors(config("prior.fine=owner/name", stages="fine"))
+    fail(KeyError("a bug of ours"))
+    with pytest.raises(KeyError):
+        check_priors(config("prior.fine=owner/name", stages="fine"))
+
+
+def test_one_autoencoder_is_not_for_two_kinds_of_latents(folder, tmp_path):
+    sdxl = tiny_families.sdxl(tmp_path / "sdxl")
+    one, both = f"prior.coarse={folder}", [f"prior.coarse={folder}", f"prior.fine={sdxl}"]
+    refused("latents are scaled by 0.13025, the model's by", one, f"prior.diffusion.autoencoder={sdxl}")
+    tiny_families.tiny_vae(4).save_pretrained(str(tmp_path / "tiny"))
+    tiny = f"prior.diffusion.autoencoder={tmp_path / 'tiny'}"
+    flags = {"stages": "coarse,fine", "prompt": "a mug"}
+    check_priors(config(*both, **flags))
+    refused("both stages would decode with it.*coarse: Stable Diffusion.*, fine: SDXL", *both, tiny, **flags)
+    check_priors(config(*both, tiny, stages="fine", prompt="a mug"))
+
+
+def test_an_autoencoder_comes_without_the_model_around_it(monkeypatch, tmp_path):
+    import fnmatch
+
+    import huggingface_hub
+
+    from stages.guidance.folder import locate_autoencoder
+
+    wanted = {f"{vae}{name}" for vae in ("", "vae/") for name in ("config.json", "diffusion_pytorch_model.safetensors")}
+    others = {"sd_xl_base.safetensors", "unet/diffusion_pytorch_model.safetensors"}
+    others |= {"vae/diffusion_pytorch_model.fp16.safetensors", "unet/diffusion_pytorch_model-00001-of-2.safetensors"}
+
+    def download(repo_id, revision=None, allow_patterns=None):
+        for name in wanted | others:
+            if any(fnmatch.fnmatchcase(name, pattern) for pattern in allow_patterns):
+                (tmp_path / name).parent.mkdir(exist_ok=True)
+                (tmp_path / name).write_text("{}")
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert locate_autoencoder("owner/name") == tmp_path
+    assert {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.*")} == wanted

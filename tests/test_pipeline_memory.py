@@ -1,6 +1,7 @@
 """Memory said before loading, and the way out when it runs out: three settings that help, the run kept."""
 
 import ctypes
+import errno
 import json
 import subprocess
 import sys
@@ -89,6 +90,9 @@ SHORTAGES = [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore"),
     MemoryError("refused"),
     RuntimeError("[enforce fail at alloc_cpu.cpp:114] DefaultCPUAllocator: not enough memory: you tried 9 GB"),
+    RuntimeError("CUDA error: out of memory"),  # main memory that cannot be pinned
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    OSError(errno.ENOMEM, "Cannot allocate memory"),
 ]
 
 

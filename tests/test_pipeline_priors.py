@@ -54,7 +54,8 @@ def test_force_runs_unknown_words(pocket):
 
 
 def test_words_are_not_checked_for_other_priors(pocket):
-    priors.check_priors(config("prior.coarse=some/model", "prior.fine=some/model", prompt="a zebra"))
+    latent = "guidance.coarse.threshold=none"
+    priors.check_priors(config("prior.coarse=some/model", "prior.fine=some/model", latent, prompt="a zebra"))
 
 
 def test_only_the_priors_of_the_asked_stages_are_checked(pocket):
@@ -123,14 +124,14 @@ def test_half_precision_that_the_device_chooses_counts(pocket, monkeypatch):
     priors.check_priors(config(*copy, "prior.diffusion.dtype=float32"))
 
 
-def test_a_threshold_is_refused_for_a_known_latent_model_that_is_not_here_yet(pocket, monkeypatch, tmp_path):
+def test_a_threshold_is_refused_for_a_latent_model_that_is_not_here_yet(pocket, monkeypatch, tmp_path):
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     cure = "guidance.coarse.threshold=static"
     refused("its data are latents", "prior.coarse=stabilityai/stable-diffusion-xl-base-1.0", cure)
     priors.check_priors(config("prior.coarse=DeepFloyd/IF-I-XL-v1.0", cure))  # pixels
-    priors.check_priors(config("prior.coarse=some/model", cure))  # who knows
+    refused("its data are latents", "prior.coarse=some/model", cure)
 
 
 def test_a_negative_prompt_that_no_stage_uses_is_refused_and_one_that_a_stage_does_not_use_is_said(pocket):

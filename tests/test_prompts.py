@@ -95,6 +95,14 @@ def test_empty_prompt_and_unknown_class_are_refused():
         PromptSettings(per_view={"top": "x"})
 
 
+def test_words_for_a_side_that_is_never_asked_for_are_refused():
+    for name in ("per_view", "per_view_negative", "contradictions"):
+        given = {"left side": ["arm"] if name == "contradictions" else "an arm"}
+        with pytest.raises(ValueError, match="'left side' needs sides: true"):
+            PromptSettings(**{name: given})
+        PromptSettings(sides=True, **{name: given})
+
+
 def test_text_that_would_be_cut_is_refused_by_its_length():
     texts = ["a mug, front view", "a very long story of a mug, overhead view"]
     check_length(texts, lambda text: len(text.split()), 9)
@@ -117,6 +125,9 @@ def test_text_that_would_be_cut_is_refused_by_its_length():
         ("a smiling cat", "front", "a smiling cat"),  # a front shows its face
         ("a one-eyed pirate with an eyeglass", "back", "a one-eyed pirate with an eyeglass"),  # whole words only
         ("a face", "back", "a face"),  # nothing would be left
+        ("a knight and a smiling princess", "back", "a knight and a princess"),
+        ("a wizard with a crying baby on his arm", "back", "a wizard with a baby on his arm"),
+        ("a cat, black and smiling", "back", "a cat, black"),
     ],
 )
 def test_words_that_contradict_the_view_are_dropped(prompt, view, wanted):

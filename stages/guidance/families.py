@@ -263,6 +263,11 @@ def with_autoencoder(folder: Path, configs: Configs, classes: dict[str, str]) ->
             f"its latents have {config.latent_channels} channels, the model's {configs['vae'].latent_channels}",
             "take one made for this family: taesd for SD 1.x / 2.x, taesdxl, taesd3, taef1",
         )
+    own, other = (getattr(c, "scaling_factor", None) for c in (configs["vae"], config))
+    if classes["vae"] == name == "AutoencoderKL" and own != other:
+        raise UserError(
+            what, f"its latents are scaled by {other:g}, the model's by {own:g}", "take one made for this family"
+        )
     return configs | {"vae": config}, classes | {"vae": name}
 
 

@@ -5,6 +5,7 @@ Only JSON, tokenizer files and safetensors are read; a folder that has only pick
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -54,7 +55,9 @@ def locate_autoencoder(path_or_id: str) -> Path:
     """The folder of an autoencoder alone, or of a model whose vae/ is meant; local first, hub id second."""
     path = Path(path_or_id).expanduser()
     if not path.exists() and _HUB_ID.fullmatch(path_or_id):
-        patterns = [f"{vae}{name}" for vae in ("", "vae/") for name in ("config.json", "*.safetensors")]
+        # The hub's patterns let * cross folders: a name's beginning keeps the rest of a whole model away.
+        names = ("config.json", "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model-*.safetensors")
+        patterns = [f"{vae}{name}" for vae in ("", "vae/") for name in names]
         path = _snapshot(path_or_id, None, patterns, f"Cannot load the autoencoder {path_or_id}")
     if (path / "config.json").is_file() or (path / "vae" / "config.json").is_file():
         return path
@@ -74,8 +77,17 @@ def snapshot(model_id: str, revision: str | None = None) -> Path | None:
         return None
     try:
         return Path(snapshot_download(model_id, revision=revision, local_files_only=True))
-    except (LocalEntryNotFoundError, HFValidationError):
+    except LocalEntryNotFoundError as error:
+        return _partial(error)
+    except HFValidationError:
         return None
+
+
+def _partial(error: Exception) -> Path | None:
+    """The folder of a snapshot that lacks files of the repository, as all of ours do: only what is needed is fetched.
+    Hubs that list a repository's files beside the snapshot say where it is; None where there is none."""
+    path = getattr(error, "snapshot_path", None)
+    return None if path is None else Path(path)
 
 
 def cached(model_id: str, revision: str | None = None, variant: str | None = None) -> Path | None:
@@ -94,8 +106,9 @@ def cached(model_id: str, revision: str | None = None, variant: str | None = Non
     return folder
 
 
-def check_hub(model_id: str) -> None:
-    """Refuse, before any work, a hub id that is not on this machine and cannot be had. Raises: UserError."""
+def check_hub(model_id: str, revision: str | None = None) -> Path:
+    """The folder of a hub id that is not on this machine, with its index alone: a mistyped or gated id, or a hub out of
+    reach, is refused before any work. Raises: UserError."""
     from huggingface_hub import constants
 
     what, preset = f"Cannot load the prior {model_id}", find_preset(model_id)
@@ -103,6 +116,12 @@ def check_hub(model_id: str) -> None:
         raise UserError(what, "it was withdrawn by its makers", f"use {preset.instead}, or a local folder")
     if constants.HF_HUB_OFFLINE:
         raise _offline(what)
+    return fetch_index(model_id, revision, what)
+
+
+def fetch_index(model_id: str, revision: str | None, what: str) -> Path:
+    """The folder of a hub id with its model_index.json, of which it asks the hub."""
+    return _snapshot(model_id, revision, ["model_index.json"], what)
 
 
 def _offline(what: str) -> UserError:
@@ -132,16 +151,26 @@ def _snapshot(repo_id: str, revision: str | None, patterns: list[str], what: str
         ) from error
     except LocalEntryNotFoundError as error:
         if constants.HF_HUB_OFFLINE:
+            found = _partial(error)
+            if found is not None:
+                return found  # what it lacks is named when it is checked, part by part
             raise _offline(what) from error
         raise UserError(
             what, "the hub cannot be reached", "give a local folder, or download it once while online"
         ) from error
     except (HfHubHTTPError, HFValidationError, OSError) as error:
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+            raise
         why, fix = f"no such folder here, and the hub says: {_first_line(error)}", "check the id or give a local folder"
         preset = find_preset(repo_id)
         if preset is not None and preset.status == "withdrawn":
             fix = f"it was withdrawn; use {preset.instead}"
         raise UserError(what, why, fix) from error
+    except Exception as error:  # of the hub's HTTP client, which has been three different packages
+        if type(error).__module__.partition(".")[0] not in ("httpx", "httpx2", "httpcore", "requests"):
+            raise
+        why = f"the connection broke: {_first_line(error)}"
+        raise UserError(what, why, "run it again: the download goes on where it was") from error
 
 
 def read_json(path: Path, what: str) -> dict[str, Any]:

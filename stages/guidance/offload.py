@@ -36,7 +36,10 @@ def _blocks(child: torch.nn.Module) -> list[torch.nn.Module]:
 def _visit(block: torch.nn.Module, device: torch.device) -> None:
     """Hooks that swap the block's tensors for copies on the device while it runs; the originals never change."""
     tensors = [*block.parameters(), *block.buffers()]
-    home = [tensor.data.pin_memory() if device.type == "cuda" else tensor.data for tensor in tensors]
+    if device.type == "cuda":
+        for tensor in tensors:  # one by one, each in its original's place: never the network twice
+            tensor.data = tensor.data.pin_memory()
+    home = [tensor.data for tensor in tensors]
 
     def arrive(*_: object) -> None:
         if torch.is_grad_enabled():
