@@ -209,6 +209,9 @@ def main(arguments: list[str] | None = None) -> None:
         if type(error).__name__ == "Abort":  # older typer's KeyboardInterrupt
             print("\nstopped; no file is half written", file=sys.stderr)
             sys.exit(EXIT_INTERRUPTED)
+        if type(error).__name__ == "NoArgsIsHelpError":  # `pipeline` alone; some versions have printed the help already
+            print(error.format_message(), end="")  # type: ignore[attr-defined]
+            sys.exit(0)
         user_error = _usage_error(error) if hasattr(error, "format_message") else explain(error)
         if user_error is None or os.environ.get("PIPELINE_TRACEBACK"):
             raise

@@ -9,8 +9,10 @@ for the device at their ends, which would slow the run. `pipeline run --profile`
 
 from __future__ import annotations
 
+import errno
 import importlib.metadata
 import json
+import logging
 import os
 import platform
 import re
@@ -27,6 +29,8 @@ from pipeline.checkpoint import read_json, remove_temporaries
 from pipeline.export.files import write_whole
 from stages.errors import UserError
 
+log = logging.getLogger(__name__)
+
 MIN_FREE_MB = 300  # checkpoints of both stages with a 128^3 grid, written beside their predecessors, and the exports
 _CLOCKS = {  # what the seconds of run.json's phases are, by device
     "cpu": "the host's",
@@ -39,7 +43,7 @@ _PACKAGES = ("torch", "numpy", "numba", "warp-lang", "diffusers", "transformers"
 def new_folder(out: Path | None, prompt: str, seed: int) -> Path:
     """Make the folder of a new run: `out` where it is new or empty, else runs/<prompt>-<seed>[-k]."""
     if out is not None:
-        if out.is_dir() and any(out.iterdir()):
+        if out.is_dir() and any(path.name != ".lock" for path in out.iterdir()):
             run = (out / "config.yaml").is_file()
             raise UserError(
                 f"{out} already holds {'a run' if run else 'files'}",
@@ -98,7 +102,10 @@ class Lock:
                 import msvcrt
 
                 msvcrt.locking(self._file.fileno(), msvcrt.LK_NBLCK, 1)
-        except OSError:
+        except OSError as error:
+            if error.errno not in (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES, errno.EDEADLK):
+                log.warning("%s: this disk cannot lock files (%s); one process at a time, please", self._path, error)
+                return self
             self._file.close()
             raise UserError(
                 f"{self._path.parent} is in use",

@@ -67,10 +67,13 @@ def resume_run(folder: Path, progress: Progress | None = None) -> None:
     with Lock(folder):
         record = Record(folder)
         missing = [name for name in record.data.get("outputs", []) if not (folder / name).exists()]
-        if record.data.get("status") == "finished" and not missing:
+        check_run(folder, config)
+        wanted = _export_settings(config)
+        whole = record.data.get("status") == "finished" and not missing
+        whole = whole and record.data.get("exported_with", wanted) == wanted
+        if whole and all(_finished(folder, config, name) for name in config.stages):
             progress.note(f"{folder} is finished: {', '.join(record.data['outputs'])}")
             return
-        check_run(folder, config)
         run = Run(folder, config, choose_device(config.device), progress)
         check_priors(config, [name for name in config.stages if not run.finished(name)])
         progress.note(f"resuming {folder}")
@@ -86,10 +89,13 @@ def export_run(folder: Path, formats: str, out: Path | None = None, progress: Pr
     names = check_formats(formats)
     config = read_config(open_folder(folder))
     check_run(folder, config)
-    target = out or folder
+    own = out is None or out.resolve() == folder.resolve()
+    target = folder if own else out
+    if taken := [name for name in (f"mesh.{name}" for name in names) if not own and (target / name).exists()]:
+        raise UserError(f"{target} already holds {taken[0]}", "it may be another run's", "choose another --out")
     check_disk(target)
     target.mkdir(parents=True, exist_ok=True)
-    with Lock(folder):
+    with Lock(folder) if own else contextlib.nullcontext():  # a run that is only read may lie on a disk that is, too
         run = Run(folder, config, choose_device(config.device), progress)
         with selected(run.kernels), progress.announce_compilation():
             asset = run.restore(config.stages[-1])
@@ -150,13 +156,11 @@ class Run:
 
     def saved_step(self, name: str) -> int | None:
         """The step of a stage's checkpoint, None without one."""
-        path = self.folder / name / CHECKPOINT
-        return read_meta(path, remedy(self.folder, self.config, name))["step"] if path.exists() else None
+        return _saved_step(self.folder, self.config, name)
 
     def finished(self, name: str) -> bool:
         """Whether the stage's checkpoint has come to the last step of the configuration."""
-        step = self.saved_step(name)
-        return step is not None and step >= getattr(self.config, name).steps
+        return _finished(self.folder, self.config, name)
 
     def _before(self, name: str) -> Asset | None:
         """What a stage of this run starts from; None for nothing."""
@@ -235,7 +239,8 @@ class Run:
             with phase("write", written):
                 paths = write_results(mesh, self.folder, self.config.export, in_own_place(mesh, asset))
         facts["phases"]["write"] = round(written["write"], 3)
-        self.record.save(export=facts, outputs=[path.name for path in paths])
+        files = [path.name for path in paths]
+        self.record.save(export=facts, outputs=files, exported_with=_export_settings(self.config))
 
     def _summary(self) -> str:
         stages = self.record.data["stages"]
@@ -245,6 +250,21 @@ class Run:
         gpu = self.record.data.get("peak_gpu_memory_mb")
         parts += [f"of the GPU {gpu / 1024:.1f} GB"] if gpu else []
         return f"done: {self.folder / self.record.data['outputs'][0]}  ({', '.join(parts)})"
+
+
+def _saved_step(folder: Path, config: Config, name: str) -> int | None:
+    path = folder / name / CHECKPOINT
+    return read_meta(path, remedy(folder, config, name))["step"] if path.exists() else None
+
+
+def _finished(folder: Path, config: Config, name: str) -> bool:
+    step = _saved_step(folder, config, name)
+    return step is not None and step >= getattr(config, name).steps
+
+
+def _export_settings(config: Config) -> dict[str, Any]:
+    """What a run's files are made with, JSON-ready; where these have changed, resume makes the files anew."""
+    return config.export.model_dump(mode="json")
 
 
 def _be_deterministic() -> None:

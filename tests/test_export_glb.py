@@ -217,6 +217,14 @@ def test_colours_are_linear_in_the_file():
     np.testing.assert_allclose(stored[:, :3], mesh.colours, atol=1e-5)
 
 
+def test_a_back_that_can_be_seen_is_shown():
+    """Viewers cull the backs of one-sided faces; a painted flag, or a mesh that winds inwards, would vanish."""
+    closed = torus()
+    inwards = replace(closed, faces=closed.faces[:, ::-1].copy())
+    for mesh, double in ((closed, False), (inwards, True), (replace(closed, faces=closed.faces[:-1]), True)):
+        assert chunks(glb_bytes(mesh))[0]["materials"][0]["doubleSided"] is double
+
+
 def test_same_mesh_gives_the_same_bytes():
     assert glb_bytes(textured_torus()) == glb_bytes(textured_torus())
 

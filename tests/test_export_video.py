@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
+import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from mesh_shapes import box, make, moved
+from mesh_shapes import box, make, moved, torus
 from PIL import Image
 
+from pipeline.export.settings import ExportSettings
 from pipeline.export.video import render_frames, turntable
+from pipeline.export.write import write_results
 from stages.cameras import orbit_views
 from stages.errors import UserError
 from stages.kernels.srgb import linear_to_srgb
@@ -110,6 +114,25 @@ def test_mp4_has_all_frames(tmp_path):
 def test_mp4_without_its_extra_is_a_user_error(tmp_path):
     with pytest.raises(UserError, match="imageio-ffmpeg"):
         turntable(box(), tmp_path / "a.mp4", frames=2, size=32)
+
+
+def test_a_mesh_with_normals_of_its_own_is_lit_by_them():
+    """A locked mesh keeps faces that wind inwards; its normals have been turned."""
+    mesh = torus()
+    turned = replace(mesh, faces=mesh.faces[:, ::-1].copy(), normals=mesh.vertex_normals())
+    views = orbit_views(torch.tensor([0.0, 120.0]), 20.0, 4.0, 30.0)
+    for wanted, got in zip(render_frames(mesh, views, 48), render_frames(turned, views, 48), strict=True):
+        assert np.abs(wanted.astype(int) - got).mean() < 1
+
+
+def test_a_run_does_without_a_film_that_cannot_be_made(tmp_path, monkeypatch, caplog):
+    def fail(*_, **__):
+        raise RuntimeError("No ffmpeg exe could be found")
+
+    monkeypatch.setitem(sys.modules, "imageio_ffmpeg", SimpleNamespace(write_frames=fail, __spec__=SimpleNamespace()))
+    settings = ExportSettings(formats=["glb"], turntable_frames=2, turntable_size=16, mp4=True)
+    names = [path.name for path in write_results(torus(), tmp_path, settings)]
+    assert names == ["mesh.glb", "turntable.webp"] and "export.mp4=false" in caplog.text
 
 
 def test_unknown_suffix_and_broken_meshes_are_refused(tmp_path):

@@ -103,3 +103,11 @@ def test_version_is_the_packages(capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.main(["--version"])
     assert not stopped.value.code and capsys.readouterr().out.strip() == __version__
+
+
+@pytest.mark.parametrize("words", [[], ["models"]])
+def test_a_command_alone_shows_its_help_and_is_no_mistake(words, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(words)
+    out, err = capsys.readouterr()
+    assert stopped.value.code == 0 and "Usage" in out and not err

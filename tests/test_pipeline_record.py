@@ -1,13 +1,16 @@
 """What run.json says of memory, of its clock, on the CPU and with a stand-in for a GPU, and of the revision."""
 
+import errno
 import json
+import os
 import subprocess
 
 import pytest
 import torch
 
 from pipeline.progress import Progress
-from pipeline.record import Record, git_revision, peak_gpu_memory_mb
+from pipeline.record import Lock, Record, git_revision, new_folder, peak_gpu_memory_mb
+from stages.errors import UserError
 
 
 @pytest.fixture
@@ -70,3 +73,21 @@ def test_a_revision_is_dirty_where_what_makes_results_differs_and_only_there(tmp
     assert git_revision(tmp_path) == clean
     files["stages/fine.py"].write_text("after")
     assert git_revision(tmp_path) == f"{clean}-dirty"
+
+
+def test_a_disk_without_locks_is_worked_on_and_a_lock_that_is_held_is_not(tmp_path, monkeypatch, caplog):
+    fcntl = pytest.importorskip("fcntl")
+
+    def fail(number):
+        def flock(*_):
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr(fcntl, "flock", flock)
+
+    fail(errno.ENOSYS)
+    with Lock(tmp_path):
+        assert "cannot lock files" in caplog.text
+    assert new_folder(tmp_path, "a mug", 0) == tmp_path  # what a refused run has left is no reason to refuse the next
+    fail(errno.EWOULDBLOCK)
+    with pytest.raises(UserError, match="is in use"), Lock(tmp_path):
+        pass

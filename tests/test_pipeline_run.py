@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 
 if os.name != "posix":
     pytest.skip("kills and forks", allow_module_level=True)
@@ -158,6 +159,43 @@ def test_resuming_a_finished_run_says_so_and_changes_nothing(in_process, uninter
     in_process.resume_run(Path("run"))
     assert "run is finished: mesh.glb" in capsys.readouterr().out
     assert contents(tmp_path / "run") == before
+
+
+def test_a_finished_run_whose_settings_were_edited_goes_on_with_them(in_process, uninterrupted, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(uninterrupted, folder)
+    made = (folder / "config.yaml").read_text()
+    before = (folder / "mesh.glb").read_bytes()
+
+    def resume(**changes):
+        config = yaml.safe_load(made)
+        for group, values in changes.items():
+            config[group] |= values
+        (folder / "config.yaml").write_text(yaml.safe_dump(config))
+        in_process.resume_run(folder)
+        return json.loads((folder / "run.json").read_text())
+
+    steps = yaml.safe_load(made)["fine"]["steps"]
+    assert resume(export={"formats": ["glb", "stl"]})["outputs"] == ["mesh.glb", "mesh.stl"]
+    assert (folder / "mesh.stl").is_file() and (folder / "mesh.glb").read_bytes() == before
+    assert resume(fine={"steps": steps + 2})["stages"]["fine"]["step"] == steps + 2
+    with pytest.raises(UserError, match="seed"):
+        config = yaml.safe_load(made) | {"seed": 77}
+        (folder / "config.yaml").write_text(yaml.safe_dump(config))
+        in_process.resume_run(folder)
+
+
+def test_export_elsewhere_reads_only_and_never_writes_over_what_is_there(in_process, uninterrupted, tmp_path):
+    folder, out = tmp_path / "run", tmp_path / "out"
+    shutil.copytree(uninterrupted, folder)
+    (folder / ".lock").unlink(missing_ok=True)
+    before = contents(folder)
+    in_process.export_run(folder, "stl,ply", out)
+    assert contents(folder) == before and not (folder / ".lock").exists()
+    with pytest.raises(UserError, match="already holds mesh.ply"):
+        in_process.export_run(folder, "obj,ply", out)
+    assert not (out / "mesh.obj").exists()
+    in_process.export_run(folder, "glb", folder)  # its own are its own
 
 
 def test_fine_from_a_finished_coarse_run_equals_the_chain(in_process, uninterrupted, tmp_path):

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.export.files import write_whole
-from pipeline.export.surface import GENERATOR, png_bytes, split_seams, tangents, textured
+from pipeline.export.surface import GENERATOR, encloses, png_bytes, split_seams, tangents, textured
 from stages.mesh.mesh import Mesh
 
 FLOAT, USHORT, UINT = 5126, 5123, 5125
@@ -92,7 +92,7 @@ def glb_bytes(mesh: Mesh, *, name: str = "mesh", roughness: float = 0.9) -> byte
         "mode": 4,
     }
     document["meshes"] = [{"name": name, "primitives": [primitive]}]
-    material: dict[str, object] = {"name": name, "pbrMetallicRoughness": pbr, "doubleSided": False}
+    material: dict[str, object] = {"name": name, "pbrMetallicRoughness": pbr, "doubleSided": not encloses(mesh)}
     document["materials"] = [material]
     if textured(mesh):
         pictures = {name: mesh.texture}

@@ -10,6 +10,7 @@ import torch
 
 from stages.kernels.srgb import linear_to_srgb, srgb_to_linear
 from stages.mesh.clean import check_mesh
+from stages.mesh.measure import edges_of
 from stages.mesh.mesh import Mesh
 
 GENERATOR = "text3d-pipeline"
@@ -49,6 +50,12 @@ def split_seams(mesh: Mesh) -> Surface:
         uv = None
     colours = None if mesh.colours is None else mesh.colours[source]
     return Surface(mesh.vertices[source].astype(np.float32), normals[source], uv, colours, faces.reshape(-1, 3), source)
+
+
+def encloses(mesh: Mesh) -> bool:
+    """Whether the mesh is closed and faces outwards, so that nobody sees a face's back."""
+    edges = edges_of(mesh.faces)
+    return bool((edges.count == 2).all() and (edges.balance == 0).all()) and mesh.signed_volume() > 0
 
 
 def tangents(surface: Surface) -> np.ndarray:

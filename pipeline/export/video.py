@@ -72,7 +72,9 @@ def render_frames(
     """
     check_mesh(mesh)
     vertices, faces = torch.from_numpy(mesh.vertices), torch.from_numpy(mesh.faces).int()
-    attributes = torch.cat([vertices, vertex_normals(vertices, faces)], -1)
+    own = mesh.normals  # of a user's mesh, whose faces may wind either way
+    normals = vertex_normals(vertices, faces) if own is None else torch.from_numpy(np.ascontiguousarray(own)).float()
+    attributes = torch.cat([vertices, normals], -1)
     base_colours = _base_colours(mesh, albedo)
     fine = size * supersample
     for i in range(len(views)):
@@ -154,9 +156,9 @@ def _write_mp4(pictures: Iterator[np.ndarray], path: Path) -> Path:
                     )  # fmt: skip
                     writer.send(None)
                 writer.send(np.ascontiguousarray(picture))
-        except OSError as error:
+        except (OSError, RuntimeError) as error:  # the latter where the package is there and its ffmpeg is not
             reason = (str(error).strip().splitlines() or ["ffmpeg stopped"])[-1]
-            raise UserError(f"Cannot write {path.name}", reason, "write a .webp instead") from None
+            raise UserError(f"Cannot write {path.name}", reason, "set export.mp4=false; a .webp shows it too") from None
         finally:
             if writer is not None:
                 writer.close()

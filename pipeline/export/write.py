@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from pipeline.export.settings import ExportSettings
 from pipeline.export.stl import write_stl
 from stages.errors import UserError
 from stages.mesh.mesh import Mesh
+
+log = logging.getLogger(__name__)
 
 FORMATS = {"glb": write_glb, "obj": write_obj, "ply": write_ply, "stl": write_stl}
 
@@ -34,15 +37,17 @@ def write_results(mesh: Mesh, folder: str | Path, settings: ExportSettings, plac
 
     Args:
         mesh: in the scene, where the turntable is taken. placed: as the files hold it, where that is elsewhere.
-    Returns: all files written; an .mp4 among them only where imageio-ffmpeg is installed.
+    Returns: all files written; an .mp4 among them only where imageio-ffmpeg is installed and works.
     """
     paths = write_formats(mesh if placed is None else placed, folder, settings.formats)
     if settings.turntable_frames:
         from pipeline.export.video import turntable
 
-        kinds = [".webp"]
-        if settings.mp4 and importlib.util.find_spec("imageio_ffmpeg") is not None:
-            kinds.append(".mp4")
         shape = {"frames": settings.turntable_frames, "size": settings.turntable_size}
-        paths += [turntable(mesh, Path(folder) / f"turntable{kind}", **shape) for kind in kinds]
+        paths.append(turntable(mesh, Path(folder) / "turntable.webp", **shape))
+        if settings.mp4 and importlib.util.find_spec("imageio_ffmpeg") is not None:
+            try:
+                paths.append(turntable(mesh, Path(folder) / "turntable.mp4", **shape))
+            except UserError as error:  # of an encoder that cannot; the run has all that it must have
+                log.warning("%s: %s (%s)", error.what, error.why, error.fix)
     return paths
