@@ -65,10 +65,11 @@ def measure_views(cell: Cell, out: Path) -> Line | None:
     path, result = cell.folder(out) / "views.json", load_result(cell, out)
     if result is None or "failed" in result:
         return None
-    if path.is_file():
-        return json.loads(path.read_text())
+    from benchmarks.view_classifier import VERSION, janus_views, load_or_train
+
+    if path.is_file() and (known := json.loads(path.read_text())).get("classifier") == VERSION:
+        return known
     from benchmarks.render import Subject
-    from benchmarks.view_classifier import janus_views, load_or_train
     from stages.mesh.read import read_mesh
     from stages.pocket import world
 
@@ -79,7 +80,7 @@ def measure_views(cell: Cell, out: Path) -> Line | None:
     mesh = truth if cell.system == "truth" else read_mesh(cell.folder(out) / "run" / "mesh.glb")
     classifier = load_or_train(spec.kind, out / "classifiers")
     facts = janus_views(classifier, Subject.of(mesh), Subject.of(truth))
-    facts |= {"accuracy": classifier.accuracy, "false_fronts": classifier.false_fronts}
+    facts |= {"accuracy": classifier.accuracy, "false_fronts": classifier.false_fronts, "classifier": VERSION}
     write_whole(path, (json.dumps(facts) + "\n").encode())
     return facts
 

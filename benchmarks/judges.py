@@ -61,6 +61,7 @@ def check_judges(recipes: dict[str, str | None], clips: list[Path], options: dic
             raise UserError(
                 f"{system} is guided by the CLIP that would judge it",
                 f"{guides[0]} is what it is optimised for, and every CLIP of --clip has its weights",
-                "add another to --clip, for example one of another seed: "
-                "python -m stages.pocket.train clip --seed 1 --data data/judge --work data/judge --out data/judge",
+                "let another judge, for example one of another seed: "
+                "python -m stages.pocket.train clip --seed 1 --data data/judge --work data/judge --out data/judge, and "
+                "--clip data/judge/clip",
             )

@@ -201,6 +201,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--limit", type=int, help="only the first N held-out captions (for trials)")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the pictures and of pocket.jsonl")
     args = parser.parse_args(arguments)
+    if args.limit and args.out == RESULTS:
+        parser.error("--limit is for trials, which must not end up in the tables: give another --out")
     asked = args.models.split(",")
     unknown = [name for name in asked if name not in ("truth", "pixel", "latent")]
     if unknown:

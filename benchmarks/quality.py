@@ -25,7 +25,7 @@ from typing import Any
 from benchmarks.budget import as_options, options_by_system, own_steps, read_budget, shortened
 from benchmarks.cells import cells_of, load_result
 from benchmarks.environment import RESULTS, read_lines
-from benchmarks.judges import check_judges
+from benchmarks.judges import check_judges, fingerprint
 from benchmarks.suite import Suite, load_suite, spec_of
 from benchmarks.systems import SYSTEMS, find_system
 from benchmarks.workers import run_cells
@@ -78,6 +78,8 @@ def _arguments(arguments: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     if args.workers < 1 or (args.seeds is not None and args.seeds < 1):
         parser.error("--workers, --seeds: wanted at least 1")
+    if args.publish and (args.quick or args.limit):
+        parser.error("--publish: a part of a suite would take the place of the whole")
     args.seeds = args.seeds or (1 if args.quick else 2)
     args.threads = 1 if args.workers > 1 else 0
     args.clip = [POCKET_CLIP if c == "pocket" else Path(c).expanduser().absolute() for c in args.clip.split(",")]
@@ -201,7 +203,8 @@ def _check_same(args: argparse.Namespace, suite: Suite, options: dict[str, tuple
     path = args.out / "suite.json"
     recipes = {name: digest for name in options if (digest := _recipe_digest(name, options[name]))}
     effort = args.budget or ("quick" if args.quick else None)
-    now = {"options": args.options, "prior": args.prior, "budget": effort, "clips": [c.name for c in args.clip]}
+    clips = [f"{clip.name} {fingerprint(clip)[:12]}" for clip in args.clip]  # many folders are called clip
+    now = {"options": args.options, "prior": args.prior, "budget": effort, "clips": clips}
     if path.is_file():
         before = json.loads(path.read_text())
         if any(before.get(k) != v for k, v in now.items()):

@@ -200,6 +200,8 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder for reference.jsonl and reference.png")
     parser.add_argument("overrides", nargs="*", help="key.sub=value")
     arguments = parser.parse_intermixed_args()
+    if (arguments.overrides or arguments.config != "reference") and arguments.results == RESULTS:
+        parser.error("other settings than the recipe's must not end up in the table: give another --results")
     names = arguments.meshes.split(",")
     for name in names:
         if name not in MESHES:

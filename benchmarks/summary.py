@@ -60,6 +60,12 @@ def _energy_kj(line: Line, scores: dict) -> float | None:
     return sum(joules.values()) / 1000 if joules else None
 
 
+def _wall_s(line: Line, scores: dict) -> float | None:
+    """Seconds of a run from command to files; not of one that was interrupted, whose earlier sessions are not in it."""
+    cost = line.get("cost", {})
+    return None if cost.get("interrupted") else cost.get("wall_s")
+
+
 METRICS: dict[str, Metric] = {
     "r_precision_colour": Metric("R-Precision, colour, %", 1, _score("colour", "hit"), 0.0),
     "r_precision_textureless": Metric("R-Precision, textureless, %", 1, _score("textureless", "hit"), 0.0),
@@ -80,7 +86,7 @@ METRICS: dict[str, Metric] = {
     "self_intersections": Metric("self-intersections", -1, _at("mesh", "self_intersections")),
     "uv_stretch": Metric("UV stretch", -1, _at("mesh", "uv_stretch"), digits=2),
     "uv_collapsed": Metric("surface without texture, %", -1, _at("mesh", "uv_collapsed", scale=100.0), digits=2),
-    "wall_s": Metric("time, s", -1, _at("cost", "wall_s"), digits=0),
+    "wall_s": Metric("time, s", -1, _wall_s, digits=0),
     "energy_kj": Metric("energy, kJ", -1, _energy_kj),
     "memory_mb": Metric("peak memory, MB", -1, _at("cost", "peak_memory_mb"), digits=0),
 }

@@ -103,7 +103,8 @@ def run_pipeline(job: Job, words: list[str]) -> tuple[Mesh, dict[str, Any]]:
             raise Failed("\n".join(tail))
         raise RuntimeError(f"pipeline {' '.join(command)} ended with {done.returncode}:\n" + "\n".join(tail))
     cost = _times(record, seconds, job)
-    if energy and not finished and job.threads == 0:  # else it is not this run's alone
+    # Else it is not this run's alone, or not the whole of it.
+    if energy and not finished and job.threads == 0 and job.coarse_run is None and not cost["interrupted"]:
         cost["energy_j"] = {name: round(value, 1) for name, value in energy.items()}
     return read_mesh(run / "mesh.glb"), cost
 
@@ -124,7 +125,8 @@ def _times(record: dict[str, Any], seconds: float, job: Job) -> dict[str, Any]:
     """Seconds by stage and phase, steps a second and peak memory, of this run and of a coarse run it started from."""
     stages = dict(record.get("stages", {}))
     total, memory = seconds, record.get("peak_memory_mb")
-    if job.coarse_run is not None:
+    taken_over = job.coarse_run is not None and "coarse" not in stages  # else resumed: it has made its own
+    if taken_over:
         earlier = json.loads((job.coarse_run / "run.json").read_text())
         stages = {"coarse": earlier["stages"]["coarse"], **stages}
         total += earlier["stages"]["coarse"]["seconds"]
@@ -143,7 +145,7 @@ def _times(record: dict[str, Any], seconds: float, job: Job) -> dict[str, Any]:
         "stages": facts,
         "export": record.get("export", {}).get("phases"),
         "peak_memory_mb": memory,
-        "coarse_taken_over": job.coarse_run is not None,
+        "coarse_taken_over": taken_over,
         "interrupted": len(record.get("sessions", [])) > 1,  # wall_s then misses what earlier sessions took
         "threads": job.threads or None,
     }

@@ -45,6 +45,15 @@ def test_a_side_is_a_file_a_folder_or_a_revision(tmp_path, monkeypatch, capsys):
     assert markdown_blocks(tmp_path)["compare_change"] == shown.strip()
 
 
+def test_a_run_without_an_object_has_no_score_and_hides_no_other(tmp_path):
+    lost = {k: v for k, v in line("b", 0, 0.0, 1.0).items()} | {"failed": "no object", "scores": {}}
+    metrics = compare.compare_cells([*BEFORE[:2], lost], AFTER[:3])["systems"]["magic3d"]["metrics"]
+    assert metrics["r_precision_colour"]["before"]["mean"] == pytest.approx(50)  # it is no hit
+    assert metrics["clip_colour"]["before"]["mean"] == pytest.approx(81)
+    only = compare.compare_cells([lost], [lost])["systems"]["magic3d"]["metrics"]
+    assert "r_precision_colour" not in only and "clip_colour" not in only
+
+
 def test_mistakes_are_told(tmp_path, capsys):
     empty, other = tmp_path / "empty.jsonl", tmp_path / "other.jsonl"
     empty.write_text("")

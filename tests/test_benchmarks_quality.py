@@ -213,6 +213,35 @@ def test_results_are_published_beside_those_of_other_names(tmp_path, clips, monk
     assert all(json.loads((results / f"quality_{name}.json").read_text())["systems"] for name in ("one", "ceiling"))
 
 
+def test_a_part_of_a_suite_is_not_published(capsys):
+    for part in (["--quick"], ["--limit", "2"]):
+        with pytest.raises(SystemExit):
+            quality.main(["--publish", *part])
+        assert "would take the place of the whole" in capsys.readouterr().err
+
+
+def test_cells_judged_by_another_clip_of_the_same_name_are_not_mixed(tmp_path, clips, capsys, monkeypatch):
+    monkeypatch.setattr(quality, "run_cells", lambda cells, args: [])
+    (tmp_path / "one.txt").write_text("a red ball\n")
+    words = ["--systems", "truth", "--prompts", str(tmp_path / "one.txt"), "--out", str(tmp_path / "out"), "--clip"]
+    folders = [shutil.copytree(clip, tmp_path / str(k) / "clip") for k, clip in enumerate(clips)]
+    assert quality.main([*words, str(folders[0])]) == 0
+    assert quality.main([*words, str(folders[1])]) == 2
+    assert "holds another suite" in capsys.readouterr().err
+
+
+def test_a_run_that_was_interrupted_has_no_time_and_one_resumed_adds_none_it_made_itself(tmp_path):
+    stage = {"seconds": 30.0, "steps": 10, "phases": {}}
+    (tmp_path / "run.json").write_text(json.dumps({"stages": {"coarse": stage}}))
+    job = Job("a red ball", 0, tmp_path, 1, coarse_run=tmp_path)
+    taken = systems._times({"stages": {"fine": stage}, "sessions": [{}]}, 40.0, job)
+    assert taken["wall_s"] == 70.0 and taken["coarse_taken_over"]
+    own = systems._times({"stages": {"coarse": stage, "fine": stage}, "sessions": [{}, {}]}, 40.0, job)
+    assert own["wall_s"] == 40.0 and not own["coarse_taken_over"]
+    assert METRICS["wall_s"].value({"cost": taken}, {}) == 70.0
+    assert METRICS["wall_s"].value({"cost": own}, {}) is None
+
+
 def test_a_folder_with_cells_of_another_recipe_is_refused(tmp_path, clips, capsys, monkeypatch):
     recipe, prompts = tmp_path / "mine.yaml", tmp_path / "one.txt"
     recipe.write_text("extends: default\ncoarse: {steps: 3}\n")

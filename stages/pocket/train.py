@@ -183,9 +183,7 @@ def train_pixel(args: argparse.Namespace) -> None:
 
 def train_vae(args: argparse.Namespace) -> None:
     """The 8x autoencoder, on 128-pixel crops of 512x512 renders: L1, edges, noisy latents of even spread."""
-    count = args.images or 12000
-    pool = data.make_pool(args.data / "latent", size=512, count=count, seed=args.seed + 2, cameras=data.FINE_CAMERAS)
-    images, _ = data.load_pool(pool)
+    images, _ = data.load_pool(_latent_pool(args))
     torch.manual_seed(args.seed)
     vae = models.make_vae()
     work = args.work / "vae"
@@ -230,6 +228,12 @@ def train_vae(args: argparse.Namespace) -> None:
     _finish(args, training, loss_step, grid, export)
 
 
+def _latent_pool(args: argparse.Namespace) -> Path:
+    """The pool of 512x512 renders that the autoencoder and the latent UNet share, made the first time."""
+    count = args.images or 12000
+    return data.make_pool(args.data / "latent", size=512, count=count, seed=args.seed + 2, cameras=data.FINE_CAMERAS)
+
+
 def encode_pool(args: argparse.Namespace, vae) -> np.ndarray:
     """Latents [N, 4, 64, 64] fp16 of the 512x512 pool, written once."""
     path = args.data / "latent" / "latents.npy"
@@ -257,7 +261,9 @@ def train_latent(args: argparse.Namespace) -> None:
     from diffusers import AutoencoderTiny, UNet2DConditionModel
     from transformers import AutoTokenizer, CLIPTextModel
 
-    vae = AutoencoderTiny.from_pretrained(args.work / "vae" / "model").float().eval()
+    own, exported = args.work / "vae" / "model", args.out / "latent" / "vae"  # another's latents where none was trained
+    vae = AutoencoderTiny.from_pretrained(own if own.is_dir() else exported).float().eval()
+    _latent_pool(args)
     latents = encode_pool(args, vae)
     _, records = data.load_pool(args.data / "latent")
     tokenizer = AutoTokenizer.from_pretrained(args.out / "pixel" / "tokenizer")

@@ -112,6 +112,11 @@ class Training:
         meta = json.loads((self.folder / "state.json").read_text())
         self.step_index, self.seconds = meta["step"], meta["seconds"]
         tensors = load_file(self.folder / "state.safetensors")
+        if strange := {f"p/{key}" for key in self.parameters} ^ {key for key in tensors if key.startswith("p/")}:
+            raise SystemExit(
+                f"the training in {self.folder} is of other parts ({min(strange).removeprefix('p/')} first): give "
+                "another --work, or delete it"
+            )
         with torch.no_grad():
             for key, p in self.parameters.items():
                 p.copy_(tensors[f"p/{key}"])
