@@ -31,6 +31,7 @@ ANSWERED = (
     "r_precision_colour", "clip_colour", "colour_difference", "brightness_error",
     "r_precision_textureless", "chamfer", "normal_consistency",
 )  # fmt: skip
+SURE = 0.05  # p-value below which a difference is told by itself
 CEILINGS = ("r_precision_colour", "clip_colour", "volume_iou")  # how far from the ground truth each system is
 
 
@@ -41,11 +42,12 @@ def name_of(system: str) -> str:
 def answers(summary: dict[str, Any]) -> list[str]:
     """Does fine beat coarse, by how much, at what price; how far is each system from the ceiling? In sentences."""
     found = {(c["a"], c["b"], c["metric"]): c for c in summary["comparisons"]}
-    sentences = []
-    for name in ANSWERED:
-        comparison = _directed(found, "magic3d", "coarse", name)
-        if comparison is not None:
-            sentences.append(_sentence(comparison, METRICS[name].label, METRICS[name].digits))
+    compared = {name: _directed(found, "magic3d", "coarse", name) for name in ANSWERED}
+    compared = {name: comparison for name, comparison in compared.items() if comparison is not None}
+    sure = [name for name, comparison in compared.items() if comparison["p_value"] < SURE]
+    sentences = [_sentence(compared[name], METRICS[name].label, METRICS[name].digits) for name in sure]
+    if unsure := [_gap(compared[name]["difference"], name) for name in compared if name not in sure]:
+        sentences.append(f"Coarse + fine against coarse alone, within chance: {'; '.join(unsure)}.")
     time = _directed(found, "magic3d", "coarse", "wall_s")
     if time is not None:
         d = time["difference"]
@@ -80,11 +82,11 @@ def _directed(found: dict, a: str, b: str, metric: str) -> dict[str, Any] | None
 
 def _sentence(c: dict[str, Any], label: str, digits: int) -> str:
     d = c["difference"]
-    sure = "" if c["p_value"] < 0.05 else ", which chance explains as well"
+    p = "p < 0.001" if c["p_value"] < 0.001 else f"p = {c['p_value']:.3f}"
     return (
         f"{label}: coarse + fine against coarse alone {d['mean']:+z.{digits}f} [{d['low']:+z.{digits}f}, "
         f"{d['high']:+z.{digits}f}], better on {c['wins']} and worse on {c['losses']} of {c['prompts']} prompts "
-        f"(p = {c['p_value']:.3f}{sure})."
+        f"({p})."
     )
 
 

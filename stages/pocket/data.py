@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from stages.cameras import CameraSettings, Views, sample_views
@@ -152,3 +153,11 @@ def captions_for(records: list[dict], indices: np.ndarray, seed: int, step: int,
 def view_numbers_of(records: list[dict], indices: np.ndarray) -> Tensor:
     """What a prior is told of the views of a batch: [B, 16]."""
     return torch.tensor([records[i]["numbers"] for i in indices])
+
+
+def shift(latents: Tensor, rng: np.random.Generator, most: int = 2) -> Tensor:
+    """Move every latent image by up to `most` cells, edges repeated: the camera's jitter, free of charge."""
+    padded = F.pad(latents, (most,) * 4, mode="replicate")
+    size = latents.shape[-1]
+    moves = rng.integers(0, 2 * most + 1, (len(latents), 2))
+    return torch.stack([p[:, y : y + size, x : x + size] for p, (y, x) in zip(padded, moves, strict=True)])

@@ -248,14 +248,6 @@ def encode_pool(args: argparse.Namespace, vae) -> np.ndarray:
     return np.load(path)
 
 
-def shift(latents: Tensor, rng: np.random.Generator, most: int = 2) -> Tensor:
-    """Move every latent image by up to `most` cells, edges repeated: the camera's jitter, free of charge."""
-    padded = F.pad(latents, (most,) * 4, mode="replicate")
-    size = latents.shape[-1]
-    moves = rng.integers(0, 2 * most + 1, (len(latents), 2))
-    return torch.stack([p[:, y : y + size, x : x + size] for p, (y, x) in zip(padded, moves, strict=True)])
-
-
 def train_latent(args: argparse.Namespace) -> None:
     """The latent UNet for 512x512, its trunk started from the pixel UNet; the text encoder is the pixel one's."""
     from diffusers import AutoencoderTiny, UNet2DConditionModel
@@ -285,7 +277,7 @@ def train_latent(args: argparse.Namespace) -> None:
 
     def loss_step(step: int) -> Tensor:
         chosen = data.batch_indices(args.seed, step, args.batch, len(records))
-        x0 = shift(torch.from_numpy(latents[chosen]).float(), np.random.default_rng([args.seed, step, 2]))
+        x0 = data.shift(torch.from_numpy(latents[chosen]).float(), np.random.default_rng([args.seed, step, 2]))
         captions = data.captions_for(records, chosen, args.seed, step, UNCONDITIONAL)
         with torch.no_grad():
             text = encode_text(tokenizer, text_encoder, captions)
