@@ -216,7 +216,7 @@ def _check_folder(config: Config, stage: str, source: str) -> str:
     """A folder must be whole, read the prompts without cutting them and fit the LoRA; so must a hub id's, once it is
     on this machine. What is still to be fetched must be had.
 
-    Returns: the kind of model whose latents it has; nothing for pixels, or where that is not known yet.
+    Returns: the kind of model whose latents it has; nothing for pixels.
     """
     from stages.guidance.families import family_of
     from stages.guidance.fit import PIXELS, Described

@@ -26,11 +26,6 @@ class Preset:
     status: str = "open"
     instead: str = ""
 
-    @property
-    def latent(self) -> bool:
-        """Whether it works on latents, whose range is not stated; DeepFloyd IF sees pixels."""
-        return self.family != "DeepFloyd IF"
-
 
 _SAI = "Stability AI Community"
 PRESETS = (

@@ -21,14 +21,17 @@ def read_document(path: Path) -> dict[str, Any]:
 
     Raises: ValueError for a file that holds none.
     """
-    data = path.read_bytes()
-    if data[:4] == b"glTF":
-        if len(data) < 20:
-            raise ValueError("the file ends in its header")
-        length, kind = struct.unpack("<I4s", data[12:20])
-        if kind != b"JSON":
-            raise ValueError("its first chunk is not JSON")
-        data = data[20 : 20 + length]
+    with open(path, "rb") as file:
+        data = file.read(20)
+        if data[:4] == b"glTF":  # textures and vertices, most of the file, come after
+            if len(data) < 20:
+                raise ValueError("the file ends in its header")
+            length, kind = struct.unpack("<I4s", data[12:20])
+            if kind != b"JSON":
+                raise ValueError("its first chunk is not JSON")
+            data = file.read(length)
+        else:
+            data += file.read()
     found = json.loads(data)
     if not isinstance(found, dict):
         raise ValueError("its JSON is no object")

@@ -38,11 +38,12 @@ def read_mesh(path: str | Path) -> Mesh:
     if not path.is_file():
         why = "it is a folder" if path.is_dir() else "there is no such file"
         raise UserError(what, why, "give the path of a GLB, OBJ, PLY or STL file")
+    gltf = path.suffix.lower() in (".glb", ".gltf")
     try:
-        if path.suffix.lower() in (".glb", ".gltf"):
+        if gltf:
             check_gltf(path)
         parts = _parts(trimesh.load_scene(str(path), process=False))
-        mesh = _joined(parts, linear=path.suffix.lower() in (".glb", ".gltf")) if parts else None
+        mesh = _joined(parts, linear=gltf) if parts else None
     except UserError:
         raise
     except Exception as error:  # each of trimesh's readers raises its own kinds
