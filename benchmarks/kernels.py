@@ -201,15 +201,21 @@ def key_of(line: Line) -> tuple:
 def publish(lines: list[Line], path: Path) -> None:
     """Put lines into a results file in the place of older ones of the same measurements.
 
-    What the file says is absent is dropped where it has been measured now, and the other way round.
+    What the file says is absent is dropped where it has been measured now; and where a case has been measured now
+    without a contestant that is absent, that one's old numbers of the case, whose ratios are to an older us.
     """
     new = {key_of(line) for line in lines}
-    measured = {(line["device"], line["contestant"]) for line in lines}
-    kept = [
-        line
-        for line in read_lines(path)
-        if key_of(line) not in new and not ("absent" in line and (line["device"], line["contestant"]) in measured)
-    ]
+    told = {(line["device"], line["contestant"]) for line in lines}
+    gone = {(line["device"], line["contestant"]) for line in lines if "absent" in line}
+    cases = {(line["device"], line["threads"], line["case"]) for line in lines if "case" in line}
+
+    def outdated(line: Line) -> bool:
+        who = (line["device"], line["contestant"])
+        if "absent" in line:
+            return who in told
+        return who in gone and (line["device"], line["threads"], line["case"]) in cases
+
+    kept = [line for line in read_lines(path) if key_of(line) not in new and not outdated(line)]
     text = "".join(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n" for line in [*kept, *lines])
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, text.encode())

@@ -1,9 +1,9 @@
 """Time and memory of steps, starts and whole runs, and how they grow: `python -m benchmarks.speed`.
 
-    python -m benchmarks.speed                          growth, starts and the main job (about 13 minutes on two cores)
+    python -m benchmarks.speed                          growth, starts and the main job (about 15 minutes on two cores)
     python -m benchmarks.speed --parts growth           step time of both stages against six sizes, with plots
     python -m benchmarks.speed --parts start            the first run ever, which compiles kernels, and later starts
-    python -m benchmarks.speed --parts main             the main job: time, split, peak memory
+    python -m benchmarks.speed --parts main             the main job: time (median of three), split, peak memory
     python -m benchmarks.speed --parts growth,full --device cuda    and a model of SD 2.1's size, random weights
     python -m benchmarks.speed --quick                  small sizes: does everything run? The numbers mean nothing
     python -m benchmarks.speed --publish                lines to results/speed.jsonl, plots to results/speed_*.svg
@@ -28,7 +28,7 @@ from stages.errors import UserError
 
 PARTS = ("growth", "start", "main", "full")
 FILE = "speed.jsonl"
-RUNS, STARTS = 7, 3
+RUNS, STARTS, JOBS = 7, 3, 3
 FULL_WORDS = ["coarse.steps=24", "fine.steps=12", "export.turntable_frames=0"]
 QUICK_WORDS = [
     "coarse.steps=2", "coarse.resolution=32", "coarse.views_per_step=1", "coarse.samples=32", "fine.steps=2",
@@ -67,13 +67,17 @@ def start(args: argparse.Namespace) -> Iterator[Line]:
 
 
 def main_job(args: argparse.Namespace) -> Iterator[Line]:
-    """The main job as it is, then with its profile."""
+    """The main job as it is, the median of its runs; then with its profile."""
     from benchmarks.runs import environment_of
     from benchmarks.runs import main_job as run_main_job
 
-    for profiled in (False, True):
-        facts = run_main_job(_words(args), environment_of(args.threads), profiled=profiled)
-        yield {"part": "main", "profiled": profiled, **facts}
+    env = environment_of(args.threads)
+    jobs = [run_main_job(_words(args), env, profiled=False) for _ in range(1 if args.quick else JOBS)]
+    jobs.sort(key=lambda facts: facts["wall_s"])
+    spread = {"low_s": jobs[0]["wall_s"], "high_s": jobs[-1]["wall_s"], "runs": len(jobs)}
+    spread["peak_memory_mb"] = max(facts["peak_memory_mb"] for facts in jobs)
+    yield {"part": "main", "profiled": False, **jobs[len(jobs) // 2], **spread}
+    yield {"part": "main", "profiled": True, **run_main_job(_words(args), env, profiled=True)}
 
 
 def full(args: argparse.Namespace) -> Iterator[Line]:

@@ -106,8 +106,9 @@ def _main(lines: list[Line]) -> list[str]:
         seconds, memory = line["wall_s"], line["peak_memory_mb"]
         if not line["profiled"]:
             stages = ", ".join(f"{name} {stage['seconds']:.0f} s" for name, stage in line["stages"].items())
+            spread = f" [{line['low_s']:.0f}, {line['high_s']:.0f}]" if line.get("runs", 1) > 1 else ""
             said.append(
-                f"main job, from command to files, {_where(line)}: {seconds:.0f} s ({stages}, export "
+                f"main job, from command to files, {_where(line)}: {seconds:.0f} s{spread} ({stages}, export "
                 f"{line['export_s']:.0f} s); wanted <= {MAIN_S} s{_met(seconds <= MAIN_S)}; peak memory "
                 f"{memory / 1024:.1f} GB; wanted <= {MEMORY_MB / 1024:.0f} GB{_met(memory <= MEMORY_MB)}"
             )

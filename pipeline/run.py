@@ -83,7 +83,7 @@ def resume_run(folder: Path, progress: Progress | None = None) -> None:
 def export_run(folder: Path, formats: str, out: Path | None = None, progress: Progress | None = None) -> None:
     """Write the result of a finished run in the named formats, comma separated, without optimising."""
     from pipeline.export.finalise import in_own_place
-    from pipeline.export.write import write_formats
+    from pipeline.export.write import existing_files, write_formats
 
     progress = progress or Progress()
     names = check_formats(formats)
@@ -91,7 +91,7 @@ def export_run(folder: Path, formats: str, out: Path | None = None, progress: Pr
     check_run(folder, config)
     own = out is None or out.resolve() == folder.resolve()
     target = folder if own else out
-    if taken := [name for name in (f"mesh.{name}" for name in names) if not own and (target / name).exists()]:
+    if not own and (taken := existing_files(target, names)):
         raise UserError(f"{target} already holds {taken[0]}", "it may be another run's", "choose another --out")
     check_disk(target)
     target.mkdir(parents=True, exist_ok=True)

@@ -270,6 +270,16 @@ def test_publishing_replaces_the_same_measurement_and_keeps_the_others(tmp_path)
     assert not [found for found in lines if "absent" in found]
 
 
+def test_publishing_drops_old_numbers_of_who_is_absent_now_in_the_cases_measured_again(tmp_path):
+    path = tmp_path / "kernels.jsonl"
+    kernels.publish([*by_hand(), line("march", FORWARD, "open3d", 2.0)], path)
+    gone = {"benchmark": "kernels", "device": "cpu", "threads": 1, "contestant": "open3d", "absent": "not installed"}
+    kernels.publish([gone, line("rasterise", FORWARD, "numba", 8.0)], path)
+    found = {(one["contestant"], one.get("case"), one.get("work")) for one in read_lines(path)}
+    assert ("open3d", None, None) in found and ("open3d", "march", FORWARD) in found
+    assert ("open3d", "rasterise", FORWARD) not in found and ("mitsuba", "rasterise", FORWARD) in found
+
+
 def test_a_line_is_shown_for_a_person():
     text = kernels.shown(by_hand()[1])
     assert "nerf_step" in text and "4800.00 ms" in text and "12.00x" in text and "3 runs" in text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 import xml.etree.ElementTree as ElementTree
@@ -235,6 +236,16 @@ def test_the_table_says_what_was_asked_for_and_what_is_missed():
     assert "| fine: lattice cells a side | 2 threads | 61 ms at 32 | 369 ms at 192 | power 2.00 from 64 |" in text
     assert "| coarse: occupied share | 2 threads | 150 ms at 0.1 | 350 ms at 0.3 | linear, R2 1.0000 |" in text
     assert "2026-01-02, revision 0123456789, 2 cores of a cpu; torch 2.13." in text
+
+
+def test_the_main_job_is_the_median_of_its_runs_with_their_spread(monkeypatch):
+    waits = iter([90.0, 60.0, 66.0, 99.0])
+    made = lambda words, env, profiled: by_hand()[7] | {"wall_s": next(waits), "profiled": profiled}  # noqa: E731
+    monkeypatch.setattr(runs, "main_job", made)
+    plain, profiled = speed.main_job(argparse.Namespace(quick=False, threads=1, device="cpu"))
+    assert (plain["wall_s"], plain["low_s"], plain["high_s"], plain["runs"]) == (66.0, 60.0, 90.0, 3)
+    assert profiled["wall_s"] == 99.0 and profiled["profiled"]
+    assert "2 threads: 66 s [60, 90] (coarse" in speed_tables.speed_markdown([plain])
 
 
 def test_a_full_size_run_says_that_its_weights_are_random():

@@ -193,6 +193,11 @@ def test_export_elsewhere_reads_only_and_never_writes_over_what_is_there(in_proc
     with pytest.raises(UserError, match="already holds mesh.ply"):
         in_process.export_run(folder, "obj,ply", out)
     assert not (out / "mesh.obj").exists()
+    beside = tmp_path / "beside"
+    beside.mkdir()
+    (beside / "mesh.png").write_bytes(b"someone's picture")
+    with pytest.raises(UserError, match="already holds mesh.png"):  # which an OBJ's texture would have replaced
+        in_process.export_run(folder, "obj", beside)
     in_process.export_run(folder, "glb", folder)  # its own are its own
 
 

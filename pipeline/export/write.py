@@ -18,6 +18,7 @@ from stages.mesh.mesh import Mesh
 log = logging.getLogger(__name__)
 
 FORMATS = {"glb": write_glb, "obj": write_obj, "ply": write_ply, "stl": write_stl}
+BESIDE = {"obj": (".mtl", ".png", "_normal.png")}  # what a format may write beside its file, by the end of the name
 
 
 def write_formats(mesh: Mesh, folder: str | Path, names: Sequence[str], *, stem: str = "mesh") -> list[Path]:
@@ -30,6 +31,12 @@ def write_formats(mesh: Mesh, folder: str | Path, names: Sequence[str], *, stem:
         if name not in FORMATS:
             raise UserError(f"Cannot write {name!r}", "there is no such format", f"choose among {', '.join(FORMATS)}")
     return [path for name in names for path in FORMATS[name](mesh, Path(folder) / f"{stem}.{name}")]
+
+
+def existing_files(folder: Path, names: Sequence[str], *, stem: str = "mesh") -> list[str]:
+    """The files already in the folder that writing these formats might replace, by name."""
+    ends = [end for name in names for end in (f".{name}", *BESIDE.get(name, ()))]
+    return [f"{stem}{end}" for end in ends if (folder / f"{stem}{end}").exists()]
 
 
 def write_results(mesh: Mesh, folder: str | Path, settings: ExportSettings, placed: Mesh | None = None) -> list[Path]:
