@@ -88,6 +88,19 @@ def test_dreamtime_spends_its_run_in_proportion_to_its_weight():
     assert spent[400] / spent[550] == pytest.approx((bell * weight[400] / weight[550]).item(), rel=1e-6)
 
 
+def test_dreamtime_spends_as_much_of_its_run_at_a_level_of_noise_on_any_schedule():
+    theirs = dreamtime_table(ALPHAS, 0.0, 1.0)
+    t = torch.arange(2001, dtype=torch.float64) / 2001
+    cosine = torch.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2  # ends in pure noise, which theirs never reaches
+    ours = dreamtime_table(cosine, 0.0, 1.0)
+    for k in (300, 450, 600, 750, 900):
+        same = (cosine - ALPHAS[k]).abs().argmin()
+        assert ours[same] == pytest.approx(theirs[k].item(), abs=0.01)
+    assert ours[cosine < ALPHAS[-1]].max() < 0.01
+    beyond = [TIMESTEPS["dreamtime"](p, 0.98, 1.0, torch.rand(2), cosine)[0].item() for p in (0.0, 0.5, 1.0)]
+    assert beyond == pytest.approx([1.0, 0.99, 0.98], abs=2e-3)  # nothing but such noise: evenly
+
+
 def test_weightings_are_the_named_functions_of_alpha_bar():
     alpha_bar = torch.tensor([0.25, 1.0])
     assert WEIGHTINGS["sds"](alpha_bar).tolist() == [0.75, 0.0]

@@ -57,17 +57,32 @@ def dreamtime_table(alphas_cumprod: Tensor, low: float, high: float) -> Tensor:
 
     W(t) = sqrt((1 - alpha_bar) / alpha_bar) * exp(-(t - m)^2 / (2 s^2)) outside [m2, m1], plain in between, with
     m1 800, m2 500, s1 300, s2 100 of 1000 (arXiv 2306.12422 sec. 4.2 as the project's fact sheet reads it).
+
+    These are timesteps of Stable Diffusion's schedule. On another one as much of the run is spent at each level of
+    noise as there, whatever its timestep, and next to none where Stable Diffusion has no such level: a cosine
+    schedule ends in noise so strong that W would give it a quarter of the run.
     """
     steps = alphas_cumprod.shape[0]
-    t = torch.arange(steps, dtype=torch.float64) * (1000 / steps)
     alpha_bar = alphas_cumprod.double().clamp(1e-6, 1 - 1e-6)
     w = ((1 - alpha_bar) / alpha_bar).sqrt()
+    t = _as_stable_diffusions(alpha_bar)
+    w = w * torch.gradient(t)[0] + 1e-12 if steps > 1 else w
     w = torch.where(t > 800, w * torch.exp(-((t - 800) ** 2) / (2 * 300**2)), w)
     w = torch.where(t < 500, w * torch.exp(-((t - 500) ** 2) / (2 * 100**2)), w)
     fraction = torch.arange(steps, dtype=torch.float64) / steps
     w = torch.where((fraction >= low) & (fraction <= high), w, torch.zeros_like(w))
     tail = w.flip(0).cumsum(0).flip(0)
     return tail / tail[0]
+
+
+def _as_stable_diffusions(alpha_bar: Tensor) -> Tensor:
+    """The timesteps of 1000, with fractions, at which Stable Diffusion's schedule has noise levels alpha_bar [B]."""
+    theirs = scaled_linear_alphas_cumprod().double()
+    snr, levels = torch.logit(alpha_bar), torch.logit(theirs).flip(0)  # ascending
+    right = torch.searchsorted(levels, snr).clamp(1, len(levels) - 1)
+    low, high = levels[right - 1], levels[right]
+    place = right - 1 + ((snr - low) / (high - low)).clamp(0, 1)
+    return len(levels) - 1 - place
 
 
 def _dreamtime(progress: float, low: float, high: float, u: Tensor, alphas_cumprod: Tensor) -> Tensor:
