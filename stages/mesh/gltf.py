@@ -1,71 +1,202 @@
-"""What a glTF file says that trimesh passes over in silence, read from its JSON."""
+"""What a glTF file says that trimesh passes over in silence, told to it in plain numbers.
+
+trimesh takes stored integers for coordinates, a material's texture for unmoved and on the first coordinates, and what a
+sparse accessor replaces for zero. plain_gltf writes such numbers out: the same file with other accessors.
+"""
 
 from __future__ import annotations
 
+import base64
+import importlib.util
 import json
 import logging
+import math
 import struct
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
+
+import numpy as np
 
 from stages.errors import UserError
 
 log = logging.getLogger(__name__)
 
-MOVES = "KHR_texture_transform"
-AS_NUMBERS = ("POSITION", "TEXCOORD_0")  # attributes that trimesh takes as they are stored, normalised or not
+MOVES, DRACO = "KHR_texture_transform", "KHR_draco_mesh_compression"
+# required extensions that are read, or that say nothing of shape and base colour
+READ = {MOVES, "KHR_mesh_quantization", "EXT_texture_webp", "KHR_lights_punctual", "KHR_xmp_json_ld"}
+_TYPES = {5120: np.int8, 5121: np.uint8, 5122: np.int16, 5123: np.uint16, 5125: np.uint32, 5126: np.float32}
+_COLUMNS = {"SCALAR": 1, "VEC2": 2, "VEC3": 3, "VEC4": 4}
 
 
-def read_document(path: Path) -> dict[str, Any]:
-    """The JSON of a .gltf or .glb file (glTF 2.0 specification, sec. 4.4).
+def plain_gltf(path: Path) -> tuple[bytes, str] | None:
+    """(content, "glb" or "gltf") of a file that trimesh would misread, written out; None where it would not.
 
-    Raises: ValueError for a file that holds none.
+    Normalised integers become floats (KHR_mesh_quantization), sparse accessors whole ones (glTF 2.0 specification,
+    sec. 3.6.2), texture coordinates those that the base colour's texture uses, moved as KHR_texture_transform says.
+
+    Raises: UserError for a required extension that is not read; ValueError, KeyError, IndexError for a broken file.
     """
-    with open(path, "rb") as file:
-        data = file.read(20)
-        if data[:4] == b"glTF":  # textures and vertices, most of the file, come after
-            if len(data) < 20:
-                raise ValueError("the file ends in its header")
-            length, kind = struct.unpack("<I4s", data[12:20])
-            if kind != b"JSON":
-                raise ValueError("its first chunk is not JSON")
-            data = file.read(length)
-        else:
-            data += file.read()
-    found = json.loads(data)
-    if not isinstance(found, dict):
-        raise ValueError("its JSON is no object")
-    return found
-
-
-def check_gltf(path: Path) -> None:
-    """Refuse what would be read wrongly, and warn of what would be left out.
-
-    Raises: UserError for coordinates stored as normalised integers; ValueError as read_document.
-    """
-    document = read_document(path)
-    accessors = document.get("accessors", [])
-    for part in document.get("meshes", []):
+    file = _File(path)
+    needed = [name for name in file.document.get("extensionsRequired", []) if not _is_read(name)]
+    if needed:
+        raise UserError(
+            f"Cannot read the mesh {path}",
+            f"it needs {', '.join(needed)}, which this toolkit does not read",
+            "pip install DracoPy" if needed == [DRACO] else "save it again as plain glTF, without compression",
+        )
+    done: dict[tuple[Any, ...], int] = {}  # parts share accessors, and then what they became
+    changed = False
+    for part in file.document.get("meshes", []):
         for primitive in part.get("primitives", []):
-            used = primitive.get("attributes", {})
-            numbers = [accessors[used[name]] for name in AS_NUMBERS if name in used]
-            if any(accessor.get("normalized") for accessor in numbers):
-                raise UserError(
-                    f"Cannot read the mesh {path}",
-                    "its coordinates are stored as normalised integers (KHR_mesh_quantization)",
-                    "save it again without quantisation",
-                )
-    for material in document.get("materials", []):
-        texture = material.get("pbrMetallicRoughness", {}).get("baseColorTexture", {})
-        moved = texture.get("extensions", {}).get(MOVES)
-        name = material.get("name", "without a name")
-        if moved is not None and any(moved.get(key, plain) != plain for key, plain in _IDENTITY.items()):
-            log.warning(
-                "the texture of the material %s is moved, turned or scaled (%s), which is left out; bake that into its "
-                "texture coordinates", name, MOVES,
-            )  # fmt: skip
-        if (moved or {}).get("texCoord", texture.get("texCoord", 0)) != 0:
-            log.warning("the texture of the material %s lies on its second coordinates; the first are taken", name)
+            changed |= _write_out(file, primitive, done)
+    return file.content() if changed else None
 
 
-_IDENTITY: dict[str, Any] = {"offset": [0, 0], "rotation": 0, "scale": [1, 1]}
+def _is_read(extension: str) -> bool:
+    if extension == DRACO:
+        return importlib.util.find_spec("DracoPy") is not None
+    return extension in READ or extension.startswith("KHR_materials_")
+
+
+def _write_out(file: _File, primitive: dict[str, Any], done: dict[tuple[Any, ...], int]) -> bool:
+    """Give a primitive plain accessors in the place of those that trimesh would misread; whether there were any."""
+    attributes = primitive.get("attributes", {})
+    before = (dict(attributes), primitive.get("indices"))
+    which, move = _texture_use(file.document, primitive)
+    if DRACO in primitive.get("extensions", {}):  # trimesh decodes these later, and by attribute
+        if which or move:
+            log.warning("a part compressed by Draco has its texture moved or on other coordinates: left out")
+        return False
+
+    def plain(number: int, move: tuple[float, ...] | None, colour: bool = False) -> int:
+        if move is None and not file.is_odd(number, colour):
+            return number
+        if (number, move) not in done:
+            values = file.numbers(number)
+            done[number, move] = file.add(values if move is None else _moved(values, *move))
+        return done[number, move]
+
+    used = attributes.get(f"TEXCOORD_{which}")
+    attributes.pop("TEXCOORD_0", None)
+    if used is not None:
+        attributes["TEXCOORD_0"] = plain(used, move)
+    for name in {"POSITION", "COLOR_0"} & attributes.keys():
+        attributes[name] = plain(attributes[name], None, colour=name == "COLOR_0")
+    if "indices" in primitive:
+        primitive["indices"] = plain(primitive["indices"], None)
+    return (attributes, primitive.get("indices")) != before
+
+
+def _texture_use(document: dict[str, Any], primitive: dict[str, Any]) -> tuple[int, tuple[float, ...] | None]:
+    """(number of the coordinates that the base colour's texture uses, its (offset, rotation, scale) or None)."""
+    if "material" not in primitive:
+        return 0, None
+    texture = document["materials"][primitive["material"]].get("pbrMetallicRoughness", {}).get("baseColorTexture", {})
+    moved = texture.get("extensions", {}).get(MOVES, {})
+    move = (*moved.get("offset", (0, 0)), moved.get("rotation", 0), *moved.get("scale", (1, 1)))
+    return moved.get("texCoord", texture.get("texCoord", 0)), None if move == (0, 0, 0, 1, 1) else move
+
+
+def _moved(uv: np.ndarray, across: float, down: float, angle: float, wide: float, high: float) -> np.ndarray:
+    """Texture coordinates [V, 2], v downwards, scaled, turned and moved: KHR_texture_transform, its example's sense."""
+    u, v = (uv * (wide, high)).astype(np.float64).T
+    turned = math.cos(angle) * u + math.sin(angle) * v, math.cos(angle) * v - math.sin(angle) * u
+    return np.add(np.stack(turned, 1), (across, down)).astype(np.float32)
+
+
+class _File:
+    """A .glb or .gltf file: its JSON, its numbers, and the same with more of both."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises: ValueError for a file without JSON."""
+        self.path, self.rest = path, b""
+        with open(path, "rb") as file:
+            data = file.read(20)
+            self.binary = data[:4] == b"glTF"
+            if self.binary:  # textures and vertices, most of the file, come after
+                if len(data) < 20:
+                    raise ValueError("the file ends in its header")
+                self.length, kind = struct.unpack("<I4s", data[12:20])
+                if kind != b"JSON":
+                    raise ValueError("its first chunk is not JSON")
+                data = file.read(self.length)
+            else:
+                data += file.read()
+        self.document: dict[str, Any] = json.loads(data)
+        if not isinstance(self.document, dict):
+            raise ValueError("its JSON is no object")
+        self.buffers: dict[int, bytes] = {}
+
+    def is_odd(self, accessor: int, colour: bool = False) -> bool:
+        """Whether trimesh would misread it: sparse, or normalised where it is not a colour."""
+        found = self.document["accessors"][accessor]
+        return "sparse" in found or (found.get("normalized", False) and not colour)
+
+    def numbers(self, accessor: int) -> np.ndarray:
+        """An accessor's values [count, columns], normalised ones as floats (specification, sec. 3.6.2 and 3.11)."""
+        found = self.document["accessors"][accessor]
+        dtype, columns = np.dtype(_TYPES[found["componentType"]]), _COLUMNS[found["type"]]
+        if "bufferView" in found:
+            values = self._view(found["bufferView"], found.get("byteOffset", 0), dtype, found["count"], columns).copy()
+        else:
+            values = np.zeros((found["count"], columns), dtype)
+        if "sparse" in found:
+            sparse = found["sparse"]
+            rows, other, count = sparse["indices"], sparse["values"], sparse["count"]
+            kind = np.dtype(_TYPES[rows["componentType"]])
+            which = self._view(rows["bufferView"], rows.get("byteOffset", 0), kind, count, 1)[:, 0]
+            values[which] = self._view(other["bufferView"], other.get("byteOffset", 0), dtype, count, columns)
+        if found.get("normalized", False):
+            values = np.maximum(values / np.iinfo(dtype).max, -1).astype(np.float32)
+        return values
+
+    def add(self, values: np.ndarray) -> int:
+        """The number of a new accessor of values [count, columns]."""
+        data = np.ascontiguousarray(values).tobytes()
+        uri = "data:application/octet-stream;base64," + base64.b64encode(data).decode()
+        self.document["buffers"].append({"uri": uri, "byteLength": len(data)})
+        self.document["bufferViews"].append({"buffer": len(self.document["buffers"]) - 1, "byteLength": len(data)})
+        component = next(code for code, kind in _TYPES.items() if kind == values.dtype)
+        shape = next(name for name, columns in _COLUMNS.items() if columns == values.shape[1])
+        new = {"bufferView": len(self.document["bufferViews"]) - 1, "componentType": component}
+        self.document["accessors"].append(new | {"type": shape, "count": len(values)})
+        return len(self.document["accessors"]) - 1
+
+    def content(self) -> tuple[bytes, str]:
+        """The whole file as it is now, and its format."""
+        text = json.dumps(self.document).encode()
+        if not self.binary:
+            return text, "gltf"
+        text += b" " * (-len(text) % 4)
+        body = struct.pack("<I4s", len(text), b"JSON") + text + self.path.read_bytes()[20 + self.length :]
+        return struct.pack("<4sII", b"glTF", 2, 12 + len(body)) + body, "glb"
+
+    def _view(self, view: int, start: int, dtype: np.dtype, count: int, columns: int) -> np.ndarray:
+        """`count` rows [count, columns] of a buffer view, from byte `start` of it."""
+        found = self.document["bufferViews"][view]
+        buffer = self._buffer(found["buffer"])
+        begin, row = found.get("byteOffset", 0) + start, columns * dtype.itemsize
+        stride = found.get("byteStride", row)
+        end = begin + (count - 1) * stride + row
+        if min(begin, stride) < 0 or end > len(buffer):
+            raise ValueError("its numbers end in the midst")
+        flat = np.frombuffer(buffer, np.uint8, end - begin, begin)
+        rows = np.lib.stride_tricks.as_strided(flat, (count, row), (stride, 1))
+        return np.ascontiguousarray(rows).view(dtype)
+
+    def _buffer(self, number: int) -> bytes:
+        if number not in self.buffers:
+            uri = self.document["buffers"][number].get("uri")
+            if uri is None:
+                with open(self.path, "rb") as file:
+                    file.seek(20 + self.length)
+                    size, kind = struct.unpack("<I4s", file.read(8))
+                    if kind != b"BIN\0":
+                        raise ValueError("its second chunk holds no numbers")
+                    self.buffers[number] = file.read(size)
+            elif uri.startswith("data:"):
+                self.buffers[number] = base64.b64decode(uri.split(",", 1)[1])
+            else:
+                self.buffers[number] = (self.path.parent / unquote(uri)).read_bytes()
+        return self.buffers[number]

@@ -5,6 +5,7 @@ Colours become linear: texture pixels and PLY / OBJ vertex colours are sRGB, glT
 
 from __future__ import annotations
 
+import io
 import logging
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 
 from stages.errors import UserError
 from stages.kernels.srgb import linear_to_srgb, srgb_to_linear
-from stages.mesh.gltf import check_gltf
+from stages.mesh.gltf import plain_gltf
 from stages.mesh.join import LARGEST, join
 from stages.mesh.measure import face_areas
 from stages.mesh.mesh import Mesh
@@ -31,8 +32,6 @@ def read_mesh(path: str | Path) -> Mesh:
     Raises: UserError for a missing or unreadable file, and for one that holds no surface: no triangles, triangles
         without area, indices out of range, coordinates that are not finite.
     """
-    import trimesh
-
     path = Path(path).expanduser()
     what = f"Cannot read the mesh {path}"
     if not path.is_file():
@@ -40,9 +39,7 @@ def read_mesh(path: str | Path) -> Mesh:
         raise UserError(what, why, "give the path of a GLB, OBJ, PLY or STL file")
     gltf = path.suffix.lower() in (".glb", ".gltf")
     try:
-        if gltf:
-            check_gltf(path)
-        parts = _parts(trimesh.load_scene(str(path), process=False))
+        parts = _parts(_scene(path, plain_gltf(path) if gltf else None))
         mesh = _joined(parts, linear=gltf) if parts else None
     except UserError:
         raise
@@ -62,6 +59,17 @@ def read_mesh(path: str | Path) -> Mesh:
         why = f"it is {long:g} units long and {far:g} from the origin, where single precision has steps of "
         raise UserError(what, f"{why}{np.spacing(far):g}", "move it near the origin and save it again")
     return mesh
+
+
+def _scene(path: Path, plain: tuple[bytes, str] | None) -> Any:
+    """A trimesh scene of a file, or of (content, format) in its place."""
+    import trimesh
+
+    if plain is None:
+        return trimesh.load_scene(str(path), process=False)
+    content, kind = plain
+    beside = trimesh.resolvers.FilePathResolver(str(path))
+    return trimesh.load_scene(io.BytesIO(content), file_type=kind, resolver=beside, process=False)
 
 
 def _parts(scene: Any) -> list[tuple[Any, np.ndarray | None]]:
