@@ -20,7 +20,7 @@ from typing import Any
 from benchmarks.environment import RESULTS, read_lines
 from benchmarks.markdown import markdown_table, origin_of
 from benchmarks.statistics import bootstrap, compare
-from benchmarks.summary import METRICS, key_of, shown, values_of
+from benchmarks.summary import METRICS, cell_values, key_of, paired_values, shown
 from pipeline.export.files import write_whole
 from stages.errors import UserError
 
@@ -97,12 +97,13 @@ def _metrics(before: list[Line], after: list[Line]) -> dict[str, Any]:
         values = []
         for lines in (before, after):
             scores = {key_of(line): line.get("scores", {}).get(clip, {}) for line in lines}
-            values.append(values_of(lines, scores, name))
-        change = compare(values[1], values[0])
+            values.append(cell_values(lines, scores, name))
+        old, new = paired_values(*values)
+        change = compare(new, old)
         if change.difference.prompts:
             rows[name] = {
-                "before": bootstrap(values[0]).as_dict(),
-                "after": bootstrap(values[1]).as_dict(),
+                "before": bootstrap(old).as_dict(),
+                "after": bootstrap(new).as_dict(),
                 "difference": change.difference.as_dict(),
                 "p_value": round(change.p_value, 5),
             }

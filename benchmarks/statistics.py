@@ -47,7 +47,8 @@ def bootstrap(values: Mapping[str, Sequence[float]], confidence: float = 0.95, s
     """Percentile interval of the mean by the two-level bootstrap (Davison & Hinkley 1997, sec. 3.8).
 
     Prompts are drawn with replacement, then as many seeds of each drawn prompt as it has, with replacement; the mean
-    weighs prompts equally. Non-finite values count as absent.
+    weighs prompts equally. Non-finite values count as absent. With two seeds of mere noise the interval is a fifth too
+    wide; where prompts differ, as here, less.
 
     Args:
         values: by prompt, one number a seed.

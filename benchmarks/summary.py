@@ -17,6 +17,7 @@ from benchmarks.suite import Suite
 
 LOOKS = ("colour", "textureless")
 Line = dict[str, Any]
+CellValues = dict[tuple[str, int], float]  # by prompt and seed
 
 
 @dataclass(frozen=True)
@@ -139,8 +140,8 @@ def score_lines(
     return scores
 
 
-def values_of(lines: list[Line], scores: dict[str, dict], name: str, clip: str = "") -> dict[str, list[float]]:
-    """One metric of one system's lines: by prompt, a number a seed.
+def cell_values(lines: list[Line], scores: dict[str, dict], name: str, clip: str = "") -> CellValues:
+    """One metric of one system's lines: by prompt and seed, nan where it has none.
 
     Args:
         scores: of each cell under the CLIP of that name. A run that it guided has none, not even for having failed.
@@ -150,8 +151,29 @@ def values_of(lines: list[Line], scores: dict[str, dict], name: str, clip: str =
         value = metric.failed if "failed" in line else metric.value(line, scores.get(key_of(line), {}))
         if "failed" in line and clip in line.get("guided_by", ()):
             value = None
-        values.setdefault(line["prompt"], []).append(math.nan if value is None else value)
+        values[line["prompt"], line["seed"]] = math.nan if value is None else value
     return values
+
+
+def values_of(lines: list[Line], scores: dict[str, dict], name: str, clip: str = "") -> dict[str, list[float]]:
+    """The same by prompt, a number a seed."""
+    return _by_prompt(cell_values(lines, scores, name, clip))
+
+
+def paired_values(a: CellValues, b: CellValues) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """Both sides by prompt, a number a seed, without the cells that only one of them has a finite number for.
+
+    A system that fails on its hard seeds would else be compared by its easy ones. Seeds that one side never ran stay.
+    """
+    lost = {key for key in a.keys() & b.keys() if math.isfinite(a[key]) != math.isfinite(b[key])}
+    return tuple(_by_prompt({key: v for key, v in side.items() if key not in lost}) for side in (a, b))
+
+
+def _by_prompt(values: CellValues) -> dict[str, list[float]]:
+    found: dict[str, list[float]] = {}
+    for (prompt, _), value in values.items():
+        found.setdefault(prompt, []).append(value)
+    return found
 
 
 def summarise(lines: list[Line], suite: Suite, clips: list[Path]) -> dict[str, Any]:
@@ -245,7 +267,7 @@ def _interval(values: dict[str, list[float]]) -> dict[str, float] | None:
 
 def _compare(a: list[Line], b: list[Line], scores: dict, name: str, clip: str) -> dict[str, Any] | None:
     """a against b, a win being the better value."""
-    values = [values_of(lines, scores, name, clip) for lines in (a, b)]
+    values = paired_values(*(cell_values(lines, scores, name, clip) for lines in (a, b)))
     sign = METRICS[name].better
     signed = [{p: [sign * v for v in row] for p, row in v.items()} for v in values]
     found = compare(*signed)

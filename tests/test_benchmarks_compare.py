@@ -54,6 +54,19 @@ def test_a_run_without_an_object_has_no_score_and_hides_no_other(tmp_path):
     assert "r_precision_colour" not in only and "clip_colour" not in only
 
 
+def test_a_seed_that_failed_on_one_side_is_left_out_on_both():
+    """Seed 0 is hard; a side that fails on it is not to be compared by seed 1 alone with the other's mean of both."""
+    before, after = [], []
+    for prompt in "abcdef":
+        for seed, wall in ((0, 10.0), (1, 2.0)):
+            before.append(line(prompt, seed, 50.0 - wall, 1.0))
+            after.append(line(prompt, seed, 50.0 - wall, 1.0))
+        after[-2] |= {"failed": "no object", "scores": {}}
+    found = compare.compare_cells(before, after)["systems"]["magic3d"]["metrics"]["clip_colour"]
+    assert found["difference"]["mean"] == 0 and found["p_value"] == 1
+    assert found["before"]["mean"] == found["after"]["mean"] == 48
+
+
 def test_mistakes_are_told(tmp_path, capsys):
     empty, other = tmp_path / "empty.jsonl", tmp_path / "other.jsonl"
     empty.write_text("")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -68,6 +70,16 @@ def test_own_layout_and_texture_are_kept_where_they_can_carry_one():
     assert np.array_equal(control.uv, start.uv) and np.array_equal(control.uv_faces, start.uv_faces)
     assert control.texture.shape == (SIZE, SIZE, 3) and control.texture.dtype == np.float32
     assert np.allclose(control.texture[10, :, 0], 200 / 255) and not control.texture[50].any()
+
+
+def test_a_mesh_that_faces_inwards_is_turned_with_its_layout():
+    start = control_sphere(0.6, 1, SIZE, PADDING)
+    picture = np.full((32, 32, 3), 200, np.uint8)
+    mesh = Mesh(start.vertices, start.faces, uv=start.uv, uv_faces=start.uv_faces, texture=picture)
+    inverted = replace(mesh, faces=mesh.faces[:, ::-1], uv_faces=mesh.uv_faces[:, ::-1])
+    one, other = (control_mesh(m, 1000, SIZE, PADDING, "boxes") for m in (mesh, inverted))
+    assert np.array_equal(one.faces, other.faces) and np.array_equal(one.uv_faces, other.uv_faces)
+    assert np.array_equal(one.vertices, other.vertices)
 
 
 def test_overlapping_layout_is_made_anew_and_keeps_what_it_showed():

@@ -5,7 +5,7 @@ from mesh_shapes import box, join, make, moved, sphere
 
 from stages.mesh.measure import measure
 from stages.mesh.mesh import Mesh
-from stages.mesh.orient import creased, smooth_normals, turned
+from stages.mesh.orient import creased, one_sided, smooth_normals, turned, welded_faces
 
 
 def flipped(mesh, which):
@@ -86,3 +86,44 @@ def test_normals_of_a_split_sphere_are_smooth_and_outward_at_the_files_own_verti
     radial = ball.vertices / np.linalg.norm(ball.vertices, axis=1, keepdims=True)
     assert normals.dtype == np.float32
     assert (normals * radial).sum(1).min() > 0.995
+
+
+def small(x):
+    return moved(box(), (x, 0, 0), 0.5)
+
+
+def test_a_part_apart_that_faces_inwards_is_turned_and_a_cavity_is_not():
+    parts = [box(), flipped(small(3), slice(None)), small(-3), flipped(small(0), slice(None))]
+    over = turned(*_parts(*parts)).reshape(4, 12)
+    assert over.all(1).tolist() == [False, True, False, False] and not over[[0, 2, 3]].any()
+
+
+def test_an_inverted_part_that_reaches_out_of_another_is_turned():
+    assert turned(*_parts(box(), flipped(moved(box(), (0.9, 0.1, 0.2), 0.7), slice(None))))[12:].all()
+
+
+def test_open_parts_are_judged_about_their_own_middles():
+    """Two bowls back to back, wound rightly: about the middle between them both seem to face inwards."""
+    ball = sphere(n=16, m=9)
+    bowl = Mesh(ball.vertices, ball.faces[(ball.vertices[ball.faces][..., 0] <= 1e-6).all(1)])
+    mirrored = Mesh(bowl.vertices * [-1, 1, 1], bowl.faces[:, ::-1])
+    for apart in (0.0, 3.0, 10.0):
+        vertices, faces = _parts(moved(bowl, (apart, 0, 0)), moved(mirrored, (-apart, 0, 0)))
+        assert not turned(vertices, faces).any(), apart
+        assert turned(vertices, faces[:, ::-1]).all(), apart
+
+
+def test_a_surface_written_for_both_sides_counts_once_and_a_wall_between_rooms_twice():
+    cube = box()
+    both = join(cube, flipped(cube, slice(None)))
+    _, faces = welded_faces(both)
+    assert one_sided(faces).tolist() == [True] * 12 + [False] * 12
+    rooms = join(box(), moved(box(), (1, 0, 0)))  # boxes have unit sides: one wall in common
+    _, faces = welded_faces(rooms)
+    assert one_sided(faces).all()
+    assert one_sided(welded_faces(join(both, rooms))[1]).sum() >= 24
+
+
+def _parts(*meshes):
+    whole = join(*meshes)
+    return whole.vertices, whole.faces

@@ -18,7 +18,7 @@ from stages.errors import UserError
 from stages.kernels.srgb import srgb_to_linear
 from stages.mesh.join import LARGEST, side_by_side
 from stages.mesh.read import GREY, _joined, _parts, read_mesh
-from stages.mesh.sample import colours_at
+from stages.mesh.sample import _looked_up, colours_at
 
 TRIANGLE = "v 0 0 0\nv 1 0 0\nv 0 1 0\n"
 POINTS = (
@@ -414,3 +414,89 @@ def test_a_file_that_ends_in_its_numbers_is_refused(tmp_path):
     edited(tmp_path / "a.glb", short)
     with pytest.raises(UserError, match="Cannot read the mesh"):
         read_mesh(tmp_path / "a.glb")
+
+
+@pytest.mark.parametrize("kind", ["uint8", "uint16", "float32"])
+def test_linear_vertex_colours_of_every_kind_keep_their_values(tmp_path, kind):
+    most = 1 if kind == "float32" else np.iinfo(kind).max
+    values = np.array([[0.5, 0.25, 0, 1], [0.003, 0.0015, 0.8, 1], [0, 1, 0.1, 1], [1, 0, 0.3, 1]])
+
+    def coloured(document):
+        used = primitive(document)
+        used.pop("material", None)
+        stored = values * most if kind == "float32" else np.round(values * most)
+        used["attributes"]["COLOR_0"] = packed(stored, kind, "VEC4", normalized=kind != "float32")(document)
+
+    square(CORNERS).export(tmp_path / "a.glb")
+    edited(tmp_path / "a.glb", coloured)
+    mesh = read_mesh(tmp_path / "a.glb")
+    assert mesh.texture is None
+    np.testing.assert_allclose(mesh.colours, values[:, :3], atol=max(0.51 / most if most > 1 else 0, 1e-6))
+
+
+@pytest.mark.parametrize("indexed", [True, False])
+def test_a_fan_of_triangles_is_read(tmp_path, indexed):
+    def fan(document):
+        used = primitive(document)
+        used["mode"] = 6
+        if indexed:
+            used["indices"] = packed([[1], [2], [3], [0]], "uint16", "SCALAR")(document)
+        else:
+            del used["indices"]
+
+    square(CORNERS).export(tmp_path / "a.glb")
+    edited(tmp_path / "a.glb", fan)
+    faces = read_mesh(tmp_path / "a.glb").faces.tolist()
+    assert faces == ([[1, 2, 3], [1, 3, 0]] if indexed else [[0, 1, 2], [0, 2, 3]])
+
+
+def test_lost_pictures_unread_formats_and_skeletons_are_said(tmp_path, caplog):
+    changes = {
+        "gone.png": lambda document: document["images"].__setitem__(0, {"uri": "gone.png"}),
+        "format": lambda document: document["textures"].__setitem__(
+            0, {"extensions": {"KHR_texture_basisu": {"source": 0}}}
+        ),
+        "skeleton": lambda document: document["nodes"][-1].__setitem__("skin", 0),
+    }
+    for word, change in changes.items():
+        square(CORNERS).export(tmp_path / "a.glb")
+        read_mesh(tmp_path / "a.glb")
+        assert not caplog.records
+        edited(tmp_path / "a.glb", change)
+        read_mesh(tmp_path / "a.glb")
+        assert word in caplog.text
+        caplog.clear()
+
+
+def test_a_picture_of_sixteen_bits_keeps_its_grey(tmp_path):
+    grey = Image.fromarray(np.full((4, 4), 32768, np.uint16))
+    visual = TextureVisuals(uv=np.array(CORNERS, float), material=PBRMaterial(baseColorTexture=grey))
+    corners = [[0, 0, 0], [1, 0, 0], [1, 1, 0], [0, 1, 0]]
+    part = trimesh.Trimesh(corners, [[0, 1, 2], [0, 2, 3]], visual=visual, process=False)
+    assert (_joined([(part, None)], linear=True).texture == 127).all()
+
+
+def test_parts_that_share_a_picture_hold_it_once(tmp_path):
+    scene = trimesh.Scene()
+    first = square(CORNERS)
+    for k in range(5):
+        part = first.copy()
+        part.visual.material = first.visual.material
+        part.apply_translation([2 * k, 0, 0])
+        scene.add_geometry(part)
+    scene.export(tmp_path / "a.glb")
+    parts = _parts(trimesh.load_scene(str(tmp_path / "a.glb"), process=False))
+    assert len({id(part.visual.material.baseColorTexture) for part, _ in parts}) == 1
+    mesh = read_mesh(tmp_path / "a.glb")
+    assert len(mesh.faces) == 10 and mesh.texture.shape[0] < 2 * 64
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (16, 9)])
+def test_look_ups_are_bilinear_and_clamped_at_the_border(shape):
+    rng = np.random.default_rng(0)
+    texture = rng.integers(0, 256, (*shape, 3), dtype=np.uint8)
+    uv = rng.uniform(-0.2, 1.2, (200, 2))
+    picture = srgb_to_linear(torch.from_numpy(texture / 255.0)).permute(2, 0, 1)[None]
+    grid = torch.from_numpy(np.stack([2 * uv[:, 0] - 1, 1 - 2 * uv[:, 1]], -1))[None, None]
+    wanted = torch.nn.functional.grid_sample(picture, grid, padding_mode="border", align_corners=False)[0, :, 0].T
+    torch.testing.assert_close(_looked_up(texture, uv), wanted.float(), atol=1e-5, rtol=0)

@@ -18,6 +18,7 @@ from stages.mesh.bake import bake_vertex_colours
 from stages.mesh.clean import check_mesh, decimate
 from stages.mesh.loop import control_of, icosphere
 from stages.mesh.mesh import Mesh
+from stages.mesh.orient import turned
 from stages.mesh.uv import LayoutError, Unwrapper, check_layout, unwrap
 
 log = logging.getLogger(__name__)
@@ -55,7 +56,7 @@ def control_mesh(
     Returns: with the mesh's own texture coordinates where they can carry a texture, and its own colours.
     Raises: UserError if the mesh cannot be used.
     """
-    mesh = welded(mesh)
+    mesh = _facing_outwards(welded(mesh))
     if len(mesh.faces) > most_faces:
         log.warning("the start mesh has %d faces and is decimated to %d", len(mesh.faces), most_faces)
         mesh = decimate(Mesh(mesh.vertices, mesh.faces, _vertex_colours(mesh)), most_faces)
@@ -85,6 +86,12 @@ def welded(mesh: Mesh) -> Mesh:
         colours=None if mesh.colours is None else mesh.colours[first],
         uv_faces=None if mesh.uv_faces is None else mesh.uv_faces[kept],
     )
+
+
+def _facing_outwards(mesh: Mesh) -> Mesh:
+    over = turned(mesh.vertices, mesh.faces)[:, None]
+    uv_faces = None if mesh.uv_faces is None else np.where(over, mesh.uv_faces[:, ::-1], mesh.uv_faces)
+    return replace(mesh, faces=np.where(over, mesh.faces[:, ::-1], mesh.faces), uv_faces=uv_faces)
 
 
 def _solved(mesh: Mesh) -> np.ndarray:

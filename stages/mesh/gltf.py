@@ -23,6 +23,8 @@ from stages.errors import UserError
 log = logging.getLogger(__name__)
 
 MOVES, DRACO = "KHR_texture_transform", "KHR_draco_mesh_compression"
+TRIANGLES, FAN = 4, 6  # primitive modes
+PLAIN: dict[str, Any] = {"name": "vertex colours"}  # a material of nothing but its defaults
 # required extensions that are read, or that say nothing of shape and base colour
 READ = {MOVES, "KHR_mesh_quantization", "EXT_texture_webp", "KHR_lights_punctual", "KHR_xmp_json_ld"}
 _TYPES = {5120: np.int8, 5121: np.uint8, 5122: np.int16, 5123: np.uint16, 5125: np.uint32, 5126: np.float32}
@@ -50,7 +52,30 @@ def plain_gltf(path: Path) -> tuple[bytes, str] | None:
     for part in file.document.get("meshes", []):
         for primitive in part.get("primitives", []):
             changed |= _write_out(file, primitive, done)
+    if any("skin" in node for node in file.document.get("nodes", [])):
+        log.warning("%s has a skeleton: its mesh is read as it is stored, before any bone moves it", path.name)
+    _check_pictures(file)
     return file.content() if changed else None
+
+
+def _check_pictures(file: _File) -> None:
+    """Warn of base colours' pictures that will not be read."""
+    document = file.document
+    used = {p["material"] for part in document.get("meshes", []) for p in part["primitives"] if "material" in p}
+    for number in sorted(used):
+        material = document["materials"][number]
+        texture = material.get("pbrMetallicRoughness", {}).get("baseColorTexture")
+        if texture is None:
+            continue
+        texture = document["textures"][texture["index"]]
+        source = texture.get("extensions", {}).get("EXT_texture_webp", texture).get("source")
+        uri = None if source is None else document["images"][source].get("uri")
+        why = "its format is not read" if source is None else f"there is no file {uri}"
+        if source is None or not (
+            uri is None or uri.startswith("data:") or (file.path.parent / unquote(uri)).is_file()
+        ):
+            name = material.get("name", "without a name")
+            log.warning("the texture of the material %s is left out: %s", name, why)
 
 
 def _is_read(extension: str) -> bool:
@@ -62,7 +87,7 @@ def _is_read(extension: str) -> bool:
 def _write_out(file: _File, primitive: dict[str, Any], done: dict[tuple[Any, ...], int]) -> bool:
     """Give a primitive plain accessors in the place of those that trimesh would misread; whether there were any."""
     attributes = primitive.get("attributes", {})
-    before = (dict(attributes), primitive.get("indices"))
+    before = (dict(attributes), dict(primitive))
     which, move = _texture_use(file.document, primitive)
     if DRACO in primitive.get("extensions", {}):  # trimesh decodes these later, and by attribute
         if which or move:
@@ -83,9 +108,20 @@ def _write_out(file: _File, primitive: dict[str, Any], done: dict[tuple[Any, ...
         attributes["TEXCOORD_0"] = plain(used, move)
     for name in {"POSITION", "COLOR_0"} & attributes.keys():
         attributes[name] = plain(attributes[name], None, colour=name == "COLOR_0")
+    if "COLOR_0" in attributes and "material" not in primitive:  # trimesh would cut these to eight bits
+        materials = file.document.setdefault("materials", [])
+        if PLAIN not in materials:
+            materials.append(PLAIN)
+        primitive["material"] = materials.index(PLAIN)
     if "indices" in primitive:
         primitive["indices"] = plain(primitive["indices"], None)
-    return (attributes, primitive.get("indices")) != before
+    if primitive.get("mode") == FAN:
+        count = file.document["accessors"][attributes["POSITION"]]["count"]
+        around = file.numbers(primitive["indices"])[:, 0] if "indices" in primitive else np.arange(count)
+        fan = np.stack([np.full(max(len(around) - 2, 0), around[0]), around[1:-1], around[2:]], 1)
+        primitive["indices"] = file.add(fan.astype(np.uint32).reshape(-1, 1))
+        primitive["mode"] = TRIANGLES
+    return (attributes, primitive) != before
 
 
 def _texture_use(document: dict[str, Any], primitive: dict[str, Any]) -> tuple[int, tuple[float, ...] | None]:

@@ -6,6 +6,7 @@ share its place, and a part without a texture gets a patch of its mean colour.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 
 import numpy as np
@@ -51,9 +52,16 @@ def side_by_side(pictures: list[np.ndarray]) -> tuple[np.ndarray, list[tuple[np.
 
     All are made smaller by one factor where they do not fit into 8192 texels a side.
     """
+    same: dict[int, int] = {}  # by identity first: hundreds of parts may share one large picture
+    tiles: list[np.ndarray] = []
     unlike: dict[tuple, int] = {}
-    which = [unlike.setdefault((p.shape, p.tobytes()), len(unlike)) for p in pictures]
-    tiles = [pictures[which.index(k)] for k in range(len(unlike))]
+    for picture in pictures:
+        if id(picture) not in same:
+            content = hashlib.sha256(np.ascontiguousarray(picture)).digest()
+            same[id(picture)] = unlike.setdefault((picture.shape, content), len(unlike))
+            if len(unlike) > len(tiles):
+                tiles.append(picture)
+    which = [same[id(picture)] for picture in pictures]
     corners, (width, height) = _shelves(tiles)
     if max(width, height) > LARGEST:
         log.warning("the textures together are %d x %d texels; they are made smaller", width, height)

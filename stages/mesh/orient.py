@@ -10,11 +10,13 @@ import logging
 
 import numpy as np
 
-from stages.mesh.measure import adjacent_faces, edges_of, face_areas, face_volumes, label_components
+from stages.mesh.measure import adjacent_faces, edges_of, face_areas, face_components, label_components
 from stages.mesh.mesh import Mesh
+from stages.mesh.tree import TriangleTree
 
 log = logging.getLogger(__name__)
 
+NEAR = 1e-3  # of a face's size: how far from it its outside is looked at
 CREASE_DEG = 40.0  # edges bent by more than this are sharp
 
 
@@ -28,8 +30,9 @@ def turned(vertices: np.ndarray, faces: np.ndarray) -> np.ndarray:
     """Which faces [F] bool must be turned over so that neighbours agree and bodies face outwards.
 
     Neighbours are faces with a common edge of two faces. Each connected piece that is not consistent is made so, where
-    it can be (a Moebius strip cannot), and faced outwards by its volume; consistent pieces are left as they are, since
-    a cavity rightly faces inwards. Afterwards everything is turned where the whole volume is negative.
+    it can be (a Moebius strip cannot), and faced outwards by its volume about its own middle. Then everything is turned
+    where the whole volume is negative, and last each closed piece that faces inwards without lying inside the others:
+    one that does is a cavity.
     """
     edges = edges_of(faces)
     pairs, edge = adjacent_faces(edges)
@@ -44,15 +47,65 @@ def turned(vertices: np.ndarray, faces: np.ndarray) -> np.ndarray:
     mixed = np.zeros(len(root), dtype=bool)
     mixed[piece[pairs[apart, 0]]] = True
     over = (copy[:count] != copy[root][piece]) & mixed[piece]
-    volumes = face_volumes(vertices, faces) * np.where(over, -1, 1)
-    inward = mixed & (np.bincount(piece, volumes) < 0)
-    over ^= inward[piece]
+    volumes = _volumes_by_piece(vertices, faces, piece)
+    over ^= (mixed & (np.bincount(piece, np.where(over, -volumes, volumes)) < 0))[piece]
     if mixed.any():
         log.info("%d of %d faces turned over, so that neighbours agree", int(over.sum()), count)
-    if (face_volumes(vertices, faces) * np.where(over, -1, 1)).sum() < 0:
+    if np.where(over, -volumes, volumes).sum() < 0:
         log.info("the surface faced inwards and is taken turned over")
         over = ~over
+    closed = np.bincount(piece, (edges.count[edges.of_half_edge] != 2).reshape(-1, 3).any(1)) == 0
+    inward = np.flatnonzero(closed & (np.bincount(piece, np.where(over, -volumes, volumes)) < 0))
+    if len(inward):
+        wrong = inward[~_enclosed(vertices, np.where(over[:, None], faces[:, ::-1], faces), piece, inward)]
+        over ^= np.isin(piece, wrong)
+        if len(wrong):
+            log.info("%d parts faced inwards and are taken turned over", len(wrong))
     return over
+
+
+def _volumes_by_piece(vertices: np.ndarray, faces: np.ndarray, piece: np.ndarray) -> np.ndarray:
+    """Signed volumes [F] of the tetrahedra from the mean corner of each face's piece."""
+    corners = vertices[faces].astype(np.float64)
+    middle = corners.mean(1)
+    count = np.bincount(piece)
+    middle = np.stack([np.bincount(piece, middle[:, k]) / count for k in range(3)], -1)
+    a, b, c = (corners - middle[piece][:, None]).swapaxes(0, 1)
+    return np.einsum("ij,ij->i", a, np.cross(b, c)) / 6
+
+
+def _enclosed(vertices: np.ndarray, faces: np.ndarray, piece: np.ndarray, inward: np.ndarray) -> np.ndarray:
+    """Which of the closed pieces `inward` [P], which face inwards, lie inside the rest [P] bool.
+
+    Looked at right outside the largest face of each, where its own winding number is zero.
+    """
+    areas = face_areas(vertices, faces)
+    order = np.lexsort((areas, piece))
+    last = order[np.searchsorted(piece[order], inward, side="right") - 1]  # the largest face of each piece
+    a, b, c = vertices[faces[last]].astype(np.float64).swapaxes(0, 1)
+    normals = np.cross(b - a, c - a)
+    length = np.linalg.norm(normals, axis=1, keepdims=True)
+    outside = (a + b + c) / 3 - NEAR * normals / np.sqrt(np.maximum(length, 1e-300))  # normals face inwards
+    return TriangleTree(vertices[faces].astype(np.float64)).winding_numbers(outside) > 0.5
+
+
+def one_sided(faces: np.ndarray) -> np.ndarray:
+    """Which faces [F] bool of welded faces to keep so that no part lies there twice, once facing each way.
+
+    Such parts are surfaces that a program wrote for both sides; they would enclose nothing. A wall between two rooms
+    is there twice, too, but not the rest of its part.
+    """
+    _, key = np.unique(np.sort(faces, axis=1), axis=0, return_inverse=True)
+    key = key.reshape(-1)
+    low = faces.argmin(1)[:, None]
+    rolled = np.take_along_axis(faces, (low + np.arange(3)) % 3, axis=1)
+    odd = rolled[:, 1] > rolled[:, 2]
+    both = (np.bincount(key, odd)[key] > 0) & (np.bincount(key, ~odd)[key] > 0)
+    part = face_components(faces, int(faces.max()) + 1)
+    double = np.bincount(part, ~both)[part] == 0
+    first = np.zeros(len(faces), dtype=bool)
+    first[np.unique(key, return_index=True)[1]] = True
+    return ~double | first
 
 
 def creased(mesh: Mesh, crease_deg: float = CREASE_DEG) -> Mesh:

@@ -19,9 +19,11 @@ from stages.mesh.gltf import plain_gltf
 from stages.mesh.join import LARGEST, join
 from stages.mesh.measure import face_areas
 from stages.mesh.mesh import Mesh
+from stages.mesh.obj import plain_obj
 
 log = logging.getLogger(__name__)
 
+GLTF = (".glb", ".gltf")
 GREY = 0.6  # linear colour of a mesh that has none
 FINEST = 2**12  # steps of single precision that a mesh must have along its longest side
 
@@ -37,10 +39,9 @@ def read_mesh(path: str | Path) -> Mesh:
     if not path.is_file():
         why = "it is a folder" if path.is_dir() else "there is no such file"
         raise UserError(what, why, "give the path of a GLB, OBJ, PLY or STL file")
-    gltf = path.suffix.lower() in (".glb", ".gltf")
     try:
-        parts = _parts(_scene(path, plain_gltf(path) if gltf else None))
-        mesh = _joined(parts, linear=gltf) if parts else None
+        parts = _parts(_scene(path, _plain(path)))
+        mesh = _joined(parts, linear=path.suffix.lower() in GLTF) if parts else None
     except UserError:
         raise
     except Exception as error:  # each of trimesh's readers raises its own kinds
@@ -59,6 +60,15 @@ def read_mesh(path: str | Path) -> Mesh:
         why = f"it is {long:g} units long and {far:g} from the origin, where single precision has steps of "
         raise UserError(what, f"{why}{np.spacing(far):g}", "move it near the origin and save it again")
     return mesh
+
+
+def _plain(path: Path) -> tuple[bytes, str] | None:
+    """(content, format) of a file that trimesh would misread, None for others."""
+    kind = path.suffix.lower()
+    if kind in GLTF:
+        return plain_gltf(path)
+    content = plain_obj(path) if kind == ".obj" else None
+    return None if content is None else (content, "obj")
 
 
 def _scene(path: Path, plain: tuple[bytes, str] | None) -> Any:
@@ -83,6 +93,8 @@ def _parts(scene: Any) -> list[tuple[Any, np.ndarray | None]]:
             continue
         part = source.copy()
         part.apply_transform(transform)
+        if part.visual.kind == "texture":
+            part.visual.material = source.visual.material  # and not a copy of its pictures
         tint = source.visual.vertex_attributes.get("color") if source.visual.kind == "texture" else None
         if tint is not None:
             tint = np.asarray(tint)
@@ -94,7 +106,8 @@ def _parts(scene: Any) -> list[tuple[Any, np.ndarray | None]]:
 
 def _joined(parts: list[tuple[Any, np.ndarray | None]], linear: bool) -> Mesh:
     """All parts as one mesh."""
-    return join([Mesh(*_geometry(part), **_appearance(part, tint, linear)) for part, tint in parts])
+    pictures: dict[tuple[int, bytes], np.ndarray] = {}  # parts share pictures: one copy of each
+    return join([Mesh(*_geometry(part), **_appearance(part, tint, linear, pictures)) for part, tint in parts])
 
 
 def _geometry(part: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -102,25 +115,40 @@ def _geometry(part: Any) -> tuple[np.ndarray, np.ndarray]:
         return np.asarray(part.vertices).astype(np.float32), np.asarray(part.faces, np.int32)
 
 
-def _appearance(part: Any, tint: np.ndarray | None, linear: bool) -> dict[str, np.ndarray]:
-    """The colours, or uv, uv_faces and texture, of a trimesh mesh; `tint` multiplies a material's plain colour."""
+def _appearance(
+    part: Any, tint: np.ndarray | None, linear: bool, pictures: dict[tuple[int, bytes], np.ndarray]
+) -> dict[str, np.ndarray]:
+    """The colours, or uv, uv_faces and texture, of a trimesh mesh; `tint` multiplies a material's plain colour.
+
+    pictures: by image and factor, those made so far; their images must stay alive.
+    """
     visual, vertices = part.visual, len(part.vertices)
     if visual.kind == "texture":
         image, factor = _base_colour(visual.material)
         if image is not None and visual.uv is not None:
             if tint is not None and not np.allclose(tint, 1):
                 log.warning("the vertex colours that tint a texture are left out; bake them into the texture")
-            tinted = np.asarray(image.convert("RGB"), np.uint8)
-            if not np.allclose(factor, 1):
-                bright = srgb_to_linear(torch.from_numpy(tinted / 255.0)).numpy() * factor
-                tinted = np.round(_to_srgb(bright) * 255).astype(np.uint8)
-            return _in_one_tile(np.asarray(visual.uv, np.float32), np.asarray(part.faces, np.int32), tinted)
+            key = (id(image), np.asarray(factor, np.float64).tobytes())
+            if key not in pictures:
+                pictures[key] = _tinted(image, factor)
+            return _in_one_tile(np.asarray(visual.uv, np.float32), np.asarray(part.faces, np.int32), pictures[key])
         colours = np.tile(factor.astype(np.float32), (vertices, 1)) * (1 if tint is None else tint)
         return {"colours": colours} | ({} if visual.uv is None else _bare_layout(visual.uv, part.faces))
     if visual.kind in ("vertex", "face"):
         colours = np.asarray(visual.vertex_colors)[:, :3].astype(np.float32) / 255
         return {"colours": colours if linear else srgb_to_linear(torch.from_numpy(colours)).numpy()}
     return {"colours": np.full((vertices, 3), GREY, np.float32)}
+
+
+def _tinted(image: Any, factor: np.ndarray) -> np.ndarray:
+    """A picture [H, W, 3] uint8 in sRGB, times a linear factor [3]."""
+    if image.mode.startswith("I"):  # 16 bits of grey, which PIL would cut at 255
+        image = image.point(lambda v: v / 257).convert("L")
+    tinted = np.asarray(image.convert("RGB"), np.uint8)
+    if np.allclose(factor, 1):
+        return tinted
+    bright = srgb_to_linear(torch.from_numpy(tinted / 255.0)).numpy() * factor
+    return np.round(_to_srgb(bright) * 255).astype(np.uint8)
 
 
 def _bare_layout(uv: Any, faces: Any) -> dict[str, np.ndarray]:

@@ -20,7 +20,7 @@ from stages.mesh.dmtet import MARGIN, DMTet, ids_near
 from stages.mesh.initialise import bisect, crossing_edges, distance_to_surface
 from stages.mesh.measure import adjacent_faces, edges_of, label_components
 from stages.mesh.mesh import Mesh
-from stages.mesh.orient import turned, welded_faces
+from stages.mesh.orient import one_sided, turned, welded_faces
 from stages.mesh.sample import points_at, surface_samples
 from stages.mesh.tetrahedra import Band, Lattice, build_band, dilate, lookup
 from stages.mesh.tree import TriangleTree
@@ -52,6 +52,7 @@ class Body:
 
     def __init__(self, mesh: Mesh, shell: float, cell: float) -> None:
         positions, faces = welded_faces(mesh)
+        faces = faces[one_sided(faces)]
         over = turned(positions, faces)
         faces = np.where(over[:, None], faces[:, ::-1], faces)
         triangles = positions[faces].astype(np.float64)
