@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.export.files import write_whole
-from pipeline.record import git_revision
+from pipeline.runs.process import git_revision
 
-RESULTS = Path(__file__).parent / "results"
+FOLDER = Path(__file__).parent  # of the benchmarks: prompts, suites and cures lie in it
+RESULTS = FOLDER / "results"
 PACKAGES = ("torch", "numpy", "numba", "diffusers", "transformers", "trimesh")
 
 

@@ -21,9 +21,9 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from benchmarks import metrics
 from benchmarks.environment import RESULTS, append_line, environment, quiet_libraries
-from benchmarks.render import CLAY, COLOUR, Subject, ring, shoot
+from benchmarks.quality import metrics
+from benchmarks.quality.render import CLAY, COLOUR, Subject, ring, shoot
 from stages.cameras import Views, orbit_views
 from stages.errors import UserError
 from stages.guidance.clip import ClipScorer
@@ -116,7 +116,7 @@ def ddim_samples(
 
     Timesteps are evenly spaced from the last one down; the move after the lowest one goes to clean data.
 
-    views: N cameras, told to a prior that was taught them (stages/guidance/camera.py), before linear grey 0.4.
+    views: N cameras, told to a prior that was taught them (see guidance/diffusion/camera.py), before linear grey 0.4.
     """
     embedded, empty = prior.embed(prompts), prior.embed([""])
     alphas, total = prior.alphas_cumprod, prior.alphas_cumprod.shape[0]
@@ -217,7 +217,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def measure(args: argparse.Namespace, asked: list[str]) -> dict[str, Any]:
     """Run the measurements, print them, write pictures and the result line; returns the line."""
-    from stages.guidance.diffusion import load_prior
+    from stages.guidance.diffusion.prior import load_prior
 
     quiet_libraries()
     captions = held_out_captions(args.seed)

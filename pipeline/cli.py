@@ -17,7 +17,7 @@ import typer
 
 from pipeline import __version__
 from pipeline.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, Interrupted, UserError, explain, show
-from pipeline.memory import keep_freed_memory
+from pipeline.priors.memory import keep_freed_memory
 
 app = typer.Typer(
     help="A sentence becomes a textured mesh.",
@@ -70,8 +70,8 @@ def run(
 ) -> None:
     """Make a mesh: the whole way, or the stages you name."""
     with _profiled(profile) as listener:
-        from pipeline.config import load_config
-        from pipeline.run import start_run
+        from pipeline.config.model import load_config
+        from pipeline.runs.run import start_run
 
         flags = {"prompt": prompt, "stages": stages, "seed": seed, "device": device}
         flags |= {"from_run": None if from_run is None else str(from_run), "force": True if force else None}
@@ -84,7 +84,7 @@ def _profiled(wanted: bool) -> contextlib.AbstractContextManager:
     """What listens to a run from here on, imports included, or nothing."""
     if not wanted:
         return contextlib.nullcontext()
-    from pipeline.profile import Profile
+    from pipeline.profile.record import Profile
 
     return Profile()
 
@@ -92,7 +92,7 @@ def _profiled(wanted: bool) -> contextlib.AbstractContextManager:
 @app.command()
 def resume(folder: RunArgument) -> None:
     """Continue an interrupted run from its last checkpoint; ends with the bytes of an uninterrupted one."""
-    from pipeline.run import resume_run
+    from pipeline.runs.run import resume_run
 
     resume_run(folder)
 
@@ -104,7 +104,7 @@ def export(
     out: Annotated[Path | None, typer.Option(help="Folder to write to. Default: the run folder.")] = None,
 ) -> None:
     """Write a run's result again, in other formats, without optimising."""
-    from pipeline.run import export_run
+    from pipeline.runs.run import export_run
 
     export_run(folder, formats, out)
 
@@ -112,7 +112,7 @@ def export(
 @app.command()
 def recipes() -> None:
     """List the recipes for --config: what each is, and which it is laid over."""
-    from pipeline.recipes import print_recipes
+    from pipeline.config.recipes import print_recipes
 
     print_recipes()
 
@@ -125,7 +125,7 @@ def settings(
     ] = None,
 ) -> None:
     """List what key.sub=value can set: value, type and bounds, meaning with unit."""
-    from pipeline.settings import print_settings
+    from pipeline.config.listing import print_settings
 
     print_settings(prefix.removesuffix("."), config)
 
@@ -138,7 +138,7 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of 
 @models.command("list")
 def models_list(as_json: JsonOption = False) -> None:
     """List the built-in priors and known models: id, stage, memory, licence, and which are gated or withdrawn."""
-    from pipeline.models import print_presets
+    from pipeline.priors.listing import print_presets
 
     print_presets(as_json)
 
@@ -152,7 +152,7 @@ def models_check(
     as_json: JsonOption = False,
 ) -> None:
     """Name what is missing or wrong in a model's folder, part by part, without loading it."""
-    from pipeline.models import check_model
+    from pipeline.priors.listing import check_model
 
     check_model(source, variant, resolution, as_json, revision)
 

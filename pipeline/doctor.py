@@ -66,7 +66,7 @@ def _cuda() -> tuple[str, str]:
 
 def _pocket(stage: str) -> Callable[[], tuple[str, str]]:
     def check() -> tuple[str, str]:
-        from pipeline.priors import POCKET_FOLDERS, pocket_words
+        from pipeline.priors.sources import POCKET_FOLDERS, pocket_words
 
         folder = POCKET_FOLDERS[stage]
         if not folder.is_dir():
@@ -83,7 +83,7 @@ def _gltf_validator() -> tuple[str, str]:
     if node is None:
         return "missing", "node is not on PATH"
     script = "console.log(require('gltf-validator').version())"
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[1]
     done = subprocess.run([node, "-e", script], capture_output=True, text=True, timeout=30, cwd=root)
     if done.returncode == 0:
         return "ok", done.stdout.strip()

@@ -24,18 +24,18 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, field_valid
 from torch import Tensor
 
 from stages.cameras import CameraSettings, Views, orbit_views, sample_views
-from stages.descent import Descent, below
 from stages.errors import UserError
 from stages.fields.backdrops import BackdropSettings, random_backdrops
 from stages.kernels.raster import edge_topology
 from stages.kernels.srgb import linear_to_srgb
-from stages.mesh.bake import push_pull, texel_points
-from stages.mesh.control import ControlMesh, control_mesh, control_sphere
-from stages.mesh.loop import as_torch, limit_surface, subdivide_linearly
 from stages.mesh.measure import edges_of
 from stages.mesh.mesh import Mesh
-from stages.mesh.regularise import laplacian
-from stages.mesh.uv import Unwrapper
+from stages.mesh.subdivision.control import ControlMesh, control_mesh, control_sphere
+from stages.mesh.subdivision.loop import as_torch, limit_surface, subdivide_linearly
+from stages.mesh.subdivision.regularise import laplacian
+from stages.mesh.texture.bake import push_pull, texel_points
+from stages.mesh.texture.uv import Unwrapper
+from stages.optimise import GroupedAdam, under_prefix
 from stages.phases import phase
 from stages.render.raster import MeshImages, render_mesh
 from stages.render.shade import LAMBERT, Shading, ShadingSettings, sample_shading
@@ -165,7 +165,7 @@ class ClipMeshStage:
         begin = torch.from_numpy(start.vertices), colour, normal
         row_major = [values.detach().clone(memory_format=torch.contiguous_format).to(device) for values in begin]
         self.control, self.colour_map, self.normal_map = map(torch.nn.Parameter, row_major)
-        self.descent = Descent(
+        self.adam = GroupedAdam(
             [{name: parameter} for name, parameter in self._parameters().items()],
             betas=s.betas,
             eps=1e-8,
@@ -248,10 +248,10 @@ class ClipMeshStage:
 
     @torch.no_grad()
     def _update(self, progress: float) -> float:
-        """Take the optimiser step, keep everything in its range, and return the gradient's norm (Descent.step)."""
+        """Take the optimiser step, keep everything in its range, and return the gradient's norm (GroupedAdam.step)."""
         s = self.settings
         rates = [rate * s.lr_end**progress for rate in (s.lr_vertices, s.lr_texture, s.lr_normal)]
-        norm = self.descent.step(rates, self.step_index)
+        norm = self.adam.step(rates, self.step_index)
         self.control.clamp_(-self.bound, self.bound)
         self.colour_map.clamp_(0, 1)
         self.normal_map.clamp_(-1, 1)
@@ -289,7 +289,7 @@ class ClipMeshStage:
     def state_dict(self) -> dict[str, Tensor]:
         """Control mesh, maps, Adam moments, generators and counters; flat and ready for safetensors."""
         self._prepare()
-        state = {"step_index": torch.tensor(self.step_index)} | self.descent.state_dict()
+        state = {"step_index": torch.tensor(self.step_index)} | self.adam.state_dict()
         state |= {"bound": torch.tensor(self.bound, dtype=torch.float64), "generator": self.generator.get_state()}
         state |= {f"start.{k}": torch.from_numpy(getattr(self.start, k)) for k in ("faces", "uv", "uv_faces")}
         for name, parameter in self._parameters().items():
@@ -306,9 +306,9 @@ class ClipMeshStage:
         topology = {k: state[f"start.{k}"].cpu().numpy().copy() for k in ("faces", "uv", "uv_faces")}
         start = ControlMesh(vertices=state["control"].cpu().numpy().copy(), **topology)
         self._build(start, state["colour_map"], state["normal_map"])
-        self.descent.load_state_dict(state)
+        self.adam.load_state_dict(state)
         if hasattr(self.guidance, "load_state_dict"):
-            self.guidance.load_state_dict(below(state, "guidance"))
+            self.guidance.load_state_dict(under_prefix(state, "guidance"))
 
     @torch.no_grad()
     def finish(self) -> Asset:

@@ -23,13 +23,13 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor, nn
 
 from stages.cameras import CameraSettings, Views, orbit_views, sample_views
-from stages.descent import Descent, below, check_parts, fading
 from stages.fields.backdrops import BackdropSettings, random_backdrops, show_on
 from stages.fields.background import Background, BackgroundSettings, random_background
 from stages.fields.check import check_object
 from stages.fields.hashfield import FieldSettings, HashField, without_gradient
 from stages.fields.occupancy import OccupancyGrid, OccupancySettings
 from stages.kernels.srgb import linear_to_srgb
+from stages.optimise import GroupedAdam, check_accumulate, cosine_decay, under_prefix
 from stages.phases import phase
 from stages.render.shade import ALBEDO, LAMBERT, ShadingSettings, sample_shading
 from stages.render.transmittance import TransmittanceSettings, transmittance_loss
@@ -112,7 +112,7 @@ class CoarseStage:
         seed: int,
         previous: Asset | None = None,
     ) -> None:
-        check_parts("coarse", settings.views_per_step, settings.accumulate)
+        check_accumulate("coarse", settings.views_per_step, settings.accumulate)
         self.settings, self.guidance, self.device = settings, guidance, torch.device(device)
         self.steps, self.step_index, self.times = settings.steps, 0, {}
         self.generator = torch.Generator().manual_seed(seed)
@@ -127,7 +127,7 @@ class CoarseStage:
         self.occupancy = OccupancyGrid(settings.occupancy).to(self.device)
         self.step_size = 2 * math.sqrt(3) / settings.samples
         self.occupancy.update(self.field.density, 0, self.generator, self.step_size)  # previews before the first step
-        self.descent = Descent(
+        self.adam = GroupedAdam(
             [{f"{m}.{k}": p for k, p in getattr(self, m).named_parameters()} for m in ("field", "background")],
             betas=settings.betas,
             eps=1e-15,
@@ -168,8 +168,8 @@ class CoarseStage:
                     step_size=self.step_size,
                     normals=s.orientation_always,
                     early_stop=s.early_stop,
-                    faint=s.faint,
-                    stride=s.stride,
+                    min_optical_depth=s.faint,
+                    thin_stride=s.stride,
                 )
             seen, colour, behind = views[chosen], images.colour, images.background.detach()
             if copies:
@@ -220,10 +220,10 @@ class CoarseStage:
         return loss, metrics
 
     def _update(self, progress: float) -> float:
-        """Take the optimiser step and return the gradient's norm; see Descent.step."""
+        """Take the optimiser step and return the gradient's norm; see GroupedAdam.step."""
         s = self.settings
-        factor = fading(s.lr_end, progress)
-        return self.descent.step((s.lr * factor, s.lr_background * factor), self.step_index)
+        factor = cosine_decay(s.lr_end, progress)
+        return self.adam.step((s.lr * factor, s.lr_background * factor), self.step_index)
 
     def headline(self, metrics: dict[str, float]) -> str:
         """Mean opacity, and how near the renders are to what the prior would draw."""
@@ -266,7 +266,7 @@ class CoarseStage:
         state = {"step_index": torch.tensor(self.step_index), "generator": self.generator.get_state()}
         for name, module in self._modules().items():
             state |= {f"{name}.{key}": value.detach().clone() for key, value in module.state_dict().items()}
-        state |= self.descent.state_dict()
+        state |= self.adam.state_dict()
         if hasattr(self.guidance, "state_dict"):
             state |= {f"guidance.{key}": value for key, value in self.guidance.state_dict().items()}
         return state
@@ -276,11 +276,11 @@ class CoarseStage:
         self.step_index = int(state["step_index"])
         self.generator.set_state(state["generator"].cpu())
         for name, module in self._modules().items():
-            module.load_state_dict(below(state, name))
+            module.load_state_dict(under_prefix(state, name))
         self._set_progress(self.step_index / self.steps)
-        self.descent.load_state_dict(state)
+        self.adam.load_state_dict(state)
         if hasattr(self.guidance, "load_state_dict"):
-            self.guidance.load_state_dict(below(state, "guidance"))
+            self.guidance.load_state_dict(under_prefix(state, "guidance"))
 
     def finish(self) -> Asset:
         """Check that there is one finite object of sensible size and hand it on."""

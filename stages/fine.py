@@ -25,23 +25,23 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat
 from torch import Tensor
 
 from stages.cameras import CameraSettings, Views, orbit_views, sample_views
-from stages.descent import Descent, below, check_parts, fading
 from stages.errors import UserError
 from stages.fields.background import BackgroundSettings, random_background
-from stages.fields.fit import FitSettings, fit_albedo
+from stages.fields.colour_fit import FitSettings, fit_albedo
 from stages.fields.hashfield import DetailSettings, FieldSettings, HashField, without_gradient
 from stages.kernels.smoothness import smoothness
 from stages.kernels.srgb import linear_to_srgb
 from stages.mesh.clean import drop_floaters
-from stages.mesh.dmtet import DMTet, Surface, from_function
-from stages.mesh.initialise import InitialiseSettings, dmtet_from_density
 from stages.mesh.measure import measure
 from stages.mesh.mesh import Mesh
 from stages.mesh.orient import creased
 from stages.mesh.place import SPECK
 from stages.mesh.sample import painted_samples
-from stages.mesh.solidify import SolidifySettings, dmtet_from_mesh
-from stages.mesh.tetrahedra import SAFE_MOVE, Lattice
+from stages.mesh.tets.dmtet import DMTet, Surface, from_function
+from stages.mesh.tets.initialise import InitialiseSettings, dmtet_from_density
+from stages.mesh.tets.solidify import SolidifySettings, dmtet_from_mesh
+from stages.mesh.tets.tetrahedra import SAFE_MOVE, Lattice
+from stages.optimise import GroupedAdam, check_accumulate, cosine_decay, under_prefix
 from stages.phases import phase
 from stages.render.raster import MeshImages, render_mesh
 from stages.render.shade import ALBEDO, LAMBERT, Shading, ShadingSettings, sample_shading
@@ -114,7 +114,7 @@ class FineStage:
     def __init__(
         self, settings: FineSettings, guidance: Guide, device: torch.device, seed: int, previous: Asset | None = None
     ) -> None:
-        check_parts("fine", settings.views_per_step, settings.accumulate)
+        check_accumulate("fine", settings.views_per_step, settings.accumulate)
         self.settings, self.guidance, self.device = settings, guidance, torch.device(device)
         self.previous = previous or Asset()
         self.steps, self.step_index, self.times = settings.steps, 0, {}
@@ -122,7 +122,7 @@ class FineStage:
         self.field = self._inherited_field()
         self.dmtet: DMTet | None = None  # made by _prepare, or loaded: a resumed stage does not convert again
         self.locked: Surface | None = None
-        self.descent: Descent | None = None
+        self.adam: GroupedAdam | None = None
         self.start: dict[str, float] = {}  # how the first surface was found, for the first step's metrics
 
     def _inherited_field(self) -> HashField:
@@ -177,7 +177,7 @@ class FineStage:
         groups = [{f"field.{k}": p for k, p in self.field.named_parameters() if p.requires_grad}]
         if self.dmtet is not None:
             groups += [{"dmtet.sdf": self.dmtet.sdf}, {"dmtet.offset": self.dmtet.offset}]
-        self.descent = Descent(
+        self.adam = GroupedAdam(
             groups,
             betas=self.settings.betas,
             eps=1e-15,
@@ -258,20 +258,20 @@ class FineStage:
         return metrics
 
     def _update(self, progress: float) -> float:
-        """Take the optimiser step, let the band follow the surface, and return the gradient's norm (Descent.step)."""
+        """Take the optimiser step, let the band follow the surface, and return the gradient's norm; see GroupedAdam."""
         s = self.settings
-        factor = fading(s.lr_end, progress)
+        factor = cosine_decay(s.lr_end, progress)
         rates = [s.lr_texture * factor]
         if self.dmtet is not None:
             rates += [s.lr_sdf * factor, s.lr_offset * factor]
-        norm = self.descent.step(rates, self.step_index)
+        norm = self.adam.step(rates, self.step_index)
         if self.dmtet is not None:
             self._follow()
         return norm
 
     def _follow(self) -> None:
         """Let the band follow the surface; Adam's moments go with their vertices."""
-        slots = list(self.descent.moments(self.dmtet.sdf, self.dmtet.offset))
+        slots = list(self.adam.moments(self.dmtet.sdf, self.dmtet.offset))
         carried = self.dmtet.step_done([state[key] for state, key in slots])
         if carried is not None:
             for (state, key), value in zip(slots, carried, strict=True):
@@ -312,7 +312,7 @@ class FineStage:
             state |= {f"dmtet.{k}": v.clone() for k, v in self.dmtet.state_dict().items()}
         else:
             state |= {"locked.vertices": self.locked.vertices.clone(), "locked.faces": self.locked.faces.clone()}
-        state |= self.descent.state_dict()
+        state |= self.adam.state_dict()
         if hasattr(self.guidance, "state_dict"):
             state |= {f"guidance.{key}": value for key, value in self.guidance.state_dict().items()}
         return state
@@ -322,17 +322,17 @@ class FineStage:
         s = self.settings
         self.step_index = int(state["step_index"])
         self.generator.set_state(state["generator"].cpu())
-        self.field.load_state_dict(below(state, "field"))
+        self.field.load_state_dict(under_prefix(state, "field"))
         self.dmtet = self.locked = None
         if "locked.faces" in state:
             self._lock(state["locked.vertices"].clone(), state["locked.faces"].clone())
         else:
             options = {"deformation": s.deformation, "device": self.device}
-            self.dmtet = DMTet.from_state(Lattice(s.tets), below(state, "dmtet"), **options)
+            self.dmtet = DMTet.from_state(Lattice(s.tets), under_prefix(state, "dmtet"), **options)
         self._optimise()
-        self.descent.load_state_dict(state)
+        self.adam.load_state_dict(state)
         if hasattr(self.guidance, "load_state_dict"):
-            self.guidance.load_state_dict(below(state, "guidance"))
+            self.guidance.load_state_dict(under_prefix(state, "guidance"))
 
     @torch.no_grad()
     def finish(self) -> Asset:

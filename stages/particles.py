@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from stages.coarse import CoarseSettings, CoarseStage
-from stages.descent import below
 from stages.errors import UserError
+from stages.optimise import under_prefix
 from stages.stage import Asset
 
 SMOOTHING = 0.9  # of the running agreement by which a particle is chosen
@@ -106,7 +106,7 @@ class ParticleStage:
         self.agreement = state["agreement"].clone()
         shared = {key: value for key, value in state.items() if key.startswith("guidance.")}
         for k, member in enumerate(self.members):
-            member.load_state_dict(below(state, f"particle{k}") | shared)
+            member.load_state_dict(under_prefix(state, f"particle{k}") | shared)
 
     def finish(self) -> Asset:
         """The chosen particle's object, or that of the one the prior agrees with best among those that are objects."""

@@ -8,7 +8,7 @@ The seconds in a dict are the host's. On CUDA, where calls return before the dev
 launches, and the phase that next waits for the device holds the rest; a Recorder can wait at both ends of each phase.
 
 Names that readers of a profile rely on: "step" (one optimisation step of a stage), "networks" (inside a prior's neural
-networks, forward or backward), "compilation", "kernel cache" and "imports" (see pipeline/profile.py).
+networks, forward or backward), "compilation", "kernel cache" and "imports" (see pipeline/profile/record.py).
 """
 
 from __future__ import annotations

@@ -54,7 +54,7 @@ def hub(monkeypatch, tmp_path_factory):
 
     Returns: what does ask it, for a test that puts its own answers behind it.
     """
-    from stages.guidance import folder as module
+    from stages.guidance.diffusion import folder as module
 
     asks = module.fetch_index
 

@@ -12,8 +12,9 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
-from stages.kernels import reference_antialias, reference_marching
-from stages.kernels import reference_raster as twin
+from stages.kernels.reference import antialias as reference_antialias
+from stages.kernels.reference import marching as reference_marching
+from stages.kernels.reference import raster as twin
 
 PRIMES = (1, 2654435761, 805459861)
 

@@ -87,10 +87,10 @@ def _child(request: dict) -> int:
 
 def _serve() -> None:
     import pipeline.export.write
-    import pipeline.run  # noqa: F401 (all are only to be loaded before the forks)
+    import pipeline.runs.run  # noqa: F401 (all are only to be loaded before the forks)
     import stages.coarse
     import stages.fine
-    import stages.kernels.cpu_hashgrid  # noqa: F401
+    import stages.kernels.cpu.hashgrid  # noqa: F401
     import tests.toy_pipeline  # noqa: F401
 
     gc.freeze()  # a child's collection would otherwise copy every page of the parent

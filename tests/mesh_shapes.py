@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from stages.mesh.mesh import Mesh
-from stages.mesh.tetrahedra import Lattice
+from stages.mesh.tets.tetrahedra import Lattice
 
 # Kuhn's six tetrahedra of a cube, corners numbered x + 2 y + 4 z; every face diagonal agrees with its neighbour's.
 _KUHN = np.array([[0, 1, 3, 7], [0, 3, 2, 7], [0, 2, 6, 7], [0, 6, 4, 7], [0, 4, 5, 7], [0, 5, 1, 7]])

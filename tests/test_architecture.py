@@ -11,32 +11,74 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 MAX_LINES = 400
+MAX_MODULES = 20  # of one folder at one level
 HELP_S = 0.4
 
-# Rooms of the house, each with the rooms it may import; a room may always import itself.
+# Rooms of the house, each with the rooms it may import; a room may always import itself. `ROOM.*` stands for a room and
+# all rooms within it. A module that others of its folder build on is a room of its own.
 _BASE = {"stages.errors", "stages.cameras", "stages.phases"}
-_SURFACE = _BASE | {"stages.kernels", "stages.mesh"}
-_STAGE = _SURFACE | {"stages.descent"}
+_SURFACE = _BASE | {"stages.kernels.*", "stages.mesh.*"}
+_STAGE = _SURFACE | {"stages.optimise", "stages.stage", "stages.fields", "stages.render"}
+_GUIDED = _STAGE | {"stages.guidance.*", "stages.prompts"}
+_MESH = _BASE | {"stages.kernels.*", "stages.mesh"}
+_TWINS = {"stages.kernels.grid", "stages.kernels.reference"}
+_TABLES = {"benchmarks.environment", "benchmarks.markdown", "benchmarks.plots", "benchmarks.timing"}
+_BENCHMARK = _TABLES | {"stages.*", "pipeline.*"}
 ALLOWED = {
     "stages.errors": set(),
     "stages.phases": set(),
     "stages.cameras": {"stages.errors"},
-    "stages.descent": {"stages.errors"},
+    "stages.optimise": {"stages.errors"},
     "stages.prompts": _BASE,
-    "stages.kernels": _BASE,
-    "stages.mesh": _BASE | {"stages.kernels"},
-    "stages.fields": _BASE | {"stages.kernels"},
+    "stages.kernels.grid": set(),
+    "stages.kernels.reference": set(),
+    "stages.kernels.cpu": _TWINS,
+    "stages.kernels.cuda": _TWINS | {"stages.errors"},
+    "stages.kernels.adaptors": _TWINS,
+    "stages.kernels": _BASE | _TWINS | {"stages.kernels.cuda", "stages.kernels.adaptors"},
+    "stages.mesh": _MESH,
+    "stages.mesh.files": _MESH,
+    "stages.mesh.tets": _MESH,
+    "stages.mesh.texture": _MESH,
+    "stages.mesh.subdivision": _MESH | {"stages.mesh.texture"},
+    "stages.fields": _BASE | {"stages.kernels.*"},
     "stages.render": _SURFACE,
     "stages.stage": {"stages.mesh"},
-    "stages.guidance": _SURFACE | {"stages.prompts", "stages.render"},
-    "stages.coarse": _STAGE | {"stages.fields", "stages.render", "stages.guidance", "stages.prompts", "stages.stage"},
-    "stages.fine": _STAGE | {"stages.fields", "stages.render", "stages.guidance", "stages.prompts", "stages.stage"},
-    "stages.clip_mesh": _STAGE | {"stages.fields", "stages.render", "stages.stage"},
-    "stages.particles": _BASE | {"stages.coarse", "stages.descent", "stages.stage"},
-    "stages.pocket": _SURFACE | {"stages.render", "stages.guidance", "stages.prompts"},
-    "pipeline": {"stages"},
-    "benchmarks": {"stages", "pipeline"},
+    "stages.guidance.prior": _BASE | {"stages.render"},
+    "stages.guidance.vsd": _BASE | {"stages.guidance.prior"},
+    "stages.guidance.diffusion": _BASE | {"stages.kernels.*", "stages.prompts"}
+    | {"stages.guidance.prior", "stages.guidance.vsd"},
+    "stages.guidance": _SURFACE | {"stages.prompts", "stages.render", "stages.guidance.*"},
+    "stages.coarse": _GUIDED,
+    "stages.fine": _GUIDED,
+    "stages.clip_mesh": _STAGE,
+    "stages.particles": _BASE | {"stages.coarse", "stages.optimise", "stages.stage"},
+    "stages.pocket": _SURFACE | {"stages.render", "stages.guidance.*", "stages.prompts"},
+    "pipeline": {"pipeline.cli"},
+    "pipeline.errors": {"stages.*"},
+    "pipeline.export": {"stages.*"},
+    "pipeline.config": {"stages.*", "pipeline.export"},
+    "pipeline.priors": {"stages.*", "pipeline.errors", "pipeline.config"},
+    "pipeline.profile": {"stages.*", "pipeline.config", "pipeline.export"},
+    "pipeline.runs": {"stages.*", "pipeline", "pipeline.errors", "pipeline.config", "pipeline.priors"}
+    | {"pipeline.export", "pipeline.profile"},
+    "pipeline.doctor": {"stages.*", "pipeline", "pipeline.errors", "pipeline.priors"},
+    "pipeline.cli": {"stages.*", "pipeline.*"},
+    "benchmarks.environment": {"pipeline.*"},
+    "benchmarks.markdown": set(),
+    "benchmarks.plots": set(),
+    "benchmarks.timing": set(),
+    "benchmarks.speed": _BENCHMARK,
+    "benchmarks.kernels": _BENCHMARK | {"benchmarks.speed"},
+    "benchmarks.quality": _BENCHMARK | {"benchmarks.speed"},
+    "benchmarks.report": _BENCHMARK | {"benchmarks.kernels", "benchmarks.quality", "benchmarks.speed"},
+    "benchmarks": _BENCHMARK | {"benchmarks.quality"},
 }  # fmt: skip
+# Circles that are known, each with the reason it may stay for now.
+CIRCLES = {
+    # train hands `camera` on to train_camera, which uses train's loop; to be cut when the training is next reworked
+    frozenset({"stages.pocket.train", "stages.pocket.train_camera"}),
+}
 
 
 def sources() -> list[Path]:
@@ -67,6 +109,36 @@ def room(module: str) -> str | None:
     return max(candidates, key=len, default=None)
 
 
+def is_allowed(allowed: set[str], other: str) -> bool:
+    parts = other.split(".")
+    return other in allowed or any(".".join([*parts[:k], "*"]) in allowed for k in range(1, len(parts) + 1))
+
+
+def import_graph() -> dict[str, set[str]]:
+    """The modules of ours that each module of ours imports, also within its folder and inside functions."""
+    modules = {module_name(path): path for path in sources()}
+    graph: dict[str, set[str]] = {}
+    for name, path in modules.items():
+        targets = {module if module in modules else module.rpartition(".")[0] for _, module, _ in imports(path)}
+        graph[name] = {target for target in targets if target in modules and target != name}
+    return graph
+
+
+def circles(graph: dict[str, set[str]]) -> set[frozenset[str]]:
+    """Sets of modules that reach each other by imports (strongly connected components of two and more)."""
+
+    def reached(start: str) -> set[str]:
+        seen, waiting = set(), [start]
+        while waiting:
+            new = graph.get(waiting.pop(), set()) - seen
+            seen |= new
+            waiting += new
+        return seen
+
+    reach = {name: reached(name) for name in graph}
+    return {frozenset(other for other in reach[name] if name in reach[other]) for name in graph if name in reach[name]}
+
+
 def back_edges() -> list[str]:
     wrong = []
     for path in sources():
@@ -77,8 +149,7 @@ def back_edges() -> list[str]:
                 wrong.append(f"{path.relative_to(ROOT)}:{line}: star import of {module}")
             if other is None or other == own:
                 continue
-            allowed = ALLOWED.get(own, set())
-            if other not in allowed and other.split(".")[0] not in allowed:
+            if not is_allowed(ALLOWED.get(own, set()), other):
                 wrong.append(f"{path.relative_to(ROOT)}:{line}: {own} imports {other}")
     return wrong
 
@@ -89,13 +160,36 @@ def test_imports_run_one_way():
 
 def test_every_module_has_a_room():
     homeless = [module_name(path) for path in sources() if room(module_name(path)) in (None, "stages")]
-    assert homeless == ["stages"]  # the package itself, which is empty
+    assert homeless == ["stages"]  # the package itself
 
 
 def test_the_import_walk_sees_a_back_edge(monkeypatch):
     """The walk is only worth something if it fails: forbid an edge that exists and look."""
-    monkeypatch.setitem(ALLOWED, "pipeline", set())
-    assert any("pipeline imports stages.errors" in line for line in back_edges())
+    monkeypatch.setitem(ALLOWED, "pipeline.runs", set())
+    assert any("pipeline.runs imports stages.errors" in line for line in back_edges())
+
+
+def test_no_modules_import_each_other():
+    """Also within a room, where any import is allowed: a circle hides which of two modules stands on which."""
+    assert circles(import_graph()) == CIRCLES
+
+
+def test_the_import_walk_sees_a_circle_inside_a_folder():
+    """Back through a third module, and by an import inside a function."""
+    graph = import_graph()
+    assert "pipeline.runs.lineage" in graph["pipeline.runs.loop"] and "pipeline.runs.loop" in graph["pipeline.runs.run"]
+    graph["pipeline.runs.lineage"].add("pipeline.runs.run")
+    (new,) = circles(graph) - CIRCLES
+    assert {"pipeline.runs.lineage", "pipeline.runs.loop", "pipeline.runs.run"} <= new
+    assert "stages.guidance.diffusion.prior" in graph["pipeline.priors.sources"]  # imported where it is needed
+
+
+def test_no_folder_is_too_full_to_see_anything_in():
+    counts = {}
+    for path in sources():
+        if path.name not in ("__init__.py", "__main__.py"):
+            counts[path.parent] = counts.get(path.parent, 0) + 1
+    assert not {str(folder.relative_to(ROOT)): n for folder, n in counts.items() if n > MAX_MODULES}
 
 
 @pytest.mark.parametrize("path", sources(), ids=module_name)

@@ -6,10 +6,10 @@ import json
 
 import pytest
 
-from benchmarks import quality, systems
-from benchmarks.budget import Budget, Cost, cost_of, fitted_steps, options_by_system, own_steps, read_budget
-from benchmarks.energy import energy_j, joules_between, packages
-from benchmarks.summary import METRICS
+from benchmarks.quality import quality, systems
+from benchmarks.quality.budget import Budget, Cost, cost_of, fitted_steps, options_by_system, own_steps, read_budget
+from benchmarks.quality.summary import METRICS
+from benchmarks.speed.energy import energy_j, joules_between, packages
 from stages.errors import UserError
 from tests.toy_pipeline import octahedron
 
@@ -126,7 +126,7 @@ def test_a_counter_that_starts_again_is_followed():
 
 
 def test_energy_is_that_of_whole_packages_between_the_ends(tmp_path, monkeypatch):
-    monkeypatch.setattr("benchmarks.energy.shutil.which", lambda name: None)
+    monkeypatch.setattr("benchmarks.speed.energy.shutil.which", lambda name: None)
     for name in ("intel-rapl:0", "intel-rapl:1", "intel-rapl:0:0"):
         counter(tmp_path, name, 5_000_000)
     assert [p.name for p in packages(tmp_path)] == ["intel-rapl:0", "intel-rapl:1"]
@@ -138,8 +138,8 @@ def test_energy_is_that_of_whole_packages_between_the_ends(tmp_path, monkeypatch
 
 
 def test_power_of_gpus_is_summed_over_time(tmp_path, monkeypatch):
-    monkeypatch.setattr("benchmarks.energy.shutil.which", lambda name: "/usr/bin/nvidia-smi")
-    monkeypatch.setattr("benchmarks.energy._gpu_watts", lambda: 100.0)
+    monkeypatch.setattr("benchmarks.speed.energy.shutil.which", lambda name: "/usr/bin/nvidia-smi")
+    monkeypatch.setattr("benchmarks.speed.energy._gpu_watts", lambda: 100.0)
     with energy_j(tmp_path) as found:
         pass
     assert 0 <= found["gpu"] < 50 and "cpu" not in found
@@ -147,15 +147,15 @@ def test_power_of_gpus_is_summed_over_time(tmp_path, monkeypatch):
 
 def test_a_gpu_that_stops_answering_has_no_energy(tmp_path, monkeypatch):
     answers = iter([100.0])
-    monkeypatch.setattr("benchmarks.energy.shutil.which", lambda name: "/usr/bin/nvidia-smi")
-    monkeypatch.setattr("benchmarks.energy._gpu_watts", lambda: next(answers, None))
+    monkeypatch.setattr("benchmarks.speed.energy.shutil.which", lambda name: "/usr/bin/nvidia-smi")
+    monkeypatch.setattr("benchmarks.speed.energy._gpu_watts", lambda: next(answers, None))
     with energy_j(tmp_path) as found:
         pass
     assert found == {}
 
 
 def test_without_counters_there_is_no_energy(tmp_path, monkeypatch):
-    monkeypatch.setattr("benchmarks.energy.shutil.which", lambda name: None)
+    monkeypatch.setattr("benchmarks.speed.energy.shutil.which", lambda name: None)
     with energy_j(tmp_path) as found:
         pass
     assert found == {}

@@ -1,11 +1,11 @@
-"""A suite before and after a change (benchmarks/compare.py)."""
+"""A suite before and after a change (benchmarks/quality/compare.py)."""
 
 import json
 
 import pytest
 
-from benchmarks import compare
-from benchmarks.tables import markdown_blocks
+from benchmarks.quality import compare
+from benchmarks.report.tables import markdown_blocks
 
 
 def line(prompt: str, seed: int, score: float, seconds: float, system: str = "magic3d", suite: str = "s") -> dict:

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import trimesh
 
-from benchmarks import geometry
-from benchmarks.geometry import (
+from benchmarks.quality import geometry
+from benchmarks.quality.geometry import (
     Alignment,
     compare,
     self_intersections,

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import guidance, quality
-from benchmarks.cells import Cell, make_cell
-from benchmarks.guidance import COLUMNS, WHOLE, as_markdown, main, meets, paired, step_seconds
-from benchmarks.render import Subject
-from benchmarks.suite import load_suite
-from benchmarks.systems import cures, random_blob
-from benchmarks.view_classifier import ViewClassifier, away_from_front, janus_views, load_or_train
+from benchmarks.quality import guidance, quality
+from benchmarks.quality.cells import Cell, make_cell
+from benchmarks.quality.guidance import COLUMNS, WHOLE, as_markdown, main, meets, paired, step_seconds
+from benchmarks.quality.render import Subject
+from benchmarks.quality.suite import load_suite
+from benchmarks.quality.systems import cures, random_blob
+from benchmarks.quality.view_classifier import ViewClassifier, away_from_front, janus_views, load_or_train
 from stages.mesh.mesh import Mesh
 from stages.pocket import world
 from tests.tiny_clip import pocket_like
@@ -87,7 +87,7 @@ def test_classifier_tells_fronts_of_unseen_meshes_and_sees_the_second_face(robot
 
 def test_saved_classifier_answers_as_the_trained_one_and_is_not_trained_again(robots, monkeypatch):
     classifier, folder = robots
-    monkeypatch.setattr("benchmarks.view_classifier.train", lambda kind: pytest.fail("trained again"))
+    monkeypatch.setattr("benchmarks.quality.view_classifier.train", lambda kind: pytest.fail("trained again"))
     again = load_or_train("robot", folder)
     pictures = torch.rand(4, 64, 64, 3, generator=torch.Generator().manual_seed(0))
     crops = pictures.permute(0, 3, 1, 2)[..., :48, :48]
@@ -143,8 +143,8 @@ def finished(tmp_path, monkeypatch):
     (tmp_path / "prompts.txt").write_text("a red robot\n")
     out = tmp_path / "out"
     meshes = {"sds": ("robot", "green"), "default": ("robot", "red")}
-    from benchmarks import systems
-    from benchmarks.systems import write_ply
+    from benchmarks.quality import systems
+    from benchmarks.quality.systems import write_ply
 
     for name, (kind, colour) in meshes.items():
 
@@ -160,16 +160,18 @@ def finished(tmp_path, monkeypatch):
         monkeypatch.setitem(systems.SYSTEMS, name, systems.System(make, name))
         for seed in (0, 1) if name == "sds" else (0,):
             make_cell(Cell(name, "a red robot", seed), out, [clip], (), 1, False)
-    import stages.mesh.read as read
+    import stages.mesh.files.read as read
 
     plain = read.read_mesh
     monkeypatch.setattr(read, "read_mesh", lambda path: plain(path.with_suffix(".ply")))  # cells here hold PLY files
-    monkeypatch.setattr("benchmarks.view_classifier.train", lambda kind: ViewClassifier(kind, _mute(), 0.9, 0.0))
+    monkeypatch.setattr(
+        "benchmarks.quality.view_classifier.train", lambda kind: ViewClassifier(kind, _mute(), 0.9, 0.0)
+    )
     return tmp_path, out, clip
 
 
 def _mute():
-    from benchmarks.view_classifier import _Net
+    from benchmarks.quality.view_classifier import _Net
 
     net = _Net()
     for parameter in net.parameters():
@@ -194,7 +196,7 @@ def test_table_is_made_of_finished_cells_and_kept_views(finished, capsys, monkey
     table = capsys.readouterr().out
     assert table.strip() == (out / "guidance.md").read_text().strip() == as_markdown(list(lines.values()))
     assert "`sds` | 2 (1 failed)" in table
-    monkeypatch.setattr("benchmarks.view_classifier.janus_views", lambda *_: pytest.fail("looked at again"))
+    monkeypatch.setattr("benchmarks.quality.view_classifier.janus_views", lambda *_: pytest.fail("looked at again"))
     assert main([*words, "--systems", "sds,default"]) == 0
 
 

@@ -6,10 +6,10 @@ import shutil
 
 import pytest
 
-from benchmarks.judges import check_judges, fingerprint, guides_of, judges_among, judges_of_run
-from pipeline.clips import POCKET_CLIP
-from pipeline.config import load_config
-from pipeline.layers import dump
+from benchmarks.quality.judges import check_judges, fingerprint, guides_of, judges_among, judges_of_run
+from pipeline.config.layers import dump
+from pipeline.config.model import load_config
+from pipeline.priors.clips import POCKET_CLIP
 from stages.errors import UserError
 from tests.tiny_clip import pocket_like
 
@@ -70,10 +70,10 @@ def test_two_clips_of_one_name_are_refused(tmp_path, other):
 
 
 def test_a_cell_goes_without_the_scores_of_its_guide_and_says_so(tmp_path, monkeypatch, other):
-    import benchmarks.assess
-    from benchmarks import cells
-    from benchmarks.cells import Cell, load_result, make_cell
-    from benchmarks.systems import Failed, System
+    import benchmarks.quality.assess
+    from benchmarks.quality import cells
+    from benchmarks.quality.cells import Cell, load_result, make_cell
+    from benchmarks.quality.systems import Failed, System
     from tests.toy_pipeline import octahedron
 
     def make(job):
@@ -85,8 +85,10 @@ def test_a_cell_goes_without_the_scores_of_its_guide_and_says_so(tmp_path, monke
         return octahedron(), {"wall_s": 1.0}
 
     monkeypatch.setattr(cells, "find_system", lambda name: System(make, name))
-    monkeypatch.setattr(benchmarks.assess, "draw_gallery", lambda mesh, path: None)
-    monkeypatch.setattr(benchmarks.assess, "assess", lambda mesh, prompt, scorers: {"clip": [s.name for s in scorers]})
+    monkeypatch.setattr(benchmarks.quality.assess, "draw_gallery", lambda mesh, path: None)
+    monkeypatch.setattr(
+        benchmarks.quality.assess, "assess", lambda mesh, prompt, scorers: {"clip": [s.name for s in scorers]}
+    )
     clips, results = [POCKET_CLIP, other], []
     pocket = ("prior.coarse=clip:pocket",)
     for seed, options in enumerate([pocket, (f"prior.coarse=clip:{other}",), (), pocket]):
@@ -99,8 +101,8 @@ def test_a_cell_goes_without_the_scores_of_its_guide_and_says_so(tmp_path, monke
 
 
 def test_a_system_guided_by_the_first_judge_has_no_score_under_it_and_one_under_the_other(other):
-    from benchmarks.suite import Suite
-    from benchmarks.summary import as_text, summarise
+    from benchmarks.quality.suite import Suite
+    from benchmarks.quality.summary import as_text, summarise
     from stages.guidance.clip import ClipScorer
 
     prompts = ["a red mug", "a blue car"]

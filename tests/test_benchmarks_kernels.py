@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import kernels, operations, peers
 from benchmarks.environment import read_lines
-from benchmarks.kernel_tables import TARGETS, kernels_markdown, on_moved_meshes, rows_of, targets
-from benchmarks.operations import BOTH, FORWARD, QUICK, bumpy_ball, cases
+from benchmarks.kernels import kernels, operations, peers
+from benchmarks.kernels.kernel_tables import TARGETS, kernels_markdown, on_moved_meshes, rows_of, targets
+from benchmarks.kernels.operations import BOTH, FORWARD, QUICK, bumpy_ball, cases
 from benchmarks.timing import compare
 from stages.mesh.measure import measure
 from stages.mesh.mesh import Mesh

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import metrics
-from benchmarks.assess import JANUS_ELEVATION, JANUS_PICTURE, colour_facts
-from benchmarks.render import Subject, albedo_of, ring, shoot
+from benchmarks.quality import metrics
+from benchmarks.quality.assess import JANUS_ELEVATION, JANUS_PICTURE, colour_facts
+from benchmarks.quality.render import Subject, albedo_of, ring, shoot
 from stages.cameras import orbit_views
 from stages.kernels.srgb import linear_to_srgb, srgb_to_linear
 from stages.mesh.mesh import Mesh

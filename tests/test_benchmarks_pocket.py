@@ -7,7 +7,8 @@ import json
 import pytest
 import torch
 
-from benchmarks import metrics, pocket
+from benchmarks import pocket
+from benchmarks.quality import metrics
 from stages.pocket import world
 from tests.tiny_clip import pocket_like
 from tests.tiny_folders import pocket_latent, pocket_pixel

@@ -16,12 +16,13 @@ import numpy as np
 import pytest
 import trimesh
 
-from benchmarks import quality, systems
-from benchmarks.cells import Cell, cells_of, load_result, make_cell
-from benchmarks.quality import choose_systems, prior_words
-from benchmarks.suite import Suite, load_suite, pocket_suite
-from benchmarks.summary import METRICS, as_text, summarise
-from benchmarks.systems import Job, find_system, random_blob
+from benchmarks.environment import FOLDER
+from benchmarks.quality import quality, systems
+from benchmarks.quality.cells import Cell, cells_of, load_result, make_cell
+from benchmarks.quality.quality import choose_systems, prior_words
+from benchmarks.quality.suite import Suite, load_suite, pocket_suite
+from benchmarks.quality.summary import METRICS, as_text, summarise
+from benchmarks.quality.systems import Job, find_system, random_blob
 from stages.errors import UserError
 from stages.mesh.measure import measure
 from stages.pocket import world
@@ -63,7 +64,7 @@ def test_the_quick_suite_has_four_prompts_and_the_same_candidates():
 
 
 def test_the_main_job_prompts_are_six_held_out_and_six_trained_of_distinct_kinds():
-    suite = load_suite(str(Path(quality.__file__).with_name("main_job_prompts.txt")))
+    suite = load_suite(str(FOLDER / "main_job_prompts.txt"))
     assert {name: len(group) for name, group in suite.groups.items()} == {"held out": 6, "trained": 6}
     assert len({world.parse(p).kind for p in suite.prompts}) == 12
     assert len(suite.candidates("colour")) == 100

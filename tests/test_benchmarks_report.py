@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 import trimesh
 
-from benchmarks import report, tables
-from benchmarks.browser import find_browser, look, take_picture
-from benchmarks.cells import Cell
 from benchmarks.plots import Point, scatter, ticks
-from benchmarks.suite import Suite
-from benchmarks.summary import summarise
-from benchmarks.systems import random_blob
+from benchmarks.quality.cells import Cell
+from benchmarks.quality.suite import Suite
+from benchmarks.quality.summary import summarise
+from benchmarks.quality.systems import random_blob
+from benchmarks.report import report, tables
+from benchmarks.report.browser import find_browser, look, take_picture
 from stages.errors import UserError
 from stages.mesh.mesh import Mesh
 from stages.pocket import world
@@ -301,10 +301,10 @@ def test_a_browser_shows_the_page_and_turns_a_mesh(finished, tmp_path):
 
 
 def test_without_a_browser_the_picture_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("benchmarks.browser.shutil.which", lambda name: None)
+    monkeypatch.setattr("benchmarks.report.browser.shutil.which", lambda name: None)
     with pytest.raises(UserError, match="no Chromium"):
         take_picture(tmp_path / "page.html", tmp_path / "page.png")
-    monkeypatch.setattr("benchmarks.browser.shutil.which", lambda name: "/bin/false")
+    monkeypatch.setattr("benchmarks.report.browser.shutil.which", lambda name: "/bin/false")
     with pytest.raises(UserError, match="cannot show"):
         take_picture(tmp_path / "page.html", tmp_path / "page.png")
 

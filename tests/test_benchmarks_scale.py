@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import metrics
-from benchmarks.assess import assess, clip_facts
-from benchmarks.quality import POCKET_CLIP
-from benchmarks.render import Subject
-from benchmarks.suite import Suite, pocket_suite
-from benchmarks.summary import METRICS, summarise
-from benchmarks.systems import Job, find_system, random_blob
+from benchmarks.quality import metrics
+from benchmarks.quality.assess import assess, clip_facts
+from benchmarks.quality.quality import POCKET_CLIP
+from benchmarks.quality.render import Subject
+from benchmarks.quality.suite import Suite, pocket_suite
+from benchmarks.quality.summary import METRICS, summarise
+from benchmarks.quality.systems import Job, find_system, random_blob
 from stages.guidance.clip import ClipScorer
 from stages.mesh.mesh import Mesh
 from stages.pocket import world

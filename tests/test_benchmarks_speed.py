@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import full_size, growth, runs, speed, speed_tables
-from benchmarks.curves import Curve, fit_label, growth_plot
 from benchmarks.environment import read_lines
-from benchmarks.growth import SWEEPS, StandIn, fill_ball, make, run_sweep
-from stages.guidance.diffusion import load_prior
+from benchmarks.speed import full_size, growth, runs, speed, speed_tables
+from benchmarks.speed.curves import Curve, fit_label, growth_plot
+from benchmarks.speed.growth import SWEEPS, StandIn, fill_ball, make, run_sweep
+from stages.guidance.diffusion.prior import load_prior
 
 CPU = torch.device("cpu")
 

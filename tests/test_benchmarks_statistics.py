@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from benchmarks.statistics import bootstrap, compare, sign_flip_p, sign_test_p
+from benchmarks.quality.statistics import bootstrap, compare, sign_flip_p, sign_test_p
 
 
 def test_bootstrap_of_equal_values_has_no_width():

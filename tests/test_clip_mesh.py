@@ -17,11 +17,11 @@ from stages.guidance.clip import ClipScorer
 from stages.guidance.clip_guidance import ClipGuidance, ClipGuidanceSettings
 from stages.kernels.raster import interpolate, rasterise, texture
 from stages.kernels.srgb import linear_to_srgb
-from stages.mesh.control import control_sphere
-from stages.mesh.finalise import ExportSettings, finalise
 from stages.mesh.measure import measure
 from stages.mesh.mesh import Mesh
 from stages.mesh.place import PlaceSettings, place
+from stages.mesh.subdivision.control import control_sphere
+from stages.mesh.texture.finalise import ExportSettings, finalise
 from stages.prompts import PromptSettings, ViewPrompts
 from stages.render.shade import ALBEDO, ShadingSettings
 from stages.stage import Asset
@@ -143,7 +143,7 @@ def test_laplacian_weight_decays_as_the_published_code_multiplies_it_step_by_ste
 def test_learning_rate_falls_by_ten_as_the_papers_does():
     made = stage(small(steps=4))
     run(made, 3)
-    rates = [group["lr"] for group in made.descent.optimiser.param_groups]
+    rates = [group["lr"] for group in made.adam.optimiser.param_groups]
     assert rates == pytest.approx([rate * 10**-0.5 for rate in (6e-3, 1e-2, 1e-2)])
 
 

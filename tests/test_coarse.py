@@ -147,7 +147,7 @@ def test_an_edit_goes_on_from_the_field_and_environment_it_is_given_with_all_lev
     edit = CoarseStage(small(field=bands), Noisy(), "cpu", 5, asset)
     views = orbit_views([0.0, 120.0], 20.0)
     torch.testing.assert_close(edit.render(views, 24).colour, first.render(views, 24).colour, atol=2e-3, rtol=0)
-    assert edit.step_index == 0 and len(edit.descent.optimiser.state) == 0
+    assert edit.step_index == 0 and len(edit.adam.optimiser.state) == 0
     run(edit, 4)
     assert bool((edit.field.bands == 1).all())  # nothing of what is there is hidden while it is edited
     saved = {k: v.clone() for k, v in edit.state_dict().items()}

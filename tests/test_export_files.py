@@ -9,27 +9,26 @@ import numpy as np
 import pytest
 import torch
 import trimesh
-from mesh_shapes import box, make, torus
 from PIL import Image
 from pydantic import ValidationError
-from test_export_glb import bumpy_torus, coloured_box, textured_torus
 
 from pipeline.export import files
+from pipeline.export.asset import finalise, finished_mesh
 from pipeline.export.files import write_whole
-from pipeline.export.finalise import finalise
 from pipeline.export.obj import write_obj
 from pipeline.export.ply import write_ply
 from pipeline.export.settings import ExportSettings
 from pipeline.export.stl import write_stl
 from pipeline.export.surface import srgb_bytes, vertex_colours
 from pipeline.export.write import FORMATS, write_formats, write_results
-from pipeline.results import finished_mesh
 from stages.errors import UserError
 from stages.fields.hashfield import FieldSettings, HashField
 from stages.kernels.srgb import srgb_to_linear
-from stages.mesh.initialise import InitialiseSettings
-from stages.mesh.read import read_mesh
+from stages.mesh.files.read import read_mesh
+from stages.mesh.tets.initialise import InitialiseSettings
 from stages.stage import Asset
+from tests.mesh_shapes import box, make, torus
+from tests.test_export_glb import bumpy_torus, coloured_box, textured_torus
 
 
 def test_obj_reads_back_with_its_texture(tmp_path):

@@ -15,13 +15,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import trimesh
-from mesh_shapes import box, join, make, moved, torus
 from PIL import Image
 
 from pipeline.export.glb import glb_bytes, write_glb
 from stages.errors import UserError
-from stages.mesh.charts import unwrap_by_boxes
 from stages.mesh.mesh import Mesh
+from stages.mesh.texture.charts import unwrap_by_boxes
+from tests.mesh_shapes import box, join, make, moved, torus
 
 VALIDATE = """
 const validator = require('gltf-validator'); const fs = require('fs');

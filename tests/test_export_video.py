@@ -11,7 +11,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from mesh_shapes import box, make, moved, torus
 from PIL import Image
 
 from pipeline.export.settings import ExportSettings
@@ -20,8 +19,9 @@ from pipeline.export.write import write_results
 from stages.cameras import orbit_views
 from stages.errors import UserError
 from stages.kernels.srgb import linear_to_srgb
-from stages.mesh.charts import unwrap_by_boxes
+from stages.mesh.texture.charts import unwrap_by_boxes
 from stages.render.shade import ALBEDO
+from tests.mesh_shapes import box, make, moved, torus
 
 
 def painted(points: torch.Tensor) -> torch.Tensor:
@@ -47,7 +47,7 @@ def test_front_first_then_the_right_side_then_the_back():
 
 
 def test_texture_and_field_look_the_same():
-    from stages.mesh.bake import bake
+    from stages.mesh.texture.bake import bake
 
     def smooth(p):
         return 0.5 + 0.4 * torch.sin(3 * p)

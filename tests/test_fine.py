@@ -6,22 +6,22 @@ import weakref
 import numpy as np
 import pytest
 import torch
-from mesh_shapes import all_ids, join, make, moved, sphere, torus
 
 from stages.cameras import orbit_views
 from stages.errors import UserError
-from stages.fields.fit import FitSettings
+from stages.fields.colour_fit import FitSettings
 from stages.fields.hashfield import FieldSettings, HashField
 from stages.fine import DetailSettings, FineSettings, FineStage
 from stages.guidance.guidance import GuidanceOutput
-from stages.mesh.dmtet import DMTet
-from stages.mesh.initialise import InitialiseSettings
 from stages.mesh.measure import measure
 from stages.mesh.mesh import Mesh
-from stages.mesh.tetrahedra import Lattice
+from stages.mesh.tets.dmtet import DMTet
+from stages.mesh.tets.initialise import InitialiseSettings
+from stages.mesh.tets.tetrahedra import Lattice
 from stages.render.raster import render_mesh
 from stages.render.shade import ALBEDO, ShadingSettings
 from stages.stage import Asset
+from tests.mesh_shapes import all_ids, join, make, moved, sphere, torus
 
 CPU = torch.device("cpu")
 FIELD = FieldSettings(levels=4, log2_table=12, base=4, finest=32, hidden=16)
@@ -173,7 +173,7 @@ def test_parts_of_a_step_add_up_to_the_whole_step():
         kept = {}
 
         def keep(progress, fine=fine, kept=kept):
-            kept.update({k: p.grad.clone() for k, p in fine.descent.parameters.items()})
+            kept.update({k: p.grad.clone() for k, p in fine.adam.parameters.items()})
             return 0.0
 
         fine._update = keep
@@ -259,7 +259,7 @@ def test_a_locked_file_with_seams_keeps_its_bytes_and_only_its_colours_learn():
     for _ in range(4):
         assert fine.step()["grad_norm"] > 0
     assert kinds == ["lambert"] * 4  # a shape that stays has nothing to learn from a textureless view
-    assert all(name.startswith("field.") for name in fine.descent.parameters)
+    assert all(name.startswith("field.") for name in fine.adam.parameters)
     assert not fine.surface().vertices.requires_grad
     assert len(fine.surface().vertices) == len(ball.vertices)  # shaded smoothly, without the file's seams
     asset = fine.finish()

@@ -4,11 +4,10 @@ import json
 import shutil
 
 import pytest
-import tiny_families
-import tiny_folders
 from safetensors.torch import load_file, save_file
 
-from stages.guidance.audit import audit
+from stages.guidance.diffusion.audit import audit
+from tests import tiny_families, tiny_folders
 
 FAMILIES = {
     "stable_diffusion": tiny_folders.stable_diffusion,

@@ -10,8 +10,9 @@ import torch
 
 from stages.cameras import CameraSettings, Views, orbit_views, sample_views, to_clip
 from stages.errors import UserError
-from stages.guidance.camera import NUMBERS, CameraLayout, view_numbers
-from stages.guidance.diffusion import DiffusionSettings, load_prior
+from stages.guidance.diffusion.camera import NUMBERS, CameraLayout, view_numbers
+from stages.guidance.diffusion.prior import load_prior
+from stages.guidance.diffusion.settings import DiffusionSettings
 from stages.guidance.prior import ViewContext
 from stages.pocket import models
 from stages.pocket.train import save_prior

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from stages.cameras import orbit_views
+from stages.guidance.exact import ReferencePrior, ReferenceSettings, mixture_noise
 from stages.guidance.guidance import Guidance, GuidanceSettings
 from stages.guidance.prior import ViewContext, scaled_linear_alphas_cumprod
-from stages.guidance.reference import ReferencePrior, ReferenceSettings, mixture_noise
 from stages.prompts import ViewPrompts
 from tests.gaussian_prior import EMPTY, PROMPT, GaussianPrior, images, k_of, make, mean_gradient
 from tests.toy_pipeline import octahedron

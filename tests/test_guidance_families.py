@@ -5,17 +5,17 @@ import math
 import shutil
 
 import pytest
-import tiny_families
-import tiny_folders
 import torch
 
 from stages.cameras import orbit_views
 from stages.errors import UserError
-from stages.guidance.denoisers import join_pooled, split_pooled
-from stages.guidance.diffusion import DiffusionSettings, load_prior
+from stages.guidance.diffusion.denoisers import join_pooled, split_pooled
+from stages.guidance.diffusion.prior import load_prior
+from stages.guidance.diffusion.settings import DiffusionSettings
 from stages.guidance.guidance import Guidance, GuidanceSettings
 from stages.guidance.prior import add_noise
 from stages.prompts import ViewPrompts
+from tests import tiny_families, tiny_folders
 
 SETTINGS = {"flux": DiffusionSettings(resolution=64)}
 PROMPTS = ["a red mug, front view", "a blue cat"]
@@ -387,7 +387,7 @@ def test_tiled_autoencoder_runs_beyond_its_own_size(folders):
 def test_offloaded_blocks_are_on_the_device_only_while_they_run(priors):
     import copy
 
-    from stages.guidance.offload import offload_blocks
+    from stages.guidance.diffusion.offload import offload_blocks
 
     network = copy.deepcopy(priors["sd3"].unet)
     homes = {id(p): p.data for block in network.transformer_blocks for p in block.parameters()}

@@ -1,15 +1,15 @@
 """Memory counted before loading equals the memory of what is then loaded and run."""
 
 import pytest
-import tiny_families
-import tiny_folders
 import torch
 
-from stages.guidance.diffusion import DiffusionSettings, load_prior
-from stages.guidance.footprint import embedding_shape, footprint, live_bytes, resident
-from stages.guidance.plan import make_plan
+from stages.guidance.diffusion.footprint import embedding_shape, footprint, live_bytes, resident
+from stages.guidance.diffusion.plan import make_plan
+from stages.guidance.diffusion.prior import load_prior
+from stages.guidance.diffusion.settings import DiffusionSettings
+from stages.guidance.diffusion.weights import Header
 from stages.guidance.vsd import RenderScore, VsdSettings
-from stages.guidance.weights import Header
+from tests import tiny_families, tiny_folders
 
 CPU = torch.device("cpu")
 

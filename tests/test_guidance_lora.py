@@ -4,14 +4,13 @@ import json
 import shutil
 
 import pytest
-import tiny_families
-import tiny_folders
 import torch
 from safetensors.torch import load_file, save_file
 
 from stages.errors import UserError
-from stages.guidance.diffusion import load_prior
-from stages.guidance.lora import Lora, from_sgm
+from stages.guidance.diffusion.lora import Lora, from_sgm
+from stages.guidance.diffusion.prior import load_prior
+from tests import tiny_families, tiny_folders
 
 ATTENTION = "down_blocks.1.attentions.0.transformer_blocks.0.attn1"
 RANK, SCALE = 3, 0.7

@@ -1,19 +1,18 @@
-"""The recipes that benchmarks.guidance compares: plain SDS, one for each rule, plain SDS with one cure each."""
+"""The recipes that benchmarks.quality.guidance compares: plain SDS, one for each rule, plain SDS with one cure each."""
 
 import pytest
-import tiny_families
-import tiny_folders
 import torch
 
-from benchmarks.systems import CURES, cures, find_system
-from pipeline.config import load_config
-from pipeline.priors import check_priors
-from pipeline.recipes import find_recipe
+from benchmarks.quality.systems import CURES, cures, find_system
+from pipeline.config.model import load_config
+from pipeline.config.recipes import find_recipe
+from pipeline.priors.sources import check_priors
+from stages.guidance.diffusion.presets import find_preset
 from stages.guidance.guidance import GuidanceSettings
-from stages.guidance.presets import find_preset
 from stages.guidance.prior import path_alphas_cumprod, scaled_linear_alphas_cumprod
 from stages.guidance.residuals import RULES
 from stages.prompts import PromptSettings
+from tests import tiny_families, tiny_folders
 
 RULE_RECIPES = {"csd": "csd", "nfsd": "nfsd", "ism": "ism", "sdi": "sdi", "vsd": "vsd", "hifa": "sds"}
 

@@ -96,7 +96,7 @@ def test_threshold_on_latents_of_unknown_range_is_refused_until_a_range_is_given
     class Latent(GaussianPrior):
         data_range = None
 
-    from stages.guidance.fit import data_range
+    from stages.guidance.compatibility import data_range
 
     settings = GuidanceSettings(threshold="static")
     with pytest.raises(UserError, match="threshold=static does not fit the prior gaussian") as caught:

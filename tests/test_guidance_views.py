@@ -1,19 +1,19 @@
 """How views enter a step: mixed embeddings, Perp-Neg, negatives by view; and what does not fit is refused at once."""
 
 import pytest
-import tiny_folders
 import torch
 
 from stages.cameras import orbit_views
 from stages.errors import UserError
+from stages.guidance.compatibility import check_fit
 from stages.guidance.conditions import Conditions
-from stages.guidance.diffusion import load_prior
-from stages.guidance.fit import check_fit
+from stages.guidance.diffusion.prior import load_prior
 from stages.guidance.guidance import Guidance, GuidanceSettings
 from stages.guidance.prior import add_noise, x0_from_eps
-from stages.guidance.residuals import RULES, Problem, most_predictions
+from stages.guidance.residuals import RULES, StepInputs, most_predictions
 from stages.guidance.rules import guided, perp_neg
 from stages.prompts import PromptSettings, ViewPrompts, perp_neg_weights
+from tests import tiny_folders
 from tests.gaussian_prior import VIEWS, GaussianPrior, images, k_of
 
 T, SCALE = 600, 5.0
@@ -126,7 +126,7 @@ def step_of(rule, phi=0.0, blend="perp_neg", scale=SCALE):
     names = ("prompt", "negative", "empty", "against 0", "against 1")
     known = {name: torch.randn(2, 3, 4, 4, generator=generator) for name in names}
     x, eps = torch.randn(2, 2, 3, 4, 4, generator=generator)
-    problem = Problem(
+    problem = StepInputs(
         x, eps, torch.tensor([T, T]), GaussianPrior.alphas_cumprod, 0.5, lambda z, t, *asked: [known[a] for a in asked]
     )
     if blend == "perp_neg":

@@ -3,16 +3,15 @@
 import shutil
 
 import pytest
-import tiny_families
-import tiny_folders
 import torch
 
-from pipeline.checkpoint import load_checkpoint, save_checkpoint
+from pipeline.runs.checkpoint import load_checkpoint, save_checkpoint
 from stages.cameras import orbit_views
 from stages.coarse import CoarseSettings, CoarseStage
 from stages.errors import UserError
-from stages.guidance.camera import CameraLayout
-from stages.guidance.diffusion import DiffusionSettings, load_prior
+from stages.guidance.diffusion.camera import CameraLayout
+from stages.guidance.diffusion.prior import load_prior
+from stages.guidance.diffusion.settings import DiffusionSettings
 from stages.guidance.guidance import Guidance, GuidanceSettings
 from stages.guidance.prior import (
     PREDICTIONS,
@@ -22,9 +21,10 @@ from stages.guidance.prior import (
     per_sample,
     scaled_linear_alphas_cumprod,
 )
-from stages.guidance.residuals import RULES, Problem
+from stages.guidance.residuals import RULES, StepInputs
 from stages.guidance.vsd import RenderScore, VsdSettings, attention_layers, camera_numbers, native_weight
 from stages.prompts import ViewPrompts
+from tests import tiny_families, tiny_folders
 from tests.gaussian_prior import PROMPT, GaussianPrior, k_of
 
 FAMILIES = ("stable_diffusion", "pocket_pixel", "sdxl", "sd3", "flux")
@@ -58,7 +58,7 @@ def residual_of(x, score, rule="vsd", scale=1.0):
         k = len(names)
         return list(prior.predict_noise(z.repeat(k, 1, 1, 1), t.repeat(k), embedding, embedding).chunk(k))
 
-    problem = Problem(x, eps, T[: len(x)], prior.alphas_cumprod, 0.0, predict, score=lambda z, t: score(z, t, eps))
+    problem = StepInputs(x, eps, T[: len(x)], prior.alphas_cumprod, 0.0, predict, score=lambda z, t: score(z, t, eps))
     return RULES[rule](problem, GuidanceSettings(rule=rule, scale=scale)).residual
 
 

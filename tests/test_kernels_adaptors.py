@@ -10,15 +10,17 @@ import pytest
 import torch
 
 from stages.cameras import orbit_views, to_clip
-from stages.kernels import adaptor_nvdiffrast, adaptor_tinycudann
+from stages.kernels.adaptors import nvdiffrast as adaptor_nvdiffrast
+from stages.kernels.adaptors import tinycudann as adaptor_tinycudann
 from stages.kernels.backend import Selection, probe, selected
 from stages.kernels.density import hash_density
-from stages.kernels.hashgrid import HashGridSpec, hash_encode, hash_gradient
+from stages.kernels.grid import HashGridSpec
+from stages.kernels.hashgrid import hash_encode, hash_gradient
 from stages.kernels.marching import marching_tetrahedra, mesh_edges
 from stages.kernels.mlp import mlp, mlp_with_slope
 from stages.kernels.raster import antialias, edge_topology, interpolate, rasterise, texture
-from stages.mesh.dmtet import from_function
-from stages.mesh.tetrahedra import Lattice
+from stages.mesh.tets.dmtet import from_function
+from stages.mesh.tets.tetrahedra import Lattice
 from tests import fake_kernels
 
 SMALL = HashGridSpec(levels=5, log2_table=8, base=3, finest=40)  # two dense levels of 64 and 216 rows, three hashed

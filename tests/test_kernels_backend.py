@@ -8,12 +8,13 @@ import pytest
 import torch
 
 import pipeline.doctor as doctor
-from pipeline.config import load_config
-from pipeline.progress import Progress
+from pipeline.config.model import load_config
+from pipeline.runs.progress import Progress
 from stages.errors import UserError
 from stages.kernels import backend as kernels
 from stages.kernels.backend import KernelSettings, Probe, Selection, choose_backend, resolve, selected
-from stages.kernels.hashgrid import HashGridSpec, hash_encode
+from stages.kernels.grid import HashGridSpec
+from stages.kernels.hashgrid import hash_encode
 from stages.kernels.raster import edge_topology
 from tests import toy_pipeline
 
@@ -226,16 +227,13 @@ def test_the_doctor_calls_warp_broken_where_it_does_not_reach_the_gpu(monkeypatc
 
 @pytest.fixture
 def toy_run(monkeypatch, tmp_path):
-    """pipeline.run in this process with toy stages, standing in tmp_path."""
-    import pipeline.loop
-    import pipeline.run
+    """pipeline.runs.run in this process with toy stages, standing in tmp_path."""
+    import pipeline.runs.loop
+    import pipeline.runs.run
 
-    replaced = [(pipeline.run, name) for name in ("check_priors", "make_stage", "finished_mesh")]
-    for module, name in [*replaced, (pipeline.loop, "make_stage"), (pipeline.loop, "build_guidance")]:
-        monkeypatch.setattr(module, name, getattr(module, name))
-    toy_pipeline.install()
+    toy_pipeline.install(monkeypatch.setattr)
     monkeypatch.chdir(tmp_path)
-    return pipeline.run
+    return pipeline.runs.run
 
 
 SMALL = ["coarse.steps=2", "fine.steps=2", "export.turntable_frames=0", "device=cpu"]

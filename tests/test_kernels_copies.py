@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import stages.kernels
+import stages.kernels.cpu
 from stages.kernels.density import hash_density
 from stages.kernels.hashgrid import hash_encode, hash_gradient
 from stages.kernels.mlp import mlp, mlp_with_slope
@@ -21,13 +21,12 @@ from tests.test_kernels_sizes import OPS as MESH_OPS
 
 
 def kernels() -> Iterator[tuple[object, str, Callable]]:
-    """Module, name and function of everything in cpu_*.py that numba compiles."""
+    """Module, name and function of everything in cpu/*.py that numba compiles."""
     from numba.core.dispatcher import Dispatcher
 
-    for found in pkgutil.iter_modules(stages.kernels.__path__):
-        if found.name.startswith("cpu_"):
-            module = importlib.import_module(f"stages.kernels.{found.name}")
-            yield from ((module, name, value) for name, value in vars(module).items() if isinstance(value, Dispatcher))
+    for found in pkgutil.iter_modules(stages.kernels.cpu.__path__):
+        module = importlib.import_module(f"stages.kernels.cpu.{found.name}")
+        yield from ((module, name, value) for name, value in vars(module).items() if isinstance(value, Dispatcher))
 
 
 def addresses(values) -> set[int]:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from stages.kernels.density import hash_density
-from stages.kernels.hashgrid import HashGridSpec, hash_encode, hash_encode_both, hash_gradient
+from stages.kernels.grid import HashGridSpec
+from stages.kernels.hashgrid import hash_encode, hash_encode_both, hash_gradient
 from stages.kernels.mlp import mlp, mlp_with_slope
 from stages.kernels.volume import Samples, composite, march, visible
 from tests.test_kernels_sizes import FAST, SIZES, Case, assert_agrees, assert_refused_or_left_to_the_twin, outputs
@@ -182,7 +183,7 @@ def case_of_march(seed: int) -> Case:
     occupancy = occupancy if seed % 3 else occupancy > 0
 
     def op(o, d, jitter, occupancy, backend):
-        samples = march(o, d, occupancy, 0.05, jitter, stride=1 + seed % 4, backend=backend)
+        samples = march(o, d, occupancy, 0.05, jitter, thin_stride=1 + seed % 4, backend=backend)
         return samples.t, samples.delta, samples.ray_offsets
 
     return Case(op, (o, d, draw.uniform(draw.n)), (occupancy,), layout=draw.layout)

@@ -4,9 +4,10 @@ differences in float64."""
 import pytest
 import torch
 
-from stages.kernels import cpu_hashgrid
+from stages.kernels.cpu import hashgrid as cpu_hashgrid
 from stages.kernels.density import hash_density
-from stages.kernels.hashgrid import HashGridSpec, hash_encode, hash_gradient
+from stages.kernels.grid import HashGridSpec
+from stages.kernels.hashgrid import hash_encode, hash_gradient
 from stages.kernels.mlp import mlp, mlp_with_slope
 
 SMALL = HashGridSpec(levels=5, log2_table=8, base=3, finest=40)  # two dense levels, three hashed

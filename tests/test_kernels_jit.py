@@ -1,10 +1,13 @@
-"""Kernels compiled from other sources than today's are not used (stages/kernels/jit.py)."""
+"""Kernels compiled from other sources than today's are not used (stages/kernels/cpu/jit.py)."""
 
 from pathlib import Path
 
 import pytest
 
-from stages.kernels import jit
+import stages.kernels
+from stages.kernels.cpu import jit
+
+KERNELS = Path(stages.kernels.__file__).parent
 
 
 @pytest.fixture
@@ -12,51 +15,72 @@ def tree(tmp_path, monkeypatch) -> tuple[Path, Path, Path]:
     """The folder of the sources, a kernel file, and the cache folder with one kernel of it and one of another file."""
     monkeypatch.setattr(jit, "ROOT", tmp_path)
     sources, cache = tmp_path / "stages" / "kernels", tmp_path / "cache"
-    sources.mkdir(parents=True)
-    cache.mkdir()
-    (sources / "cpu_part.py").write_text("from stages.kernels.cpu_vectors import tile\nfrom os import path\n")
-    (sources / "cpu_vectors.py").write_text("from stages.kernels.reference_part import (\n    LIMIT,\n)\n")
-    (sources / "reference_part.py").write_text("LIMIT = 1\n")
-    for name in ("cpu_part.f-1.py311.nbi", "cpu_other.f-1.py311.nbi"):
+    for folder in (sources / "cpu", sources / "reference", cache):
+        folder.mkdir(parents=True)
+    imports = (
+        "from os import path\nfrom stages.kernels.cpu.jit import njit\nfrom stages.kernels.cpu.vectors import tile\n"
+    )
+    (sources / "cpu" / "part.py").write_text(imports)
+    (sources / "cpu" / "jit.py").write_text("njit = None\n")
+    (sources / "cpu" / "vectors.py").write_text("from stages.kernels.reference.part import (\n    LIMIT,\n)\n")
+    (sources / "reference" / "part.py").write_text("LIMIT = 1\n")
+    for name in ("part.f-1.py311.nbi", "other.f-1.py311.nbi"):
         (cache / name).write_bytes(b"compiled")
-    return sources, sources / "cpu_part.py", cache
+    return sources, sources / "cpu" / "part.py", cache
 
 
 def forget(source: Path, cache: Path) -> None:
     jit.forget_stale.__wrapped__(source, cache)
 
 
-@pytest.mark.parametrize("changed", ["cpu_vectors.py", "reference_part.py"])
+@pytest.mark.parametrize("changed", ["cpu/vectors.py", "reference/part.py"])
 def test_a_kernel_is_forgotten_when_what_it_takes_in_changes(tree, changed):
     sources, source, cache = tree
     forget(source, cache)
-    assert not (cache / "cpu_part.f-1.py311.nbi").exists()  # of unknown origin
-    (cache / "cpu_part.f-1.py311.nbi").write_bytes(b"compiled")
+    assert not (cache / "part.f-1.py311.nbi").exists()  # of unknown origin
+    (cache / "part.f-1.py311.nbi").write_bytes(b"compiled")
     forget(source, cache)
-    assert (cache / "cpu_part.f-1.py311.nbi").exists()  # nothing has changed
+    assert (cache / "part.f-1.py311.nbi").exists()  # nothing has changed
     (sources / changed).write_text((sources / changed).read_text() + "# changed\n")
     forget(source, cache)
-    assert not (cache / "cpu_part.f-1.py311.nbi").exists()
-    assert (cache / "cpu_other.f-1.py311.nbi").exists()
+    assert not (cache / "part.f-1.py311.nbi").exists()
+    assert (cache / "other.f-1.py311.nbi").exists()
+
+
+def test_a_kernel_outlives_a_change_of_what_compiles_it(tree):
+    sources, source, cache = tree
+    forget(source, cache)
+    (cache / "part.f-1.py311.nbi").write_bytes(b"compiled")
+    (sources / "cpu" / "jit.py").write_text("njit = print\n")
+    forget(source, cache)
+    assert (cache / "part.f-1.py311.nbi").exists()
 
 
 def test_a_file_that_takes_nothing_in_is_left_to_numba(tree):
     sources, _, cache = tree
-    (sources / "cpu_other.py").write_text("import math\n")
-    forget(sources / "cpu_other.py", cache)
-    assert sorted(path.name for path in cache.iterdir()) == ["cpu_other.f-1.py311.nbi", "cpu_part.f-1.py311.nbi"]
+    (sources / "cpu" / "other.py").write_text("import math\nfrom stages.kernels.cpu.jit import njit\n")
+    forget(sources / "cpu" / "other.py", cache)
+    assert sorted(path.name for path in cache.iterdir()) == ["other.f-1.py311.nbi", "part.f-1.py311.nbi"]
 
 
-def test_the_rasteriser_knows_its_sources():
-    source = Path(jit.__file__).with_name("cpu_raster.py")
-    assert {path.name for path in jit._imported(source, set())} == {"cpu_vectors.py", "reference_raster.py"}
+def test_the_rasteriser_and_what_takes_it_in_know_their_sources():
+    vectors, twin = KERNELS / "cpu" / "vectors.py", KERNELS / "reference" / "raster.py"
+    assert jit._imported(KERNELS / "cpu" / "raster.py", set()) == {vectors, twin}
+    assert jit._imported(KERNELS / "cpu" / "antialias.py", set()) == {KERNELS / "cpu" / "raster.py", vectors, twin}
+
+
+def test_every_name_that_a_kernel_takes_in_is_seen():
+    """Only `from stages.kernels.cpu.MODULE import NAME` is: a module taken whole would go by unseen."""
+    for path in (KERNELS / "cpu").glob("*.py"):
+        lines = [line for line in path.read_text().splitlines() if line.startswith(("import stages", "from stages"))]
+        seen = (*jit.COMPILED_IN.findall(path.read_text()), "stages.kernels.cpu.jit", "stages.kernels.cpu.threads")
+        assert all(line.split()[1] in seen and line.startswith("from ") for line in lines), path.name
 
 
 def test_every_cached_kernel_is_compiled_through_it():
-    root = Path(jit.__file__).parents[1]
     lines = [
         f"{path.name}: {line}"
-        for path in root.rglob("*.py")
+        for path in KERNELS.parent.rglob("*.py")
         for line in path.read_text().splitlines()
         if line.startswith("from numba import") and "njit" in line
     ]

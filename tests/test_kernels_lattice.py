@@ -5,10 +5,10 @@ from importlib.util import find_spec
 import numpy as np
 import pytest
 import torch
-from mesh_shapes import all_ids
 
 from stages.kernels.lattice import diffuse
-from stages.mesh.tetrahedra import STRENGTH_PER_CELL, Lattice, build_band, dilate
+from stages.mesh.tets.tetrahedra import STRENGTH_PER_CELL, Lattice, build_band, dilate
+from tests.mesh_shapes import all_ids
 
 BACKENDS = ("torch", "numba", *(["warp"] if find_spec("warp") else []))
 

@@ -6,13 +6,13 @@ from importlib.util import find_spec
 import numpy as np
 import pytest
 import torch
-from mesh_shapes import all_ids
 
-from stages.kernels import cpu_marching
+from stages.kernels.cpu import marching as cpu_marching
 from stages.kernels.marching import marching_tetrahedra, mesh_edges
 from stages.mesh.measure import measure
 from stages.mesh.mesh import Mesh
-from stages.mesh.tetrahedra import Lattice, build_band
+from stages.mesh.tets.tetrahedra import Lattice, build_band
+from tests.mesh_shapes import all_ids
 
 BACKENDS = ("torch", "numba", *(["warp"] if find_spec("warp") else []))
 CORNERS = torch.tensor([[0.0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1]])

@@ -8,8 +8,10 @@ import torch
 import trimesh
 
 from stages.cameras import orbit_views, rays, to_clip
-from stages.kernels import cpu_raster, reference_antialias, reference_raster
+from stages.kernels.cpu import raster as cpu_raster
 from stages.kernels.raster import antialias, edge_topology, interpolate, rasterise, texture, vertex_normals
+from stages.kernels.reference import antialias as reference_antialias
+from stages.kernels.reference import raster as reference_raster
 from stages.mesh.mesh import Mesh
 
 WARP = pytest.param("warp", marks=pytest.mark.skipif(find_spec("warp") is None, reason="warp-lang is not installed"))
@@ -531,7 +533,7 @@ def test_vertex_normal_gradients_match_finite_differences():
 
 
 def test_the_walk_over_triangles_is_bounded_alike_in_both_backends():
-    from stages.kernels import cpu_antialias
+    from stages.kernels.cpu import antialias as cpu_antialias
 
     assert cpu_antialias.STEPS_MAX == reference_antialias.STEPS_MAX
 

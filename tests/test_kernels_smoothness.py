@@ -5,10 +5,10 @@ import math
 import numpy as np
 import pytest
 import torch
-from mesh_shapes import box, noisy_blob, sphere, tetrahedron
 
 from stages.kernels.marching import mesh_edges
 from stages.kernels.smoothness import smoothness
+from tests.mesh_shapes import box, noisy_blob, sphere, tetrahedron
 
 TERMS = ("bend", "rough")
 BACKENDS = ("torch", "numba")

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from stages.kernels import threads
-from stages.kernels.threads import each
+from stages.kernels.cpu import threads
+from stages.kernels.cpu.threads import each
 
 
 @pytest.mark.parametrize("count", [1, 2, 5])

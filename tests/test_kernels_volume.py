@@ -95,7 +95,7 @@ def test_march_in_numba_is_its_twin():
     o, d, cells, jitter = scene()
     cells = cells.to(torch.uint8) + (torch.rand(cells.shape, generator=torch.Generator().manual_seed(3)) < 0.1) * cells
     assert cells.unique().tolist() == [0, 1, 2]
-    a, b = (march(o, d, cells, 0.03, jitter, stride=3, backend=backend) for backend in BACKENDS)
+    a, b = (march(o, d, cells, 0.03, jitter, thin_stride=3, backend=backend) for backend in BACKENDS)
     assert len(b) > 1000
     # a sample within float rounding of a cell wall may fall on either side
     assert (a.counts != b.counts).float().mean() < 0.01
@@ -111,7 +111,7 @@ def test_thin_cells_are_stepped_coarsely_with_the_same_mean_length(backend):
     cells = torch.ones(8, 8, 8, dtype=torch.uint8)
     cells[:, :, 2:5] = 2  # 0.75 of the length of 2
     jitter = torch.rand(rays, generator=torch.Generator().manual_seed(0))
-    samples = march(o, d, cells, 0.05, jitter, stride=4, backend=backend)
+    samples = march(o, d, cells, 0.05, jitter, thin_stride=4, backend=backend)
     thin = samples.delta > 0.1
     assert torch.allclose(samples.delta[thin], torch.tensor(0.2))
     length = [float(samples.delta[chosen].sum()) / rays for chosen in (thin, ~thin)]

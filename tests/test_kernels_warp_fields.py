@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from stages.kernels.density import hash_density
-from stages.kernels.hashgrid import HashGridSpec, hash_encode, hash_gradient
+from stages.kernels.grid import HashGridSpec
+from stages.kernels.hashgrid import hash_encode, hash_gradient
 from stages.kernels.mlp import mlp
 from stages.kernels.volume import Samples, composite, march
 
@@ -110,8 +111,8 @@ def test_other_dtypes_and_sizes_are_refused_by_name(device):
 
 
 def test_a_launch_refuses_by_name_what_its_kernel_would_misread():
-    from stages.kernels import cuda_volume
-    from stages.kernels.cuda_launch import launch
+    from stages.kernels.cuda import volume as cuda_volume
+    from stages.kernels.cuda.launch import launch
 
     def arguments(**changes):
         wanted = {"values": torch.ones(4, 2), "weights": torch.ones(4), "offsets": torch.tensor([0, 4])}
@@ -142,7 +143,10 @@ def ptx_kernels(path) -> dict[str, str]:
 
 @pytest.mark.parametrize("name", ["hashgrid", "mlp", "volume", "normals"])
 def test_kernels_compile_to_ptx_for_sm_80_and_sm_90_without_a_gpu(name, tmp_path):
-    from stages.kernels import cuda_hashgrid, cuda_mlp, cuda_normals, cuda_volume
+    from stages.kernels.cuda import hashgrid as cuda_hashgrid
+    from stages.kernels.cuda import mlp as cuda_mlp
+    from stages.kernels.cuda import normals as cuda_normals
+    from stages.kernels.cuda import volume as cuda_volume
 
     module, wanted, fused = {
         "hashgrid": (

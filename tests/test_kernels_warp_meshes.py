@@ -14,19 +14,20 @@ from pathlib import Path
 import pytest
 import torch
 import trimesh
-from mesh_shapes import all_ids
 
 from stages.cameras import orbit_views, to_clip
-from stages.kernels import reference_raster
 from stages.kernels.marching import marching_tetrahedra, mesh_edges
 from stages.kernels.raster import antialias, edge_topology, interpolate, rasterise, texture, vertex_normals
+from stages.kernels.reference import raster as reference_raster
 from stages.kernels.smoothness import smoothness
-from stages.mesh.tetrahedra import Lattice, build_band
+from stages.mesh.tets.tetrahedra import Lattice, build_band
+from tests.mesh_shapes import all_ids
 
 wp = pytest.importorskip("warp")
 
-from stages.kernels import cuda_raster, cuda_sums  # noqa: E402
-from stages.kernels.cuda_launch import launch  # noqa: E402
+from stages.kernels.cuda import raster as cuda_raster  # noqa: E402
+from stages.kernels.cuda import sums as cuda_sums  # noqa: E402
+from stages.kernels.cuda.launch import launch  # noqa: E402
 
 MODULES = ("raster", "antialias", "texture", "normals", "marching", "lattice", "smoothness", "lambert")
 DEVICES = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
@@ -148,7 +149,7 @@ def test_a_result_that_cannot_be_numbered_is_refused():
 
 @pytest.mark.parametrize("module", MODULES)
 def test_kernels_compile_to_ptx_without_a_gpu(module, tmp_path):
-    name = f"stages.kernels.cuda_{module}"
+    name = f"stages.kernels.cuda.{module}"
     kernels = wp.get_module(name).kernels if importlib.import_module(name) else {}
     wp.compile_aot_module(name, arch=[80, 90], use_ptx=True, module_dir=tmp_path)
     for arch in (80, 90):

@@ -7,12 +7,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from mesh_shapes import box, join, make, moved, noisy_blob, sphere, table, tetrahedron, torus
 from scipy.spatial import cKDTree
 
 from stages.errors import UserError
 from stages.mesh.clean import check_mesh, decimate, drop_floaters, tidy
 from stages.mesh.measure import face_areas, measure
+from tests.mesh_shapes import box, join, make, moved, noisy_blob, sphere, table, tetrahedron, torus
 
 
 def inside_out(mesh):

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from stages.errors import UserError
-from stages.mesh.control import control_mesh, control_sphere, welded
-from stages.mesh.loop import icosphere, limit_matrix, limit_surface
 from stages.mesh.measure import measure
 from stages.mesh.mesh import Mesh
+from stages.mesh.subdivision.control import control_mesh, control_sphere, welded
+from stages.mesh.subdivision.loop import icosphere, limit_matrix, limit_surface
 
 SIZE, PADDING = 64, 2
 

@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 import torch
-from mesh_shapes import all_ids
 
 from stages.errors import UserError
-from stages.mesh.dmtet import DMTet, extend, from_function
 from stages.mesh.measure import measure
 from stages.mesh.mesh import Mesh
-from stages.mesh.tetrahedra import Lattice, dilate
+from stages.mesh.tets.dmtet import DMTet, extend, from_function
+from stages.mesh.tets.tetrahedra import Lattice, dilate
+from tests.mesh_shapes import all_ids
 
 
 def ball(radius: float, centre=(0.0, 0.0, 0.0)):

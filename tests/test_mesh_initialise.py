@@ -3,20 +3,20 @@
 import numpy as np
 import pytest
 import torch
-from mesh_shapes import sphere as sphere_mesh
 
 from stages.errors import UserError
-from stages.mesh.initialise import (
+from stages.mesh.measure import measure
+from stages.mesh.mesh import Mesh
+from stages.mesh.tets.initialise import (
     InitialiseSettings,
     distance_to_surface,
     dmtet_from_density,
     find_level,
     sample_density,
 )
-from stages.mesh.measure import measure
-from stages.mesh.mesh import Mesh
-from stages.mesh.seal import sealed
-from stages.mesh.tetrahedra import Lattice
+from stages.mesh.tets.seal import sealed
+from stages.mesh.tets.tetrahedra import Lattice
+from tests.mesh_shapes import sphere as sphere_mesh
 
 SMALL = InitialiseSettings(samples=40, candidates=16)
 

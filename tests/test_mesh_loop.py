@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from stages.mesh.loop import (
+from stages.mesh.measure import edges_of, measure
+from stages.mesh.mesh import Mesh
+from stages.mesh.subdivision.loop import (
     as_torch,
     control_of,
     icosphere,
@@ -16,8 +18,6 @@ from stages.mesh.loop import (
     limit_surface,
     subdivide_linearly,
 )
-from stages.mesh.measure import edges_of, measure
-from stages.mesh.mesh import Mesh
 
 OCTAHEDRON = np.array([[1, 0, 0], [-1, 0, 0], [0, 1, 0], [0, -1, 0], [0, 0, 1], [0, 0, -1]], np.float64)
 OCTAHEDRON_FACES = np.array([[0, 2, 4], [2, 1, 4], [1, 3, 4], [3, 0, 4], [2, 0, 5], [1, 2, 5], [3, 1, 5], [0, 3, 5]])

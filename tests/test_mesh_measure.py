@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import trimesh
-from mesh_shapes import box, join, make, moved, noisy_blob, sphere, table, tetrahedron, torus
 
 from stages.mesh.measure import adjacent_faces, edges_of, face_components, measure
+from tests.mesh_shapes import box, join, make, moved, noisy_blob, sphere, table, tetrahedron, torus
 
 
 def test_tetrahedron_by_hand():

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from stages.mesh.files.obj import ears, plain_obj
+from stages.mesh.files.read import read_mesh
 from stages.mesh.measure import face_areas, measure
-from stages.mesh.obj import ears, plain_obj
-from stages.mesh.read import read_mesh
 
 U = np.array([[0, 0], [3, 0], [3, 3], [2, 3], [2, 1], [1, 1], [1, 3], [0, 3]], float)  # area 7
 

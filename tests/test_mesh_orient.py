@@ -1,11 +1,11 @@
 """Faces made to agree, and the copies that are shaded: by hand on boxes, spheres and a Moebius strip."""
 
 import numpy as np
-from mesh_shapes import box, join, make, moved, sphere
 
 from stages.mesh.measure import measure
 from stages.mesh.mesh import Mesh
 from stages.mesh.orient import creased, one_sided, smooth_normals, turned, welded_faces
+from tests.mesh_shapes import box, join, make, moved, sphere
 
 
 def flipped(mesh, which):

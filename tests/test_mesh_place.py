@@ -2,10 +2,10 @@
 
 import numpy as np
 import pytest
-from mesh_shapes import box, make, moved, torus
 
 from stages.errors import UserError
 from stages.mesh.place import PlaceSettings, place, upright
+from tests.mesh_shapes import box, make, moved, torus
 
 
 def test_a_mesh_is_centred_on_its_box_and_scaled_to_the_radius():

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 import trimesh
-from mesh_shapes import box, moved, torus
 from PIL import Image
 from trimesh.visual import TextureVisuals
 from trimesh.visual.material import PBRMaterial
@@ -16,9 +15,10 @@ from trimesh.visual.material import PBRMaterial
 from pipeline.export.glb import write_glb
 from stages.errors import UserError
 from stages.kernels.srgb import srgb_to_linear
-from stages.mesh.join import LARGEST, side_by_side
-from stages.mesh.read import GREY, _joined, _parts, read_mesh
+from stages.mesh.files.join import LARGEST, side_by_side
+from stages.mesh.files.read import GREY, _joined, _parts, read_mesh
 from stages.mesh.sample import _looked_up, colours_at
+from tests.mesh_shapes import box, moved, torus
 
 TRIANGLE = "v 0 0 0\nv 1 0 0\nv 0 1 0\n"
 POINTS = (

@@ -4,11 +4,11 @@ import math
 
 import pytest
 import torch
-from mesh_shapes import noisy_blob, sphere, tetrahedron
 
 from stages.kernels.marching import mesh_edges
 from stages.kernels.smoothness import smoothness
-from stages.mesh.regularise import laplacian
+from stages.mesh.subdivision.regularise import laplacian
+from tests.mesh_shapes import noisy_blob, sphere, tetrahedron
 
 
 def tensors(mesh, dtype=torch.float32):

@@ -5,14 +5,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from mesh_shapes import box, make, sphere
 
 from stages.errors import UserError
 from stages.kernels.srgb import srgb_to_linear
 from stages.mesh.mesh import Mesh
-from stages.mesh.repaint import repaint
 from stages.mesh.sample import colours_at, points_at, surface_samples
-from stages.mesh.uv import unwrap
+from stages.mesh.texture.repaint import repaint
+from stages.mesh.texture.uv import unwrap
+from tests.mesh_shapes import box, make, sphere
 
 SIZE = 128
 

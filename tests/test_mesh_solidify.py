@@ -3,14 +3,14 @@
 import numpy as np
 import pytest
 import torch
-from mesh_shapes import box, join, make, moved, sphere, torus
 
 from stages.errors import UserError
 from stages.mesh.measure import measure
 from stages.mesh.mesh import Mesh
-from stages.mesh.solidify import SolidifySettings, dmtet_from_mesh
-from stages.mesh.tetrahedra import Lattice
+from stages.mesh.tets.solidify import SolidifySettings, dmtet_from_mesh
+from stages.mesh.tets.tetrahedra import Lattice
 from stages.mesh.tree import TriangleTree
+from tests.mesh_shapes import box, join, make, moved, sphere, torus
 
 BALL = sphere(0.7, 40, 20)
 VOLUME = 4 / 3 * np.pi * 0.7**3

@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
-from mesh_shapes import all_ids
 
-from stages.mesh.tetrahedra import SAFE_MOVE, Lattice, build_band, dilate, lookup
+from stages.mesh.tets.tetrahedra import SAFE_MOVE, Lattice, build_band, dilate, lookup
+from tests.mesh_shapes import all_ids
 
 PAIRS = [[0, 1], [0, 2], [0, 3], [1, 2], [1, 3], [2, 3]]
 

@@ -2,10 +2,10 @@
 
 import numpy as np
 import pytest
-from mesh_shapes import box, join, moved, sphere, torus
 from trimesh.triangles import closest_point
 
 from stages.mesh.tree import TriangleTree
+from tests.mesh_shapes import box, join, moved, sphere, torus
 
 RNG = np.random.default_rng(0)
 

@@ -8,17 +8,17 @@ import signal
 
 import numpy as np
 import pytest
-from mesh_shapes import box, join, make, moved, noisy_blob, sphere, table, tetrahedron, torus
 
 from stages.errors import UserError
-from stages.mesh import uv as module
-from stages.mesh.charts import unwrap_by_boxes
 from stages.mesh.clean import decimate
 from stages.mesh.measure import adjacent_faces, edges_of, face_areas, label_components
 from stages.mesh.mesh import Mesh
-from stages.mesh.pack import pack
-from stages.mesh.texels import double_covered, near_borders, scan
-from stages.mesh.uv import LayoutError, check_layout, texel_corners, unwrap
+from stages.mesh.texture import uv as module
+from stages.mesh.texture.charts import unwrap_by_boxes
+from stages.mesh.texture.pack import pack
+from stages.mesh.texture.texels import double_covered, near_borders, scan
+from stages.mesh.texture.uv import LayoutError, check_layout, texel_corners, unwrap
+from tests.mesh_shapes import box, join, make, moved, noisy_blob, sphere, table, tetrahedron, torus
 
 
 def signed_areas(corners: np.ndarray) -> np.ndarray:

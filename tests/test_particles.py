@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pipeline.loop import make_stage
+from pipeline.runs.stages import make_stage
 from stages.coarse import CoarseSettings, CoarseStage
 from stages.errors import UserError
 from stages.guidance.guidance import GuidanceOutput

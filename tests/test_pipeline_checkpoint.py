@@ -7,7 +7,7 @@ import threading
 import pytest
 import torch
 
-from pipeline.checkpoint import load_checkpoint, read_meta, save_checkpoint
+from pipeline.runs.checkpoint import load_checkpoint, read_meta, save_checkpoint
 from stages.errors import UserError
 
 

@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.clips import POCKET_CLIP, clip_folder, clip_words
-from pipeline.config import load_config, read_config
+from pipeline.config.model import load_config, read_config
 from pipeline.export.glb import write_glb
-from pipeline.loop import make_stage
-from pipeline.priors import build_guidance, check_priors
-from pipeline.run import resume_run, start_run
+from pipeline.priors.clips import POCKET_CLIP, clip_folder, clip_words
+from pipeline.priors.sources import build_guidance, check_priors
+from pipeline.runs.run import resume_run, start_run
+from pipeline.runs.stages import make_stage
 from stages.errors import UserError
 from stages.guidance.clip_guidance import ClipGuidance
-from stages.mesh.read import read_mesh
+from stages.mesh.files.read import read_mesh
 from stages.pocket import world
 from tests.tiny_clip import openai_like, pocket_like
 from tests.toy_pipeline import octahedron

@@ -2,9 +2,9 @@
 
 import pytest
 
-from pipeline.config import Config, load_config, read_config
-from pipeline.layers import dump
-from pipeline.recipes import find_recipe, heading_of, recipes
+from pipeline.config.layers import dump
+from pipeline.config.model import Config, load_config, read_config
+from pipeline.config.recipes import find_recipe, heading_of, recipes
 from stages.errors import UserError
 
 

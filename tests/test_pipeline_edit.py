@@ -12,10 +12,10 @@ import pytest
 if os.name != "posix":
     pytest.skip("kills and forks", allow_module_level=True)
 
-from pipeline.checkpoint import load_checkpoint, read_meta
-from pipeline.config import load_config, read_config
+from pipeline.config.model import load_config, read_config
 from pipeline.export.glb import write_glb
-from pipeline.start import check_start
+from pipeline.runs.checkpoint import load_checkpoint, read_meta
+from pipeline.runs.inputs import check_inputs
 from stages.errors import UserError
 from stages.mesh.mesh import Mesh
 from tests.fork_server import forking
@@ -96,7 +96,7 @@ def albedo_of(folder: Path) -> np.ndarray:
     """Mean linear colour of the finished mesh's vertices."""
     import torch
 
-    from stages.mesh.read import read_mesh
+    from stages.mesh.files.read import read_mesh
     from stages.mesh.sample import painted_samples
 
     mesh = read_mesh(folder / "mesh.glb")
@@ -143,8 +143,8 @@ def test_an_edit_killed_and_resumed_without_its_source_has_the_same_bytes(pipeli
 
 
 def test_an_edit_can_be_edited(edited):
-    start = check_start(load_config(None, [], {"from_run": str(edited), "prompt": "a blue block"}))
-    assert list(start.copies) == ["start/checkpoint.safetensors"] and '"a green block", as "a blue block"' in start.said
+    start = check_inputs(load_config(None, [], {"from_run": str(edited), "prompt": "a blue block"}))
+    assert list(start.copies) == ["start/checkpoint.safetensors"] and '"a green block", as "a blue block"' in start.note
 
 
 @pytest.mark.parametrize(
@@ -152,7 +152,7 @@ def test_an_edit_can_be_edited(edited):
 )
 def test_a_field_of_another_shape_cannot_be_gone_on_with(base, change):
     with pytest.raises(UserError, match="differs from") as caught:
-        check_start(load_config(None, [change], {"from_run": str(base)}))
+        check_inputs(load_config(None, [change], {"from_run": str(base)}))
     assert "config.yaml" in caught.value.fix
 
 
@@ -160,5 +160,5 @@ def test_an_unfinished_run_cannot_be_edited(base, tmp_path):
     source = shutil.copytree(base, tmp_path / "source")
     (source / "coarse" / "checkpoint.safetensors").unlink()
     with pytest.raises(UserError, match="no finished coarse stage") as caught:
-        check_start(load_config(None, [], {"from_run": str(source)}))
+        check_inputs(load_config(None, [], {"from_run": str(source)}))
     assert "pipeline resume" in caught.value.fix

@@ -57,24 +57,24 @@ def test_user_error_is_shown_as_three_lines(capsys):
     ],
 )
 def test_exit_code_and_text_of_each_ending(monkeypatch, capsys, error, code, text):
-    import pipeline.run
+    import pipeline.runs.run
 
     def fail(*_):
         raise error
 
-    monkeypatch.setattr(pipeline.run, "resume_run", fail)
+    monkeypatch.setattr(pipeline.runs.run, "resume_run", fail)
     with pytest.raises(SystemExit) as stopped:
         cli.main(["resume", "anywhere"])
     assert stopped.value.code == code and text in capsys.readouterr().err
 
 
 def test_bug_in_a_command_raises_through_main(monkeypatch):
-    import pipeline.run
+    import pipeline.runs.run
 
     def fail(*_):
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr(pipeline.run, "resume_run", fail)
+    monkeypatch.setattr(pipeline.runs.run, "resume_run", fail)
     with pytest.raises(ZeroDivisionError):
         cli.main(["resume", "anywhere"])
 

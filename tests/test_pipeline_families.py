@@ -3,10 +3,9 @@
 import json
 
 import pytest
-import tiny_families
-import tiny_folders
 
 from pipeline.cli import main
+from tests import tiny_families, tiny_folders
 
 TINY = [
     *("coarse.steps=2", "coarse.resolution=16", "coarse.views_per_step=1", "coarse.samples=16"),

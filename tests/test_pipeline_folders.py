@@ -5,14 +5,13 @@ import json
 import shutil
 
 import pytest
-import tiny_families
-import tiny_folders
 import torch
 from safetensors.torch import save_file
 
-from pipeline.config import load_config
-from pipeline.priors import build_prior, check_priors
+from pipeline.config.model import load_config
+from pipeline.priors.sources import build_prior, check_priors
 from stages.errors import UserError
+from tests import tiny_families, tiny_folders
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +143,7 @@ def test_a_hub_id_that_the_hub_does_not_give_is_refused_before_any_work(monkeypa
     import huggingface_hub
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
-    monkeypatch.setattr("stages.guidance.folder.fetch_index", hub)
+    monkeypatch.setattr("stages.guidance.diffusion.folder.fetch_index", hub)
     asked = []
 
     def fail(error):
@@ -188,7 +187,7 @@ def test_an_autoencoder_comes_without_the_model_around_it(monkeypatch, tmp_path)
 
     import huggingface_hub
 
-    from stages.guidance.folder import locate_autoencoder
+    from stages.guidance.diffusion.folder import locate_autoencoder
 
     wanted = {f"{vae}{name}" for vae in ("", "vae/") for name in ("config.json", "diffusion_pytorch_model.safetensors")}
     others = {"sd_xl_base.safetensors", "unet/diffusion_pytorch_model.safetensors"}

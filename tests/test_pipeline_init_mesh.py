@@ -10,22 +10,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from mesh_shapes import box, join, make, moved
+
+from tests.mesh_shapes import box, join, make, moved
 
 if os.name != "posix":
     pytest.skip("kills and forks", allow_module_level=True)
 
-from pipeline.checkpoint import read_meta
-from pipeline.config import load_config, read_config
+from pipeline.config.model import load_config, read_config
 from pipeline.export.glb import write_glb
 from pipeline.export.stl import write_stl
-from pipeline.start import check_start
+from pipeline.runs.checkpoint import read_meta
+from pipeline.runs.inputs import check_inputs
 from stages.errors import UserError
 from stages.kernels.srgb import srgb_to_linear
+from stages.mesh.files.read import read_mesh
 from stages.mesh.mesh import Mesh
-from stages.mesh.read import read_mesh
 from stages.mesh.sample import painted_samples
-from stages.mesh.uv import unwrap
+from stages.mesh.texture.uv import unwrap
 from tests.fork_server import forking
 
 TINY = """
@@ -177,7 +178,7 @@ def test_fine_alone_starts_from_a_sphere(pipeline, files, tmp_path):
 
 
 def checked(mesh: Path, *overrides: str, **flags):
-    return check_start(load_config(None, list(overrides), {"stages": "fine", "init_mesh": str(mesh), **flags}))
+    return check_inputs(load_config(None, list(overrides), {"stages": "fine", "init_mesh": str(mesh), **flags}))
 
 
 def test_the_recipe_is_that_of_what_the_run_starts_from(tmp_path):
@@ -197,21 +198,21 @@ def test_the_recipe_is_that_of_what_the_run_starts_from(tmp_path):
 
 
 def test_the_start_is_told(files):
-    said = checked(files / "grey.glb").said
+    said = checked(files / "grey.glb").note
     assert said == "grey.glb, 12 faces, is refined, starting with its texture"
-    assert "is painted and keeps its shape" in checked(files / "grey.glb", "fine.geometry=locked").said
+    assert "is painted and keeps its shape" in checked(files / "grey.glb", "fine.geometry=locked").note
 
 
 def test_a_mesh_and_a_run_to_start_from_are_one_too_many(files, painted):
     with pytest.raises(UserError, match="both given"):
-        check_start(
+        check_inputs(
             load_config(None, [], {"stages": "fine", "init_mesh": str(files / "grey.glb"), "from_run": str(painted)})
         )
 
 
 def test_a_run_that_began_with_a_mesh_has_no_coarse_stage_to_give(painted):
     with pytest.raises(UserError, match="no finished coarse stage") as caught:
-        check_start(load_config(None, [], {"stages": "fine", "from_run": str(painted)}))
+        check_inputs(load_config(None, [], {"stages": "fine", "from_run": str(painted)}))
     assert caught.value.fix == "another run"
 
 
@@ -235,11 +236,11 @@ def test_stl_files_have_z_up_but_for_our_own(tmp_path):
 
 
 def test_a_start_that_was_damaged_later_is_named_with_a_way_out(painted, tmp_path):
-    from pipeline.start import load_start
+    from pipeline.runs.inputs import load_inputs
 
     run = shutil.copytree(painted, tmp_path / "run")
     path = run / "start" / "mesh.safetensors"
     path.write_bytes(path.read_bytes()[:-3])
     with pytest.raises(UserError, match="damaged") as caught:
-        load_start(run, read_config(run), "cpu")
+        load_inputs(run, read_config(run), "cpu")
     assert "pipeline run --config" in caught.value.fix

@@ -6,7 +6,7 @@ from typing import Literal
 import pytest
 from pydantic import BaseModel, ConfigDict, Field
 
-from pipeline.layers import dump, from_file, from_flags, from_overrides, from_recipe, merge, validate
+from pipeline.config.layers import dump, from_file, from_flags, from_overrides, from_recipe, merge, validate
 from stages.errors import UserError
 
 

@@ -7,11 +7,21 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.checkpoint import CHECKPOINT, load_checkpoint, read_meta, save_checkpoint
-from pipeline.config import load_config
-from pipeline.layers import dump
-from pipeline.lineage import COARSE, DEFINING, EDITED, GIVEN, check_run, check_upstream, lineage, made_with, upstream_of
-from pipeline.start import check_start
+from pipeline.config.layers import dump
+from pipeline.config.model import load_config
+from pipeline.runs.checkpoint import CHECKPOINT, load_checkpoint, read_meta, save_checkpoint
+from pipeline.runs.inputs import check_inputs
+from pipeline.runs.lineage import (
+    COARSE,
+    DEFINING,
+    EDITED,
+    GIVEN,
+    check_run,
+    check_upstream,
+    lineage,
+    made_with,
+    upstream_of,
+)
 from stages.errors import UserError
 
 STEPS = ["coarse.steps=12", "fine.steps=9"]
@@ -185,14 +195,14 @@ def test_every_defining_setting_exists():
 def test_a_new_run_from_a_run_whose_config_was_edited_is_held_to_its_checkpoint(run):
     text = (run / "config.yaml").read_text()
     config = config_of(from_run=str(run), stages="fine")
-    assert list(check_start(config).copies) == [COARSE]
+    assert list(check_inputs(config).copies) == [COARSE]
     (run / "config.yaml").write_text(text.replace("    levels: 8", "    levels: 12", 1))
     for stages in (["fine"], ["coarse", "fine"]):
         edited = load_config(None, [], {"from_run": str(run), "stages": stages})
         with pytest.raises(UserError, match=r"coarse\.field\.levels differs from what") as caught:
-            check_start(edited)
+            check_inputs(edited)
         assert "coarse.field.levels=8" in caught.value.fix
     (run / "config.yaml").write_text(text.replace("  steps: 12", "  steps: 20"))
     with pytest.raises(UserError, match="has not taken all its coarse steps") as caught:
-        check_start(load_config(None, [], {"from_run": str(run), "stages": "fine"}))
+        check_inputs(load_config(None, [], {"from_run": str(run), "stages": "fine"}))
     assert f"pipeline resume {run}" in caught.value.fix

@@ -7,14 +7,14 @@ import subprocess
 import sys
 
 import pytest
-import tiny_folders
 import torch
 
-import pipeline.memory as memory
+import pipeline.priors.memory as memory
 from pipeline.cli import main
-from pipeline.config import load_config
+from pipeline.config.model import load_config
 from stages.errors import out_of_memory
 from stages.guidance.vsd import VsdSettings
+from tests import tiny_folders
 
 SMALL = [
     *("coarse.steps=3", "coarse.resolution=16", "coarse.views_per_step=2", "coarse.samples=16", "checkpoint_every=1"),
@@ -39,7 +39,7 @@ def test_our_own_priors_need_no_forecast():
 
 def test_the_forecast_counts_what_goes_through_the_prior_at_once(folder, monkeypatch):
     seen = {}
-    import stages.guidance.footprint as footprint
+    import stages.guidance.diffusion.footprint as footprint
 
     count = footprint.footprint
 
@@ -150,7 +150,10 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 )
 def test_a_step_uses_the_last_ones_memory_again():
     faults = {}
-    for name, line in {"given back": "", "kept": "import pipeline.memory; pipeline.memory.keep_freed_memory()"}.items():
+    for name, line in {
+        "given back": "",
+        "kept": "import pipeline.priors.memory; pipeline.priors.memory.keep_freed_memory()",
+    }.items():
         done = subprocess.run(
             [sys.executable, "-c", STEPS.format(set_up=line)], capture_output=True, text=True, check=True
         )

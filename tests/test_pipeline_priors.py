@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-import pipeline.priors as priors
-from pipeline.config import load_config
+import pipeline.priors.sources as priors
+from pipeline.config.model import load_config
 from stages.errors import UserError
 from tests.tiny_folders import word_tokenizer
 
@@ -147,12 +147,12 @@ def test_a_negative_prompt_that_no_stage_uses_is_refused_and_one_that_a_stage_do
 
 
 def test_a_run_says_at_its_start_what_a_stage_leaves_aside(pocket, tmp_path, monkeypatch):
-    import pipeline.run
+    import pipeline.runs.run
 
     said = []
-    monkeypatch.setattr(pipeline.run, "Run", lambda *_: SimpleNamespace(go=lambda: None))
+    monkeypatch.setattr(pipeline.runs.run, "Run", lambda *_: SimpleNamespace(go=lambda: None))
     chosen = config("guidance.coarse.scale=1", "negative=blurry")
-    pipeline.run.start_run(chosen, tmp_path / "out", SimpleNamespace(note=said.append))
+    pipeline.runs.run.start_run(chosen, tmp_path / "out", SimpleNamespace(note=said.append))
     assert "coarse: the negative prompt is not used at guidance.coarse.scale=1" in said
 
 
@@ -233,7 +233,7 @@ def test_reference_prior_has_the_size_of_its_stage(tmp_path):
 
 
 def test_guidance_is_that_of_the_stage(tmp_path, monkeypatch):
-    from stages.guidance.reference import ReferencePrior
+    from stages.guidance.exact import ReferencePrior
     from tests.toy_pipeline import octahedron
 
     prior = ReferencePrior(octahedron(), config().reference)

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.checkpoint import load_checkpoint
 from pipeline.cli import main
-from pipeline.config import load_config
-from pipeline.profile import Profile, phase_events, traced_steps
-from pipeline.split import split_of, table_of
+from pipeline.config.model import load_config
+from pipeline.profile.record import Profile, phase_events, traced_steps
+from pipeline.profile.summary import split_of, table_of
+from pipeline.runs.checkpoint import load_checkpoint
 from stages.phases import Span, phase
 from tests import toy_pipeline
 from tests.tiny_folders import pocket_latent, pocket_pixel
@@ -179,13 +179,8 @@ def test_phases_become_events_of_a_trace():
 
 
 def test_an_interrupted_run_leaves_its_profile(tmp_path, monkeypatch, capsys):
-    import pipeline.loop
-    import pipeline.run
 
-    replaced = [(pipeline.run, name) for name in ("check_priors", "make_stage", "finished_mesh")]
-    for module, name in [*replaced, (pipeline.loop, "make_stage"), (pipeline.loop, "build_guidance")]:
-        monkeypatch.setattr(module, name, getattr(module, name))
-    toy_pipeline.install()
+    toy_pipeline.install(monkeypatch.setattr)
     monkeypatch.setenv("TOY_NAN_AT", "9")
     with pytest.raises(SystemExit) as stop:
         main(["run", "coarse.steps=10", "export.turntable_frames=0", "--out", str(tmp_path / "run"), "--profile"])

@@ -6,7 +6,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from pipeline.progress import Progress, duration
+from pipeline.runs.progress import Progress, duration
 
 
 def plain() -> tuple[Progress, io.StringIO]:
@@ -64,7 +64,7 @@ def test_compilation_is_announced_once_and_cached_kernels_are_silent():
 
 def test_a_module_that_warp_compiles_is_announced_and_a_cached_one_is_silent(tmp_path, monkeypatch):
     warp = pytest.importorskip("warp", reason="warp-lang is not installed (extra: cuda)")
-    from stages.kernels import cuda_launch
+    from stages.kernels.cuda import launch as cuda_launch
 
     @warp.kernel(enable_backward=False, module="unique")
     def double(values: warp.array(dtype=warp.float32)):

@@ -12,8 +12,8 @@ import pytest
 if os.name != "posix":
     pytest.skip("kills and forks", allow_module_level=True)
 
-from pipeline.checkpoint import load_checkpoint
 from pipeline.export.glb import write_glb
+from pipeline.runs.checkpoint import load_checkpoint
 from stages.mesh.mesh import Mesh
 from tests.fork_server import forking
 

@@ -14,9 +14,9 @@ import yaml
 if os.name != "posix":
     pytest.skip("kills and forks", allow_module_level=True)
 
-from pipeline.checkpoint import load_checkpoint, read_meta, save_checkpoint
 from pipeline.cli import main
-from pipeline.config import load_config, read_config
+from pipeline.config.model import load_config, read_config
+from pipeline.runs.checkpoint import load_checkpoint, read_meta, save_checkpoint
 from stages.errors import UserError
 from tests import toy_pipeline
 from tests.fork_server import forking
@@ -60,16 +60,13 @@ def uninterrupted(toy, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def in_process(monkeypatch, tmp_path):
-    """pipeline.run with the toys installed, in this process, standing in tmp_path."""
-    import pipeline.loop
-    import pipeline.run
+    """pipeline.runs.run with the toys installed, in this process, standing in tmp_path."""
+    import pipeline.runs.loop
+    import pipeline.runs.run
 
-    replaced = [(pipeline.run, name) for name in ("check_priors", "make_stage", "finished_mesh")]
-    for module, name in [*replaced, (pipeline.loop, "make_stage"), (pipeline.loop, "build_guidance")]:
-        monkeypatch.setattr(module, name, getattr(module, name))
-    toy_pipeline.install()
+    toy_pipeline.install(monkeypatch.setattr)
     monkeypatch.chdir(tmp_path)
-    return pipeline.run
+    return pipeline.runs.run
 
 
 def load(*overrides: str, **flags):
@@ -277,7 +274,7 @@ def test_default_folders_are_named_after_prompt_and_seed_and_never_shared(in_pro
 
 
 def test_run_in_use_is_refused(in_process, tmp_path):
-    from pipeline.record import Lock
+    from pipeline.runs.folder import Lock
 
     folder = in_process.start_run(load(), tmp_path / "run")
     with Lock(folder), pytest.raises(UserError, match="in use"):
@@ -435,9 +432,9 @@ def test_a_damaged_copy_of_another_runs_coarse_stage_sends_back_to_it(in_process
 
 
 def test_full_disk_during_a_run_keeps_the_last_checkpoint(in_process, monkeypatch, tmp_path):
-    import pipeline.checkpoint
+    import pipeline.runs.checkpoint
 
-    real, calls = pipeline.checkpoint.write_whole, []
+    real, calls = pipeline.runs.checkpoint.write_whole, []
 
     def full(path, data):
         calls.append(path)
@@ -451,7 +448,7 @@ def test_full_disk_during_a_run_keeps_the_last_checkpoint(in_process, monkeypatc
             patch.setattr(os, "fsync", refuse)
             return real(path, data)
 
-    monkeypatch.setattr(pipeline.checkpoint, "write_whole", full)
+    monkeypatch.setattr(pipeline.runs.checkpoint, "write_whole", full)
     with pytest.raises(UserError, match="No space left on device"):
         in_process.start_run(load(), tmp_path / "run")
     assert load_checkpoint(tmp_path / "run" / "coarse" / "checkpoint.safetensors")[1]["step"] == 4
@@ -459,9 +456,9 @@ def test_full_disk_during_a_run_keeps_the_last_checkpoint(in_process, monkeypatc
 
 
 def test_full_disk_before_a_run_is_refused(in_process, monkeypatch, tmp_path):
-    import pipeline.record
+    import pipeline.runs.folder
 
-    monkeypatch.setattr(pipeline.record, "MIN_FREE_MB", 10**12)
+    monkeypatch.setattr(pipeline.runs.folder, "MIN_FREE_MB", 10**12)
     with pytest.raises(UserError, match="not enough room"):
         in_process.start_run(load(), tmp_path / "deep" / "run")
     assert not list(tmp_path.iterdir())

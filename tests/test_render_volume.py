@@ -86,7 +86,7 @@ def test_skipping_and_early_stop_change_nothing_that_can_be_seen():
     axis = (torch.arange(32) + 0.5) / 16 - 1
     cells[(f.density(torch.cartesian_prod(axis, axis, axis)) > 1e-3).reshape(32, 32, 32)] = 1
     with torch.no_grad():
-        exact = render_field(f, torch.ones(3), FULL, views, 24, 24, early_stop=0.0, faint=0.0)
+        exact = render_field(f, torch.ones(3), FULL, views, 24, 24, early_stop=0.0, min_optical_depth=0.0)
         fast = render_field(f, torch.ones(3), cells, views, 24, 24, early_stop=1e-3)
     assert fast.samples < 0.7 * exact.samples
     difference = (exact.colour - fast.colour).abs()
@@ -99,7 +99,7 @@ def test_gradients_with_and_without_shortcuts_agree():
     for cut in (0.0, 1e-5):
         f = field()
         images = render_field(
-            f, torch.ones(3), FULL, views, 16, 16, shading=LAMBERT, early_stop=cut, faint=cut, normals=True
+            f, torch.ones(3), FULL, views, 16, 16, shading=LAMBERT, early_stop=cut, min_optical_depth=cut, normals=True
         )
         (images.colour.square().mean() + images.orientation + images.opacity.mean()).backward()
         gradients.append(f.table.grad)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from tiny_folders import byte_tokenizer, save_folder, tiny_unet, word_tokenizer
+
+from tests.tiny_folders import byte_tokenizer, save_folder, tiny_unet, word_tokenizer
 
 BYTES, LENGTH = 514, 40  # tokens of byte_tokenizer, and how many of them an encoder reads
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -71,14 +72,15 @@ class ToyStage:
         return Asset(mesh=mesh)
 
 
-def install() -> None:
-    """Put the toys where the real stages, priors and mesh cleaning are called."""
-    import pipeline.loop as loop
-    import pipeline.run as run
+def install(put: Callable[[object, str, object], None] = setattr) -> None:
+    """Put the toys where the real stages, priors and mesh cleaning are called; `put` may be monkeypatch.setattr."""
+    from pipeline.export import asset
+    from pipeline.runs import loop, run, stages
 
-    run.check_priors = lambda config, stages=None: None
-    loop.build_guidance = lambda config, stage, device: None
-    loop.make_stage = run.make_stage = lambda name, settings, guidance, device, seed, previous: ToyStage(
-        name, settings.steps, seed, previous
-    )
-    run.finished_mesh = lambda asset, settings, initialise, facts: asset.mesh
+    def make_toy(name, settings, guidance, device, seed, previous) -> ToyStage:
+        return ToyStage(name, settings.steps, seed, previous)
+
+    put(run, "check_priors", lambda config, stages=None: None)
+    put(loop, "build_guidance", lambda config, stage, device: None)
+    put(stages, "make_stage", make_toy)
+    put(asset, "finished_mesh", lambda asset, settings, initialise, facts: asset.mesh)

@@ -6,8 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from stages.mesh.finalise import ExportSettings as MeshSettings
-from stages.mesh.repaint import OwnLayout
+from stages.mesh.texture.finalise import ExportSettings as MeshSettings
+from stages.mesh.texture.repaint import OwnLayout
 
 
 def split_commas(value: Any) -> Any:

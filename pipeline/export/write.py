@@ -21,6 +21,17 @@ FORMATS = {"glb": write_glb, "obj": write_obj, "ply": write_ply, "stl": write_st
 BESIDE = {"obj": (".mtl", ".png", "_normal.png")}  # what a format may write beside its file, by the end of the name
 
 
+def check_formats(text: str) -> list[str]:
+    """Names of mesh formats from a comma-separated list. Raises UserError for one without a writer."""
+    names = [name.strip().lower().removeprefix(".") for name in text.split(",")]
+    unknown = [name or "nothing" for name in names if name not in FORMATS]
+    if unknown:
+        raise UserError(
+            f"cannot write {', '.join(unknown)}", f"known formats: {', '.join(FORMATS)}", "choose from these"
+        )
+    return list(dict.fromkeys(names))
+
+
 def write_formats(mesh: Mesh, folder: str | Path, names: Sequence[str], *, stem: str = "mesh") -> list[Path]:
     """Write the mesh as FOLDER/STEM.FORMAT in every format named.
 

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from stages.errors import check_shape
 from stages.fields.clamped import before_clamping, clamped
 from stages.kernels.density import hash_density
-from stages.kernels.hashgrid import HashGridSpec, hash_encode, hash_encode_both
+from stages.kernels.grid import HashGridSpec
+from stages.kernels.hashgrid import hash_encode, hash_encode_both
 from stages.kernels.mlp import mlp
 
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stages.errors import UserError, check_shape
-from stages.guidance.folder import load_part, read_json
+from stages.guidance.diffusion.folder import load_part, read_json
 from stages.kernels.srgb import linear_to_srgb
 
 RESAMPLE = {0: "nearest", 2: "bilinear", 3: "bicubic"}  # Pillow's numbers, as processors write them

@@ -16,10 +16,10 @@ from torch import Tensor
 from stages.cameras import Views
 from stages.errors import UserError, check_shape
 from stages.guidance import rules
+from stages.guidance.compatibility import check_fit, data_range
 from stages.guidance.conditions import Conditions
-from stages.guidance.fit import check_fit, data_range
 from stages.guidance.prior import Prior, ViewContext, per_sample, resized, x0_from_eps
-from stages.guidance.residuals import RULES, Found, Problem
+from stages.guidance.residuals import RULES, Residual, StepInputs
 from stages.guidance.schedules import TIMESTEPS, WEIGHTINGS, anneal, stratified, to_index
 from stages.guidance.settings import GuidanceSettings
 from stages.guidance.vsd import RenderScore, camera_numbers
@@ -103,7 +103,7 @@ class Guidance:
             return self._score.predict(z, t, conditions.embedding("prompt"), camera, context)
 
         with torch.no_grad(), phase("rule"):
-            problem = Problem(x.detach(), eps, t, alphas_cumprod, progress, predict)
+            problem = StepInputs(x.detach(), eps, t, alphas_cumprod, progress, predict)
             problem.data_range, problem.against, problem.score = self._data_range, conditions.against, score
             problem.backdrop = self._backdrop(background, images)
             found = RULES[s.rule](problem, s)
@@ -138,7 +138,7 @@ class Guidance:
         behind = background.detach().expand_as(images)
         return self.prior.encode(linear_to_srgb(behind) if self.settings.srgb else behind, self.generator)
 
-    def _image_term(self, shown: Tensor, found: Found, weight: Tensor, alpha_bar: Tensor) -> Tensor:
+    def _image_term(self, shown: Tensor, found: Residual, weight: Tensor, alpha_bar: Tensor) -> Tensor:
         """HiFA's second half: sRGB renders [B, H, W, 3] against what the rule's x0_hat decodes to."""
         pixels = resized(shown.permute(0, 3, 1, 2), self.prior.resolution).permute(0, 2, 3, 1) * 2 - 1
         with torch.no_grad():

@@ -1,6 +1,6 @@
 """What each rule asks its prior: the glue between noise predictions and the pure functions of rules.py.
 
-A rule is a function (Problem, settings) -> Found, chosen by name from RULES; the gradient on x is w_t * residual.
+A rule is a function (StepInputs, settings) -> Residual, chosen by name from RULES; the gradient on x is w_t * residual.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from stages.guidance.settings import GuidanceSettings
 from stages.prompts import ViewPrompts
 
 
-class Found(NamedTuple):
+class Residual(NamedTuple):
     """residual: what the step pushes against. eps_hat: the guided (and bounded) prediction that it comes from, whose
     x0_hat is where the rule wants to go. eps_y: the prediction under the prompt alone, not pushed by Perp-Neg. z_t: the
     point of both."""
@@ -31,7 +31,7 @@ class Found(NamedTuple):
 
 
 @dataclass
-class Problem:
+class StepInputs:
     """One step as a rule sees it; `predict(z, t, *branches)` evaluates branches prompt / negative / empty at once,
     each distinct text once.
 
@@ -112,22 +112,22 @@ class Problem:
         return z
 
 
-Rule = Callable[[Problem, GuidanceSettings], Found]
+Rule = Callable[[StepInputs, GuidanceSettings], Residual]
 
 
-def _sds(p: Problem, s: GuidanceSettings) -> Found:
+def _sds(p: StepInputs, s: GuidanceSettings) -> Residual:
     z_t = p.noisy(p.eps)
     eps_hat, eps_y = p.guided(z_t, p.t, s)
-    return Found(rules.sds(eps_hat, p.eps), eps_hat, eps_y, z_t)
+    return Residual(rules.sds(eps_hat, p.eps), eps_hat, eps_y, z_t)
 
 
-def _sjc(p: Problem, s: GuidanceSettings) -> Found:
+def _sjc(p: StepInputs, s: GuidanceSettings) -> Residual:
     z_t = p.noisy(p.eps)
     eps_hat, eps_y = p.guided(z_t, p.t, s)
-    return Found(rules.sjc(eps_hat), eps_hat, eps_y, z_t)
+    return Residual(rules.sjc(eps_hat), eps_hat, eps_y, z_t)
 
 
-def _csd(p: Problem, s: GuidanceSettings) -> Found:
+def _csd(p: StepInputs, s: GuidanceSettings) -> Residual:
     """Its residual is eps_hat - reference with eps_hat = reference + s (eps_y - reference), bounded by a threshold."""
     z_t = p.noisy(p.eps)
     negative = anneal(0.0, 1.0, s.negative_anneal, p.progress)
@@ -144,7 +144,7 @@ def _csd(p: Problem, s: GuidanceSettings) -> Found:
     return _measured_from(reference, s.scale * residual, eps_y, z_t, p, s)
 
 
-def _nfsd(p: Problem, s: GuidanceSettings) -> Found:
+def _nfsd(p: StepInputs, s: GuidanceSettings) -> Residual:
     """Its residual is eps_hat at low noise and eps_hat - eps_n above, eps_hat = eps_0 + s (eps_y - eps_0)."""
     z_t = p.noisy(p.eps)
     eps_y, pushed, eps_0, eps_n = p.asked(z_t, p.t, "empty", "negative")
@@ -155,39 +155,39 @@ def _nfsd(p: Problem, s: GuidanceSettings) -> Found:
 
 
 def _measured_from(
-    reference: Tensor, residual: Tensor, eps_y: Tensor, z_t: Tensor, p: Problem, s: GuidanceSettings
-) -> Found:
+    reference: Tensor, residual: Tensor, eps_y: Tensor, z_t: Tensor, p: StepInputs, s: GuidanceSettings
+) -> Residual:
     """A residual eps_hat - reference with its eps_hat bounded."""
     eps_hat = reference + residual
     if p.bounds:
         eps_hat = p.bounded(eps_hat, z_t, p.t, s)
         residual = eps_hat - reference
-    return Found(residual, eps_hat, eps_y, z_t)
+    return Residual(residual, eps_hat, eps_y, z_t)
 
 
-def _ism(p: Problem, s: GuidanceSettings) -> Found:
+def _ism(p: StepInputs, s: GuidanceSettings) -> Residual:
     delta = round(anneal(s.ism_delta[0], s.ism_delta[1], (0.0, 1.0), p.progress) * p.alphas_cumprod.shape[0])
     t_s = (p.t - max(delta, 1)).clamp_min(0)
     z_s = p.invert(t_s, s.inversion_steps, scale=0)
     (eps_s,) = p.predict(z_s, t_s, "empty")
     z_t = rules.ddim_step(z_s, eps_s, p.alphas_cumprod[t_s], p.alphas_cumprod[p.t])
     eps_hat, eps_y = p.guided(z_t, p.t, s)
-    return Found(rules.ism(eps_hat, eps_s), eps_hat, eps_y, z_t)
+    return Residual(rules.ism(eps_hat, eps_s), eps_hat, eps_y, z_t)
 
 
-def _sdi(p: Problem, s: GuidanceSettings) -> Found:
+def _sdi(p: StepInputs, s: GuidanceSettings) -> Residual:
     """SDS whose noise is the one that DDIM inversion finds in x (arXiv 2405.15891 alg. 1) in place of a random one."""
     z_t = p.invert(p.t, s.inversion_steps, scale=s.inversion_scale)
     alpha_bar = p.alphas_cumprod[p.t]
     eps = (z_t - per_sample(alpha_bar.sqrt(), z_t) * p.x) / per_sample((1 - alpha_bar).sqrt(), z_t)
     eps_hat, eps_y = p.guided(z_t, p.t, s)
-    return Found(rules.sds(eps_hat, eps), eps_hat, eps_y, z_t)
+    return Residual(rules.sds(eps_hat, eps), eps_hat, eps_y, z_t)
 
 
-def _vsd(p: Problem, s: GuidanceSettings) -> Found:
+def _vsd(p: StepInputs, s: GuidanceSettings) -> Residual:
     z_t = p.noisy(p.eps)
     eps_hat, eps_y = p.guided(z_t, p.t, s)
-    return Found(rules.vsd(eps_hat, p.score(z_t, p.t)), eps_hat, eps_y, z_t)
+    return Residual(rules.vsd(eps_hat, p.score(z_t, p.t)), eps_hat, eps_y, z_t)
 
 
 RULES: dict[str, Rule] = {

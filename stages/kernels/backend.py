@@ -105,9 +105,9 @@ def probe(name: str) -> Probe:
             return Probe("missing", "not installed")
         importlib.import_module(package.module)
         if name == "nvdiffrast" and torch.cuda.is_available():
-            from stages.kernels import adaptor_nvdiffrast
+            from stages.kernels.adaptors import nvdiffrast
 
-            adaptor_nvdiffrast.context(torch.device("cuda", torch.cuda.current_device()))
+            nvdiffrast.context(torch.device("cuda", torch.cuda.current_device()))
     except Exception as error:
         said = str(error).strip().splitlines()
         return Probe("broken", f"{type(error).__name__}: {said[0] if said else 'no message'}")
@@ -122,10 +122,10 @@ def warp_off_cuda() -> str | None:
     """Why Warp cannot compute on CUDA tensors here, None where it can; asked once."""
     if probe("warp").state != "ok":
         return f"warp does not import: {probe('warp').detail}"
-    from stages.kernels import cuda_launch
+    from stages.kernels.cuda import launch
 
     try:
-        return cuda_launch.missing_cuda()
+        return launch.missing_cuda()
     except UserError as error:
         return str(error)
 

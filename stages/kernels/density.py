@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from stages.kernels.backend import choose_backend
-from stages.kernels.hashgrid import HashGridSpec, check_grid, compiled_grid, hash_encode, hash_gradient
-from stages.kernels.mlp import check_weights, compiled_perceptron, mlp_with_slope
+from stages.kernels.dispatch import module
+from stages.kernels.grid import HashGridSpec
+from stages.kernels.hashgrid import check_grid, hash_encode, hash_gradient
+from stages.kernels.mlp import check_weights, mlp_with_slope
 from stages.kernels.untraced import stepped_over, untraced
 
 Weights = tuple[Tensor, Tensor, Tensor, Tensor]  # w1 [H, W], b1 [H], w2 [1, H], b2 [1], as mlp takes them
@@ -49,7 +51,7 @@ def hash_density(
 class _Density(torch.autograd.Function):
     @staticmethod
     def forward(ctx, points, table, w1, b1, w2, b2, spec, known, backend):
-        grid, perceptron = compiled_grid(backend), compiled_perceptron(backend)
+        grid, perceptron = module(backend, "hashgrid"), module(backend, "mlp")
         features = grid.encode(points, table, spec) if known is None else known.view_as(known)
         raw, slope = perceptron.forward(features, w1, b1, w2, b2, True)
         ctx.save_for_backward(points, table, features, slope, w1, b1, w2)
@@ -61,7 +63,7 @@ class _Density(torch.autograd.Function):
     @stepped_over
     @torch.autograd.function.once_differentiable
     def backward(ctx, g_features, g_raw, g_gradient):
-        grid, perceptron = compiled_grid(ctx.backend), compiled_perceptron(ctx.backend)
+        grid, perceptron = module(ctx.backend, "hashgrid"), module(ctx.backend, "mlp")
         points, table, features, slope, w1, b1, w2 = ctx.saved_tensors
         g_slope = None if g_gradient is None else grid.directional(points, table, ctx.spec, g_gradient)
         g_raw = points.new_zeros(points.shape[0]) if g_raw is None else g_raw

@@ -5,71 +5,15 @@ Letters: N points, L levels, F features per level, T table rows over all levels.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
-
 import torch
 from torch import Tensor
 
 from stages.errors import check_shape
-from stages.kernels import reference_hashgrid
 from stages.kernels.backend import check_alike, choose_backend
+from stages.kernels.dispatch import module
+from stages.kernels.grid import HashGridSpec
+from stages.kernels.reference import hashgrid as twin
 from stages.kernels.untraced import stepped_over, untraced
-
-
-@dataclass(frozen=True)
-class HashGridSpec:
-    """Shape of a hash grid: cells a side grow geometrically from `base` to `finest`.
-
-    Levels whose (cells + 1)^3 vertices fit into 2^log2_table rows are stored densely, the others are hashed.
-    The default suits 64x64 renders: 256 cells over the box are finer than a pixel of any training view.
-    """
-
-    levels: int = 16
-    features: int = 2
-    log2_table: int = 15
-    base: int = 16
-    finest: int = 256
-
-    def __post_init__(self) -> None:
-        for name, low, high in (("levels", 1, 32), ("features", 1, 8), ("log2_table", 4, 24), ("base", 1, 1 << 14)):
-            if not low <= getattr(self, name) <= high:
-                raise ValueError(f"{name}: wanted {low} .. {high}, got {getattr(self, name)}")
-        if not self.base <= self.finest <= 1 << 16:
-            raise ValueError(f"finest: wanted base = {self.base} .. 65536, got {self.finest}")
-
-    @cached_property
-    def resolutions(self) -> tuple[int, ...]:
-        """Cells a side of each level."""
-        growth = (self.finest / self.base) ** (1 / max(self.levels - 1, 1))
-        return tuple(round(self.base * growth**level) for level in range(self.levels))
-
-    @cached_property
-    def dense(self) -> tuple[bool, ...]:
-        """Whether each level has one row per vertex."""
-        return tuple((r + 1) ** 3 <= 1 << self.log2_table for r in self.resolutions)
-
-    @cached_property
-    def offsets(self) -> tuple[int, ...]:
-        """First row of each level, and the number of rows as the last entry; L + 1 values."""
-        total = [0]
-        for resolution, dense in zip(self.resolutions, self.dense, strict=True):
-            total.append(total[-1] + ((resolution + 1) ** 3 if dense else 1 << self.log2_table))
-        return tuple(total)
-
-    @property
-    def rows(self) -> int:
-        """T."""
-        return self.offsets[-1]
-
-    @property
-    def width(self) -> int:
-        """L * F, the length of an encoding."""
-        return self.levels * self.features
-
-    def initial_table(self, generator: torch.Generator, scale: float = 1e-4) -> Tensor:
-        """Table [T, F] uniform in +-scale (tiny-cuda-nn's 1e-4: a field starts as its bias, not as noise)."""
-        return scale * (2 * torch.rand(self.rows, self.features, generator=generator) - 1)
 
 
 def hash_encode(
@@ -90,10 +34,10 @@ def hash_encode(
     if backend in ("numba", "warp"):
         return untraced(_Encode.apply, points, table, spec, known, backend)
     if backend == "tinycudann":
-        from stages.kernels import adaptor_tinycudann
+        from stages.kernels.adaptors import tinycudann
 
-        return untraced(adaptor_tinycudann.hash_encode, points, table, spec)
-    return reference_hashgrid.hash_encode(points, table, spec)
+        return untraced(tinycudann.hash_encode, points, table, spec)
+    return twin.hash_encode(points, table, spec)
 
 
 def hash_encode_both(
@@ -126,10 +70,10 @@ def hash_gradient(points: Tensor, table: Tensor, spec: HashGridSpec, g: Tensor, 
     if backend in ("numba", "warp"):
         return untraced(_Gradient.apply, points, table, g, spec, backend)
     if backend == "tinycudann":
-        from stages.kernels import adaptor_tinycudann
+        from stages.kernels.adaptors import tinycudann
 
-        return untraced(adaptor_tinycudann.hash_gradient, points, table, spec, g)
-    return reference_hashgrid.hash_gradient(points, table, spec, g)
+        return untraced(tinycudann.hash_gradient, points, table, spec, g)
+    return twin.hash_gradient(points, table, spec, g)
 
 
 def check_grid(points: Tensor, table: Tensor, spec: HashGridSpec, backend: str, **features: Tensor | None) -> str:
@@ -148,20 +92,11 @@ def check_grid(points: Tensor, table: Tensor, spec: HashGridSpec, backend: str, 
     return chosen
 
 
-def compiled_grid(backend: str):
-    """The module that computes the ops for "numba" or "warp"; both have the same functions."""
-    if backend == "warp":
-        from stages.kernels import cuda_hashgrid as module
-    else:
-        from stages.kernels import cpu_hashgrid as module
-    return module
-
-
 class _Encode(torch.autograd.Function):
     @staticmethod
     def forward(ctx, points: Tensor, table: Tensor, spec: HashGridSpec, known: Tensor | None, backend: str) -> Tensor:
         ctx.save_for_backward(points, table)
-        ctx.spec, ctx.grid = spec, compiled_grid(backend)
+        ctx.spec, ctx.grid = spec, module(backend, "hashgrid")
         return ctx.grid.encode(points, table, spec) if known is None else known.view_as(known)
 
     @staticmethod
@@ -183,7 +118,7 @@ class _EncodeBoth(torch.autograd.Function):
     @staticmethod
     def forward(ctx, points: Tensor, first: Tensor, second: Tensor, spec: HashGridSpec, finer: HashGridSpec) -> Tensor:
         ctx.save_for_backward(points, first, second)
-        ctx.specs, ctx.grid = (spec, finer), compiled_grid("numba")
+        ctx.specs, ctx.grid = (spec, finer), module("numba", "hashgrid")
         out = points.new_empty(points.shape[0], spec.width + finer.width)
         ctx.grid.encode_into(points, first, spec, out, 0)
         ctx.grid.encode_into(points, second, finer, out, spec.width)
@@ -209,7 +144,7 @@ class _Gradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx, points: Tensor, table: Tensor, g: Tensor, spec: HashGridSpec, backend: str) -> Tensor:
         ctx.save_for_backward(points, table, g)
-        ctx.spec, ctx.grid = spec, compiled_grid(backend)
+        ctx.spec, ctx.grid = spec, module(backend, "hashgrid")
         return ctx.grid.gradient(points, table, spec, g)
 
     @staticmethod

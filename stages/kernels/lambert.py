@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from stages.errors import check_shape
-from stages.kernels import reference_lambert
 from stages.kernels.backend import choose_backend
-from stages.kernels.compiled import run
-from stages.kernels.untraced import untraced
+from stages.kernels.dispatch import module
+from stages.kernels.reference import lambert as twin
+from stages.kernels.untraced import stepped_over, untraced
 
 
 def lambert(
@@ -42,7 +42,7 @@ def lambert(
     check_shape("light", light, (1 if len(light) == 1 else n, 3))
     chosen = choose_backend(backend, albedo, normals, points, light, family="raster")
     if chosen == "torch":
-        return reference_lambert.lambert(albedo, normals, points, light, ambient, diffuse, shortest)
+        return twin.lambert(albedo, normals, points, light, ambient, diffuse, shortest)
     return untraced(_Lambert.apply, albedo, normals, points, light, ambient, diffuse, shortest, chosen)
 
 
@@ -50,19 +50,20 @@ class _Lambert(torch.autograd.Function):
     @staticmethod
     def forward(ctx, albedo, normals, points, light, ambient, diffuse, shortest, backend):
         out = normals.new_empty(normals.shape)
-        run(backend, "lambert", "lambert_forward", albedo, normals, points, light, ambient, diffuse, shortest, out)
+        module(backend, "lambert").lambert_forward(albedo, normals, points, light, ambient, diffuse, shortest, out)
         ctx.save_for_backward(albedo, normals, points, light)
         ctx.numbers, ctx.backend = (ambient, diffuse, shortest), backend
         return out
 
     @staticmethod
+    @stepped_over
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         albedo, normals, _, light = ctx.saved_tensors
         in_albedo, in_normals, in_points, in_light = ctx.needs_input_grad[:4]
         wanted = (in_albedo, in_normals, in_points or in_light)
         grads = [normals.new_empty(normals.shape if want else (0, 3)) for want in wanted]
-        run(ctx.backend, "lambert", "lambert_backward", *ctx.saved_tensors, *ctx.numbers, grad, *grads)
+        module(ctx.backend, "lambert").lambert_backward(*ctx.saved_tensors, *ctx.numbers, grad, *grads)
         return (
             _summed(grads[0], albedo) if in_albedo else None,
             grads[1] if in_normals else None,

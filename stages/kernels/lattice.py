@@ -5,10 +5,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from stages.errors import check_shape
-from stages.kernels import reference_lattice
 from stages.kernels.backend import choose_backend
-from stages.kernels.compiled import run
+from stages.kernels.dispatch import module
 from stages.kernels.indices import check_indices
+from stages.kernels.reference import lattice as twin
 from stages.kernels.untraced import untraced
 
 
@@ -37,7 +37,11 @@ def diffuse(
     check_indices("neighbours", neighbours, len(values), start=-1)
     chosen = choose_backend(backend, values, family="marching")
     if chosen == "torch":
-        return reference_lattice.diffuse(values.detach(), neighbours, strength, tolerance)
-    pairs, theta = reference_lattice.chebyshev(strength, tolerance)
+        return twin.diffuse(values.detach(), neighbours, strength, tolerance)
+    pairs, theta = twin.chebyshev(strength, tolerance)
     scale = strength / neighbours.shape[1]
-    return untraced(run, chosen, "lattice", "diffuse", neighbours.int(), values, scale, pairs, theta)
+    return untraced(_diffuse, chosen, neighbours.int(), values, scale, pairs, theta)
+
+
+def _diffuse(backend: str, neighbours: Tensor, values: Tensor, *constants) -> Tensor:
+    return module(backend, "lattice").diffuse(neighbours, values, *constants)

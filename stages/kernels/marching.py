@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from stages.errors import check_shape
-from stages.kernels import reference_marching
 from stages.kernels.backend import choose_backend
-from stages.kernels.compiled import run
+from stages.kernels.dispatch import module
 from stages.kernels.indices import check_indices, vouch
-from stages.kernels.untraced import untraced
+from stages.kernels.reference import marching as twin
+from stages.kernels.untraced import stepped_over, untraced
 
 
 def marching_tetrahedra(
@@ -58,10 +58,10 @@ def marching_tetrahedra(
         vertices, faces, crossing = untraced(_March.apply, *arguments)
         return vertices, vouch(faces, 0, len(vertices) - 1), crossing
     if chosen == "kaolin":
-        from stages.kernels import adaptor_kaolin
+        from stages.kernels.adaptors import kaolin
 
-        return untraced(adaptor_kaolin.march, positions, sdf, edges, tets, tet_edges, guard)
-    return reference_marching.march(positions, sdf, edges, tets, tet_edges, guard)
+        return untraced(kaolin.march, positions, sdf, edges, tets, tet_edges, guard)
+    return twin.march(positions, sdf, edges, tets, tet_edges, guard)
 
 
 def mesh_edges(faces: Tensor, vertices: int, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
@@ -77,25 +77,30 @@ def mesh_edges(faces: Tensor, vertices: int, *, backend: str = "auto") -> tuple[
     check_indices("faces", faces, vertices)
     chosen = choose_backend(backend, torch.empty(0, device=faces.device), family="marching")
     if chosen == "torch":
-        return reference_marching.mesh_edges(faces, vertices)
-    found = untraced(run, chosen, "marching", "mesh_edges", faces.int(), vertices)
+        return twin.mesh_edges(faces, vertices)
+    found = untraced(_mesh_edges, chosen, faces.int(), vertices)
     if found is None:
         raise ValueError("faces: wanted a closed oriented surface, got an edge without exactly two opposite half edges")
     return vouch(found[0], 0, vertices - 1), vouch(found[1], 0, len(faces) - 1)
+
+
+def _mesh_edges(backend: str, faces: Tensor, vertices: int) -> tuple[Tensor, Tensor] | None:
+    return module(backend, "marching").mesh_edges(faces, vertices)
 
 
 class _March(torch.autograd.Function):
     @staticmethod
     def forward(ctx, positions, sdf, edges, tets, tet_edges, guard, backend):
         arguments = (positions, sdf, edges, tets, tet_edges, guard)
-        vertices, faces, crossing = run(backend, "marching", "march", *arguments)
+        vertices, faces, crossing = module(backend, "marching").march(*arguments)
         ctx.save_for_backward(positions, sdf, edges, crossing)
         ctx.guard, ctx.backend = guard, backend
         ctx.mark_non_differentiable(faces, crossing)
         return vertices, faces, crossing
 
     @staticmethod
+    @stepped_over
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad, *_):
-        grads = run(ctx.backend, "marching", "crossing_backward", *ctx.saved_tensors, ctx.guard, grad)
+        grads = module(ctx.backend, "marching").crossing_backward(*ctx.saved_tensors, ctx.guard, grad)
         return *grads, None, None, None, None, None

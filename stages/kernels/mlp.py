@@ -10,25 +10,25 @@ from torch import Tensor
 
 from stages.errors import check_shape
 from stages.kernels.backend import choose_backend
+from stages.kernels.cuda.launch import MLP_MAX
+from stages.kernels.dispatch import module
 from stages.kernels.untraced import stepped_over, untraced
-
-WARP_MAX = (128, 16)  # inputs and outputs of the Warp kernels; beyond, a point's vectors leave the registers
 
 
 def mlp(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, *, backend: str = "auto") -> Tensor:
     """One-hidden-layer ReLU perceptron; differentiable in every argument.
 
     Args: x [N, I]; w1 [H, I]; b1 [H]; w2 [O, H]; b2 [O]; backend a key of stages.kernels.backend.BACKENDS; warp
-        takes up to WARP_MAX inputs and outputs, beyond which "auto" is torch.
+        takes up to cuda.launch.MLP_MAX inputs and outputs, beyond which "auto" is torch.
     Returns: [N, O].
     """
     chosen = _check(x, w1, b1, w2, b2, backend, adaptor=True)
     if chosen in ("numba", "warp"):
         return untraced(_Mlp.apply, x, w1, b1, w2, b2, False, chosen)[0]
     if chosen == "tinycudann":
-        from stages.kernels import adaptor_tinycudann
+        from stages.kernels.adaptors import tinycudann
 
-        return untraced(adaptor_tinycudann.mlp, x, w1, b1, w2, b2)
+        return untraced(tinycudann.mlp, x, w1, b1, w2, b2)
     return torch.addmm(b2, torch.addmm(b1, x, w1.T).relu(), w2.T)
 
 
@@ -55,9 +55,9 @@ def _check(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, backend: s
     check_shape("x", x, (None, w1.shape[1]))
     chosen = choose_backend(backend, x, w1, b1, w2, b2, family="mlp", adaptor=adaptor)
     sizes = (x.shape[1], w2.shape[0])
-    if chosen == "warp" and not all(1 <= size <= most for size, most in zip(sizes, WARP_MAX, strict=True)):
+    if chosen == "warp" and not all(1 <= size <= most for size, most in zip(sizes, MLP_MAX, strict=True)):
         if backend == "warp":
-            wanted = "{} inputs and {} outputs".format(*WARP_MAX)
+            wanted = "{} inputs and {} outputs".format(*MLP_MAX)
             raise ValueError(f"backend: 'warp' is written for 1 to {wanted}, got {sizes[0]} and {sizes[1]}")
         return "torch"
     return chosen
@@ -71,20 +71,11 @@ def check_weights(inputs: int, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, o
     check_shape("b2", b2, (w2.shape[0],))
 
 
-def compiled_perceptron(backend: str):
-    """The module that computes the op for "numba" or "warp"; both have the same functions."""
-    if backend == "warp":
-        from stages.kernels import cuda_mlp as module
-    else:
-        from stages.kernels import cpu_mlp as module
-    return module
-
-
 class _Mlp(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, with_slope: bool, backend: str):
         ctx.save_for_backward(x, w1, b1, w2)
-        ctx.with_slope, ctx.perceptron = with_slope, compiled_perceptron(backend)
+        ctx.with_slope, ctx.perceptron = with_slope, module(backend, "mlp")
         ctx.set_materialize_grads(False)
         return ctx.perceptron.forward(x, w1, b1, w2, b2, with_slope)
 

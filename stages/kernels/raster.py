@@ -2,7 +2,7 @@
 
 The layout is nvdiffrast's (Laine et al. 2020, "Modular primitives for high-performance differentiable rendering",
 sec. 3), with ROW 0 AT THE TOP. Letters: B views, V vertices, F triangles, H rows, W columns, C channels.
-`backend` is a key of stages.kernels.backend.BACKENDS; the torch twin in reference_raster.py defines every result.
+`backend` is a key of stages.kernels.backend.BACKENDS; the torch twin in reference/raster.py defines every result.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from stages.errors import check_shape
-from stages.kernels import reference_antialias
-from stages.kernels import reference_raster as twin
 from stages.kernels.backend import choose_backend
-from stages.kernels.compiled import run
+from stages.kernels.dispatch import module
 from stages.kernels.indices import check_indices, vouch
-from stages.kernels.untraced import untraced
+from stages.kernels.reference import antialias as reference_antialias
+from stages.kernels.reference import raster as twin
+from stages.kernels.untraced import stepped_over, untraced
 
 TRIANGLES_MAX = 1 << 24  # ids travel as float32, exact up to here
 
@@ -43,9 +43,9 @@ def rasterise(clip: Tensor, triangles: Tensor, height: int, width: int, *, backe
     if chosen == "torch":
         return twin.rasterise(clip, triangles, height, width)
     if chosen == "nvdiffrast":
-        from stages.kernels import adaptor_nvdiffrast
+        from stages.kernels.adaptors import nvdiffrast
 
-        return untraced(adaptor_nvdiffrast.rasterise, clip, triangles, height, width)
+        return untraced(nvdiffrast.rasterise, clip, triangles, height, width)
     return untraced(_Rasterise.apply, clip, triangles, height, width, chosen)
 
 
@@ -67,9 +67,9 @@ def interpolate(attributes: Tensor, rast: Tensor, triangles: Tensor, *, backend:
     if chosen == "torch":
         return twin.interpolate(batched, rast, triangles)
     if chosen == "nvdiffrast":
-        from stages.kernels import adaptor_nvdiffrast
+        from stages.kernels.adaptors import nvdiffrast
 
-        return untraced(adaptor_nvdiffrast.interpolate, batched, rast, triangles)
+        return untraced(nvdiffrast.interpolate, batched, rast, triangles)
     return untraced(_Interpolate.apply, batched, rast, triangles, chosen)
 
 
@@ -85,7 +85,7 @@ def edge_topology(triangles: Tensor, vertices: int, *, backend: str = "auto") ->
     chosen = choose_backend(backend, triangles.new_empty(0, dtype=torch.float32), family="raster")
     if chosen == "torch":
         return reference_antialias.edge_topology(triangles, vertices)
-    topology = untraced(run, chosen, "antialias", "edge_topology", triangles, vertices)
+    topology = untraced(_edge_topology, chosen, triangles, vertices)
     return vouch(topology, -1, 3 * len(triangles) - 1)
 
 
@@ -122,9 +122,9 @@ def antialias(
     if chosen == "torch":
         return reference_antialias.antialias(colour, rast, clip, triangles, topology)
     if chosen == "nvdiffrast":
-        from stages.kernels import adaptor_nvdiffrast
+        from stages.kernels.adaptors import nvdiffrast
 
-        return untraced(adaptor_nvdiffrast.antialias, colour, rast, clip, triangles)
+        return untraced(nvdiffrast.antialias, colour, rast, clip, triangles)
     return untraced(_Antialias.apply, colour, rast, clip, triangles, topology, chosen)
 
 
@@ -146,9 +146,9 @@ def texture(image: Tensor, uv: Tensor, *, backend: str = "auto") -> Tensor:
     if chosen == "torch":
         return twin.texture(image, uv)
     if chosen == "nvdiffrast":
-        from stages.kernels import adaptor_nvdiffrast
+        from stages.kernels.adaptors import nvdiffrast
 
-        return untraced(adaptor_nvdiffrast.texture, image, uv)
+        return untraced(nvdiffrast.texture, image, uv)
     return untraced(_Texture.apply, image, uv.reshape(-1, 2), chosen).reshape(*uv.shape[:-1], image.shape[2])
 
 
@@ -183,50 +183,57 @@ def _check_float(name: str, tensor: Tensor) -> None:
         raise ValueError(f"{name}: wanted dtype float32 (or float64 with the torch backend), got {got}")
 
 
+def _edge_topology(backend: str, triangles: Tensor, vertices: int) -> Tensor:
+    return module(backend, "antialias").edge_topology(triangles, vertices)
+
+
 class _Rasterise(torch.autograd.Function):
     @staticmethod
     def forward(ctx, clip, triangles, height, width, backend):
         rast = clip.new_empty(clip.shape[0], height, width, 4)
-        run(backend, "raster", "rasterise_forward", clip, triangles, rast)
+        module(backend, "raster").rasterise_forward(clip, triangles, rast)
         ctx.save_for_backward(clip, triangles, rast)
         ctx.backend = backend
         return rast
 
     @staticmethod
+    @stepped_over
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        return run(ctx.backend, "raster", "rasterise_backward", *ctx.saved_tensors, grad), None, None, None, None
+        return module(ctx.backend, "raster").rasterise_backward(*ctx.saved_tensors, grad), None, None, None, None
 
 
 class _Interpolate(torch.autograd.Function):
     @staticmethod
     def forward(ctx, attributes, rast, triangles, backend):
         out = attributes.new_empty(*rast.shape[:3], attributes.shape[-1])
-        run(backend, "raster", "interpolate_forward", attributes, rast, triangles, out)
+        module(backend, "raster").interpolate_forward(attributes, rast, triangles, out)
         ctx.save_for_backward(attributes, rast, triangles)
         ctx.backend = backend
         return out
 
     @staticmethod
+    @stepped_over
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        return *run(ctx.backend, "raster", "interpolate_backward", *ctx.saved_tensors, grad), None, None
+        return *module(ctx.backend, "raster").interpolate_backward(*ctx.saved_tensors, grad), None, None
 
 
 class _Antialias(torch.autograd.Function):
     @staticmethod
     def forward(ctx, colour, rast, clip, triangles, topology, backend):
         tensors = (colour, rast, clip, triangles, topology)
-        out, ctx.crossings = run(backend, "antialias", "antialias_forward", *tensors)
+        out, ctx.crossings = module(backend, "antialias").antialias_forward(*tensors)
         ctx.save_for_backward(colour, clip)
         ctx.backend = backend
         return out
 
     @staticmethod
+    @stepped_over
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         arguments = (*ctx.saved_tensors, ctx.crossings, grad)
-        grad_colour, grad_clip = run(ctx.backend, "antialias", "antialias_backward", *arguments)
+        grad_colour, grad_clip = module(ctx.backend, "antialias").antialias_backward(*arguments)
         return grad_colour, None, grad_clip, None, None, None
 
 
@@ -234,15 +241,16 @@ class _Texture(torch.autograd.Function):
     @staticmethod
     def forward(ctx, image, uv, backend):
         out = image.new_empty(len(uv), image.shape[2])
-        run(backend, "texture", "texture_forward", image, uv, out)
+        module(backend, "texture").texture_forward(image, uv, out)
         ctx.save_for_backward(image, uv)
         ctx.backend = backend
         return out
 
     @staticmethod
+    @stepped_over
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        return *run(ctx.backend, "texture", "texture_backward", *ctx.saved_tensors, grad), None
+        return *module(ctx.backend, "texture").texture_backward(*ctx.saved_tensors, grad), None
 
 
 class _VertexNormals(torch.autograd.Function):
@@ -250,15 +258,16 @@ class _VertexNormals(torch.autograd.Function):
     def forward(ctx, vertices, triangles, backend):
         normals = vertices.new_empty(len(vertices), 3)
         length = vertices.new_empty(len(vertices), dtype=torch.float64)
-        run(backend, "normals", "normals_forward", vertices, triangles, normals, length)
+        module(backend, "normals").normals_forward(vertices, triangles, normals, length)
         ctx.save_for_backward(vertices, triangles, normals, length)
         ctx.backend = backend
         return normals
 
     @staticmethod
+    @stepped_over
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         vertices = ctx.saved_tensors[0]
         out = torch.zeros_like(vertices, dtype=torch.float64, memory_format=torch.contiguous_format)
-        run(ctx.backend, "normals", "normals_backward", *ctx.saved_tensors, grad, out)
+        module(ctx.backend, "normals").normals_backward(*ctx.saved_tensors, grad, out)
         return out.float(), None, None

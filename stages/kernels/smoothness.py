@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from stages.errors import check_shape
-from stages.kernels import reference_smoothness
 from stages.kernels.backend import choose_backend
-from stages.kernels.compiled import run
+from stages.kernels.dispatch import module
 from stages.kernels.indices import check_indices
-from stages.kernels.untraced import untraced
+from stages.kernels.reference import smoothness as twin
+from stages.kernels.untraced import stepped_over, untraced
 
 
 def smoothness(
@@ -46,8 +46,8 @@ def smoothness(
     chosen = choose_backend(backend, vertices, family="marching")
     if chosen == "torch":
         return (
-            reference_smoothness.bend(vertices, faces, sides),
-            reference_smoothness.rough(vertices, faces, edges),
+            twin.bend(vertices, faces, sides),
+            twin.rough(vertices, faces, edges),
         )
     values = untraced(_Smoothness.apply, vertices, faces.int(), edges.int(), sides.int(), chosen)
     return values[0], values[1]
@@ -60,11 +60,12 @@ class _Smoothness(torch.autograd.Function):
     def forward(ctx, vertices, faces, edges, sides, backend):
         values = vertices.new_empty(2, dtype=torch.float64)
         grads = vertices.new_empty(2 if ctx.needs_input_grad[0] else 0, len(vertices), 3)
-        run(backend, "smoothness", "smoothness", vertices, faces, edges, sides, values, grads)
+        module(backend, "smoothness").smoothness(vertices, faces, edges, sides, values, grads)
         ctx.save_for_backward(grads)
         return values.to(vertices.dtype)
 
     @staticmethod
+    @stepped_over
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         (grads,) = ctx.saved_tensors

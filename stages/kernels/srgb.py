@@ -8,11 +8,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from stages.kernels import reference_srgb
 from stages.kernels.backend import choose_backend
-from stages.kernels.compiled import run
-from stages.kernels.reference_srgb import KNEE
-from stages.kernels.untraced import untraced
+from stages.kernels.dispatch import module
+from stages.kernels.reference import srgb as twin
+from stages.kernels.reference.srgb import KNEE
+from stages.kernels.untraced import stepped_over, untraced
 
 
 def linear_to_srgb(linear: Tensor, *, backend: str = "auto") -> Tensor:
@@ -24,7 +24,7 @@ def linear_to_srgb(linear: Tensor, *, backend: str = "auto") -> Tensor:
     chosen = choose_backend(backend, linear, family="raster")
     if chosen == "numba":
         return untraced(_Curve.apply, linear)
-    return reference_srgb.linear_to_srgb(linear)
+    return twin.linear_to_srgb(linear)
 
 
 def srgb_to_linear(srgb: Tensor) -> Tensor:
@@ -39,13 +39,14 @@ class _Curve(torch.autograd.Function):
     @staticmethod
     def forward(ctx, linear: Tensor) -> Tensor:
         srgb = linear.detach().clamp(KNEE, 1).pow_(1 / 2.4).contiguous()  # which torch takes in vectors
-        run("numba", "srgb", "srgb_forward", linear, srgb)
+        module("numba", "srgb").srgb_forward(linear, srgb)
         ctx.save_for_backward(linear, srgb)
         return srgb
 
     @staticmethod
+    @stepped_over
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor) -> Tensor:
         out = grad.new_empty(grad.shape)
-        run("numba", "srgb", "srgb_backward", *ctx.saved_tensors, grad, out)
+        module("numba", "srgb").srgb_backward(*ctx.saved_tensors, grad, out)
         return out

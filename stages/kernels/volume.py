@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from stages.errors import check_shape
-from stages.kernels import reference_volume
 from stages.kernels.backend import choose_backend
+from stages.kernels.dispatch import module
+from stages.kernels.reference import volume as twin
 from stages.kernels.untraced import stepped_over, untraced
 
 
@@ -52,20 +53,21 @@ def march(
     step_size: float,
     jitter: Tensor,
     *,
-    stride: int = 1,
+    thin_stride: int = 1,
     backend: str = "auto",
 ) -> Samples:
     """Samples at distances near + (k + jitter) step_size, k = 0, 1, ..., where they fall into occupied cells.
 
-    Thin cells, of value 2, are sampled `stride` times more coarsely: of their steps k only those with
-    k = floor(4096 jitter) modulo stride are taken, with `stride` times the interval. Over random jitter that leaves
-    every optical depth's mean as it is, and spends little on the halo of low density around an object.
+    Thin cells, of value 2, are sampled `thin_stride` times more coarsely: of their steps k only those with
+    k = floor(4096 jitter) modulo thin_stride are taken, with `thin_stride` times the interval. Over random jitter that
+    leaves every optical depth's mean as it is, and spends little on the halo of low density around an object.
 
     Args:
         rays_o, rays_d: [R, 3], unit directions. near and far are the ray's crossings of the box [-1, 1]^3 (near >= 0).
             A ray without a direction (shorter than 1e-6) or that is not finite has neither, and gets no samples.
         occupancy: [G, G, G] bool or uint8, indexed [x, y, z], over the box: 0 empty, 1 occupied, 2 thin.
-        step_size: world length of an interval. jitter: [R] in [0, 1). stride: at least 1; 1 treats thin as occupied.
+        step_size: world length of an interval. jitter: [R] in [0, 1).
+        thin_stride: at least 1; 1 treats thin as occupied.
     Returns: packed samples. Not differentiable in: anything.
     """
     check_shape("rays_o", rays_o, (None, 3))
@@ -74,11 +76,11 @@ def march(
     check_shape("occupancy", occupancy, (occupancy.shape[0],) * 3)
     if not 0 < step_size < float("inf"):
         raise ValueError(f"step_size: wanted a positive length, got {step_size}")
-    if stride < 1:
-        raise ValueError(f"stride: wanted at least 1, got {stride}")
+    if thin_stride < 1:
+        raise ValueError(f"thin_stride: wanted at least 1, got {thin_stride}")
     chosen = choose_backend(backend, rays_o, rays_d, jitter, family="volume")
-    rays = (rays_o.detach(), rays_d.detach())
-    return Samples(*_run(chosen, "march", *rays, occupancy, step_size, jitter.detach(), stride))
+    arguments = (rays_o.detach(), rays_d.detach(), occupancy, step_size, jitter.detach(), thin_stride)
+    return Samples(*(twin.march(*arguments) if chosen == "torch" else untraced(_march, chosen, *arguments)))
 
 
 def composite(
@@ -96,49 +98,40 @@ def composite(
     chosen = choose_backend(backend, sigmas, values, family="volume")
     if chosen != "torch":
         packed = (samples.t, samples.delta, samples.ray_offsets)
-        return untraced(_Composite.apply, sigmas, values, *packed, _module(chosen))
-    return reference_volume.composite(sigmas, values, samples.t, samples.delta, samples.ray_offsets)
+        return untraced(_Composite.apply, sigmas, values, *packed, chosen)
+    return twin.composite(sigmas, values, samples.t, samples.delta, samples.ray_offsets)
 
 
 def visible(
-    sigmas: Tensor, samples: Samples, threshold: float, faint: float = 0.0, *, backend: str = "auto"
+    sigmas: Tensor, samples: Samples, threshold: float, min_optical_depth: float = 0.0, *, backend: str = "auto"
 ) -> tuple[Tensor, Samples]:
     """Drop samples that cannot matter, for a field whose density is known from a cheap pass without gradients.
 
     Left out are those that less than `threshold` of the light reaches (early termination), and those whose own optical
-    depth sigma delta is below `faint`. One whose density is nan stays, for the picture to show it.
-    Args: sigmas [N]; threshold in [0, 1); faint >= 0; zeros keep everything.
+    depth sigma delta is below `min_optical_depth`. One whose density is nan stays, for the picture to show it.
+    Args: sigmas [N]; threshold in [0, 1); min_optical_depth >= 0; zeros keep everything.
     Returns: indices [M] of the samples kept, ascending, and those samples. Not differentiable in: anything.
     """
     check_shape("sigmas", sigmas, (len(samples),))
     chosen = choose_backend(backend, sigmas, family="volume")
-    packed = (samples.delta, samples.ray_offsets)
-    index, offsets = _run(chosen, "visible", sigmas.detach(), *packed, threshold, faint)
+    arguments = (sigmas.detach(), samples.delta, samples.ray_offsets, threshold, min_optical_depth)
+    index, offsets = twin.visible(*arguments) if chosen == "torch" else untraced(_visible, chosen, *arguments)
     return index, Samples(samples.t.index_select(0, index), samples.delta.index_select(0, index), offsets)
 
 
-def _module(backend: str):
-    """The module that computes the ops under a backend's name; all three have the same functions."""
-    if backend == "warp":
-        from stages.kernels import cuda_volume as module
-    elif backend == "numba":
-        from stages.kernels import cpu_volume as module
-    else:
-        module = reference_volume
-    return module
+def _march(backend: str, *arguments):
+    return module(backend, "volume").march(*arguments)
 
 
-def _run(backend: str, function: str, *arguments):
-    """One of that module's functions; torch.compile looks into the twin's alone."""
-    call = getattr(_module(backend), function)
-    return call(*arguments) if backend == "torch" else untraced(call, *arguments)
+def _visible(backend: str, *arguments):
+    return module(backend, "volume").visible(*arguments)
 
 
 class _Composite(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, sigmas: Tensor, values: Tensor, t: Tensor, delta: Tensor, ray_offsets: Tensor, module):
-        ctx.module = module
-        out, weights, opacity, depth = module.composite(sigmas, values, t, delta, ray_offsets)
+    def forward(ctx, sigmas: Tensor, values: Tensor, t: Tensor, delta: Tensor, ray_offsets: Tensor, backend: str):
+        ctx.volume = module(backend, "volume")
+        out, weights, opacity, depth = ctx.volume.composite(sigmas, values, t, delta, ray_offsets)
         ctx.save_for_backward(sigmas, values, t, delta, ray_offsets)
         ctx.set_materialize_grads(False)
         return out, weights, opacity, depth
@@ -148,5 +141,5 @@ class _Composite(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, g_out, g_weights, g_opacity, g_depth):
         saved = ctx.saved_tensors
-        grad_sigmas, grad_values = ctx.module.composite_backward(*saved, g_out, g_weights, g_opacity, g_depth)
+        grad_sigmas, grad_values = ctx.volume.composite_backward(*saved, g_out, g_weights, g_opacity, g_depth)
         return grad_sigmas, grad_values, None, None, None, None

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from stages.kernels.jit import njit
+from stages.kernels.cpu.jit import njit
 
 # Pull of a vertex's quadric towards where it was, per unit area: keeps flat regions non-singular and evenly meshed.
 ANCHOR = 1e-3

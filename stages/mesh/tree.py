@@ -14,7 +14,7 @@ import math
 
 import numpy as np
 
-from stages.kernels.jit import njit
+from stages.kernels.cpu.jit import njit
 
 LEAF = 4  # triangles a leaf, at most
 FAR = 3.0  # radii of a node from which its dipole stands for it; closed surfaces were off by at most 0.014

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stages.cameras import CameraSettings, Views, sample_views
-from stages.guidance.camera import view_numbers
+from stages.guidance.diffusion.camera import view_numbers
 from stages.kernels.srgb import linear_to_srgb, srgb_to_linear
 from stages.mesh.mesh import Mesh
 from stages.pocket import world

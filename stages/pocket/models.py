@@ -6,8 +6,9 @@ them and the toolkit opens any other model by the same code. Two choices keep th
 Patches. Both UNets see a 16 x 16 grid: the pixel UNet 64x64x3 images unshuffled by 4 (48 channels), the latent
 UNet 64x64x4 latents unshuffled by 4 (64 channels). Unshuffling is orthogonal, so noise and v predictions carry
 over unchanged; the loader reads the patch from `in_channels`. Attention runs at 8 x 8 only.
-Camera. A small volume of features, looked into by the camera, tells a UNet what is where (stages/guidance/camera.py),
-in four of five training batches; without it the UNets are ordinary text-to-image models.
+Camera. A small volume of features, looked into by the camera, tells a UNet what is where
+(stages/guidance/diffusion/camera.py), in four of five training batches; without it the UNets are ordinary
+text-to-image models.
 Text. As in DeepFloyd IF, a pooled text embedding joins the time embedding and the 8 x 8 attention sees the words.
 """
 
@@ -100,7 +101,7 @@ def make_unet(channels: int):
 
 def make_camera(channels: int):
     """What tells a UNet of make_unet(channels) camera, light and backdrop."""
-    from stages.guidance.camera import CameraLayout
+    from stages.guidance.diffusion.camera import CameraLayout
 
     return CameraLayout(WIDTH, LEVELS, channels)
 

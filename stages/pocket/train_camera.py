@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stages.cameras import orbit_views
-from stages.guidance.camera import CameraLayout, view_numbers
+from stages.guidance.diffusion.camera import CameraLayout, view_numbers
 from stages.pocket import data, models
 from stages.pocket.training import Training
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from stages.cameras import Views, to_clip
 from stages.errors import check_shape
 from stages.kernels.backend import choose_backend
+from stages.kernels.dispatch import module
 from stages.kernels.raster import antialias, edge_topology, interpolate, rasterise, vertex_normals
 from stages.mesh.mesh import Mesh
 from stages.phases import phase
@@ -175,12 +176,9 @@ def render_vertex_colours(
     fine = size * supersample
     rast = rasterise(to_clip(vertices, views), triangles, fine, fine, backend=backend)
     if choose_backend(backend, vertices, family="raster") == "numba":
-        from stages.kernels.cpu_picture import picture
-
         out = torch.empty(len(views), size, size, 3)
         tensors = (rast, triangles, vertices, colours, normals, views.light)
-        arrays = [t.contiguous().numpy() for t in tensors]
-        picture(*arrays, shading.ambient, shading.diffuse, under.contiguous().numpy(), out.numpy())
+        module("numba", "picture").picture(*tensors, shading.ambient, shading.diffuse, under, out)
         return out
     planes = interpolate(torch.cat([vertices, normals, colours], -1), rast, triangles, backend=backend)
     points, normals, colours = planes.split(3, -1)

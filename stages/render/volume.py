@@ -71,8 +71,8 @@ def render_field(
     step_size: float = STEP_SIZE,
     normals: bool = False,
     early_stop: float = 1e-3,
-    faint: float = 3e-4,
-    stride: int = 1,
+    min_optical_depth: float = 3e-4,
+    thin_stride: int = 1,
 ) -> VolumeImages:
     """Render `field` from every view.
 
@@ -83,18 +83,18 @@ def render_field(
         generator: CPU; offsets each ray's samples by a random part of a step. None: by half a step.
         normals: also composite normals and the orientation penalty (costs about as much again).
         early_stop: samples that less than this share of the light reaches are left out.
-        stride: how many times more coarsely thin cells (value 2) are sampled; 1 for pictures without noise.
-        faint: samples with less optical depth than this are left out (behind a softplus they hardly have a gradient).
+        thin_stride: how many times more coarsely thin cells (value 2) are sampled; 1 for pictures without noise.
+        min_optical_depth: samples with less are left out (behind a softplus they hardly have a gradient).
     """
     rays_o, rays_d = (v.reshape(-1, 3) for v in rays(views, height, width))
     device, count = rays_o.device, rays_o.shape[0]
     jitter = torch.full((count,), 0.5) if generator is None else torch.rand(count, generator=generator)
     with phase("march"):
-        samples = march(rays_o, rays_d, occupancy, step_size, jitter.to(device), stride=stride)
+        samples = march(rays_o, rays_d, occupancy, step_size, jitter.to(device), thin_stride=thin_stride)
         points = _points(rays_o, rays_d, samples)
     with torch.no_grad(), phase("first look"):
         features = field.features(points)
-        keep, samples = visible(field.density(points, features), samples, early_stop, faint)
+        keep, samples = visible(field.density(points, features), samples, early_stop, min_optical_depth)
         points, features = points.index_select(0, keep), features.index_select(0, keep)
 
     directions = rays_d.index_select(0, samples.rays)  # [N, 3]

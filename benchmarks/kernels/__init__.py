@@ -1,0 +1,1 @@
+"""Every kernel against its twin and against other packages: `python -m benchmarks.kernels`."""

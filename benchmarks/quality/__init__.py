@@ -1,0 +1,1 @@
+"""Systems against each other on the same prompts and seeds: `python -m benchmarks.quality`."""

@@ -1,0 +1,261 @@
+"""What the results say, in sentences and Markdown tables; the README's are made here, never typed."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from benchmarks.environment import RESULTS, read_lines
+from benchmarks.kernels.kernel_tables import goals_markdown, kernels_markdown
+from benchmarks.markdown import markdown_table, origin, origin_of
+from benchmarks.quality.compare import compare_markdown
+from benchmarks.quality.guidance import as_markdown
+from benchmarks.quality.summary import METRICS, shown
+from benchmarks.speed.speed_tables import speed_markdown
+from pipeline.export.files import write_whole
+
+PLAIN = {
+    "coarse": "coarse only",
+    "magic3d": "coarse + fine",
+    "sphere": "fine only, from a sphere",
+    "reference": "upper bound (exact prior)",
+    "texture": "the shape given, painted by the prompt",
+    "dreamfields": "Dream Fields",
+    "clip-mesh": "CLIP-Mesh",
+    "truth": "ground truth",
+    "floor": "random blob",
+}
+ANSWERED = (
+    "r_precision_colour", "clip_colour", "colour_difference", "brightness_error",
+    "r_precision_textureless", "chamfer", "normal_consistency",
+)  # fmt: skip
+SURE = 0.05  # p-value below which a difference is told by itself
+CEILINGS = ("r_precision_colour", "clip_colour", "volume_iou")  # how far from the ground truth each system is
+
+
+def name_of(system: str) -> str:
+    return PLAIN.get(system, system)
+
+
+def answers(summary: dict[str, Any]) -> list[str]:
+    """Does fine beat coarse, by how much, at what price; how far is each system from the ceiling? In sentences."""
+    found = {(c["a"], c["b"], c["metric"]): c for c in summary["comparisons"]}
+    compared = {name: _directed(found, "magic3d", "coarse", name) for name in ANSWERED}
+    compared = {name: comparison for name, comparison in compared.items() if comparison is not None}
+    sure = [name for name, comparison in compared.items() if comparison["p_value"] < SURE]
+    sentences = [_sentence(compared[name], METRICS[name].label, METRICS[name].digits) for name in sure]
+    if unsure := [_gap(compared[name]["difference"], name) for name in compared if name not in sure]:
+        sentences.append(f"Coarse + fine against coarse alone, within chance: {'; '.join(unsure)}.")
+    time = _directed(found, "magic3d", "coarse", "wall_s")
+    if time is not None:
+        d = time["difference"]
+        sentences.append(f"The price of the fine stage: {d['mean']:.0f} s more [{d['low']:.0f}, {d['high']:.0f}].")
+    for system in summary["systems"]:
+        if system in ("truth", "floor"):
+            continue
+        gaps = {name: _directed(found, system, "truth", name) for name in CEILINGS}
+        parts = [_gap(gap["difference"], name) for name, gap in gaps.items() if gap is not None]
+        if parts:
+            name = name_of(system)
+            sentences.append(f"{name[:1].upper()}{name[1:]} against the ground truth: {'; '.join(parts)}.")
+    return sentences
+
+
+def _gap(d: dict[str, float], name: str) -> str:
+    label, n = METRICS[name].label, METRICS[name].digits
+    return f"{label} {d['mean']:+z.{n}f} [{d['low']:+z.{n}f}, {d['high']:+z.{n}f}]"
+
+
+def _directed(found: dict, a: str, b: str, metric: str) -> dict[str, Any] | None:
+    """The comparison of a with b, whichever way round it was stored."""
+    if (a, b, metric) in found:
+        return found[a, b, metric]
+    back = found.get((b, a, metric))
+    if back is None:
+        return None
+    d = back["difference"]
+    turned = {"mean": -d["mean"], "low": -d["high"], "high": -d["low"]}
+    return back | {"a": a, "b": b, "wins": back["losses"], "losses": back["wins"], "difference": turned}
+
+
+def _sentence(c: dict[str, Any], label: str, digits: int) -> str:
+    d = c["difference"]
+    p = "p < 0.001" if c["p_value"] < 0.001 else f"p = {c['p_value']:.3f}"
+    return (
+        f"{label}: coarse + fine against coarse alone {d['mean']:+z.{digits}f} [{d['low']:+z.{digits}f}, "
+        f"{d['high']:+z.{digits}f}], better on {c['wins']} and worse on {c['losses']} of {c['prompts']} prompts "
+        f"({p})."
+    )
+
+
+# --- Markdown ---------------------------------------------------------------------------------------------------
+
+
+def pocket_markdown(line: dict[str, Any]) -> str:
+    """The pocket models' table from one line of pocket.jsonl."""
+    rows = []
+    if "truth" in line:
+        for look, facts in line["truth"].items():
+            views = next(k for k in facts if k.endswith("_views"))
+            rows.append(
+                [
+                    f"renders of held-out captions, {look}",
+                    f"{facts[views]:.1f} %",
+                    f"{facts['one_view']:.1f} %",
+                    str(facts["candidates"]),
+                ]
+            )
+    for name in ("pixel", "latent"):
+        if name in line:
+            facts = line[name]
+            rows.append(
+                [
+                    f"{name} prior, DDIM samples",
+                    "-",
+                    f"{facts['r_precision']:.1f} %",
+                    str(line["settings"]["candidates"]),
+                ]
+            )
+    s = line["settings"]
+    note = (
+        f"R-Precision at 1 under the pocket CLIP; {s['captions']} held-out captions, guidance {s['scale']:g}, "
+        f"{s['steps']} steps. {origin_of([line])}, {line['cores']} cores."
+    )
+    return markdown_table(["what", "8 views", "1 view", "candidates"], rows) + f"\n\n{note}"
+
+
+def reference_markdown(lines: list[dict[str, Any]]) -> str:
+    """The table of the reference benchmark: the latest line of each mesh and stage, below them the targets."""
+    latest = {(line["mesh"], line["stage"]): line for line in lines}
+    meshes = list(dict.fromkeys(mesh for mesh, _ in latest))
+    rows = []
+    for mesh in meshes:
+        coarse, fine = latest.get((mesh, "coarse")), latest.get((mesh, "fine"))
+        pictures = [_marked(line, name) for line in (coarse, fine) for name in ("iou", "psnr_db")]
+        seconds = [f"{line['seconds']:.0f} s" for line in (coarse, fine) if line is not None]
+        rows.append([mesh, *pictures, _marked(fine, "chamfer"), _solid(fine), " + ".join(seconds)])
+    targets = {stage: line["targets"] for (_, stage), line in latest.items()}
+    wanted = [_bound(targets.get(stage, {}), name) for stage in ("coarse", "fine") for name in ("iou", "psnr_db")]
+    rows.append(["wanted", *wanted, _bound(targets.get("fine", {}), "chamfer"), "closed, manifold, 1 part", ""])
+    head = ["mesh", "coarse IoU", "coarse PSNR", "fine IoU", "fine PSNR", "Chamfer", "surface", "time"]
+    chosen = list(latest.values())
+    floors = [line["chamfer_floor"] for line in chosen if "chamfer_floor" in line]
+    note = "Silhouettes and unshaded pictures on views that training has not seen; Chamfer over the box's diagonal"
+    note += f" (the truth against itself: {max(floors):.4f})" if floors else ""
+    bold = "; bold misses its target" if any(line["missed"] for line in chosen) else ""
+    return markdown_table(head, rows) + f"\n\n{note}{bold}. {origin_of(chosen)}, {chosen[-1]['cores']} cores."
+
+
+_DIGITS = {"iou": "{:.3f}", "psnr_db": "{:.1f} dB", "chamfer": "{:.4f}"}
+
+
+def _marked(line: dict[str, Any] | None, name: str) -> str:
+    """A score, bold where it misses its target, a dash where there is none."""
+    if line is None or name not in line:
+        return "-"
+    text = _DIGITS[name].format(line[name])
+    return f"**{text}**" if name in line["missed"] else text
+
+
+def _bound(targets: dict[str, Any], name: str) -> str:
+    if name not in targets:
+        return "-"
+    return ("<= " if name == "chamfer" else ">= ") + _DIGITS[name].format(targets[name])
+
+
+def _solid(line: dict[str, Any] | None) -> str:
+    if line is None:
+        return "-"
+    parts = line["components"]
+    words = [
+        "closed" if line["watertight"] else "**open**",
+        "manifold" if line["manifold"] else "**not manifold**",
+        "1 part" if parts == 1 else f"**{parts} parts**",
+    ]
+    return ", ".join(words)
+
+
+def quality_markdown(
+    summary: dict[str, Any],
+    chosen: tuple[str, ...] = (
+        "r_precision_colour",
+        "r_precision_textureless",
+        "clip_colour",
+        "janus",
+        "chamfer",
+        "volume_iou",
+        "solid",
+        "wall_s",
+    ),
+) -> str:
+    """A suite's table from its summary, and what it answers."""
+    names = [n for n in chosen if any(n in facts["all"] for facts in summary["systems"].values())]
+    rows = []
+    for system, facts in summary["systems"].items():
+        lost = f" ({facts['failed']} of {facts['cells']} without an object)" if facts["failed"] else ""
+        rows.append([name_of(system) + lost, *(shown(facts["all"].get(n), METRICS[n].digits) for n in names)])
+    table = markdown_table(["system", *(METRICS[n].label for n in names)], rows)
+    prompts, seeds = sum(summary["prompts"].values()), max(f["seeds"] for f in summary["systems"].values())
+    note = (
+        f"{prompts} prompts, {seeds} seed{'s' if seeds > 1 else ''}, pocket world; 95 % bootstrap intervals. "
+        f"{origin(summary['dates'], summary['revisions'])}, {'; '.join(summary['machines'])}."
+    )
+    said = "\n".join(f"- {text}" for text in answers(summary))
+    return f"{table}\n\n{note}\n\n{said}".rstrip()
+
+
+def guidance_markdown(lines: list[dict[str, Any]]) -> str:
+    """The table of rules and cures against plain SDS, and where it was made."""
+    prompts, seeds = max(line["prompts"] for line in lines), max(line["seeds"] for line in lines)
+    note = (
+        f"{prompts} prompts with a true front, up to {seeds} seed{'s' if seeds > 1 else ''}, coarse + fine, pocket "
+        "world; `sds` is DreamFusion's recipe as published, `sds+X` the same with one rule or cure "
+        f"(benchmarks/cures). {origin_of(lines)}, {lines[-1]['cores']} cores of {lines[-1]['cpu']}."
+    )
+    return f"{as_markdown(lines)}\n\n{note}"
+
+
+def markdown_blocks(results: Path = RESULTS) -> dict[str, str]:
+    """Every table there are results for, by name: pocket, reference, kernels, kernels_goals, speed, guidance,
+    quality_<suite> and compare_<name>."""
+    blocks = {}
+    lines = read_lines(results / "pocket.jsonl")
+    if lines:
+        blocks["pocket"] = pocket_markdown(lines[-1])
+    lines = read_lines(results / "reference.jsonl")
+    if lines:
+        blocks["reference"] = reference_markdown(lines)
+    lines = read_lines(results / "kernels.jsonl")
+    if lines:
+        blocks["kernels"] = kernels_markdown(lines)
+        blocks["kernels_goals"] = goals_markdown(lines)
+    lines = read_lines(results / "speed.jsonl")
+    if lines:
+        blocks["speed"] = speed_markdown(lines)
+    lines = read_lines(results / "guidance.jsonl")
+    if lines:
+        blocks["guidance"] = guidance_markdown(lines)
+    for path in sorted(results.glob("compare_*.json")):
+        blocks[path.stem] = compare_markdown(json.loads(path.read_text(encoding="utf-8")))
+    for path in sorted(results.glob("quality_*.json")):
+        blocks[path.stem] = quality_markdown(json.loads(path.read_text(encoding="utf-8")))
+    return blocks
+
+
+def put_into(path: Path, blocks: dict[str, str]) -> list[str]:
+    """Fill a file between <!-- benchmarks:NAME --> and <!-- /benchmarks -->; returns the names that were found."""
+    text, found = path.read_text(encoding="utf-8"), []
+
+    def fill(match: re.Match) -> str:
+        name = match[1]
+        if name not in blocks:
+            return match[0]
+        found.append(name)
+        return f"<!-- benchmarks:{name} -->\n{blocks[name]}\n<!-- /benchmarks -->"
+
+    filled = re.sub(r"<!-- benchmarks:([\w-]+) -->.*?<!-- /benchmarks -->", fill, text, flags=re.S)
+    if filled != text:
+        write_whole(path, filled.encode())
+    return found

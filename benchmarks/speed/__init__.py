@@ -1,0 +1,1 @@
+"""Time, memory and growth of steps, starts and whole runs: `python -m benchmarks.speed`."""

@@ -1,0 +1,1 @@
+"""The configuration: its model, its layers, its recipes and its listing."""

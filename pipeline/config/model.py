@@ -1,0 +1,192 @@
+"""The whole configuration: settings that lie beside the code they set, composed, read from YAML and checked.
+
+Layers, each over the one before: the defaults in the code, the run named by `--from`, one YAML file of differences
+(`--config`, else the recipe of what the run starts from), `key.sub=value` overrides, the command's own flags. Every
+value remembers where it came from, so that a mistake is answered with its file and line, the value, what is allowed
+and the nearest name, before any work is done.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
+
+from pipeline.config.layers import Layer, from_file, from_flags, from_overrides, from_recipe, merge, validate
+from pipeline.config.recipes import find_recipe
+from pipeline.export.settings import ExportSettings, split_commas
+from stages.clip_mesh import ClipMeshSettings
+from stages.coarse import CoarseSettings
+from stages.errors import UserError
+from stages.fine import FineSettings
+from stages.guidance.clip_guidance import ClipGuidanceSettings
+from stages.guidance.diffusion.settings import DiffusionSettings
+from stages.guidance.exact import ReferenceSettings
+from stages.guidance.guidance import GuidanceSettings
+from stages.kernels.backend import KernelSettings
+from stages.mesh.place import PlaceSettings
+from stages.prompts import PromptSettings
+
+BEFORE = {"coarse": None, "fine": "coarse", "clipmesh": None}  # whose result each stage starts from
+STAGES = tuple(BEFORE)
+ALONE = ("clipmesh",)  # stages that neither follow nor lead to others
+StageName = Literal["coarse", "fine", "clipmesh"]
+CLIP_PREFIX = "clip:"  # of a prior's source that names a CLIP
+_SOURCES = "pocket, reference, a diffusers folder or a hub id"
+
+
+class PriorSettings(BaseModel):
+    """Which diffusion prior, or which CLIP, each stage listens to."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    coarse: str = Field("pocket", min_length=1, description=f"{_SOURCES}; or a CLIP: clip:pocket, clip:FOLDER")
+    fine: str = Field("pocket", min_length=1, description=f"{_SOURCES}; or a CLIP: clip:pocket, clip:FOLDER")
+    clipmesh: str = Field("clip:pocket", min_length=1, description=f"clip:pocket, clip:FOLDER; or {_SOURCES}")
+    lora: str | None = Field(None, min_length=1, description="LoRA or DreamBooth weights: safetensors file or folder")
+    lora_scale: float = Field(1.0, description="strength of the LoRA; 1 as it was trained")
+    lora_stages: Annotated[list[StageName], BeforeValidator(split_commas)] = Field(
+        ["coarse", "fine"], description="stages whose prior takes the LoRA"
+    )
+    diffusion: DiffusionSettings = Field(default_factory=DiffusionSettings)
+
+
+class StageGuidance(BaseModel):
+    """How each stage is guided."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    coarse: GuidanceSettings = Field(default_factory=GuidanceSettings)
+    fine: GuidanceSettings = Field(  # a finished shape needs no large t: it would be made anew (Magic3D sec. 4.2)
+        default_factory=lambda: GuidanceSettings(t_range=(0.02, 0.5), t_max_end=None)
+    )
+    clipmesh: GuidanceSettings = Field(default_factory=GuidanceSettings)
+    clip: ClipGuidanceSettings = Field(
+        default_factory=ClipGuidanceSettings, description="in place of the above for a stage whose prior is a CLIP"
+    )
+
+
+class Config(BaseModel):
+    """Everything a run depends on; written to the run folder as config.yaml, which can be given to --config."""
+
+    model_config = ConfigDict(extra="forbid", validate_default=True)
+
+    prompt: str = Field("a red mug", description="what to make")
+    negative: str = Field("", description="what to move away from; empty: the unconditional model")
+    seed: int = Field(0, ge=0, lt=2**31, description="same seed, same device: same bytes")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes CUDA where torch finds it")
+    stages: Annotated[list[StageName], BeforeValidator(split_commas)] = Field(
+        ["coarse", "fine"], min_length=1, description="stages to run, in their order"
+    )
+    from_run: str | None = Field(None, description="run folder whose finished stage this run starts from")
+    init_mesh: str | None = Field(None, description="mesh file that the fine or clipmesh stage starts from")
+    place: PlaceSettings = Field(default_factory=PlaceSettings, description="how init_mesh comes into the scene")
+    force: bool = Field(False, description="run a prompt whose words the prior does not know")
+    checkpoint_every: int = Field(100, ge=1, description="steps between checkpoints")
+    preview_every: int = Field(200, ge=1, description="steps between preview pictures")
+    prior: PriorSettings = Field(default_factory=PriorSettings)
+    reference: ReferenceSettings = Field(default_factory=ReferenceSettings)
+    guidance: StageGuidance = Field(default_factory=StageGuidance)
+    prompts: PromptSettings = Field(default_factory=PromptSettings)
+    coarse: CoarseSettings = Field(default_factory=CoarseSettings)
+    fine: FineSettings = Field(default_factory=FineSettings)
+    clipmesh: ClipMeshSettings = Field(default_factory=ClipMeshSettings)
+    export: ExportSettings = Field(default_factory=ExportSettings)
+    kernels: KernelSettings = Field(default_factory=KernelSettings)
+
+    @field_validator("prompt")
+    @classmethod
+    def _not_empty(cls, prompt: str) -> str:
+        if not prompt.strip():
+            raise ValueError("the prompt is empty")
+        return " ".join(prompt.split())
+
+    @field_validator("stages")
+    @classmethod
+    def _in_order(cls, stages: list[str]) -> list[str]:
+        if any(BEFORE[stage] != before for before, stage in pairwise(stages)):
+            chains = ",".join(stage for stage in STAGES if stage not in ALONE), *ALONE
+            raise ValueError(f"each stage once, in the order {'; or '.join(chains)}")
+        return stages
+
+
+def load_config(name: str | None, overrides: list[str], flags: dict[str, Any]) -> Config:
+    """The configuration of a new run. Raises UserError for anything that cannot be used.
+
+    Args:
+        name: a recipe's name or a YAML file, over the code's defaults or over the recipe it `extends`; None for the
+            recipe of what the run starts from, which is configs/default.yaml for nothing (see _own_recipe).
+        overrides: `key.sub=value` words. flags: the command's own options that were given, by key.
+    """
+    upper = [from_overrides(overrides), from_flags(flags)]
+    if name is not None:
+        upper = [*from_recipe(find_recipe(name), find_recipe), *upper]
+    given = merge(upper).values
+    own = _own_recipe(given) if name is None else None
+    if own is not None:
+        upper = [*from_recipe(find_recipe(own), find_recipe), *upper]
+    source = given.get("from_run")
+    layers = [_inherited(Path(source)), *upper] if isinstance(source, str) else upper
+    return _anchored(validate(Config, layers))
+
+
+def _own_recipe(given: dict[str, Any]) -> str | None:
+    """The recipe that a run without --config takes, by what it starts from; None for that run's own settings."""
+    stages, fine = given.get("stages"), given.get("fine")
+    first = split_commas(stages)[0] if isinstance(stages, str | list) and stages else STAGES[0]
+    if given.get("from_run") is not None:
+        return "edit" if first == "coarse" else None
+    if first != "fine":
+        return "clip-mesh" if first == "clipmesh" else "default"
+    if given.get("init_mesh") is None:
+        return "sphere"
+    return "texture" if isinstance(fine, dict) and fine.get("geometry") == "locked" else "default"
+
+
+def read_config(folder: Path) -> Config:
+    """The configuration of a run folder."""
+    return validate(Config, [from_file(folder / "config.yaml")])
+
+
+def _inherited(folder: Path) -> Layer:
+    """The settings of the run that this one starts from, but for which stages it took and where it began itself."""
+    path = folder / "config.yaml"
+    if not path.is_file():
+        raise UserError(f"--from {folder} is not a run", f"there is no {path}", "give the folder of a run")
+    layer = from_file(path)
+    for key in ("stages", "from_run", "init_mesh", "force"):
+        layer.values.pop(key, None)
+    return layer
+
+
+def _anchored_clip(source: str) -> str:
+    """The source of a CLIP with its folder made absolute; other sources as they are."""
+    name = source.removeprefix(CLIP_PREFIX).strip()
+    if not source.startswith(CLIP_PREFIX) or name == "pocket":
+        return source
+    return f"{CLIP_PREFIX}{Path(name).expanduser().absolute()}"
+
+
+def _anchored(config: Config) -> Config:
+    """Paths made absolute, so that the run can be resumed and its config.yaml fed back from anywhere."""
+    sources = {k: getattr(config.prior, k) for k in STAGES}
+    folders = {k: str(Path(v).expanduser().absolute()) for k, v in sources.items() if Path(v).expanduser().is_dir()}
+    folders = {k: v for k, v in folders.items() if sources[k] not in ("pocket", "reference")}
+    folders |= {k: _anchored_clip(v) for k, v in sources.items() if k not in folders}
+    if config.prior.lora is not None:
+        folders["lora"] = str(Path(config.prior.lora).expanduser().absolute())
+    vae = config.prior.diffusion.autoencoder
+    if vae is not None and Path(vae).expanduser().is_dir():  # what is no folder is a hub id
+        vae = str(Path(vae).expanduser().absolute())
+    folders["diffusion"] = config.prior.diffusion.model_copy(update={"autoencoder": vae})
+    mesh, source = config.reference.mesh, config.from_run
+    return config.model_copy(
+        update={
+            "prior": config.prior.model_copy(update=folders),
+            "reference": config.reference.model_copy(update={"mesh": mesh and str(Path(mesh).expanduser().absolute())}),
+            "from_run": source and str(Path(source).expanduser().absolute()),
+            "init_mesh": config.init_mesh and str(Path(config.init_mesh).expanduser().absolute()),
+        }
+    )

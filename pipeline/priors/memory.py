@@ -1,0 +1,134 @@
+"""Memory: what a stage's prior will need, said before it is loaded, and what to change when memory runs out."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from stages.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+    from pipeline.config.model import Config
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
+OWN_PRIORS = ("pocket", "reference")
+
+
+def keep_freed_memory(most: int = 512 << 20) -> bool:
+    """Let glibc keep up to `most` bytes of freed memory for the next allocation instead of giving them back.
+
+    A step frees and allocates the same tensors again and again, and each page given back is zeroed and mapped anew:
+    1,466 pages and 18 ms of system time in a fine step, 9 pages and none of it with this. Returns False where the C
+    library is another one.
+    """
+    # Windows has no CDLL(None), and macOS no mallopt.
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is None:
+        return False
+    return bool(mallopt(M_MMAP_THRESHOLD, 32 << 20) and mallopt(M_TRIM_THRESHOLD, most))
+
+
+def is_folder(source: str) -> bool:
+    """Whether a prior's source is a diffusers folder or a hub id."""
+    return source not in OWN_PRIORS and not source.startswith("clip:")
+
+
+def forecast(config: Config, stage: str, device: torch.device) -> str | None:
+    """A line on the memory that a stage's prior takes, with a warning where the device has less; None for our own.
+
+    Raises: UserError for a folder that cannot be loaded.
+    """
+    source = getattr(config.prior, stage)
+    if not is_folder(source):
+        return None
+    from stages.guidance.diffusion.folder import locate
+    from stages.guidance.diffusion.footprint import GB, footprint
+    from stages.guidance.diffusion.plan import make_plan
+    from stages.guidance.residuals import most_predictions
+    from stages.prompts import ViewPrompts
+
+    settings, guidance, views = config.prior.diffusion, getattr(config.guidance, stage), images_at_once(config, stage)
+    plan = make_plan(locate(source, settings.revision, settings.variant), settings)
+    predictions = views * most_predictions(guidance, ViewPrompts(config.prompt, config.negative, config.prompts))
+    vsd = guidance.vsd if guidance.rule == "vsd" else None
+    try:
+        decodes = guidance.image_term > 0
+        found = footprint(plan, settings, device, images=views, predictions=predictions, vsd=vsd, decodes=decodes)
+    except UserError:
+        raise
+    except Exception as error:  # an estimate is worth no run: a network that meta tensors cannot pass says why
+        return f"memory: cannot be estimated ({type(error).__name__}: {error})"
+    free = free_bytes(device)
+    line = f"memory: {found.describe()}" + ("" if free is None else f", {free / GB:.2f} GB free")
+    if free is not None and found.peak > free:
+        line += "\nthis may not fit; what helps: " + ", ".join(advice(config, stage))
+    return line
+
+
+def images_at_once(config: Config, stage: str) -> int:
+    """Views of a step that go through the prior together."""
+    settings = getattr(config, stage)
+    return -(-settings.views_per_step // getattr(settings, "accumulate", 1))
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Memory that is free on a device; None where nobody says."""
+    if device.type == "cuda":
+        import torch
+
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by torch, free for the next
+        return torch.cuda.mem_get_info(device)[0] + kept
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    found = next((line.split()[1] for line in lines if line.startswith("MemAvailable:")), None)
+    return None if found is None else int(found) * 1024
+
+
+def advice(config: Config, stage: str) -> list[str]:
+    """The three settings that save most and are not set yet, as one writes them on the command line.
+
+    In the order of what they save on the known models, by stages.guidance.diffusion.footprint: views one by one (a
+    512-pixel view takes 1.5 GB of the autoencoder in half precision), the autoencoder's blocks repeated (a third of
+    that), the denoiser's weights in main memory (1.7 GB to 24 GB); then what costs quality.
+    """
+    settings, prior, source = getattr(config, stage), config.prior.diffusion, getattr(config.prior, stage)
+    guidance = getattr(config.guidance, stage, None)
+    trained = guidance is not None and guidance.rule == "vsd"  # which trains the prior, or a copy of it
+    copied = trained and guidance.vsd.model == "copy"
+    named: list[str] = []
+    if images_at_once(config, stage) > 1 and hasattr(settings, "accumulate"):
+        named.append(f"{stage}.accumulate={settings.views_per_step}")
+    if is_folder(source):
+        latent = not Path(source).is_dir() or (Path(source) / "vae").is_dir()
+        named += [
+            f"prior.diffusion.{name}={value}"
+            for name, value, useful in (
+                ("vae_checkpointing", "true", latent and not prior.vae_checkpointing),
+                ("offload", "blocks", prior.offload != "blocks" and not trained),
+                ("max_batch", "1", prior.max_batch != 1),
+                ("dtype", "bfloat16", prior.dtype not in ("float16", "bfloat16") and not copied),
+            )
+            if useful
+        ]
+    resolution = getattr(settings, "resolution", 0)
+    if resolution > 64:
+        named.append(f"{stage}.resolution={resolution // 2}")
+    if settings.views_per_step > 1:
+        named.append(f"{stage}.views_per_step={settings.views_per_step // 2}")
+    if hasattr(settings, "samples"):
+        named.append(f"{stage}.samples={max(settings.samples // 2, 16)}")
+    return named[:3]
+
+
+def explain_shortage(error: BaseException, config: Config, stage: str, folder: Path) -> UserError:
+    """The UserError for memory that ran out in a stage: three settings that help, and how the run goes on."""
+    reason = str(error).strip().partition("\n")[0] or "the machine refused an allocation"
+    fix = f"set one or more of these in {folder / 'config.yaml'}: {', '.join(advice(config, stage))}"
+    again = f"then go on from the last checkpoint: pipeline resume {folder}"
+    return UserError(f"{stage} ran out of memory", reason, f"{fix}\n{again}")

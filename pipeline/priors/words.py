@@ -1,0 +1,37 @@
+"""Words that a model was never trained on: found before any work, and answered with the words it knows."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import textwrap
+
+from stages.errors import UserError
+
+
+def unknown_words(prompt: str, known: list[str]) -> list[str]:
+    """Words of the prompt outside `known`, in order, each once."""
+    words = re.findall(r"\w+", prompt.lower())
+    return list(dict.fromkeys(word for word in words if word not in known))
+
+
+def check_words(prompt: str, known: list[str], reader: str, another: str) -> None:
+    """Raise UserError for words that a model has never seen, with the known ones and the way out.
+
+    Args:
+        prompt: what the model is asked for.
+        known: all words that it was trained on.
+        reader: the model, as the message calls it.
+        another: what to use in place of its words, to end the advice with.
+    """
+    unknown = unknown_words(prompt, known)
+    if not unknown:
+        return
+    near = {word: difflib.get_close_matches(word, known, 1, 0.66) for word in unknown}
+    meant = ", ".join(f"{word} -> {match[0]}" for word, match in near.items() if match)
+    raise UserError(
+        f'{reader} cannot read "{prompt}"',
+        f"it does not know {', '.join(map(repr, unknown))}; its {len(known)} words are:\n"
+        + textwrap.fill(" ".join(sorted(known)), 100),
+        (f"did you mean {meant}? " if meant else "") + f"use its words, or {another}",
+    )

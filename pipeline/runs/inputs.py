@@ -1,0 +1,179 @@
+"""What a run starts from: nothing, a finished coarse stage of another run, or a user's mesh. Checked before any work.
+
+What it starts from is copied into the run's folder, which then stands on its own:
+    RUN/coarse/checkpoint.safetensors   the coarse stage of --from that the fine stage refines
+    RUN/start/checkpoint.safetensors    the coarse stage of --from that this run's coarse stage edits
+    RUN/start/mesh.safetensors          the mesh of --init-mesh as it was read
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.config.model import read_config
+from pipeline.export.surface import GENERATOR
+from pipeline.runs import stages
+from pipeline.runs.checkpoint import load_checkpoint, read_meta, save_checkpoint
+from pipeline.runs.folder import open_folder
+from pipeline.runs.lineage import COARSE, EDITED, GIVEN, afresh, check_settings, made_with, remedy, upstream_of
+from stages.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+    from pipeline.config.model import Config
+    from stages.mesh.mesh import Mesh
+    from stages.stage import Asset
+
+_PARTS = ("vertices", "faces", "colours", "uv", "uv_faces", "texture")
+
+
+@dataclass
+class Inputs:
+    """What a new run starts from.
+
+    copies: files of another run, by their place in the new folder. mesh: of --init-mesh, and which of its axes points
+    up where the settings leave it to the format. note: in a line for the user, empty where there is nothing to say.
+    """
+
+    copies: dict[str, Path] = field(default_factory=dict)
+    mesh: Mesh | None = None
+    up: str = "y"
+    note: str = ""
+
+    def write(self, folder: Path) -> None:
+        """Put the files into a new run's folder."""
+        for place, source in self.copies.items():
+            (folder / place).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, folder / place)
+        if self.mesh is not None:
+            import torch
+
+            parts = {name: getattr(self.mesh, name) for name in _PARTS}
+            state = {name: torch.from_numpy(part.copy()) for name, part in parts.items() if part is not None}
+            save_checkpoint(folder / GIVEN, state, {"up": self.up})
+
+
+def check_inputs(config: Config) -> Inputs:
+    """Find and check what a new run starts from. UserError where it is missing, unfinished, damaged or of no use."""
+    first = config.stages[0]
+    if config.init_mesh is not None:
+        return _from_mesh(config, first)
+    if config.from_run is None:
+        return Inputs(note=f"fine starts from a sphere of radius {config.fine.sphere:g}" if first == "fine" else "")
+    if first == "clipmesh":
+        raise UserError(
+            f"--from {config.from_run} has no use here",
+            "the run begins with clipmesh, which starts from a sphere or a mesh",
+            "leave it out, or choose --stages coarse,fine",
+        )
+    source, meta = _finished_coarse(Path(config.from_run))
+    theirs = read_config(source)
+    if first == "fine":
+        if theirs.coarse != config.coarse:
+            raise UserError(
+                f"coarse.* differs from {source}",
+                "its coarse stage was made with other settings and is not made again",
+                f"leave coarse.* as in {source / 'config.yaml'}",
+            )
+        if meta["step"] < config.coarse.steps:  # raised in its config.yaml since
+            raise UserError(
+                f"--from {source} has not taken all its coarse steps",
+                f"its config.yaml asks for {config.coarse.steps}, it stands at step {meta['step']}",
+                f"set coarse.steps={meta['step']} there, or go on with it first: pipeline resume {source}",
+            )
+    # A checkpoint that does not say what it was made with is taken at its config.yaml's word.
+    made, back = meta.get("settings") or made_with(theirs, "coarse"), f"as when {source / 'config.yaml'} was written"
+    check_settings(source / COARSE, made, config, "coarse", back)
+    if first == "fine":
+        return Inputs({COARSE: source / COARSE})
+    note = f'coarse goes on from step {meta["step"]} of {source}, "{theirs.prompt}", as "{config.prompt}"'
+    return Inputs({EDITED: source / COARSE}, note=note)
+
+
+def _from_mesh(config: Config, first: str) -> Inputs:
+    from stages.mesh.files.read import GREY, read_mesh
+    from stages.mesh.place import place
+
+    if first == "coarse":
+        raise UserError(
+            f"--init-mesh {config.init_mesh} has no use here",
+            "the run begins with coarse, which starts from nothing",
+            "choose --stages fine or --stages clipmesh",
+        )
+    if config.from_run is not None:
+        raise UserError(
+            "--from and --init-mesh were both given",
+            f"the {first} stage starts from one thing",
+            "leave one of them out",
+        )
+    path = Path(config.init_mesh)
+    mesh, up = read_mesh(path), _up(path)
+    place(mesh, config.place, up)  # refuses a mesh without extent, or outside the scene
+    coats = "its texture" if mesh.texture is not None else "its colours"
+    if mesh.texture is None and (mesh.colours == GREY).all():
+        coats = "plain grey, for it has none"
+    locked = first == "fine" and config.fine.geometry == "locked"
+    use = "is painted and keeps its shape" if locked else "is refined"
+    return Inputs(mesh=mesh, up=up, note=f"{path.name}, {len(mesh.faces)} faces, {use}, starting with {coats}")
+
+
+def _up(path: Path) -> str:
+    """The axis that points up in a file of this kind: z in STL, which printers and CAD write; y in the others.
+
+    Our own STL files keep y up and say in their header who wrote them.
+    """
+    if path.suffix.lower() != ".stl":
+        return "y"
+    with open(path, "rb") as file:
+        return "y" if file.read(80).startswith(GENERATOR.encode()) else "z"
+
+
+def _finished_coarse(source: Path) -> tuple[Path, dict[str, Any]]:
+    """A run's folder and the meta of its coarse stage. Raises UserError where that is not finished."""
+    open_folder(source)
+    path = source / COARSE
+    what = f"--from {source} has no finished coarse stage"
+    if not path.is_file():
+        fix = f"pipeline resume {source}, or another run" if "coarse" in read_config(source).stages else "another run"
+        raise UserError(what, f"no {path}", fix)
+    meta = read_meta(path, remedy(source, read_config(source), "coarse"))
+    if meta["step"] < meta["steps"]:
+        raise UserError(what, f"it stands at step {meta['step']} of {meta['steps']}", f"pipeline resume {source}")
+    return source, meta
+
+
+def load_inputs(folder: Path, config: Config, device: torch.device) -> Asset | None:
+    """What the first stage of a run starts from, out of its own folder; None for nothing."""
+    file = upstream_of(config, config.stages[0])
+    if file == GIVEN:
+        return _given_mesh(folder, config)
+    if file != EDITED:
+        return None
+    state, _ = _loaded(folder, config, EDITED)
+    stage = stages.make_stage("coarse", config.coarse, None, device, config.seed, None)
+    stage.load_state_dict(state)
+    return stage.finish()
+
+
+def _given_mesh(folder: Path, config: Config) -> Asset:
+    from stages.mesh.mesh import Mesh
+    from stages.mesh.place import place
+    from stages.stage import Asset
+
+    state, meta = _loaded(folder, config, GIVEN)
+    mesh = Mesh(**{name: part.numpy() for name, part in state.items()})
+    mesh, placement = place(mesh, config.place, meta["up"])
+    return Asset(mesh=mesh, placement=placement)
+
+
+def _loaded(folder: Path, config: Config, file: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    path = folder / file
+    try:
+        return load_checkpoint(path)
+    except (UserError, OSError) as error:
+        why = error.why if isinstance(error, UserError) else str(error)
+        raise UserError(f"what {folder} started from is damaged: {path}", why, afresh(folder, config)) from None

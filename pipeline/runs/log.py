@@ -1,0 +1,109 @@
+"""What a run tells of itself while it goes: run.json and metrics.jsonl.
+
+On CUDA the seconds of run.json's phases are those of the launches (each session's `phase_clock` says so): nothing waits
+for the device at their ends, which would slow the run. `pipeline run --profile` waits.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+from pipeline import __version__
+from pipeline.export.files import write_whole
+from pipeline.runs.checkpoint import read_json
+from pipeline.runs.process import git_revision, peak_gpu_memory_mb, peak_memory_mb, version_of
+
+_CLOCKS = {  # what the seconds of run.json's phases are, by device
+    "cpu": "the host's",
+    "cuda": "the host's, without waiting for the GPU: a phase's seconds are those of its launches, and what the GPU "
+    "has yet to do then counts in the phase that waits next; the seconds of a stage are whole",
+}
+_PACKAGES = ("torch", "numpy", "numba", "warp-lang", "diffusers", "transformers", "safetensors", "xatlas")
+
+
+class Record:
+    """run.json: kept current through the run, so that a killed one tells how far it came."""
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / "run.json"
+        self.data: dict[str, Any] = {"stages": {}, "sessions": []}
+        if self._path.exists():
+            fix = "remove it; `pipeline resume` writes a new one and loses only the times noted so far"
+            self.data |= read_json(self._path, fix)
+
+    def open_session(self, device: dict[str, Any], kernels: dict[str, str], **facts: Any) -> None:
+        """Note machine, versions, each kernel family's backend and the phases' clock; earlier sessions keep theirs."""
+        session = {
+            "started": _now(),
+            "pipeline": __version__,
+            "git": git_revision(),
+            "python": platform.python_version(),
+            "platform": platform.platform(),
+            "device": device,
+            "phase_clock": _CLOCKS.get(device.get("type"), _CLOCKS["cpu"]),
+            "kernels": kernels,
+            "versions": {name: version_of(name) for name in _PACKAGES},
+        }
+        self.data |= facts
+        self.data["sessions"].append(session)
+        self.save(status="running")
+
+    def save(self, **changes: Any) -> None:
+        self.data |= changes
+        self.data["sessions"][-1]["ended"] = _now()
+        for name, peak in {"peak_memory_mb": peak_memory_mb(), "peak_gpu_memory_mb": peak_gpu_memory_mb()}.items():
+            earlier = [session.get(name) or 0 for session in self.data["sessions"][:-1]]
+            self.data["sessions"][-1][name] = peak
+            self.data[name] = max([*earlier, peak or 0]) or None
+        write_whole(self._path, (json.dumps(self.data, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+class Metrics:
+    """metrics.jsonl: one object per step, appended; lines past the checkpoint go when a run is resumed.
+
+    Lines are buffered and flushed every second, so a kill loses at most that and never what a checkpoint counts on.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / "metrics.jsonl"
+        self._lines: list[str] = []
+        self._flushed = time.monotonic()
+
+    def rewind(self, stage: str, step: int, later: tuple[str, ...]) -> None:
+        """Drop lines of `stage` after `step` and of `later` stages, and a last line cut short."""
+        if not self._path.exists():
+            return
+        kept = []
+        for line in self._path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                entry = json.loads(line)
+            except ValueError:
+                continue
+            if entry.get("stage") in later or (entry.get("stage") == stage and entry.get("step", 0) > step):
+                continue
+            kept.append(line)
+        write_whole(self._path, "".join(line + "\n" for line in kept).encode())
+
+    def add(self, stage: str, step: int, seconds: float, metrics: dict[str, float]) -> None:
+        line = {"stage": stage, "step": step, "seconds": round(seconds, 4)}
+        self._lines.append(json.dumps(line | {name: float(f"{value:.6g}") for name, value in metrics.items()}))
+        if time.monotonic() - self._flushed > 1:
+            self.flush()
+
+    def flush(self, durable: bool = False) -> None:
+        with open(self._path, "a", encoding="utf-8") as file:
+            file.writelines(line + "\n" for line in self._lines)
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
+        self._lines.clear()
+        self._flushed = time.monotonic()
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")

@@ -1,0 +1,172 @@
+"""The loop around one stage: steps, metrics, previews off the critical path, checkpoints, stopping.
+
+A checkpoint holds the stage's whole state and the time spent so far; metrics are flushed to the disk before it, so the
+line of every step that a checkpoint counts on is there.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from pipeline.config.model import STAGES
+from pipeline.errors import Interrupted
+from pipeline.export.files import write_whole
+from pipeline.export.surface import png_bytes
+from pipeline.priors.memory import forecast
+from pipeline.priors.sources import build_guidance
+from pipeline.runs import stages
+from pipeline.runs.checkpoint import CHECKPOINT, load_checkpoint, save_checkpoint
+from pipeline.runs.interrupt import StopRequest
+from pipeline.runs.lineage import check_upstream, lineage
+from stages.errors import UserError
+from stages.phases import phase
+
+if TYPE_CHECKING:
+    import torch
+
+    from pipeline.config.model import Config
+    from pipeline.runs.log import Metrics, Record
+    from pipeline.runs.progress import Progress
+    from stages.stage import Asset, Stage
+
+
+class Host(Protocol):
+    """What the loop asks of the run that its stage belongs to."""
+
+    folder: Path
+    config: Config
+    device: torch.device
+    progress: Progress
+    record: Record
+    metrics: Metrics
+
+    def saved_step(self, name: str) -> int | None: ...
+
+    def finish(self, name: str, stage: Stage) -> Asset: ...
+
+
+class StageLoop:
+    """Takes one stage to its last step: steps, metrics, previews, checkpoints, stopping."""
+
+    def __init__(self, run: Host, name: str, stop: StopRequest) -> None:
+        self._run, self._name, self._stop = run, name, stop
+        self._folder = run.folder / name
+        self._path = self._folder / CHECKPOINT
+        self._writer = ThreadPoolExecutor(1, "preview")
+        self._written: Future | None = None
+        self._phases: dict[str, float] = {}
+        self._seconds = 0.0
+
+    def take(self, previous: Asset | None) -> Asset:
+        with phase(self._name):
+            return self._take(previous)
+
+    def _take(self, previous: Asset | None) -> Asset:
+        run, name = self._run, self._name
+        (self._folder / "previews").mkdir(parents=True, exist_ok=True)
+        self._opened = time.perf_counter()
+        state, meta = load_checkpoint(self._path) if self._path.exists() else (None, {"step": 0})
+        check_upstream(run.folder, run.config, name, meta)  # a stage before it may have been made again just now
+        self._lineage = lineage(run.folder, run.config, name)
+        self._phases, self._seconds = meta.get("phases", {}), meta.get("seconds", 0.0)
+        run.metrics.rewind(name, meta["step"], STAGES[STAGES.index(name) + 1 :])
+        run.progress.note(f"{name}: loading the prior {getattr(run.config.prior, name)}")
+        expected = forecast(run.config, name, run.device)
+        if expected is not None:
+            run.progress.note(f"{name}: {expected}")
+        guidance = self._timed("load_prior", lambda: build_guidance(run.config, name, run.device))
+        settings = getattr(run.config, name)
+        make = partial(stages.make_stage, name, settings, guidance, run.device, run.config.seed, previous)
+        stage = self._timed("construct", make)
+        del make, guidance, previous
+        if state is not None:
+            stage.load_state_dict(state)
+        self._optimise(stage)
+        return self._finish(stage)
+
+    def _optimise(self, stage: Stage) -> None:
+        config = self._run.config
+        with self._run.progress.stage(self._name, stage.steps, stage.step_index) as shown:
+            self._stop.gentle = True
+            while stage.step_index < stage.steps:
+                began = time.perf_counter()
+                with phase("step"):
+                    metrics = stage.step()
+                step = stage.step_index
+                self._check_finite(metrics, step)
+                self._run.metrics.add(self._name, step, time.perf_counter() - began, metrics)
+                shown.update(step, stage.headline(metrics))
+                if step % config.preview_every == 0 or step == stage.steps:
+                    self._preview(stage)
+                stopping = self._stop.requested  # asked once: a signal between two looks must not skip the saving
+                if stopping or step % config.checkpoint_every == 0 or step == stage.steps:
+                    self._save(stage)
+                if stopping:
+                    raise Interrupted(f"stopped at {self._name} step {step} of {stage.steps}, which is saved")
+            self._stop.gentle = False
+
+    def _finish(self, stage: Stage) -> Asset:
+        asset = self._timed("finish", lambda: self._run.finish(self._name, stage))
+        self._join()
+        self._note(stage)
+        return asset
+
+    def _check_finite(self, metrics: dict[str, float], step: int) -> None:
+        bad = [name for name, value in metrics.items() if not math.isfinite(value)]
+        if bad:
+            saved = self._run.saved_step(self._name)
+            raise UserError(
+                f"{self._name} broke down at step {step}",
+                f"{', '.join(bad)} is not a finite number",
+                "lower its learning rates or guidance scale, or keep the prior in float32; "
+                + (f"the checkpoint of step {saved} is untouched" if saved else "nothing was saved yet"),
+            )
+
+    def _preview(self, stage: Stage) -> None:
+        """Render now, since the state moves on; compress and write beside the next steps."""
+        image = self._timed("preview", stage.preview)
+        path = self._folder / "previews" / f"{stage.step_index:06d}.png"
+        self._timed("preview", self._join)
+        self._written = self._writer.submit(lambda: write_whole(path, png_bytes(image)))
+
+    def _save(self, stage: Stage) -> None:
+        self._timed("checkpoint", lambda: self._write(stage))
+        self._note(stage)
+
+    def _write(self, stage: Stage) -> None:
+        self._run.metrics.flush(durable=True)
+        seconds, phases = self._spent(stage)
+        meta = {"stage": self._name, "step": stage.step_index, "steps": stage.steps} | self._lineage
+        save_checkpoint(self._path, stage.state_dict(), meta | {"seconds": seconds, "phases": phases})
+
+    def _note(self, stage: Stage) -> None:
+        seconds, phases = self._spent(stage)
+        facts = {"step": stage.step_index, "steps": stage.steps, "seconds": seconds, "phases": phases}
+        self._run.record.data["stages"][self._name] = facts
+        self._run.record.save()
+
+    def _spent(self, stage: Stage) -> tuple[float, dict[str, float]]:
+        phases = dict(self._phases)
+        for name, seconds in stage.times.items():
+            phases[name] = phases.get(name, 0.0) + seconds
+        seconds = self._seconds + time.perf_counter() - self._opened
+        return round(seconds, 2), {phase: round(value, 3) for phase, value in phases.items()}
+
+    def _timed(self, name: str, call: Any) -> Any:
+        with phase(name, self._phases):
+            return call()
+
+    def _join(self) -> None:
+        if self._written is not None:
+            self._written.result()
+
+    def close(self) -> None:
+        """Leave with every preview and metric written."""
+        self._stop.gentle = False
+        self._writer.shutdown()
+        self._run.metrics.flush()

@@ -1,0 +1,294 @@
+"""A run from prompt to files: the chain of stages with checkpoints, in a folder that can be resumed at any moment.
+
+Every stage's state after step k is a function of the configuration and the device, so a stage restored from a
+checkpoint goes on to the same bytes. A finished stage is its checkpoint at the last step: its asset is made again by
+constructing the stage, loading and calling finish(), which is all that resume, `--from` and export need.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.config.layers import dump
+from pipeline.config.model import Config, read_config
+from pipeline.errors import Interrupted
+from pipeline.export.files import write_whole
+from pipeline.priors.memory import explain_shortage
+from pipeline.priors.sources import check_priors, notices
+from pipeline.runs import stages
+from pipeline.runs.checkpoint import CHECKPOINT, load_checkpoint, read_meta
+from pipeline.runs.folder import Lock, check_disk, new_folder, open_folder
+from pipeline.runs.inputs import check_inputs, load_inputs
+from pipeline.runs.interrupt import StopRequest
+from pipeline.runs.lineage import COARSE, afresh, check_run, check_upstream, remedy, upstream_of
+from pipeline.runs.log import Metrics, Record
+from pipeline.runs.loop import StageLoop
+from pipeline.runs.progress import Progress, duration
+from stages.errors import UserError, out_of_memory
+from stages.kernels.backend import resolve, selected
+from stages.phases import phase
+
+if TYPE_CHECKING:
+    import torch
+
+    from pipeline.profile.record import Profile
+    from stages.stage import Asset, Stage
+
+
+def start_run(
+    config: Config, out: Path | None = None, progress: Progress | None = None, profile: Profile | None = None
+) -> Path:
+    """Begin a run in a new folder and take it to its files; returns the folder. A profile is written into it."""
+    progress = progress or Progress()
+    device = choose_device(config.device)
+    resolve(config.kernels, device)  # refuses what is not there
+    check_priors(config)
+    inputs = check_inputs(config)
+    folder = new_folder(out, config.prompt, config.seed)
+    progress.note(f"run folder {folder}" + (f"; {inputs.note}" if inputs.note else ""))
+    for notice in notices(config):
+        progress.note(notice)
+    with Lock(folder):
+        inputs.write(folder)
+        write_whole(folder / "config.yaml", dump(config).encode())
+        with profile.of_run(folder, config, device, progress.note) if profile else contextlib.nullcontext():
+            Run(folder, config, device, progress).go()
+    return folder
+
+
+def resume_run(folder: Path, progress: Progress | None = None) -> None:
+    """Go on with a run from its last checkpoint, or say that it is finished."""
+    progress = progress or Progress()
+    config = read_config(open_folder(folder))
+    check_disk(folder)
+    with Lock(folder):
+        record = Record(folder)
+        missing = [name for name in record.data.get("outputs", []) if not (folder / name).exists()]
+        check_run(folder, config)
+        wanted = _export_settings(config)
+        whole = record.data.get("status") == "finished" and not missing
+        whole = whole and record.data.get("exported_with", wanted) == wanted
+        if whole and all(_finished(folder, config, name) for name in config.stages):
+            progress.note(f"{folder} is finished: {', '.join(record.data['outputs'])}")
+            return
+        run = Run(folder, config, choose_device(config.device), progress)
+        check_priors(config, [name for name in config.stages if not run.finished(name)])
+        progress.note(f"resuming {folder}")
+        run.go()
+
+
+def export_run(folder: Path, formats: str, out: Path | None = None, progress: Progress | None = None) -> None:
+    """Write the result of a finished run in the named formats, comma separated, without optimising."""
+    from pipeline.export.asset import finished_mesh, in_own_place
+    from pipeline.export.write import check_formats, existing_files, write_formats
+
+    progress = progress or Progress()
+    names = check_formats(formats)
+    config = read_config(open_folder(folder))
+    check_run(folder, config)
+    own = out is None or out.resolve() == folder.resolve()
+    target = folder if own else out
+    if not own and (taken := existing_files(target, names)):
+        raise UserError(f"{target} already holds {taken[0]}", "it may be another run's", "choose another --out")
+    check_disk(target)
+    target.mkdir(parents=True, exist_ok=True)
+    with Lock(folder) if own else contextlib.nullcontext():  # a run that is only read may lie on a disk that is, too
+        run = Run(folder, config, choose_device(config.device), progress)
+        with selected(run.kernels), progress.announce_compilation():
+            asset = run.restore(config.stages[-1])
+            mesh = finished_mesh(asset, config.export, config.fine.initialise, {})
+        for path in write_formats(in_own_place(mesh, asset), target, names):
+            progress.note(f"wrote {path}")
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` is CUDA where torch finds it. Raises UserError where CUDA is asked for and absent."""
+    import torch
+
+    found = torch.cuda.is_available()
+    if name == "cuda" and not found:
+        why = "torch finds no CUDA device" if torch.version.cuda else f"torch {torch.__version__} is a CPU build"
+        raise UserError("device cuda is not there", why, "use --device auto (or device: auto in the run's config.yaml)")
+    return torch.device("cuda" if found and name != "cpu" else "cpu")
+
+
+class Run:
+    """One process's work in a run folder, whose lock it holds."""
+
+    def __init__(self, folder: Path, config: Config, device: torch.device, progress: Progress) -> None:
+        self.folder, self.config, self.device, self.progress = folder, config, device, progress
+        self.record, self.metrics = Record(folder), Metrics(folder)
+        self.kernels = resolve(config.kernels, device)
+        self._stuck = False  # a stage took all its steps and made nothing to hand on: resuming would end there again
+
+    def go(self) -> None:
+        """Take every stage that is not finished, then write the files."""
+        facts = {"prompt": self.config.prompt, "seed": self.config.seed, "stages_asked": self.config.stages}
+        self.record.open_session(_describe(self.device), dict(self.kernels.backends), **facts)
+        for notice in self.kernels.notices:
+            self.progress.note(notice)
+        _be_deterministic()
+        stop = StopRequest(self.progress.note)
+        try:
+            with stop, selected(self.kernels), self.progress.announce_compilation():
+                asset = self._before(self.config.stages[0])
+                for name in self.config.stages:
+                    asset = self.restore(name) if self.finished(name) else self._take(name, asset, stop)
+                    gc.collect()
+                self._export(asset)
+        except (KeyboardInterrupt, Interrupted) as error:
+            self.record.save(status="interrupted")
+            said = f"{error}\n" if str(error) else "stopped at once; what the last checkpoint holds is safe\n"
+            code = stop.exit_code
+            raise Interrupted(f"{said}go on with: pipeline resume {self.folder}", code) from None
+        except BaseException as error:
+            with contextlib.suppress(OSError, UserError):  # a full disk must not hide its own message
+                self.record.save(status="failed", error=f"{type(error).__name__}: {error}")
+            if self.record.data["stages"] and not self._stuck:
+                self.progress.note(f"what was done is kept; to go on after mending: pipeline resume {self.folder}")
+            raise
+        self.record.data.pop("error", None)
+        self.record.save(status="finished")
+        self.progress.note(self._summary())
+
+    def saved_step(self, name: str) -> int | None:
+        """The step of a stage's checkpoint, None without one."""
+        return _saved_step(self.folder, self.config, name)
+
+    def finished(self, name: str) -> bool:
+        """Whether the stage's checkpoint has come to the last step of the configuration."""
+        return _finished(self.folder, self.config, name)
+
+    def _before(self, name: str) -> Asset | None:
+        """What a stage of this run starts from; None for nothing."""
+        if upstream_of(self.config, name) == COARSE:
+            return self.restore("coarse")
+        return load_inputs(self.folder, self.config, self.device) if name == self.config.stages[0] else None
+
+    def restore(self, name: str) -> Asset:
+        """The asset of a stage from its checkpoint, without its prior."""
+        if not self.finished(name):
+            wanted, step = getattr(self.config, name).steps, self.saved_step(name) or 0
+            fix = f"pipeline resume {self.folder}"
+            if name not in self.config.stages:  # a copy of another run's, which resuming does not take further
+                back = f"set {name}.steps={step} again in its config.yaml"
+                fix = back if step else afresh(self.folder, self.config)
+            raise UserError(f"{name} is not finished in {self.folder}", f"it stands at step {step} of {wanted}", fix)
+        with phase(name), phase("restore"):
+            return self._restore(name)
+
+    def _restore(self, name: str) -> Asset:
+        path = self.folder / name / CHECKPOINT
+        state, meta = load_checkpoint(path, remedy(self.folder, self.config, name))
+        if name in self.config.stages:
+            check_upstream(self.folder, self.config, name, meta)
+        self.progress.note(f"{name}: restoring its result")
+        if name in self.config.stages and name not in self.record.data["stages"]:  # killed before it was noted
+            self.record.data["stages"][name] = {key: meta[key] for key in ("step", "steps", "seconds", "phases")}
+        settings, before = getattr(self.config, name), self._before(name)
+        stage = stages.make_stage(name, settings, None, self.device, self.config.seed, before)
+        stage.load_state_dict(state)
+        return self.finish(name, stage)
+
+    def finish(self, name: str, stage: Stage) -> Asset:
+        """What a stage hands on after its last step; where that is nothing of use, says how to get something.
+
+        Its checkpoint holds the last step, so resuming would only come to the same end.
+        """
+        try:
+            return stage.finish()
+        except UserError as error:
+            self._stuck = True
+            raise UserError(error.what, error.why, "\n".join([error.fix, *self._ways_on(name, error.fix)])) from error
+
+    def _ways_on(self, name: str, fix: str) -> Iterator[str]:
+        config = self.folder / "config.yaml"
+        if name not in self.config.stages:
+            yield f"its coarse stage is that of {self.config.from_run}: make another run and give that to --from"
+            return
+        if upstream_of(self.config, name) == COARSE:
+            yield f"from the same coarse object: pipeline run --stages fine --from {self.folder} KEY=VALUE --out FOLDER"
+        else:
+            yield f"anew, with other settings: pipeline run --config {config} KEY=VALUE --out FOLDER"
+        if f"{name}.steps" in fix:
+            yield f"for more steps alone: raise {name}.steps in {config}, then pipeline resume {self.folder}"
+        yield f"the previews are in {self.folder / name / 'previews'}"
+
+    def _take(self, name: str, previous: Asset | None, stop: StopRequest) -> Asset:
+        loop = StageLoop(self, name, stop)
+        try:
+            return loop.take(previous)
+        except Exception as error:
+            if out_of_memory(error):
+                raise explain_shortage(error, self.config, name, self.folder) from error
+            raise
+        finally:
+            loop.close()
+
+    def _export(self, asset: Asset) -> None:
+        from pipeline.export.asset import finished_mesh, in_own_place
+        from pipeline.export.write import write_results
+
+        facts: dict[str, Any] = {"phases": {}}
+        self.progress.note("export: cleaning, unwrapping, baking, turning")
+        written: dict[str, float] = {}
+        with phase("export"):
+            mesh = finished_mesh(asset, self.config.export, self.config.fine.initialise, facts)
+            with phase("write", written):
+                paths = write_results(mesh, self.folder, self.config.export, in_own_place(mesh, asset))
+        facts["phases"]["write"] = round(written["write"], 3)
+        files = [path.name for path in paths]
+        self.record.save(export=facts, outputs=files, exported_with=_export_settings(self.config))
+
+    def _summary(self) -> str:
+        stages = self.record.data["stages"]
+        parts = [f"{name} {duration(facts['seconds'])}" for name, facts in stages.items()]
+        memory = self.record.data.get("peak_memory_mb")
+        parts += [f"peak memory {memory / 1024:.1f} GB"] if memory else []
+        gpu = self.record.data.get("peak_gpu_memory_mb")
+        parts += [f"of the GPU {gpu / 1024:.1f} GB"] if gpu else []
+        return f"done: {self.folder / self.record.data['outputs'][0]}  ({', '.join(parts)})"
+
+
+def _saved_step(folder: Path, config: Config, name: str) -> int | None:
+    path = folder / name / CHECKPOINT
+    return read_meta(path, remedy(folder, config, name))["step"] if path.exists() else None
+
+
+def _finished(folder: Path, config: Config, name: str) -> bool:
+    step = _saved_step(folder, config, name)
+    return step is not None and step >= getattr(config, name).steps
+
+
+def _export_settings(config: Config) -> dict[str, Any]:
+    """What a run's files are made with, JSON-ready; where these have changed, resume makes the files anew."""
+    return config.export.model_dump(mode="json")
+
+
+def _be_deterministic() -> None:
+    """Same seed, same device, same bytes: ask torch for its deterministic kernels where it has a choice."""
+    import torch
+
+    torch.set_deterministic_debug_mode("warn")  # use_deterministic_algorithms loads torch's compiler for it, 1.2 s
+    torch.utils.deterministic.fill_uninitialized_memory = False  # costs time and hides nothing here
+
+
+def _describe(device: torch.device) -> dict[str, Any]:
+    import platform
+
+    import torch
+
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor() or platform.processor()
+    return {"type": device.type, "name": name, "threads": torch.get_num_threads()}
+
+
+def _processor() -> str | None:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), None)

@@ -1,0 +1,25 @@
+"""The stages by name. Called as an attribute of this module, so that tests put others in their place once for all."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+    from stages.stage import Asset, Stage
+
+
+def make_stage(
+    name: str, settings: Any, guidance: Any, device: torch.device, seed: int, previous: Asset | None
+) -> Stage:
+    """The stage of that name. Weights drawn from torch's global generator are fixed by the seed as well."""
+    import torch
+
+    from stages.clip_mesh import ClipMeshStage
+    from stages.fine import FineStage
+    from stages.particles import make_coarse
+
+    torch.manual_seed(seed)
+    makers = {"coarse": make_coarse, "fine": FineStage, "clipmesh": ClipMeshStage}
+    return makers[name](settings, guidance, device, seed, previous)

@@ -1,0 +1,122 @@
+"""Everything about a diffusers folder that is known before a weight is loaded, and every refusal that needs no weight.
+
+A plan is made twice: when a run is checked, so that a wrong folder or a prompt too long is answered before any work,
+and when its prior is loaded.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from stages.errors import UserError
+from stages.guidance.diffusion.denoisers import Geometry
+from stages.guidance.diffusion.families import (
+    SDXL,
+    Configs,
+    Family,
+    check_folder,
+    check_sizes,
+    components,
+    encoder_specs,
+    read_configs,
+    with_autoencoder,
+)
+from stages.guidance.diffusion.folder import locate_autoencoder
+from stages.guidance.diffusion.noise_schedule import NoiseSchedule, load_schedule
+from stages.guidance.diffusion.text import EncoderSpec, load_tokenizer, token_limit
+from stages.guidance.diffusion.weights import Header, check_files, read_headers
+from stages.prompts import check_length
+
+if TYPE_CHECKING:
+    from stages.guidance.diffusion.lora import Lora
+    from stages.guidance.diffusion.settings import DiffusionSettings
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A folder's family, the class, config and directory of each part it uses, its tokenizers, sizes and noise."""
+
+    folder: Path
+    family: Family
+    classes: dict[str, str]
+    configs: Configs
+    directories: dict[str, Path]
+    tokenizers: dict[str, Any]
+    geometry: Geometry
+    schedule: NoiseSchedule
+    variant: str | None
+
+    @property
+    def encoders(self) -> list[EncoderSpec]:
+        """The text encoders that the folder has."""
+        return encoder_specs(self.family, self.classes)
+
+    def headers(self, part: str, stem: str) -> dict[str, Header]:
+        """The tensors of a part's weight files."""
+        directory = self.directories[part]
+        variant = self.variant if directory.parent == self.folder else None
+        return read_headers(check_files(directory, stem, variant, f"Cannot load the prior {self.folder}"))
+
+    def stems(self) -> dict[str, str]:
+        """The stem of the weight files by part."""
+        return {c.part: c.stem for c in components(self.family, self.classes) if c.stem is not None}
+
+    def check_prompts(self, prompts: list[str]) -> None:
+        """Refuse prompts that any of the text encoders would cut; see stages.prompts.check_length."""
+        for spec in self.encoders:
+            tokenizer = self.tokenizers[spec.part]
+            limit = token_limit(spec, tokenizer, self.configs[spec.part])
+            check_length(prompts, lambda text, r=spec, t=tokenizer: r.count(t, text), limit)
+
+
+def make_plan(
+    folder: Path, settings: DiffusionSettings, prompts: list[str] | None = None, lora: Lora | None = None
+) -> Plan:
+    """The plan of a folder for these settings, after checking that prompts and LoRA fit it.
+
+    Raises: UserError for anything missing, damaged, unsupported or not belonging together.
+    """
+    family, classes = check_folder(folder, settings.variant)
+    if settings.attention_slicing and family.part != "unet":
+        raise UserError(
+            f"Cannot load the prior {folder}",
+            f"prior.diffusion.attention_slicing is for UNets; its {classes[family.part]} has no slices to take",
+            "leave it false; prior.diffusion.offload=blocks and max_batch=1 save memory with any model",
+        )
+    configs, vae_folder = read_configs(folder, family, classes), folder
+    if settings.autoencoder is not None and "vae" in classes:
+        vae_folder = locate_autoencoder(settings.autoencoder)
+        configs, classes = with_autoencoder(vae_folder, configs, classes)
+    geometry = check_sizes(family, configs, folder, settings.resolution)
+    schedule = load_schedule(folder, classes["scheduler"], geometry.image_tokens)
+    directories = {part: folder / part for part in classes}
+    if vae_folder is not folder:
+        directories["vae"] = vae_folder / "vae" if (vae_folder / "vae").is_dir() else vae_folder
+    tokenizers = {r.part: load_tokenizer(folder, r.tokenizer) for r in encoder_specs(family, classes)}
+    plan = Plan(folder, family, classes, configs, directories, tokenizers, geometry, schedule, settings.variant)
+    if prompts is not None:
+        plan.check_prompts(prompts)
+    if lora is not None:
+        lora.check(plan)
+    return plan
+
+
+def network_dtype(settings: DiffusionSettings, family: Family | None, device: torch.device) -> torch.dtype:
+    """The precision that a family's networks run in on a device; None for a family that is not known yet."""
+    if settings.dtype != "auto":
+        return DTYPES[settings.dtype]
+    if device.type != "cuda":
+        return torch.float32
+    return torch.bfloat16 if family is not None and family.wants_bfloat16 else torch.float16
+
+
+def vae_dtype(family: Family, config: Any, dtype: torch.dtype) -> torch.dtype:
+    """SDXL's own autoencoder overflows in float16 and says so (force_upcast), which its pipeline heeds."""
+    upcast = family is SDXL and dtype == torch.float16 and getattr(config, "force_upcast", False)
+    return torch.float32 if upcast else dtype

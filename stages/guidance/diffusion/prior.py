@@ -1,0 +1,282 @@
+"""Priors from diffusers folders: latent and pixel models, UNets and transformers, epsilon, v, sample or flow.
+
+Space: a folder with a vae works on its latents, one without on pixels in [-1, 1]; x of families.py's geometry.
+Noise: every model's path is scaled to be variance preserving (see prior.py), so rules and schedules see one form;
+prediction type and noise levels are read from scheduler/, classes from model_index.json.
+Memory: prompts given to load_prior are embedded before the denoiser is loaded, one text encoder at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from stages.errors import check_shape
+from stages.guidance.diffusion.autoencoder import Autoencoder, no_autocast
+from stages.guidance.diffusion.camera import CameraLayout
+from stages.guidance.diffusion.denoisers import Denoiser
+from stages.guidance.diffusion.families import SDXL, Family
+from stages.guidance.diffusion.folder import load_part, locate, read_json
+from stages.guidance.diffusion.noise_schedule import NoiseSchedule
+from stages.guidance.diffusion.offload import offload_blocks
+from stages.guidance.diffusion.plan import Plan, make_plan, network_dtype, vae_dtype
+from stages.guidance.diffusion.settings import DiffusionSettings
+from stages.guidance.diffusion.text import EncoderSpec, PromptEncoder, TextEncoder
+from stages.guidance.prior import ViewContext, eps_from_prediction, flow_scale, per_sample, resized
+from stages.phases import backward_phase, phase
+
+if TYPE_CHECKING:
+    from stages.guidance.diffusion.lora import Lora
+
+
+class DiffusionPrior:
+    """A diffusers folder behind the Prior protocol; made by :func:`load_prior`.
+
+    Beyond the protocol: `unknown_words`, `known_words`, `release_text_encoder`, `noise`, `conditions`, `latent`,
+    `family`.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        family: Family,
+        denoiser: Denoiser,
+        vae: Autoencoder | None,
+        text: PromptEncoder,
+        schedule: NoiseSchedule,
+        settings: DiffusionSettings,
+    ) -> None:
+        self.name, self.family, self.denoiser, self.text = name, family, denoiser, text
+        self.autoencoder, self.schedule, self.settings = vae, schedule, settings
+        self.alphas_cumprod, self.prediction = schedule.alphas_cumprod, schedule.prediction
+        self.resolution, self.patch = denoiser.resolution, denoiser.patch
+        self.known_words: list[str] | None = None
+        self.camera: CameraLayout | None = None
+        self.latent = vae is not None
+        self.data_range = None if self.latent else (-1.0, 1.0)
+        self.channels = vae.channels if self.latent else 3
+        self.device, self.dtype = denoiser.device, denoiser.dtype
+
+    @property
+    def unet(self) -> torch.nn.Module:
+        """The denoising network, UNet or transformer."""
+        return self.denoiser.network
+
+    @property
+    def vae(self) -> torch.nn.Module | None:
+        """The autoencoder's module, None for a pixel model."""
+        return None if self.autoencoder is None else self.autoencoder.module
+
+    def embed(self, prompts: list[str]) -> Tensor:
+        """Embeddings [P, L, D] (see denoisers.join_pooled); UserError for a prompt longer than an encoder reads."""
+        return self.text.embed(prompts)
+
+    def release_text_encoder(self) -> None:
+        """Free the text encoders' memory; what was embedded stays."""
+        self.text.release()
+
+    def unknown_words(self, prompt: str) -> list[str]:
+        """Words that the tokenizer does not know (word-level tokenizers only)."""
+        return self.text.unknown_words(prompt)
+
+    def encode(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        """sRGB images [B, H, W, 3] in [0, 1] to x [B, C, h, w] float32; images of another size are resized."""
+        check_shape("images", images, (None, None, None, 3))
+        x = resized(images.permute(0, 3, 1, 2) * 2 - 1, self.resolution)
+        if self.autoencoder is None:
+            return x.float()
+        with phase("networks"):
+            latents = self.autoencoder.encode(x, generator)
+        backward_phase("networks", x, latents)
+        return latents
+
+    @torch.no_grad()
+    def decode(self, x: Tensor) -> Tensor:
+        """x [B, C, h, w] to sRGB images [B, resolution, resolution, 3] clamped to [0, 1]."""
+        if self.autoencoder is not None:
+            x = self.autoencoder.decode(x)
+        return (x.permute(0, 2, 3, 1) / 2 + 0.5).clamp(0, 1)
+
+    @torch.no_grad()
+    def predict_noise(self, z_t: Tensor, t: Tensor, embedding: Tensor, context: ViewContext | None = None) -> Tensor:
+        """eps [B, C, h, w] in the dtype of z_t; one denoiser call, or several of at most `max_batch`."""
+        return self.noise(self.unet, z_t, t, embedding, **self.conditions(embedding, context))
+
+    @torch.no_grad()
+    def conditions(self, embedding: Tensor, context: ViewContext | None) -> dict[str, Any]:
+        """What the denoiser is given beyond the embedding for these views, for :meth:`noise`: the camera's residuals;
+        nothing for a prior without that part, or where the views are not known."""
+        if self.camera is None or context is None:
+            return {}
+        with phase("networks"):
+            return self.camera.of(embedding, context)
+
+    def noise(self, network: torch.nn.Module, z_t: Tensor, t: Tensor, embedding: Tensor, **conditions: Any) -> Tensor:
+        """predict_noise by this network or one like it, with gradients in those of its weights that ask for them.
+
+        conditions: what else its family's diffusers module takes, such as a ControlNet's residuals: a tensor, or a
+            tuple of them, with a row for every sample (or without any axis).
+        """
+        t = t.cpu()
+        alpha_bar = self.alphas_cumprod[t]
+        z = z_t * per_sample(flow_scale(alpha_bar), z_t) if self.schedule.flow else z_t
+        z, told = z.to(self.device, self.dtype), self.schedule.timesteps[t].to(self.device)
+        limit = self.settings.max_batch or len(z)
+        with no_autocast(self.device), phase("networks"):
+            outputs = [
+                self.denoiser(
+                    *(rows[k : k + limit] for rows in (z, told, embedding)),
+                    network=network,
+                    **{name: _rows(given, k, limit, z.dtype) for name, given in conditions.items()},
+                )
+                for k in range(0, len(z), limit)
+            ]
+        return eps_from_prediction(torch.cat(outputs).to(z_t), z_t, alpha_bar, self.prediction)
+
+
+def _rows(given: Any, first: int, count: int, dtype: torch.dtype) -> Any:
+    """Rows first .. first + count of a condition: of a tensor, of each tensor of a tuple; other things stay whole."""
+    if isinstance(given, tuple):
+        return tuple(_rows(one, first, count, dtype) for one in given)
+    if not isinstance(given, Tensor):
+        return given
+    return (given[first : first + count] if given.dim() else given).to(dtype)
+
+
+def load_prior(
+    path_or_id: str | Path,
+    device: torch.device | str,
+    dtype: torch.dtype | None = None,
+    *,
+    settings: DiffusionSettings | None = None,
+    prompts: list[str] | None = None,
+    lora: Lora | None = None,
+) -> DiffusionPrior:
+    """Load a diffusers folder (local first, hub id second) as a prior with frozen weights.
+
+    Args:
+        path_or_id: a folder with model_index.json, or owner/name on the hub. device: where the networks live.
+        dtype: of the networks; None leaves it to `settings`.
+        prompts: embedded before the denoiser is loaded, each text encoder freed before the next, so that the memory
+            needed is that of the largest part; None keeps the encoders until release_text_encoder.
+        lora: weights merged into the networks as they are loaded.
+    Raises: UserError for anything missing, damaged or unsupported.
+    """
+    settings, device = settings or DiffusionSettings(), torch.device(device)
+    folder = locate(str(path_or_id), settings.revision, settings.variant)
+    plan = make_plan(folder, settings, prompts, lora)
+    family, dtype = plan.family, dtype or network_dtype(settings, plan.family, device)
+
+    loader = _Loader(plan, settings, lora)
+    text = loader.text(torch.device("cpu") if settings.text_device == "cpu" else device, device, dtype)
+    if prompts is None:
+        for encoder in text.encoders:
+            encoder.load()
+    else:
+        text.embed(prompts, keep=False)
+
+    network = loader.network(family.part, dtype)
+    if settings.offload == "blocks":
+        offload_blocks(network, device)
+    else:
+        network.to(device)
+    denoiser = Denoiser(network, family.call, plan.geometry, device, dtype, settings.embedded_guidance)
+    vae = loader.autoencoder(device, dtype) if "vae" in plan.classes else None
+    name = Path(path_or_id).name or str(path_or_id)
+    prior = DiffusionPrior(name, family, denoiser, vae, text, plan.schedule, settings)
+    if settings.camera and (folder / "camera").is_dir():
+        prior.camera = CameraLayout.load(folder / "camera").to(device)
+    words = folder / "pocket.json"
+    if words.is_file():
+        prior.known_words = sorted(read_json(words, f"Cannot load the prior {folder}").get("words", []))
+    return prior
+
+
+class _Loader:
+    """Loads the parts of one plan, all alike."""
+
+    def __init__(self, plan: Plan, settings: DiffusionSettings, lora: Lora | None) -> None:
+        self.plan, self.settings, self.lora = plan, settings, lora
+
+    def network(self, part: str, dtype: torch.dtype) -> torch.nn.Module:
+        """The denoiser or the autoencoder."""
+        import diffusers
+        from diffusers.utils import is_accelerate_available
+
+        plan, directory = self.plan, self.plan.directories[part]
+
+        def load() -> Any:
+            return getattr(diffusers, plan.classes[part]).from_pretrained(
+                directory,
+                torch_dtype=dtype,
+                use_safetensors=True,
+                local_files_only=True,
+                variant=plan.variant if directory.parent == plan.folder else None,
+                low_cpu_mem_usage=is_accelerate_available(),
+                output_loading_info=True,
+            )
+
+        network = load_part(plan.folder, part, load)
+        torch.nn.Module.to(network, dtype)  # torch_dtype leaves some models in float32; diffusers' own to() complains
+        self._finish(part, network)
+        if self.settings.attention_slicing and part == plan.family.part:
+            network.set_attention_slice("auto")
+        return network
+
+    def autoencoder(self, device: torch.device, dtype: torch.dtype) -> Autoencoder:
+        s = self.settings
+        vae = self.network("vae", vae_dtype(self.plan.family, self.plan.configs["vae"], dtype)).to(device)
+        if s.vae_checkpointing:
+            vae.enable_gradient_checkpointing()
+            vae.train()  # checkpointing is active in training mode only; no dropout or batch statistics in there
+        if s.vae_tiling:
+            vae.enable_tiling()
+        return Autoencoder(vae, sample=s.vae_sample == "sample", one_by_one=s.vae_slicing)
+
+    def text(self, text_device: torch.device, device: torch.device, dtype: torch.dtype) -> PromptEncoder:
+        plan, family = self.plan, self.plan.family
+        encoders = [
+            TextEncoder(r, plan.tokenizers[r.part], self._encoder(r, text_device, dtype), plan.configs[r.part])
+            for r in plan.encoders
+        ]
+        index = read_json(plan.folder / "model_index.json", f"Cannot load the prior {plan.folder}")
+        return PromptEncoder(
+            encoders,
+            lambda encoded: family.join(encoded, plan.configs[family.part]).to(dtype),
+            device,
+            empty_is_zero=family is SDXL and bool(index.get("force_zeros_for_empty_prompt", True)),
+        )
+
+    def _encoder(self, spec: EncoderSpec, device: torch.device, dtype: torch.dtype) -> Callable[[], torch.nn.Module]:
+        import transformers
+
+        plan = self.plan
+
+        def load() -> torch.nn.Module:
+            model = load_part(
+                plan.folder,
+                spec.part,
+                lambda: getattr(transformers, plan.classes[spec.part]).from_pretrained(
+                    plan.directories[spec.part],
+                    dtype=dtype,
+                    use_safetensors=True,
+                    local_files_only=True,
+                    variant=plan.variant,
+                    output_loading_info=True,
+                ),
+            )
+            return self._finish(spec.part, model).to(device)
+
+        return load
+
+    def _finish(self, part: str, network: torch.nn.Module) -> torch.nn.Module:
+        network.eval().requires_grad_(False)
+        if self.lora is not None:
+            self.lora.merge(part, network)
+        if self.settings.channels_last:
+            network.to(memory_format=torch.channels_last)
+        return network

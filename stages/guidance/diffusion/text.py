@@ -1,0 +1,228 @@
+"""The text half of a diffusion prior: tokenizers, encoders loaded when needed and freed after, cached embeddings."""
+
+from __future__ import annotations
+
+import gc
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from stages.errors import UserError
+from stages.guidance.diffusion.folder import load_part
+from stages.prompts import check_length
+
+
+@dataclass(frozen=True)
+class EncoderSpec:
+    """What a model family takes from one of its text encoders, as its diffusers pipeline does.
+
+    part, tokenizer: folders of the component. classes: transformers classes that may fill it.
+    tokens: hidden states taken, the last ones (after the final norm) or those before the last layer; none: not used.
+    pooled: the output that sums up the prompt. limit: tokens at most, where the family sets it; else the encoder does.
+    mask: padding masked out always, never, or as the encoder's config says. clean: prompts stripped, in lower case.
+    optional: a folder may leave it out.
+    """
+
+    part: str
+    tokenizer: str
+    classes: tuple[str, ...]
+    tokens: Literal["last", "penultimate", "none"] = "last"
+    pooled: Literal["pooler_output", "text_embeds"] | None = None
+    limit: int | None = None
+    mask: Literal["always", "never", "config"] = "never"
+    clean: bool = False
+    optional: bool = False
+
+    def cleaned(self, prompt: str) -> str:
+        """The prompt as the encoder is given it."""
+        return prompt.lower().strip() if self.clean else prompt
+
+    def count(self, tokenizer: Any, prompt: str) -> int:
+        """Tokens of a prompt, special tokens included, without cutting or padding."""
+        return len(tokenizer(self.cleaned(prompt), padding=False, truncation=False, verbose=False).input_ids)
+
+
+Encoded = tuple[Tensor | None, Tensor | None]  # tokens [P, L, D], pooled [P, W]
+
+
+class TextEncoder:
+    """One tokenizer and its encoder.
+
+    Args:
+        spec: what is taken from it. tokenizer: a transformers tokenizer with a padding token.
+        load: gives the encoder module in evaluation mode on its device; called again after :meth:`release`.
+        config: the encoder's transformers config.
+    """
+
+    def __init__(self, spec: EncoderSpec, tokenizer: Any, load: Callable[[], torch.nn.Module], config: Any) -> None:
+        self.spec, self.tokenizer, self._load = spec, tokenizer, load
+        self._model: torch.nn.Module | None = None
+        self.limit = token_limit(spec, tokenizer, config)
+        asks = bool(getattr(config, "use_attention_mask", False))
+        self.use_mask = spec.mask == "always" or (spec.mask == "config" and asks)
+
+    def count(self, prompt: str) -> int:
+        """Tokens of a prompt; see EncoderSpec.count."""
+        return self.spec.count(self.tokenizer, prompt)
+
+    def unknown_words(self, prompt: str) -> list[str]:
+        """Words of the prompt that the tokenizer maps to its unknown token, in order, each once.
+
+        Empty for byte-level tokenizers, which know every string.
+        """
+        unknown = self.tokenizer.unk_token_id
+        if unknown is None:
+            return []
+        text = self.spec.cleaned(prompt)
+        encoded = self.tokenizer(
+            text,
+            add_special_tokens=False,
+            padding=False,
+            truncation=False,
+            return_offsets_mapping=True,
+            verbose=False,
+        )
+        words = [
+            text[first:last]
+            for token, (first, last) in zip(encoded.input_ids, encoded.offset_mapping, strict=True)
+            if token == unknown
+        ]
+        return list(dict.fromkeys(word for word in words if any(c.isalnum() for c in word)))
+
+    def load(self) -> torch.nn.Module:
+        """The encoder, loaded if it is not there."""
+        if self._model is None:
+            self._model = self._load()
+        return self._model
+
+    @torch.no_grad()
+    def encode(self, prompts: list[str]) -> Encoded:
+        """Tokens and pooled embedding of prompts padded to the encoder's length; None for what is not taken."""
+        model, spec = self.load(), self.spec
+        device = next(model.parameters()).device
+        tokens = self.tokenizer(
+            [self.spec.cleaned(p) for p in prompts],
+            padding="max_length",
+            max_length=self.limit,
+            truncation=True,
+            return_tensors="pt",
+        )
+        mask = tokens.attention_mask.to(device) if self.use_mask else None
+        deep = {"output_hidden_states": True} if spec.tokens == "penultimate" else {}
+        out = model(tokens.input_ids.to(device), attention_mask=mask, **deep)
+        hidden = out.hidden_states[-2] if deep else out.last_hidden_state if spec.tokens == "last" else None
+        return hidden, getattr(out, spec.pooled) if spec.pooled else None
+
+    def release(self) -> None:
+        """Free the encoder."""
+        self._model = None
+
+
+class PromptEncoder:
+    """All text encoders of a prior; each prompt is encoded once and remembered.
+
+    Args:
+        encoders: in the family's order. join: one tensor [P, L, D] from what they give, on `device`.
+        empty_is_zero: the empty prompt stands for zeros, as SDXL's pipeline has it.
+    """
+
+    def __init__(
+        self,
+        encoders: list[TextEncoder],
+        join: Callable[[list[Encoded]], Tensor],
+        device: torch.device,
+        empty_is_zero: bool = False,
+    ) -> None:
+        self.encoders, self._join, self._device, self._empty_is_zero = encoders, join, device, empty_is_zero
+        self._cache: dict[str, Tensor] = {}
+
+    @property
+    def limit(self) -> int:
+        """Tokens of the encoder that reads least."""
+        return min(encoder.limit for encoder in self.encoders)
+
+    def check(self, prompts: list[str]) -> None:
+        """Refuse prompts that any of the encoders would cut."""
+        for encoder in self.encoders:
+            check_length(prompts, encoder.count, encoder.limit)
+
+    def unknown_words(self, prompt: str) -> list[str]:
+        """Words that no encoder knows (word-level tokenizers only)."""
+        lists = [encoder.unknown_words(prompt) for encoder in self.encoders]
+        return [word for word in lists[0] if all(word in other for other in lists)]
+
+    def embed(self, prompts: list[str], keep: bool = True) -> Tensor:
+        """Embeddings [P, L, D] of prompts; refuses those that do not fit.
+
+        keep: encoders stay loaded for further prompts until :meth:`release`; otherwise each is freed before the next
+            is loaded, so that no two are in memory at once.
+        """
+        new = list(dict.fromkeys(p for p in prompts if p not in self._cache))
+        if new:
+            self.check(new)
+            encoded = []
+            for encoder in self.encoders:
+                parts = encoder.encode(new)
+                encoded.append(tuple(part if part is None else part.to(self._device) for part in parts))
+                if not keep:
+                    encoder.release()
+                    _collect()
+            self._cache.update(zip(new, self._join(encoded), strict=True))
+            if self._empty_is_zero and "" in new:
+                self._cache[""] = torch.zeros_like(self._cache[""])
+        return torch.stack([self._cache[p] for p in prompts])
+
+    def release(self) -> None:
+        """Free the encoders; prompts not yet embedded load them again."""
+        for encoder in self.encoders:
+            encoder.release()
+        _collect()
+
+
+def _collect() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def token_limit(spec: EncoderSpec, tokenizer: Any, config: Any) -> int:
+    """Tokens that an encoder reads of a prompt: the least that family, tokenizer and encoder allow."""
+    limits = [tokenizer.model_max_length, getattr(config, "max_position_embeddings", None), spec.limit]
+    return min(limit for limit in limits if limit is not None)
+
+
+def load_tokenizer(folder: Path, part: str) -> Any:
+    """The tokenizer in a part of a folder. Raises: UserError, naming the file or the package that is missing.
+
+    The files are looked at first: without them transformers makes a tokenizer that knows no word, and says nothing.
+    """
+    import transformers
+
+    what = f"Cannot load the {part} of {folder}"
+    names = {path.name for path in (folder / part).iterdir()}
+    if not ("tokenizer.json" in names or {"vocab.json", "merges.txt"} <= names):
+        if not any(name.endswith(".model") for name in names):
+            why = "it has neither tokenizer.json, nor vocab.json and merges.txt, nor a .model file"
+            raise UserError(what, why, "get the folder again")
+        absent = [name for name in ("sentencepiece", "google.protobuf") if not _installed(name)]
+        if absent:
+            why = f"reading its .model file takes a package that is not installed ({', '.join(absent)})"
+            raise UserError(what, why, "pip install sentencepiece protobuf")
+    tokenizer = load_part(
+        folder, part, lambda: transformers.AutoTokenizer.from_pretrained(folder / part, local_files_only=True)
+    )
+    if tokenizer.pad_token is None:
+        raise UserError(what, "it has no padding token", "get the folder again")
+    return tokenizer
+
+
+def _installed(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ModuleNotFoundError:  # of the package above it
+        return False

@@ -1,0 +1,1 @@
+"""Other people's packages behind our ops: probed, never required."""

@@ -1,0 +1,1 @@
+"""Kernels for CUDA in Warp, and the launch that they share; only these modules import warp."""

@@ -1,0 +1,1 @@
+"""Loop's subdivision of a coarse control mesh, and what keeps that mesh in shape."""

@@ -1,0 +1,1 @@
+"""Signed distances on a lattice of tetrahedra: made, sealed, solid, and their surface."""

@@ -1,0 +1,183 @@
+"""From a user's mesh to the first surface of the fine stage: what it encloses, with holes closed, as a DMTet.
+
+Inside is where the generalised winding number exceeds one half (Jacobson et al. 2013): exact for closed meshes, parts
+may overlap, and a hole is closed by the surface on which its rim's influence is balanced. That surface always hangs on
+the mesh (winding numbers are harmonic elsewhere), so it is found by following it from the mesh outwards.
+Signs are decided at lattice vertices, the crossing of each lattice edge by bisection, and what is stored is the
+distance to the resulting triangles: hidden faces inside overlapping parts leave no trace.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+
+from stages.errors import UserError
+from stages.mesh.measure import adjacent_faces, edges_of, label_components
+from stages.mesh.mesh import Mesh
+from stages.mesh.orient import one_sided, turned, welded_faces
+from stages.mesh.sample import points_at, surface_samples
+from stages.mesh.tets.dmtet import MARGIN, DMTet, ids_near
+from stages.mesh.tets.initialise import bisect, crossing_edges, distance_to_surface
+from stages.mesh.tets.tetrahedra import Band, Lattice, build_band, dilate, lookup
+from stages.mesh.tree import TriangleTree
+
+log = logging.getLogger(__name__)
+
+PROBES = 4000  # points whose distance to the new surface tells what was lost
+LOST = 0.5  # share of the visible surface that may be lost before the start is refused
+WARN = 0.02
+
+
+class SolidifySettings(BaseModel):
+    """How a given mesh becomes a body."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    shell: float = Field(
+        0.0, ge=0, le=8, description="lattice cells to either side that sheets and open parts are thickened by; 0: none"
+    )
+
+
+class Body:
+    """What a mesh encloses: `solid(points) > 0.5` inside.
+
+    Args:
+        mesh: in the scene. shell: thickness in world units to either side of parts with open edges.
+        cell: length over which `solid` falls by one at the shell's surface.
+    """
+
+    def __init__(self, mesh: Mesh, shell: float, cell: float) -> None:
+        positions, faces = welded_faces(mesh)
+        faces = faces[one_sided(faces)]
+        over = turned(positions, faces)
+        faces = np.where(over[:, None], faces[:, ::-1], faces)
+        triangles = positions[faces].astype(np.float64)
+        self.tree, self.shell, self._cell = TriangleTree(triangles), shell, cell
+        open_faces = _open_parts(faces)
+        self.sheets = TriangleTree(triangles[open_faces]) if shell > 0 and open_faces.any() else None
+
+    def solid(self, points: np.ndarray) -> np.ndarray:
+        """[N] of points [N, 3]."""
+        value = self.tree.winding_numbers(points)
+        if self.sheets is not None:
+            value = np.maximum(value, 0.5 + (self.shell - self.sheets.distances(points)) / self._cell)
+        return value
+
+    def distances(self, points: np.ndarray) -> np.ndarray:
+        """From points [N, 3] to the surface of the mesh, or a bound on it where there is a shell."""
+        return np.maximum(self.tree.distances(points) - self.shell, 0)
+
+
+def _open_parts(faces: np.ndarray) -> np.ndarray:
+    """Faces [F] bool of pieces with an edge that has only one face."""
+    edges = edges_of(faces)
+    pairs, _ = adjacent_faces(edges)
+    count, piece = label_components(len(faces), pairs // 3)
+    border = (edges.count[edges.of_half_edge] == 1).reshape(-1, 3).any(1)
+    return np.bincount(piece, border, count)[piece] > 0
+
+
+def dmtet_from_mesh(
+    mesh: Mesh,
+    lattice: Lattice,
+    settings: SolidifySettings | None = None,
+    *,
+    deformation: float = 0.24,
+    device: torch.device | str = "cpu",
+) -> tuple[DMTet, dict[str, float]]:
+    """The DMTet of the body that a mesh encloses, and facts about it.
+
+    Args:
+        mesh: in the scene's box; open, overlapping, inconsistent as it may be.
+    Returns: the DMTet; and faces: triangles of the mesh, missed: share of its visible surface that lies more than a
+        cell from the DMTet's.
+    Raises: UserError where it encloses nothing, or the lattice is too coarse for most of it.
+    """
+    settings = settings or SolidifySettings()
+    body = Body(mesh, settings.shell * lattice.cell, lattice.cell)
+    band, inside = _decided(body, lattice)
+    crossing = inside[band.edges[:, 0]] != inside[band.edges[:, 1]]
+    if not crossing.any():
+        raise _no_body("it encloses no point of the lattice: it is a sheet, or thinner than a cell", lattice)
+
+    vertices, faces = _surface(body, band, inside)
+    missed = _missed(mesh, body, TriangleTree(vertices[faces]), lattice.cell)
+    if missed > LOST:
+        raise _no_body(f"{100 * missed:.0f} % of what can be seen of it would be lost", lattice)
+    if missed > WARN:
+        log.warning(
+            "%.0f %% of the mesh is a sheet or thinner than a cell of %.3g, and is lost", 100 * missed, lattice.cell
+        )
+    ids = dilate(lattice, band.ids[np.unique(band.edges[crossing])], MARGIN)
+    place = lookup(band.ids, ids)
+    sign = np.where(inside[place], -1, 1)
+    beyond = place < 0
+    if beyond.any():
+        sign[beyond] = np.where(body.solid(lattice.positions(ids[beyond])) > 0.5, -1, 1)
+    distance = distance_to_surface(lattice.positions(ids), vertices, faces)
+    dmtet = DMTet(lattice, ids, sign * distance, deformation=deformation, device=device)
+    return dmtet, {"faces": float(len(mesh.faces)), "missed": missed}
+
+
+def _decided(body: Body, lattice: Lattice) -> tuple[Band, np.ndarray]:
+    """A band of lattice vertices around the body's surface and which of them [N] are inside it.
+
+    It begins around the mesh and grows wherever the surface leaves it, as it does across a hole.
+    """
+    ids = ids_near(lattice, body.distances, (MARGIN + 1) * lattice.cell)
+    solid = body.solid(lattice.positions(ids))
+    while True:
+        band = build_band(lattice, ids)
+        inside = (solid > 0.5) & ~band.border
+        ends = band.edges[inside[band.edges[:, 0]] != inside[band.edges[:, 1]]].reshape(-1)
+        leaks = np.unique(ends[(band.rim & ~band.border)[ends]])
+        if not len(leaks):
+            return band, inside
+        new = np.setdiff1d(dilate(lattice, ids[leaks], 2 * MARGIN), ids, assume_unique=True)
+        ids = np.concatenate([ids, new])
+        order = np.argsort(ids)
+        solid = np.concatenate([solid, body.solid(lattice.positions(new))])[order]
+        ids = ids[order]
+
+
+def _surface(body: Body, band: Band, inside: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Vertices [V, 3] where the body's surface crosses the lattice's edges, and faces [F, 3].
+
+    The crossing is that of the one triangle the edge meets; where it meets none or several (a hole, overlapping parts,
+    a shell) it is found by bisection.
+    """
+    ends, faces = crossing_edges(band, inside)
+    a, b = (band.lattice.positions(band.ids[side]) for side in ends.T)
+    count, t = body.tree.hits(a, b)
+    rest = count != 1 if body.sheets is None else np.ones(len(a), dtype=bool)
+
+    def density(points: torch.Tensor) -> torch.Tensor:
+        return torch.from_numpy(body.solid(points.numpy())).float()
+
+    if rest.any():
+        sides = (torch.from_numpy(x[rest]) for x in (a, b))
+        t[rest] = bisect(*sides, density, 0.5, "cpu").numpy()
+    return a + (b - a) * t[:, None].astype(np.float32), faces
+
+
+def _missed(mesh: Mesh, body: Body, surface: TriangleTree, cell: float) -> float:
+    """Share of the mesh's area, hidden parts set aside, that lies more than a cell from a surface."""
+    face, weights = surface_samples(mesh, PROBES, torch.Generator().manual_seed(0))
+    points, normals = points_at(mesh, face, weights), mesh.face_normals()[face]
+    visible = np.minimum(*(body.tree.winding_numbers(points + way * 0.1 * cell * normals) for way in (1, -1))) < 0.5
+    if not visible.any():
+        return 1.0
+    return float((surface.distances(points[visible]) > cell + body.shell).mean())
+
+
+def _no_body(why: str, lattice: Lattice) -> UserError:
+    return UserError(
+        "The mesh cannot be made a body to refine",
+        f"{why} ({lattice.cell:.3g} of the scene)",
+        f"paint it as it is with fine.geometry=locked, thicken it with fine.solidify.shell=1, or raise fine.tets above "
+        f"{lattice.resolution}",
+    )

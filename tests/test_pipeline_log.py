@@ -1,0 +1,95 @@
+"""What run.json says of memory, of its clock, on the CPU and with a stand-in for a GPU, and of the revision."""
+
+import errno
+import json
+import os
+import subprocess
+
+import pytest
+import torch
+
+from pipeline.runs.folder import Lock, new_folder
+from pipeline.runs.log import Record
+from pipeline.runs.process import git_revision, peak_gpu_memory_mb
+from pipeline.runs.progress import Progress
+from stages.errors import UserError
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """torch's counters as a process that works on a GPU sees them."""
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 3 * 2**30)
+
+
+def session(folder, device: str) -> tuple[dict, dict]:
+    record = Record(folder)
+    record.open_session({"type": device}, {})
+    record.save(status="finished")
+    data = json.loads((folder / "run.json").read_text())
+    return data, data["sessions"][-1]
+
+
+def test_a_gpus_peak_is_recorded_beside_the_hosts_and_kept_over_sessions(gpu, tmp_path, monkeypatch):
+    data, last = session(tmp_path, "cuda")
+    assert data["peak_gpu_memory_mb"] == last["peak_gpu_memory_mb"] == 3072 and data["peak_memory_mb"] > 50
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 2**30)
+    data, last = session(tmp_path, "cuda")
+    assert data["peak_gpu_memory_mb"] == 3072 and last["peak_gpu_memory_mb"] == 1024
+
+
+def test_a_run_without_a_gpu_has_no_peak_of_one(tmp_path):
+    data, last = session(tmp_path, "cpu")
+    assert peak_gpu_memory_mb() is None
+    assert data["peak_gpu_memory_mb"] is None and last["peak_gpu_memory_mb"] is None
+
+
+def test_a_session_says_what_its_phases_seconds_are(tmp_path):
+    assert session(tmp_path, "cpu")[1]["phase_clock"] == "the host's"
+    assert "launches" in session(tmp_path, "cuda")[1]["phase_clock"]
+
+
+def test_the_bar_shows_the_gpus_peak(gpu, capsys):
+    with Progress().stage("coarse", 2, 0) as shown:
+        shown.update(1, "cover 3 %")
+    assert "GB, GPU peak 3.0 GB  cover 3 %" in capsys.readouterr().out
+
+
+def test_a_revision_is_dirty_where_what_makes_results_differs_and_only_there(tmp_path):
+    def git(*words):
+        who = ("-c", "user.name=a", "-c", "user.email=a@b.c")
+        subprocess.run(["git", "-C", str(tmp_path), *who, *words], check=True, capture_output=True)
+
+    assert git_revision(tmp_path) is None
+    files = {name: tmp_path / name for name in ("README.md", "stages/fine.py", "benchmarks/results/speed.jsonl")}
+    for path in files.values():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("before")
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-qm", "all")
+    clean = git_revision(tmp_path)
+    assert len(clean) == 40
+    files["README.md"].write_text("after")
+    files["benchmarks/results/speed.jsonl"].write_text("after")
+    assert git_revision(tmp_path) == clean
+    files["stages/fine.py"].write_text("after")
+    assert git_revision(tmp_path) == f"{clean}-dirty"
+
+
+def test_a_disk_without_locks_is_worked_on_and_a_lock_that_is_held_is_not(tmp_path, monkeypatch, caplog):
+    fcntl = pytest.importorskip("fcntl")
+
+    def fail(number):
+        def flock(*_):
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr(fcntl, "flock", flock)
+
+    fail(errno.ENOSYS)
+    with Lock(tmp_path):
+        assert "cannot lock files" in caplog.text
+    assert new_folder(tmp_path, "a mug", 0) == tmp_path  # what a refused run has left is no reason to refuse the next
+    fail(errno.EWOULDBLOCK)
+    with pytest.raises(UserError, match="is in use"), Lock(tmp_path):
+        pass
