@@ -68,3 +68,15 @@ def mean_gradient(guidance, x=X0, progress=0.0):
     picture = images(x)
     guidance(picture, orbit_views(torch.arange(VIEWS) * 5.0, 10.0), progress).loss.backward()
     return picture.grad.mean().item() * VIEWS / 2  # d x / d image = 2; the loss averages over views
+
+
+def x0_of_gradient(guidance, t=900, **context):
+    """The x0_hat that a step pushes towards: with weight 1 the residual is eps(x0_hat) - eps."""
+    picture = images(batch=4)
+    output = guidance(picture, orbit_views(torch.arange(4) * 90.0), 0.0, **context)
+    output.loss.backward()
+    residual = picture.grad.permute(0, 3, 1, 2) * 4 / 2
+    alpha_bar = guidance.prior.alphas_cumprod[[t] * 4]
+    x = images(batch=4).detach().permute(0, 3, 1, 2) * 2 - 1
+    a, s = alpha_bar[0].sqrt(), (1 - alpha_bar[0]).sqrt()
+    return x - s / a * residual, output.metrics  # SDS in x0 form: residual = a / s (x - x0_hat)

@@ -28,7 +28,7 @@ from stages.mesh.files.read import read_mesh
 from stages.mesh.tets.initialise import InitialiseSettings
 from stages.stage import Asset
 from tests.mesh_shapes import box, make, torus
-from tests.test_export_glb import bumpy_torus, coloured_box, textured_torus
+from tests.painted_shapes import bumpy_torus, coloured_box, textured_torus
 
 
 def test_obj_reads_back_with_its_texture(tmp_path):

@@ -6,8 +6,7 @@ import torch
 from stages.cameras import orbit_views
 from stages.guidance.residuals import RULES
 from stages.guidance.rules import on_backdrop
-from tests.gaussian_prior import images, make
-from tests.test_guidance_threshold import x0_of_gradient
+from tests.gaussian_prior import images, make, x0_of_gradient
 
 
 def pictures(guess, thing, side=16):

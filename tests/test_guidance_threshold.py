@@ -9,7 +9,7 @@ from stages.guidance.guidance import GuidanceSettings
 from stages.guidance.prior import add_noise, eps_from_x0, x0_from_eps
 from stages.guidance.residuals import RULES
 from stages.guidance.rules import dynamic_threshold
-from tests.gaussian_prior import EMPTY, NEGATIVE, PROMPT, images, make
+from tests.gaussian_prior import EMPTY, NEGATIVE, PROMPT, images, make, x0_of_gradient
 
 AT = dict(t_range=(0.9, 0.9))  # high noise: guidance throws x0_hat far out here
 
@@ -23,18 +23,6 @@ def test_dynamic_threshold_divides_by_the_quantile_and_leaves_samples_in_range_a
     assert torch.equal(got[1:], near)
     shifted = dynamic_threshold(far * 3 + 5, (2.0, 8.0), 0.75)  # the same in the units of another range
     torch.testing.assert_close(shifted, got[:1] * 3 + 5)
-
-
-def x0_of_gradient(guidance, t=900, **context):
-    """The x0_hat that a step pushes towards: with weight 1 the residual is eps(x0_hat) - eps."""
-    picture = images(batch=4)
-    output = guidance(picture, orbit_views(torch.arange(4) * 90.0), 0.0, **context)
-    output.loss.backward()
-    residual = picture.grad.permute(0, 3, 1, 2) * 4 / 2
-    alpha_bar = guidance.prior.alphas_cumprod[[t] * 4]
-    x = images(batch=4).detach().permute(0, 3, 1, 2) * 2 - 1
-    a, s = alpha_bar[0].sqrt(), (1 - alpha_bar[0]).sqrt()
-    return x - s / a * residual, output.metrics  # SDS in x0 form: residual = a / s (x - x0_hat)
 
 
 def test_static_threshold_keeps_the_target_of_sds_within_the_data_range():

@@ -16,8 +16,8 @@ from stages.kernels.density import hash_density
 from stages.kernels.hashgrid import hash_encode, hash_gradient
 from stages.kernels.mlp import mlp, mlp_with_slope
 from stages.kernels.volume import Samples, composite, march, visible
-from tests.test_kernels_fields import SMALL, Draw, problem
-from tests.test_kernels_sizes import OPS as MESH_OPS
+from tests.field_cases import SMALL, Draw, problem
+from tests.kernel_cases import OPS as MESH_OPS
 
 
 def kernels() -> Iterator[tuple[object, str, Callable]]:

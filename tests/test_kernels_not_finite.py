@@ -12,7 +12,7 @@ from stages.kernels.density import hash_density
 from stages.kernels.hashgrid import hash_encode, hash_gradient
 from stages.kernels.mlp import mlp
 from stages.kernels.volume import Samples, composite, march, visible
-from tests.test_kernels_fields import EVERY, SMALL, SPECS, backends, head, problem
+from tests.field_cases import EVERY, SMALL, SPECS, backends, head, problem
 
 every = backends(*EVERY)
 
