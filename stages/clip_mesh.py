@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor
 
 from stages.cameras import CameraSettings, Views, orbit_views, sample_views
@@ -37,6 +37,7 @@ from stages.mesh.texture.bake import push_pull, texel_points
 from stages.mesh.texture.uv import Unwrapper
 from stages.optimise import GroupedAdam, under_prefix
 from stages.phases import phase
+from stages.ramp import Ramp
 from stages.render.raster import MeshImages, render_mesh
 from stages.render.shade import LAMBERT, Shading, ShadingSettings, sample_shading
 from stages.render.textured import TextureMaterial, blurred_maps
@@ -73,7 +74,7 @@ class ClipMeshSettings(BaseModel):
         description="distribution of views and lights",
     )
     shading: ShadingSettings = Field(
-        default_factory=lambda: ShadingSettings(albedo_steps=0, diffuse_probability=1.0, textureless_probability=0.0),
+        default_factory=lambda: ShadingSettings(albedo_until=0, diffuse_probability=1.0, textureless_probability=0.0),
         description="mix of shadings; lit from the start",
     )
     backdrops: BackdropSettings = Field(
@@ -81,16 +82,24 @@ class ClipMeshSettings(BaseModel):
         description="pictures behind the views, one each whatever `copies` says",
     )
 
-    laplacian: tuple[NonNegativeFloat, NonNegativeFloat] = Field(
-        (0.23, 0.0045), description="weight of the mean squared umbrella vector, in edge lengths, at the start and end"
+    laplacian: Ramp = Field(  # as the published code, which multiplies what exceeds the end by 10^(-1e-6 k) at step k
+        Ramp(0.23, 0.0045, shape="gaussian"),
+        ge=0,
+        description="weight of the mean squared umbrella vector, in edge lengths",
     )
-    laplacian_decades: float = Field(
-        12.5, ge=0, description="decades the start's weight falls by, times the squared share of the stage"
+    lr_vertices: Ramp = Field(
+        Ramp(6e-3, 6e-4, shape="exponential"),
+        gt=0,
+        description="Adam learning rate of the control vertices, world units",
     )
-    lr_vertices: float = Field(6e-3, gt=0, description="Adam learning rate of the control vertices, world units")
-    lr_texture: float = Field(1e-2, gt=0, description="Adam learning rate of the colour map, sRGB in [0, 1]")
-    lr_normal: float = Field(1e-2, gt=0, description="Adam learning rate of the normal map")
-    lr_end: float = Field(0.1, gt=0, le=1, description="factor on all three at the end, approached exponentially")
+    lr_texture: Ramp = Field(
+        Ramp(1e-2, 1e-3, shape="exponential"),
+        gt=0,
+        description="Adam learning rate of the colour map, sRGB in [0, 1]",
+    )
+    lr_normal: Ramp = Field(
+        Ramp(1e-2, 1e-3, shape="exponential"), gt=0, description="Adam learning rate of the normal map"
+    )
     betas: tuple[float, float] = Field((0.9, 0.999), description="Adam's decay rates")
     max_skipped: int = Field(20, ge=1, description="non-finite gradients in a row after which the stage gives up")
     preview_size: int = Field(192, ge=16, le=1024, description="side of one preview picture in pixels")
@@ -198,7 +207,7 @@ class ClipMeshStage:
             vertices, maps = self.surface(), self._maps()
         with phase("views", times):
             views = sample_views(s.cameras, s.views_per_step, self.generator).to(self.device)
-            shading = sample_shading(s.shading, self.step_index, self.generator)
+            shading = sample_shading(s.shading, progress, self.generator)
             behind = random_backdrops(s.backdrops, s.views_per_step, s.resolution, self.generator).to(self.device)
         looks = [(torch.arange(s.views_per_step), shading)]
         if progress < s.bare_until:  # every second view, since neighbours in the batch are neighbours on the orbit
@@ -222,19 +231,13 @@ class ClipMeshStage:
                 totals[name] = totals.get(name, 0.0) + share * value
         with phase("regularisers", times):
             rough = laplacian(self.control, self.control_edges)
-            loss = loss + self.laplacian_weight(progress) * rough
+            loss = loss + s.laplacian.at(progress) * rough
         with phase("backward", times):
             loss.backward()
         with phase("optimiser", times):
             totals |= {"rough": float(rough.detach()), "grad_norm": self._update(progress)}
         self.step_index += 1
         return totals
-
-    def laplacian_weight(self, progress: float) -> float:
-        """The weight at a share of the stage: the published code multiplies what lies above the end's weight by
-        10^(-1e-6 k) at step k, so it falls as 10^(-5e-7 k^2), by 12.5 decades over its 5000 steps."""
-        first, last = self.settings.laplacian
-        return last + (first - last) * 10 ** (-self.settings.laplacian_decades * progress**2)
 
     def _render(
         self, vertices: Tensor, maps: tuple[Tensor, Tensor], views: Views, size: int, shading: Shading, behind: Tensor
@@ -250,7 +253,7 @@ class ClipMeshStage:
     def _update(self, progress: float) -> float:
         """Take the optimiser step, keep everything in its range, and return the gradient's norm (GroupedAdam.step)."""
         s = self.settings
-        rates = [rate * s.lr_end**progress for rate in (s.lr_vertices, s.lr_texture, s.lr_normal)]
+        rates = [rate.at(progress) for rate in (s.lr_vertices, s.lr_texture, s.lr_normal)]
         norm = self.adam.step(rates, self.step_index)
         self.control.clamp_(-self.bound, self.bound)
         self.colour_map.clamp_(0, 1)

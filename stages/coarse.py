@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from stages.cameras import CameraSettings, Views, orbit_views, sample_views
@@ -29,8 +29,9 @@ from stages.fields.check import check_object
 from stages.fields.hashfield import FieldSettings, HashField, without_gradient
 from stages.fields.occupancy import OccupancyGrid, OccupancySettings
 from stages.kernels.srgb import linear_to_srgb
-from stages.optimise import GroupedAdam, check_accumulate, cosine_decay, under_prefix
+from stages.optimise import GroupedAdam, check_accumulate, under_prefix
 from stages.phases import phase
+from stages.ramp import Ramp
 from stages.render.shade import ALBEDO, LAMBERT, ShadingSettings, sample_shading
 from stages.render.transmittance import TransmittanceSettings, transmittance_loss
 from stages.render.volume import VolumeImages, render_field
@@ -58,16 +59,14 @@ class CoarseSettings(BaseModel):
     cameras: CameraSettings = Field(default_factory=CameraSettings, description="distribution of views and lights")
     field: FieldSettings = Field(default_factory=FieldSettings, description="the radiance field")
     occupancy: OccupancySettings = Field(default_factory=OccupancySettings, description="empty-space skipping")
-    shading: ShadingSettings = Field(
-        default_factory=lambda: ShadingSettings(albedo_steps=150), description="mix of shadings"
-    )
+    shading: ShadingSettings = Field(default_factory=ShadingSettings, description="mix of shadings")
     background: BackgroundSettings = Field(default_factory=BackgroundSettings, description="what is behind the object")
     backdrops: BackdropSettings = Field(
         default_factory=BackdropSettings, description="pictures behind copies of every view, as CLIP guidance needs"
     )
 
-    orientation: tuple[float, float, float] = Field(
-        (10.0, 1000.0, 0.5), description="weight at the start, weight at the end, share of the stage of the ramp"
+    orientation: Ramp = Field(
+        Ramp(10.0, 1000.0, 0.0, 0.5), ge=0, description="weight of the mean square of normals that face away"
     )
     orientation_always: bool = Field(False, description="also on albedo steps, which then compute normals (slower)")
     opacity: float = Field(1.0, ge=0, description="weight of mean sqrt(opacity^2 + 0.01), which keeps space empty")
@@ -77,20 +76,14 @@ class CoarseSettings(BaseModel):
         default_factory=TransmittanceSettings, description="Dream Fields' term against fog"
     )
 
-    lr: float = Field(0.01, gt=0, description="Adam learning rate of table and heads")
-    lr_background: float = Field(0.001, gt=0, description="Adam learning rate of the environment")
-    lr_end: float = Field(0.1, gt=0, le=1, description="factor on both at the end of the stage, approached as a cosine")
+    lr: Ramp = Field(Ramp(0.01, 0.001, shape="cosine"), gt=0, description="Adam learning rate of table and heads")
+    lr_background: Ramp = Field(
+        Ramp(0.001, 0.0001, shape="cosine"), gt=0, description="Adam learning rate of the environment"
+    )
     betas: tuple[float, float] = Field((0.9, 0.99), description="Adam's decay rates")
     max_skipped: int = Field(20, ge=1, description="non-finite gradients in a row after which the stage gives up")
 
     preview_size: int = Field(112, ge=16, le=512, description="side of one preview picture in pixels")
-
-    @field_validator("orientation")
-    @classmethod
-    def _ramp(cls, ramp: tuple[float, float, float]) -> tuple[float, float, float]:
-        if min(ramp) < 0 or not 0 < ramp[2] <= 1:
-            raise ValueError(f"wanted weights >= 0 and a share in (0, 1], got {list(ramp)}")
-        return ramp
 
 
 class CoarseStage:
@@ -126,7 +119,9 @@ class CoarseStage:
             self._set_progress(0.0)
         self.occupancy = OccupancyGrid(settings.occupancy).to(self.device)
         self.step_size = 2 * math.sqrt(3) / settings.samples
-        self.occupancy.update(self.field.density, 0, self.generator, self.step_size)  # previews before the first step
+        self.occupancy.update(
+            self.field.density, 0, 0.0, self.generator, self.step_size
+        )  # previews before the first step
         self.adam = GroupedAdam(
             [{f"{m}.{k}": p for k, p in getattr(self, m).named_parameters()} for m in ("field", "background")],
             betas=settings.betas,
@@ -141,10 +136,10 @@ class CoarseStage:
         s, progress, times = self.settings, self.step_index / self.steps, self.times
         self._set_progress(progress)
         with phase("occupancy", times):
-            self.occupancy.update(self.field.density, self.step_index, self.generator, self.step_size)
+            self.occupancy.update(self.field.density, self.step_index, progress, self.generator, self.step_size)
         with phase("views", times):
             views = sample_views(s.cameras, s.views_per_step, self.generator).to(self.device)
-            shading = sample_shading(s.shading, self.step_index, self.generator)
+            shading = sample_shading(s.shading, progress, self.generator)
             backdrop, copies = self._behind()
 
         totals: dict[str, float] = {}
@@ -205,9 +200,7 @@ class CoarseStage:
         """The guidance loss plus the stage's own terms, and the metrics of these renders."""
         s = self.settings
         opacity = images.opacity
-        first, last, until = s.orientation
-        weight = first + (last - first) * min(progress / until, 1.0)
-        loss = loss + weight * images.orientation
+        loss = loss + s.orientation.at(progress) * images.orientation
         loss = loss + s.opacity * (opacity.square() + 0.01).sqrt().mean()
         if s.entropy > 0:
             sure = opacity.clamp(1e-3, 1 - 1e-3)
@@ -222,8 +215,7 @@ class CoarseStage:
     def _update(self, progress: float) -> float:
         """Take the optimiser step and return the gradient's norm; see GroupedAdam.step."""
         s = self.settings
-        factor = cosine_decay(s.lr_end, progress)
-        return self.adam.step((s.lr * factor, s.lr_background * factor), self.step_index)
+        return self.adam.step((s.lr.at(progress), s.lr_background.at(progress)), self.step_index)
 
     def headline(self, metrics: dict[str, float]) -> str:
         """Mean opacity, and how near the renders are to what the prior would draw."""

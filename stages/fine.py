@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from stages.cameras import CameraSettings, Views, orbit_views, sample_views
@@ -41,8 +41,9 @@ from stages.mesh.tets.dmtet import DMTet, Surface, from_function
 from stages.mesh.tets.initialise import InitialiseSettings, dmtet_from_density
 from stages.mesh.tets.solidify import SolidifySettings, dmtet_from_mesh
 from stages.mesh.tets.tetrahedra import SAFE_MOVE, Lattice
-from stages.optimise import GroupedAdam, check_accumulate, cosine_decay, under_prefix
+from stages.optimise import GroupedAdam, check_accumulate, under_prefix
 from stages.phases import phase
+from stages.ramp import Ramp
 from stages.render.raster import MeshImages, render_mesh
 from stages.render.shade import ALBEDO, LAMBERT, Shading, ShadingSettings, sample_shading
 from stages.stage import Asset
@@ -72,7 +73,7 @@ class FineSettings(BaseModel):
         default_factory=lambda: CameraSettings(fov_deg=(28.0, 34.0)), description="distribution of views and lights"
     )
     shading: ShadingSettings = Field(
-        default_factory=lambda: ShadingSettings(albedo_steps=0, diffuse_probability=0.5, textureless_probability=0.3),
+        default_factory=lambda: ShadingSettings(albedo_until=0, diffuse_probability=0.5, textureless_probability=0.3),
         description="mix of shadings; shaded from the start",
     )
     background: BackgroundSettings = Field(
@@ -86,13 +87,20 @@ class FineSettings(BaseModel):
     normal_consistency: float = Field(1000.0, ge=0, description="weight of mean 1 - cos across edges")
     laplacian: float = Field(1000.0, ge=0, description="weight of the mean squared umbrella vector, in edge lengths")
 
-    spread: tuple[NonNegativeFloat, NonNegativeFloat] = Field(
-        (0.25, 0.05), description="length over which a gradient moves the surface, world units, start and end"
+    spread: Ramp = Field(
+        Ramp(0.25, 0.05), ge=0, description="length over which a gradient moves the surface, world units"
     )
-    lr_sdf: float = Field(5e-3, gt=0, description="Adam learning rate of the signed distances, world units")
-    lr_offset: float = Field(1e-2, gt=0, description="Adam learning rate of the offsets, in shares of their bound")
-    lr_texture: float = Field(1e-2, gt=0, description="Adam learning rate of the colour field")
-    lr_end: float = Field(0.1, gt=0, le=1, description="factor on all three at the end, approached as a cosine")
+    lr_sdf: Ramp = Field(
+        Ramp(5e-3, 5e-4, shape="cosine"), gt=0, description="Adam learning rate of the signed distances, world units"
+    )
+    lr_offset: Ramp = Field(
+        Ramp(1e-2, 1e-3, shape="cosine"),
+        gt=0,
+        description="Adam learning rate of the offsets, in shares of their bound",
+    )
+    lr_texture: Ramp = Field(
+        Ramp(1e-2, 1e-3, shape="cosine"), gt=0, description="Adam learning rate of the colour field"
+    )
     betas: tuple[float, float] = Field((0.9, 0.99), description="Adam's decay rates")
     max_skipped: int = Field(20, ge=1, description="non-finite gradients in a row after which the stage gives up")
 
@@ -200,7 +208,7 @@ class FineStage:
             leaf = surface.vertices.detach().requires_grad_(self.dmtet is not None)
         with phase("views", times):
             views = sample_views(s.cameras, s.views_per_step, self.generator).to(self.device)
-            shading = sample_shading(s.shading, self.step_index, self.generator)
+            shading = sample_shading(s.shading, progress, self.generator)
             if self.locked is not None:
                 shading = replace(shading, textureless=False)  # a shape that stays learns nothing from bare views
             grey = random_background(s.background, s.views_per_step, self.generator)
@@ -227,7 +235,7 @@ class FineStage:
         with phase("backward", times):
             if leaf.grad is not None:
                 surface.vertices.backward(leaf.grad)
-                self.dmtet.spread_gradient(s.spread[0] + (s.spread[1] - s.spread[0]) * progress)
+                self.dmtet.spread_gradient(s.spread.at(progress))
         with phase("optimiser", times):
             totals["grad_norm"] = self._update(progress)
         self.step_index += 1
@@ -260,10 +268,9 @@ class FineStage:
     def _update(self, progress: float) -> float:
         """Take the optimiser step, let the band follow the surface, and return the gradient's norm; see GroupedAdam."""
         s = self.settings
-        factor = cosine_decay(s.lr_end, progress)
-        rates = [s.lr_texture * factor]
+        rates = [s.lr_texture.at(progress)]
         if self.dmtet is not None:
-            rates += [s.lr_sdf * factor, s.lr_offset * factor]
+            rates += [s.lr_sdf.at(progress), s.lr_offset.at(progress)]
         norm = self.adam.step(rates, self.step_index)
         if self.dmtet is not None:
             self._follow()

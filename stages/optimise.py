@@ -15,11 +15,6 @@ from stages.errors import UserError
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def cosine_decay(end: float, progress: float) -> float:
-    """A factor that falls from 1 to `end` as half a cosine while progress goes from 0 to 1."""
-    return end + (1 - end) * 0.5 * (1 + math.cos(math.pi * progress))
-
-
 def check_accumulate(stage: str, views: int, parts: int) -> None:
     """Raise UserError unless the views of a step can be rendered in that many equal parts, `accumulate`."""
     if views % parts:

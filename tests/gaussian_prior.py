@@ -51,7 +51,7 @@ def k_of(alpha_bar, std):
 
 def make(negative="", seed=0, **settings):
     """Guidance under the Gaussian prior, with weight 1 and no change of colour unless asked for."""
-    settings = {"t_max_end": None, "weighting": "uniform", "srgb": False} | settings
+    settings = {"t_max": 0.98, "weighting": "uniform", "srgb": False} | settings
     guidance_settings = GuidanceSettings(**settings)
     return Guidance(
         GaussianPrior(), guidance_settings, ViewPrompts("a mug", negative), torch.Generator().manual_seed(seed)

@@ -16,7 +16,7 @@ HELP_S = 0.4
 
 # Rooms of the house, each with the rooms it may import; a room may always import itself. `ROOM.*` stands for a room and
 # all rooms within it. A module that others of its folder build on is a room of its own.
-_BASE = {"stages.errors", "stages.cameras", "stages.phases"}
+_BASE = {"stages.errors", "stages.cameras", "stages.phases", "stages.ramp"}
 _SURFACE = _BASE | {"stages.kernels.*", "stages.mesh.*"}
 _STAGE = _SURFACE | {"stages.optimise", "stages.stage", "stages.fields", "stages.render"}
 _GUIDED = _STAGE | {"stages.guidance.*", "stages.prompts"}
@@ -27,6 +27,7 @@ _BENCHMARK = _TABLES | {"stages.*", "pipeline.*"}
 ALLOWED = {
     "stages.errors": set(),
     "stages.phases": set(),
+    "stages.ramp": set(),
     "stages.cameras": {"stages.errors"},
     "stages.optimise": {"stages.errors"},
     "stages.prompts": _BASE,

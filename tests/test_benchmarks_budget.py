@@ -7,9 +7,20 @@ import json
 import pytest
 
 from benchmarks.quality import quality, systems
-from benchmarks.quality.budget import Budget, Cost, cost_of, fitted_steps, options_by_system, own_steps, read_budget
+from benchmarks.quality.budget import (
+    Budget,
+    Cost,
+    as_options,
+    cost_of,
+    fitted_steps,
+    options_by_system,
+    own_steps,
+    read_budget,
+)
 from benchmarks.quality.summary import METRICS
 from benchmarks.speed.energy import energy_j, joules_between, packages
+from pipeline.config.listing import leaves
+from pipeline.config.model import load_config
 from stages.errors import UserError
 from tests.toy_pipeline import octahedron
 
@@ -27,6 +38,15 @@ def test_a_systems_steps_are_those_of_the_stages_it_runs():
     assert list(own_steps("sphere", ())) == ["fine"]
     assert list(own_steps("clip-mesh", ())) == ["clipmesh"]
     assert own_steps("truth", ()) == own_steps("floor", ()) == {}
+
+
+@pytest.mark.parametrize("system", ["magic3d", "sds+hifa", "clip-mesh"])
+def test_a_budget_changes_the_steps_of_a_recipe_and_nothing_of_its_shape(system):
+    steps = own_steps(system, ())
+    words = as_options(fitted_steps(system, steps, Budget("steps", 3 * sum(steps.values())), None))
+    recipe = systems.find_system(system).recipe
+    whole, longer = (dict(leaves(load_config(recipe, [*options], {}))) for options in ((), words))
+    assert {key for key in whole if whole[key] != longer[key]} == {f"{stage}.steps" for stage in steps}
 
 
 def test_cost_splits_a_run_into_its_steps_and_the_rest(tmp_path):

@@ -16,6 +16,7 @@ from pipeline.config.model import load_config
 from stages.kernels.srgb import srgb_to_linear
 from stages.mesh.measure import measure
 from stages.mesh.mesh import Mesh
+from stages.ramp import constant
 from tests.mesh_shapes import sphere
 
 
@@ -65,8 +66,7 @@ def test_the_recipe_asks_the_exact_prior_for_a_constant_gradient():
     config = load_config("reference", [], {})
     assert (config.prior.coarse, config.prior.fine, config.reference.pose) == ("reference", "reference", "exact")
     for settings in (config.guidance.coarse, config.guidance.fine):
-        assert settings.scale == 1 and settings.t_range[0] == settings.t_range[1]
-        assert settings.t_min_end is None and settings.t_max_end is None
+        assert settings.scale == 1 and settings.t_min == settings.t_max == constant(settings.t_min.start)
 
 
 def test_the_table_takes_the_latest_lines_and_marks_what_is_missed():

@@ -76,7 +76,7 @@ def same(a, b) -> bool:
 
 
 def test_surface_and_colours_follow_the_guidance():
-    plain = ShadingSettings(albedo_steps=10**6)
+    plain = ShadingSettings(albedo_until=1)
     looks = {"bare_until": 0, "cameras": NEAR, "shading": plain, "backdrops": GREY}
     made = stage(small(steps=40, lr_texture=0.05, lr_vertices=0.02, **looks), Green())
     first, *_, last = run(made, 40)
@@ -131,13 +131,13 @@ def test_textureless_views_leave_the_colours_alone_and_move_the_normals():
 
 
 def test_laplacian_weight_decays_as_the_published_code_multiplies_it_step_by_step():
-    settings = ClipMeshSettings(steps=5000, laplacian=(30.0, 0.6))
-    made, weight = stage(settings), 30.0
+    ramp, weight = ClipMeshSettings(laplacian=(30.0, 0.6, 0, 1, "gaussian")).laplacian, 30.0
+    assert ClipMeshSettings().laplacian.shape == "gaussian"
     for step in range(1, 1001):
         weight = (weight - 0.6) * 10 ** (-step * 1e-6) + 0.6
         if step in (100, 500, 1000):
-            assert made.laplacian_weight(step / 5000) == pytest.approx(weight, rel=2e-3)
-    assert made.laplacian_weight(0.0) == 30.0 and made.laplacian_weight(1.0) == pytest.approx(0.6)
+            assert ramp.at(step / 5000) == pytest.approx(weight, rel=2e-3)
+    assert ramp.at(0.0) == 30.0 and ramp.at(1.0) == 0.6
 
 
 def test_learning_rate_falls_by_ten_as_the_papers_does():
@@ -152,7 +152,7 @@ def test_smoothness_holds_a_noisy_control_mesh_together():
         def __call__(self, images, *args, **kwargs):
             return SimpleNamespace(loss=0 * images.sum(), metrics={})
 
-    settings = small(steps=30, laplacian=(10.0, 10.0), lr_vertices=0.01)
+    settings = small(steps=30, laplacian=10.0, lr_vertices=0.01)
     made = stage(settings, Nothing())
     made._prepare()
     with torch.no_grad():

@@ -75,8 +75,8 @@ def small(**changes) -> CoarseSettings:
         "views_per_step": 2,
         "samples": 48,
         "field": FieldSettings(levels=6, log2_table=11, base=4, finest=32, hidden=16),
-        "occupancy": OccupancySettings(resolution=16, every=3, warmup=6),
-        "shading": ShadingSettings(albedo_steps=2),
+        "occupancy": OccupancySettings(resolution=16, every=3, warmup=0.5),
+        "shading": ShadingSettings(albedo_until=2 / 12),
         "background": BackgroundSettings(random_probability=0.5),
         "preview_size": 24,
     }
@@ -95,8 +95,8 @@ def test_a_coloured_ball_is_rebuilt_from_its_posed_images():
         samples=80,
         cameras=CameraSettings(elevation_deg=(-40.0, 70.0)),
         field=FieldSettings(levels=6, log2_table=14, base=8, finest=64),
-        shading=ShadingSettings(albedo_steps=60, textureless_probability=0.3),
-        lr=0.02,
+        shading=ShadingSettings(albedo_until=0.6, textureless_probability=0.3),
+        lr=(0.02, 0.002, 0, 1, "cosine"),
     )
     stage = CoarseStage(settings, PosedImages(), torch.device("cpu"), 0, None)
     metrics = run(stage, settings.steps)
@@ -138,7 +138,7 @@ def test_resumed_run_has_the_same_bytes_as_an_uninterrupted_one():
 
 
 def test_an_edit_goes_on_from_the_field_and_environment_it_is_given_with_all_levels_on():
-    bands = FieldSettings(levels=6, log2_table=11, base=4, finest=32, hidden=16, bands_start=2, bands_until=1.0)
+    bands = FieldSettings(levels=6, log2_table=11, base=4, finest=32, hidden=16, bands=(1 / 3, 1))
     first = CoarseStage(small(field=bands), Noisy(), "cpu", 0)
     run(first, 12)
     first.field.set_progress(1.0)
@@ -213,8 +213,10 @@ def test_transmittance_thins_the_field_down_to_its_target_and_no_further():
             return SimpleNamespace(loss=0 * images.sum(), metrics={})
 
     cameras = CameraSettings(distance=(3.0, 3.0), fov_deg=(38.0, 38.0), jitter_position=0, jitter_target=0)
-    term = TransmittanceSettings(weight=0.5, opacity=(0.05, 0.05))
-    settings = small(steps=60, opacity=0.0, orientation=(0, 0, 0.5), transmittance=term, cameras=cameras, lr=0.01)
+    term = TransmittanceSettings(weight=0.5, opacity=0.05)
+    settings = small(
+        steps=60, opacity=0.0, orientation=0, transmittance=term, cameras=cameras, lr=(0.01, 0.001, 0, 1, "cosine")
+    )
     stage = CoarseStage(settings, Nothing(), torch.device("cpu"), 0, None)
     metrics = run(stage, 60)
     covers = [m["cover"] for m in metrics]
@@ -247,7 +249,9 @@ def test_regularisers_alone_empty_the_box_and_finish_says_so():
         def __call__(self, images, *args, **kwargs):
             return SimpleNamespace(loss=0 * images.sum(), metrics={})
 
-    stage = CoarseStage(small(steps=25, opacity=100.0, lr=0.2), Nothing(), torch.device("cpu"), 0, None)
+    stage = CoarseStage(
+        small(steps=25, opacity=100.0, lr=(0.2, 0.02, 0, 1, "cosine")), Nothing(), torch.device("cpu"), 0, None
+    )
     covers = [m["cover"] for m in run(stage, 25)]
     assert covers[-1] < 0.1 * covers[0]
     with pytest.raises(UserError, match="empty box"):
@@ -261,7 +265,7 @@ def test_entropy_pushes_opacities_to_the_ends():
 
     half_open = []
     for entropy in (0.0, 30.0):
-        settings = small(steps=25, opacity=0.0, entropy=entropy, lr=0.05)
+        settings = small(steps=25, opacity=0.0, entropy=entropy, lr=(0.05, 0.005, 0, 1, "cosine"))
         stage = CoarseStage(settings, Nothing(), torch.device("cpu"), 0, None)
         run(stage, 25)
         opacity = stage.render(orbit_views([0.0, 90.0], 20.0), 32).opacity

@@ -11,6 +11,7 @@ from stages.fields.check import check_object, measure
 from stages.fields.hashfield import FieldSettings, HashField
 from stages.fields.occupancy import OccupancyGrid, OccupancySettings
 from stages.kernels.srgb import linear_to_srgb
+from stages.ramp import Ramp, constant
 
 SETTINGS = FieldSettings(levels=6, log2_table=11, base=4, finest=24, hidden=16)
 
@@ -41,9 +42,9 @@ def test_fresh_field_is_the_cone_blob_in_mid_grey():
     assert (albedo - 0.5).abs().max() < 1e-2
 
 
-@pytest.mark.parametrize("bands_start", [3, 16])
-def test_normal_is_minus_the_finite_difference_gradient_of_the_density(bands_start):
-    field = rough_field(bands_start=bands_start).double()
+@pytest.mark.parametrize("bands", [constant(0.5), constant(1)])
+def test_normal_is_minus_the_finite_difference_gradient_of_the_density(bands):
+    field = rough_field(bands=bands).double()
     points = world(300).double()
     _, normal, _ = field.density_and_normal(points)
     step = 1e-6
@@ -111,7 +112,7 @@ def test_the_whole_has_the_gradients_of_its_parts():
 
 
 def test_levels_fade_in_with_progress():
-    field, points = rough_field(bands_start=2, bands_until=0.5), world(50)
+    field, points = rough_field(bands=Ramp(1 / 3, 1.0, 0.0, 0.5)), world(50)
     seen = []
     for progress in (0.0, 0.25, 0.5, 1.0):
         field.set_progress(progress)
@@ -179,36 +180,36 @@ def ball(radius: float, density: float = 40.0):
 
 
 def test_occupancy_keeps_a_ball_and_its_surroundings_and_forgets_one_that_went():
-    grid = OccupancyGrid(OccupancySettings(resolution=32, every=2, warmup=4, decay=0.5))
+    grid = OccupancyGrid(OccupancySettings(resolution=32, every=2, warmup=0.1, decay=0.5))
     assert grid.share == 1  # nothing is skipped before the first look
     g = generator()
-    grid.update(ball(0.5), 0, g, 0.03)
+    grid.update(ball(0.5), 0, 0.0, g, 0.03)
     axis = (torch.arange(32) + 0.5) / 16 - 1
     centres = torch.cartesian_prod(axis, axis, axis).reshape(32, 32, 32, 3).norm(dim=-1)
     assert grid.cells[centres < 0.5].all() and not grid.cells[centres > 0.5 + 2.5 / 16 * 1.74].any()
     state = g.get_state()
-    grid.update(ball(0.5), 1, g, 0.03)  # not a multiple of `every`
+    grid.update(ball(0.5), 1, 1 / 40, g, 0.03)  # not a multiple of `every`
     assert torch.equal(state, g.get_state())
     for step in range(2, 40):
-        grid.update(ball(0.2), step, g, 0.03)
+        grid.update(ball(0.2), step, step / 40, g, 0.03)
     assert not grid.cells[centres > 0.2 + 2.5 / 16 * 1.74].any() and grid.cells[centres < 0.2].all()
     assert not grid.cells[-1].any()
 
 
 def test_occupancy_finds_matter_that_appears_after_the_warm_up():
-    grid = OccupancyGrid(OccupancySettings(resolution=32, every=1, warmup=1, share=0.25))
+    grid = OccupancyGrid(OccupancySettings(resolution=32, every=1, warmup=0.025, share=0.25))
     g = generator()
     for step in range(8):
-        grid.update(ball(0.2), step, g, 0.03)
+        grid.update(ball(0.2), step, step / 40, g, 0.03)
     for step in range(8, 28):
-        grid.update(lambda p: ball(0.2)(p) + ball(0.3)(p - 0.6), step, g, 0.03)
+        grid.update(lambda p: ball(0.2)(p) + ball(0.3)(p - 0.6), step, step / 40, g, 0.03)
     centre = round((0.6 + 1) * 16)
     assert grid.cells[centre, centre, centre]
 
 
 def test_thin_cells_are_the_ones_of_low_density_and_the_surroundings():
     grid = OccupancyGrid(OccupancySettings(resolution=32, threshold=0.01, thin=0.1))
-    grid.update(lambda p: ball(0.3, 40.0)(p) + ball(0.6, 1.0)(p), 0, generator(), 0.03)
+    grid.update(lambda p: ball(0.3, 40.0)(p) + ball(0.6, 1.0)(p), 0, 0.0, generator(), 0.03)
     axis = (torch.arange(32) + 0.5) / 16 - 1
     centres = torch.cartesian_prod(axis, axis, axis).reshape(32, 32, 32, 3).norm(dim=-1)
     assert (grid.cells[centres < 0.2] == 1).all() and (grid.cells[(centres > 0.4) & (centres < 0.5)] == 2).all()
@@ -217,7 +218,7 @@ def test_thin_cells_are_the_ones_of_low_density_and_the_surroundings():
 
 def test_thin_fog_everywhere_is_not_skipped_as_a_whole():
     grid = OccupancyGrid(OccupancySettings(resolution=16))
-    grid.update(lambda p: 1e-3 * (1 + (p[:, 0] > 0).float()), 0, generator(), 0.03)
+    grid.update(lambda p: 1e-3 * (1 + (p[:, 0] > 0).float()), 0, 0.0, generator(), 0.03)
     assert grid.share > 0.4
 
 

@@ -254,7 +254,7 @@ def test_a_locked_file_with_seams_keeps_its_bytes_and_only_its_colours_learn():
         kinds.append(named["shading"].kind)
         return call(target, images, views, progress, textureless, **named)
 
-    bare = ShadingSettings(albedo_steps=0, diffuse_probability=1, textureless_probability=1)
+    bare = ShadingSettings(albedo_until=0, diffuse_probability=1, textureless_probability=1)
     fine = stage(watched, Asset(mesh=own), geometry="locked", steps=4, shading=bare)
     for _ in range(4):
         assert fine.step()["grad_norm"] > 0

@@ -51,7 +51,7 @@ def test_an_empty_picture_of_any_grey_is_left_alone_by_every_rule(rule):
     """The prior draws its own mean everywhere; put on the true backdrop, that is the render itself."""
 
     def x0_hat(**settings):
-        guidance = make("bad", rule=rule, scale=7.5, inversion_steps=3, t_range=(0.7, 0.7), **settings)
+        guidance = make("bad", rule=rule, scale=7.5, inversion_steps=3, t_min=0.7, t_max=0.7, **settings)
         picture = images(0.6, batch=2)
         found = []
         original = RULES[rule]
@@ -69,7 +69,7 @@ def test_an_empty_picture_of_any_grey_is_left_alone_by_every_rule(rule):
 
 def test_the_target_of_sds_is_the_backdrop_after_the_threshold():
     got, metrics = x0_of_gradient(
-        make(scale=30.0, threshold="static", backdrop=100.0, t_range=(0.9, 0.9)), background=images(-0.4, batch=4)
+        make(scale=30.0, threshold="static", backdrop=100.0, t_min=0.9, t_max=0.9), background=images(-0.4, batch=4)
     )
     torch.testing.assert_close(got, torch.full_like(got, -0.4), atol=1e-3, rtol=0)
     assert metrics["clamped"] > 0.3

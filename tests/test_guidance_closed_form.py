@@ -17,7 +17,7 @@ from tests.toy_pipeline import octahedron
 T = 400
 ALPHA_BAR = scaled_linear_alphas_cumprod()[T].item()
 A, SIGMA = math.sqrt(ALPHA_BAR), math.sqrt(1 - ALPHA_BAR)
-SIMPLE = dict(scale=1.0, weighting="uniform", t_range=(T / 1000, T / 1000), t_max_end=None, srgb=False)
+SIMPLE = dict(scale=1.0, weighting="uniform", t_min=T / 1000, t_max=T / 1000, srgb=False)
 
 # --- the reference prior ------------------------------------------------------------------------------------------
 
@@ -75,7 +75,7 @@ def test_gradient_of_ism_on_the_reference_prior_is_its_formula_without_noise(ref
     eps_s = math.sqrt(1 - s) / flow(s) ** 2 * z_s
     z_t = A * (z_s - math.sqrt(1 - s) * eps_s) / math.sqrt(s) + SIGMA * eps_s
     wanted = SIGMA / flow(ALPHA_BAR) ** 2 * z_t - eps_s
-    b, rest = slope(reference, rule="ism", ism_delta=(0.1, 0.1), inversion_steps=50)
+    b, rest = slope(reference, rule="ism", ism_delta=0.1, inversion_steps=50)
     assert b == pytest.approx(wanted, rel=0.05) and rest < 1e-3
     assert abs(wanted) > 0.02
 
@@ -138,7 +138,8 @@ def x0_of_guidance(x, scale, kinds=(PROMPT, EMPTY)):
 def test_monte_carlo_gradient_under_a_static_threshold_is_its_formula(x):
     mean, std = x0_of_guidance(x, 12.0)
     wanted = A / SIGMA * (x - clamped_mean(mean, std))
-    assert mean_gradient(make(scale=12.0, threshold="static", t_range=(0.4, 0.4)), x) == pytest.approx(wanted, abs=0.02)
+    guidance = make(scale=12.0, threshold="static", t_min=0.4, t_max=0.4)
+    assert mean_gradient(guidance, x) == pytest.approx(wanted, abs=0.02)
     assert abs(A / SIGMA * (x - mean) - wanted) > 0.3  # without it the step would be another
 
 
@@ -156,9 +157,9 @@ def test_fixed_point_of_guided_sds_leaves_the_data_range_and_a_static_threshold_
     kept = root(lambda x: x - clamped_mean(*x0_of_guidance(x, scale)))
     assert free > 1.2 and PROMPT[0] < kept < 1
     for wanted, settings in ((free, {}), (kept, {"threshold": "static"})):
-        guidance = make(scale=scale, t_range=(0.4, 0.4), **settings)
+        guidance = make(scale=scale, t_min=0.4, t_max=0.4, **settings)
         assert abs(mean_gradient(guidance, wanted)) < 0.03
-        guidance = make(scale=scale, t_range=(0.4, 0.4), **settings)
+        guidance = make(scale=scale, t_min=0.4, t_max=0.4, **settings)
         assert mean_gradient(guidance, wanted - 0.2) < -0.05  # and it is stable
 
 
@@ -189,7 +190,7 @@ def test_csd_between_equally_wide_prompts_never_stops_and_a_static_threshold_bou
 def test_image_term_in_pixel_space_is_sds_again():
     def gradient(**settings):
         picture = images(batch=4, side=8)
-        guidance = make(scale=3.0, t_range=(0.4, 0.4), **settings)
+        guidance = make(scale=3.0, t_min=0.4, t_max=0.4, **settings)
         guidance(picture, orbit_views(torch.arange(4) * 90.0), 0.0).loss.backward()
         return picture.grad
 
@@ -215,16 +216,16 @@ def test_image_term_reaches_the_render_around_the_encoder():
     assert got == pytest.approx(0.1 * A / SIGMA * (0.7 - x0), abs=0.01)
 
 
-def test_t_caps_are_steps_at_their_shares():
-    guidance = make(t_range=(0.02, 0.98), t_caps=[(0.25, 0.7), (0.5, 0.4)])
+def test_highest_t_may_jump_at_a_share():
+    guidance = make(t_min=0.02, t_max=(0.98, 0.4, 0.5, 0.5))
     views = orbit_views(torch.arange(32) * 10.0)
-    tops = [guidance(images(batch=32, side=2), views, p).metrics["t_max"] for p in (0.0, 0.24, 0.25, 0.5, 1.0)]
-    assert tops == [0.98, 0.98, 0.7, 0.4, 0.4]
+    tops = [guidance(images(batch=32, side=2), views, p).metrics["t_max"] for p in (0.0, 0.49, 0.5, 1.0)]
+    assert tops == [0.98, 0.98, 0.4, 0.4]
     assert guidance(images(batch=32, side=2), views, 0.9).metrics["t"] < 0.25
 
 
 def test_gradient_clamp_widens_between_its_shares_and_says_how_much_it_held():
-    guidance = make(scale=7.5, grad_clip=(0.5, 20.0), grad_clip_anneal=(0.2, 0.4), t_range=(0.4, 0.4))
+    guidance = make(scale=7.5, grad_clip=(0.5, 20.0, 0.2, 0.4), t_min=0.4, t_max=0.4)
     held = {}
     for progress, limit in ((0.0, 0.5), (0.3, 10.25), (0.9, 20.0)):
         picture = images(batch=2)
@@ -238,10 +239,9 @@ def test_gradient_clamp_widens_between_its_shares_and_says_how_much_it_held():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (dict(t_caps=[(0.5, 0.4), (0.2, 0.7)]), "t_caps: wanted shares in order"),
-        (dict(t_caps=[(0.5, 1.4)]), "t_caps: wanted shares in order"),
-        (dict(t_caps=[(0.5, 0.01)]), "below the lowest t"),
-        (dict(grad_clip_anneal=(0.6, 0.2)), "grad_clip_anneal: wanted"),
+        (dict(t_max=(0.98, 1.4, 0.5, 0.5)), "t_max"),
+        (dict(t_max=(0.98, 0.01, 0.5, 0.5)), "at 0.5 of the stage the range is .0.02, 0.01., low above high"),
+        (dict(grad_clip=(0.5, 2.0, 0.6, 0.2)), "0 <= from <= until <= 1"),
         (dict(vsd={"rank": 0}), "rank"),
     ],
 )

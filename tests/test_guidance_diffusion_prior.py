@@ -147,7 +147,7 @@ def test_deepfloyd_drops_the_variance_and_masks_the_padding(folders, priors):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_guidance_gradient_reaches_the_images_and_no_weight(priors, name):
     prior = priors[name]
-    settings = GuidanceSettings(scale=7.5, t_range=(0.3, 0.6), t_max_end=None)
+    settings = GuidanceSettings(scale=7.5, t_min=0.3, t_max=0.6)
     guidance = Guidance(prior, settings, ViewPrompts("a red mug"), torch.Generator().manual_seed(0))
     images = torch.rand(2, 48, 48, 3, requires_grad=True)
     output = guidance(images, orbit_views([0.0, 180.0]), 0.0)

@@ -85,7 +85,7 @@ def test_box_of_the_tests_is_solid():
 
 def test_guidance_with_the_exact_pose_is_noise_free_reconstruction():
     prior = ReferencePrior(two_tone_box(), ReferenceSettings(resolution=24))
-    settings = GuidanceSettings(scale=1.0, t_range=(0.4, 0.4), t_max_end=None)
+    settings = GuidanceSettings(scale=1.0, t_min=0.4, t_max=0.4)
     guidance = Guidance(prior, settings, ViewPrompts("box"), torch.Generator().manual_seed(0))
     views, background = orbit_views([20.0, 140.0], 25.0), torch.rand(2, 24, 24, 3)
     images = torch.rand(2, 24, 24, 3, requires_grad=True)

@@ -195,7 +195,7 @@ def test_shifted_and_scaled_latents_are_the_pipelines(priors):
 @pytest.mark.parametrize("name", ["sdxl", "sd3", "flux"])
 def test_guidance_gradient_reaches_the_images_and_no_weight(priors, name):
     prior = priors[name]
-    settings = GuidanceSettings(scale=7.5, t_range=(0.3, 0.6), t_max_end=None)
+    settings = GuidanceSettings(scale=7.5, t_min=0.3, t_max=0.6)
     guidance = Guidance(prior, settings, ViewPrompts("a red mug"), torch.Generator().manual_seed(0))
     images = torch.rand(2, 48, 48, 3, requires_grad=True)
     output = guidance(images, orbit_views([0.0, 180.0]), 0.0)
@@ -209,7 +209,7 @@ def test_guidance_gradient_reaches_the_images_and_no_weight(priors, name):
 @pytest.mark.parametrize("name", ["sdxl", "sd3", "flux"])
 @pytest.mark.parametrize("rule", ["csd", "ism", "sdi"])
 def test_every_kind_of_rule_runs_on_every_family(priors, name, rule):
-    settings = GuidanceSettings(rule=rule, inversion_steps=2, t_range=(0.3, 0.6), t_max_end=None)
+    settings = GuidanceSettings(rule=rule, inversion_steps=2, t_min=0.3, t_max=0.6)
     guidance = Guidance(priors[name], settings, ViewPrompts("a red mug"), torch.Generator().manual_seed(0))
     metrics = guidance(torch.rand(1, 64, 64, 3), orbit_views([0.0]), 0.3).metrics
     assert metrics["grad_rms"] > 0 and metrics["nonfinite"] == 0

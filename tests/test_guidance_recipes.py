@@ -31,9 +31,9 @@ def differences(a, b, path=""):
 
 def test_plain_sds_is_dreamfusions_whatever_the_default_recipe_says():
     sds = load_config("sds", [], {})
-    published = {"rule": "sds", "scale": 101.0, "t_max_end": None, "t_anneal": sds.guidance.coarse.t_anneal}
+    published = {"rule": "sds", "scale": 101.0, "t_min": 0.02, "t_max": 0.98}
     assert sds.guidance.coarse == GuidanceSettings(**published)
-    fine = {**published, "t_range": (0.02, 0.5), "t_anneal": sds.guidance.fine.t_anneal}
+    fine = {**published, "t_max": 0.5}
     assert sds.guidance.fine == GuidanceSettings(**fine)
     cured = PromptSettings()
     assert {k: getattr(sds.prompts, k) for k in ("blend", "debias", "per_view", "per_view_negative")} == {
@@ -75,7 +75,8 @@ def test_cure_changes_plain_sds_in_one_thing(name):
             "rank",
             "lr",
             "timesteps",
-            "t_range",
+            "t_min",
+            "t_max",
             "image_term",
         }
     else:
@@ -133,9 +134,8 @@ def test_fractions_of_the_flow_recipe_are_as_noisy_as_those_of_stable_diffusion(
     flow, ours = load_config("flow", [], {}).guidance, load_config("stable-diffusion", [], {}).guidance
     alphas_cumprod = scaled_linear_alphas_cumprod()
     for mine, theirs in ((flow.coarse, ours.coarse), (flow.fine, ours.fine)):
-        pairs = [*zip(mine.t_range, theirs.t_range, strict=True)]
-        pairs += [(mine.t_max_end, theirs.t_max_end)] if theirs.t_max_end else []
-        for k, t in pairs:
+        ramps = (mine.t_min, theirs.t_min), (mine.t_max, theirs.t_max)
+        for k, t in ((a.at(share), b.at(share)) for a, b in ramps for share in (0.0, 1.0)):
             sigma = torch.tensor(3 * k / (1 + 2 * k))
             wanted = alphas_cumprod[round(1000 * t)].item()
             assert path_alphas_cumprod(1 - sigma, sigma).item() == pytest.approx(wanted, rel=0.03, abs=1e-3)

@@ -16,7 +16,7 @@ T = 0.4
 A = scaled_linear_alphas_cumprod()[400].item()
 K1, K0, KN = (k_of(torch.tensor(A), std).item() for _, std in (PROMPT, EMPTY, NEGATIVE))
 D1, D0, DN = (X0 - mean for mean, _ in (PROMPT, EMPTY, NEGATIVE))
-AT = dict(t_range=(T, T))
+AT = dict(t_min=T, t_max=T)
 # 64 views x 768 entries: standard error of the mean of eps-like noise of scale up to 5 is 5 / sqrt(49,152) = 0.023
 NOISE = 1 / (VIEWS * 768) ** 0.5
 
@@ -28,7 +28,7 @@ NOISE = 1 / (VIEWS * 768) ** 0.5
         (dict(rule="sds", scale=5.0), "", -4 * K0 * D0 + 5 * K1 * D1, 5.0),
         (dict(rule="sds", scale=5.0), "bad", -4 * KN * DN + 5 * K1 * D1, 5.0),
         (dict(rule="sjc", scale=5.0), "", -4 * K0 * D0 + 5 * K1 * D1, 6.0),
-        (dict(rule="csd", scale=2.0, negative_anneal=(0.0, 1.0)), "bad", 2 * (K1 * D1 - K0 * D0), 4.0),
+        (dict(rule="csd", scale=2.0, csd_negative=(0.0, 1.0)), "bad", 2 * (K1 * D1 - K0 * D0), 4.0),
         (dict(rule="nfsd", scale=7.5), "bad", K0 * D0 - KN * DN + 7.5 * (K1 * D1 - K0 * D0), 10.0),
     ],
 )
@@ -39,7 +39,7 @@ def test_monte_carlo_gradient_of_each_rule_is_its_formula(settings, negative, wa
 
 
 def test_csd_moves_its_reference_from_the_empty_to_the_negative_prompt():
-    guidance = make("bad", rule="csd", scale=2.0, negative_anneal=(0.0, 0.5), **AT)
+    guidance = make("bad", rule="csd", scale=2.0, csd_negative=(0.0, 1.0, 0.0, 0.5), **AT)
     assert mean_gradient(guidance, progress=0.25) == pytest.approx(
         2 * (K1 * D1 - 0.5 * KN * DN - 0.5 * K0 * D0), abs=20 * NOISE
     )
@@ -49,13 +49,13 @@ def test_csd_moves_its_reference_from_the_empty_to_the_negative_prompt():
 def test_nfsd_takes_the_whole_unconditional_prediction_at_low_noise():
     alpha_bar = scaled_linear_alphas_cumprod()[150]
     k1, k0 = k_of(alpha_bar, PROMPT[1]).item(), k_of(alpha_bar, EMPTY[1]).item()
-    got = mean_gradient(make("bad", rule="nfsd", scale=7.5, t_range=(0.15, 0.15)))
+    got = mean_gradient(make("bad", rule="nfsd", scale=7.5, t_min=0.15, t_max=0.15))
     assert got == pytest.approx(k0 * D0 + 7.5 * (k1 * D1 - k0 * D0), abs=50 * NOISE)
 
 
 def test_low_noise_of_nfsd_is_a_noise_level_and_not_a_timestep():
     """t = 0.15 of a schedule whose steps are all as noisy as Stable Diffusion's above 0.2 is no low noise."""
-    guidance = make("bad", rule="nfsd", scale=7.5, t_range=(0.15, 0.15))
+    guidance = make("bad", rule="nfsd", scale=7.5, t_min=0.15, t_max=0.15)
     guidance.prior.alphas_cumprod = torch.full((1000,), A)
     wanted = K0 * D0 - KN * DN + 7.5 * (K1 * D1 - K0 * D0)
     assert mean_gradient(guidance) == pytest.approx(wanted, abs=10 * NOISE)
@@ -105,7 +105,7 @@ def test_sdi_inverts_gaussian_data_along_its_exact_flow():
 
 
 def test_ism_is_the_difference_of_two_predictions_on_one_inverted_path():
-    guidance = make(rule="ism", scale=7.5, inversion_steps=50, ism_delta=(0.1, 0.1), **AT)
+    guidance = make(rule="ism", scale=7.5, inversion_steps=50, ism_delta=0.1, **AT)
     got = mean_gradient(guidance)
     a_s = scaled_linear_alphas_cumprod()[300].item()
     mean, std = EMPTY
@@ -193,7 +193,7 @@ def test_restored_state_gives_the_same_losses_as_going_on():
 
 
 def test_annealing_lowers_the_highest_timestep():
-    guidance = make(t_range=(0.02, 0.98), t_max_end=0.5, t_anneal=(0.0, 0.5))
+    guidance = make(t_min=0.02, t_max=(0.98, 0.5, 0.0, 0.5))
     views = orbit_views(torch.arange(VIEWS) * 5.0)
     early = guidance(images(side=2), views, 0.0).metrics
     late = guidance(images(side=2), views, 0.7).metrics
@@ -202,7 +202,7 @@ def test_annealing_lowers_the_highest_timestep():
 
 
 def test_agreement_is_higher_near_the_mode():
-    guidance = make(scale=1.0, t_range=(0.5, 0.5))
+    guidance = make(scale=1.0, t_min=0.5, t_max=0.5)
     views = orbit_views(torch.arange(VIEWS) * 5.0)
     near = guidance(images(PROMPT[0]), views, 0.0).metrics["agreement_db"]
     far = guidance(images(-1.0), views, 0.0).metrics["agreement_db"]
@@ -233,11 +233,11 @@ def test_nonfinite_predictions_are_dropped_counted_and_refused_when_there_is_not
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (dict(t_range=(0.9, 0.1)), "t_range: wanted"),
-        (dict(t_range=(0.6, 0.9), t_max_end=0.5), "low above high"),
+        (dict(t_min=0.9, t_max=0.1), "t_min, t_max: at 0 of the stage"),
+        (dict(t_min=0.6, t_max=(0.9, 0.5)), "low above high"),
         (dict(rule="sdss"), "sds"),
         (dict(rule="csd", rescale=0.5), "rescale: works with"),
-        (dict(grad_clip=(0.0, 1.0)), "two positive"),
+        (dict(grad_clip=(0.0, 1.0)), "greater than 0"),
         (dict(guidance_scale=7.5), "guidance_scale"),
     ],
 )

@@ -10,7 +10,6 @@ from stages.guidance.prior import path_alphas_cumprod, scaled_linear_alphas_cump
 from stages.guidance.schedules import (
     TIMESTEPS,
     WEIGHTINGS,
-    anneal,
     dreamtime_table,
     noisier_than_stable_diffusions,
     stratified,
@@ -18,15 +17,6 @@ from stages.guidance.schedules import (
 )
 
 ALPHAS = scaled_linear_alphas_cumprod()
-
-
-def test_annealing_is_linear_between_its_shares_and_constant_outside():
-    assert anneal(0.98, 0.5, (0.2, 0.6), 0.1) == 0.98
-    assert anneal(0.98, 0.5, (0.2, 0.6), 0.4) == pytest.approx(0.74)
-    assert anneal(0.98, 0.5, (0.2, 0.6), 0.9) == pytest.approx(0.5)
-    assert anneal(0.98, None, (0.0, 0.5), 1.0) == 0.98
-    assert anneal(1.0, 2.0, (0.5, 0.5), 0.5) == 2.0
-    assert anneal(1.0, 2.0, (0.5, 0.5), 0.49) == 1.0
 
 
 def flow_alphas(shift=3.0, steps=1000):

@@ -11,7 +11,7 @@ from stages.guidance.residuals import RULES
 from stages.guidance.rules import dynamic_threshold
 from tests.gaussian_prior import EMPTY, NEGATIVE, PROMPT, images, make, x0_of_gradient
 
-AT = dict(t_range=(0.9, 0.9))  # high noise: guidance throws x0_hat far out here
+AT = dict(t_min=0.9, t_max=0.9)  # high noise: guidance throws x0_hat far out here
 
 
 def test_dynamic_threshold_divides_by_the_quantile_and_leaves_samples_in_range_alone():
@@ -46,7 +46,7 @@ def test_dynamic_threshold_keeps_the_order_that_a_clamp_flattens():
 def test_threshold_that_never_binds_changes_no_rule(rule, kind):
     def gradient(**settings):
         picture = images(batch=2)
-        guidance = make("bad", rule=rule, scale=7.5, inversion_steps=3, t_range=(0.7, 0.7), **settings)
+        guidance = make("bad", rule=rule, scale=7.5, inversion_steps=3, t_min=0.7, t_max=0.7, **settings)
         guidance(picture, orbit_views([0.0, 90.0]), 0.5).loss.backward()
         return picture.grad
 
@@ -58,7 +58,7 @@ def test_threshold_that_never_binds_changes_no_rule(rule, kind):
 @pytest.mark.parametrize("rule", ["csd", "nfsd"])
 def test_rules_without_added_noise_bound_the_same_guided_prediction(rule):
     """eps_hat = reference + residual; bounding it and taking the reference off again, by hand."""
-    guidance = make("bad", rule=rule, scale=7.5, threshold="static", t_range=(0.7, 0.7), negative_anneal=(0.0, 0.0))
+    guidance = make("bad", rule=rule, scale=7.5, threshold="static", t_min=0.7, t_max=0.7, csd_negative=1.0)
     picture = images(batch=2)
     guidance(picture, orbit_views([0.0, 90.0]), 0.5).loss.backward()
 

@@ -30,7 +30,7 @@ class ViewPrior(GaussianPrior):
 
 
 def make(prompts, **settings):
-    settings = {"t_max_end": None, "weighting": "uniform", "srgb": False, "t_range": (T / 1000, T / 1000)} | settings
+    settings = {"weighting": "uniform", "srgb": False, "t_min": T / 1000, "t_max": T / 1000} | settings
     return Guidance(ViewPrior(), GuidanceSettings(**settings), prompts, torch.Generator().manual_seed(0))
 
 
@@ -82,7 +82,7 @@ def test_perp_neg_uses_only_what_is_perpendicular_to_the_prompt():
 @pytest.mark.parametrize("rule", ["sds", "csd", "nfsd"])
 def test_perp_neg_in_a_step_is_its_formula_on_the_predictions(rule):
     prompts = ViewPrompts("a mug", "bad", PromptSettings(blend="perp_neg", perp_neg=0.7))
-    guidance = make(prompts, rule=rule, scale=SCALE, negative_anneal=(0.9, 1.0))
+    guidance = make(prompts, rule=rule, scale=SCALE, csd_negative=(0.0, 1.0, 0.9, 1.0))
     generator = torch.Generator().manual_seed(5)
     picture = torch.rand(2, 8, 8, 3, generator=generator).requires_grad_()
     guidance(picture, orbit_views([60.0, 150.0], 10.0), 0.5).loss.backward()
@@ -131,7 +131,7 @@ def step_of(rule, phi=0.0, blend="perp_neg", scale=SCALE):
     )
     if blend == "perp_neg":
         problem.against = [torch.tensor([-1.5, -0.5]), torch.tensor([-0.7, -1.2])]
-    settings = GuidanceSettings(rule=rule, scale=scale, rescale=phi, negative_anneal=(0.4, 0.6))
+    settings = GuidanceSettings(rule=rule, scale=scale, rescale=phi, csd_negative=(0.0, 1.0, 0.4, 0.6))
     return RULES[rule](problem, settings), known
 
 
@@ -154,9 +154,9 @@ def test_rescale_gives_back_the_contrast_of_the_prompts_own_prediction_under_per
     ("settings", "negative", "calls"),
     [
         (dict(rule="csd"), "", 2),  # the empty prompt is the negative one
-        (dict(rule="csd", negative_anneal=(0.0, 0.8)), "bad", 3),
-        (dict(rule="csd", negative_anneal=(0.6, 0.8)), "bad", 2),  # it counts nothing yet
-        (dict(rule="csd", negative_anneal=(0.0, 0.2)), "bad", 2),  # and now the empty one does
+        (dict(rule="csd", csd_negative=(0.0, 1.0, 0.0, 0.8)), "bad", 3),
+        (dict(rule="csd", csd_negative=(0.0, 1.0, 0.6, 0.8)), "bad", 2),  # it counts nothing yet
+        (dict(rule="csd", csd_negative=(0.0, 1.0, 0.0, 0.2)), "bad", 2),  # and now the empty one does
         (dict(rule="sds"), "bad", 2),
         (dict(rule="nfsd"), "bad", 3),
     ],
@@ -171,7 +171,7 @@ def test_every_text_is_asked_for_once_and_those_that_count_nothing_never(setting
 @pytest.mark.parametrize("negative", ["", "bad"])
 def test_gradient_of_csd_is_its_formula_whatever_is_asked_for_once(anneal, negative):
     """E[eps(z) | x] = K (x - mean), so the expected residual is s K times a difference of means."""
-    guidance = make(ViewPrompts("a mug", negative), rule="csd", scale=SCALE, negative_anneal=anneal)
+    guidance = make(ViewPrompts("a mug", negative), rule="csd", scale=SCALE, csd_negative=(0.0, 1.0, *anneal))
     share = {(0.0, 1.0): 0.5, (0.6, 0.8): 0.0, (0.0, 0.2): 1.0}[anneal]
     reference = share * MEANS[negative] + (1 - share) * MEANS[""]
     assert gradient_at(guidance, 0) == pytest.approx(SCALE * K * (reference - MEANS["front"]), abs=1e-3)

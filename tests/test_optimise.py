@@ -7,17 +7,13 @@ import torch
 from torch.nn import Parameter
 
 from stages.errors import UserError
-from stages.optimise import GroupedAdam, cosine_decay
+from stages.optimise import GroupedAdam
 
 
 def two_groups(patience=3):
     a, b = Parameter(torch.tensor([3.0, 4.0])), Parameter(torch.tensor([1.0]))
     options = {"betas": (0.9, 0.99), "eps": 1e-15, "patience": patience, "stage": "test", "advice": "do better"}
     return GroupedAdam([{"a": a}, {"b": b}], **options), a, b
-
-
-def test_fading_is_half_a_cosine():
-    assert [round(cosine_decay(0.1, p), 6) for p in (0.0, 0.5, 1.0)] == [1.0, 0.55, 0.1]
 
 
 def test_every_group_moves_by_its_own_rate_and_the_norm_is_that_of_all_gradients():

@@ -6,6 +6,7 @@ from pipeline.config.layers import dump
 from pipeline.config.model import Config, load_config, read_config
 from pipeline.config.recipes import find_recipe, heading_of, recipes
 from stages.errors import UserError
+from stages.ramp import constant
 
 
 def test_default_recipe_has_a_prompt_and_both_stages():
@@ -63,7 +64,7 @@ def test_from_inherits_the_settings_of_that_run_under_the_new_ones(tmp_path):
         dump(load_config(None, ["coarse.lr=0.02"], {"prompt": "a blue car", "seed": 4}))
     )
     config = load_config(None, ["fine.steps=7"], {"from_run": str(tmp_path), "stages": "fine", "seed": 5})
-    assert (config.prompt, config.seed, config.coarse.lr, config.fine.steps) == ("a blue car", 5, 0.02, 7)
+    assert (config.prompt, config.seed, config.coarse.lr, config.fine.steps) == ("a blue car", 5, constant(0.02), 7)
     assert config.stages == ["fine"] and config.from_run == str(tmp_path)
 
 

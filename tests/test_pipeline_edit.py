@@ -24,8 +24,8 @@ TINY = """
 prior: {coarse: reference, fine: reference}
 reference: {supersample: 1}
 guidance:
-  coarse: {scale: 1, t_range: [0.28, 0.28], t_max_end: null}
-  fine: {scale: 1, t_range: [0.28, 0.28], t_max_end: null}
+  coarse: {scale: 1, t_min: 0.28, t_max: 0.28}
+  fine: {scale: 1, t_min: 0.28, t_max: 0.28}
 checkpoint_every: 3
 preview_every: 100
 coarse:
@@ -33,10 +33,10 @@ coarse:
   resolution: 24
   views_per_step: 2
   samples: 64
-  lr: 0.05
+  lr: [0.05, 0.005, 0, 1, cosine]
   field: {levels: 6, log2_table: 11, finest: 64, hidden: 16}
   occupancy: {resolution: 32}
-  shading: {albedo_steps: 40}
+  shading: {albedo_until: 1}
   background: {random_probability: 1, grey: [0, 0], tint: 0}   # black: the object alone brings colour
   preview_size: 16
 fine:
@@ -48,7 +48,7 @@ fine:
   preview_size: 16
 export: {texture_size: 64, faces: 1000, turntable_frames: 0, unwrap: boxes, formats: [glb]}
 """
-SHORT = ["coarse.steps=8", "coarse.lr=0.05", "fine.steps=2"]
+SHORT = ["coarse.steps=8", "coarse.lr=[0.05, 0.005, 0, 1, cosine]", "fine.steps=2"]
 
 
 @pytest.fixture(scope="module")
@@ -117,8 +117,8 @@ def test_the_runs_settings_lie_under_the_edits_and_the_commands_over_both(base, 
     assert ours.prompt == "a green block" and ours.from_run == str(base)
     assert ours.coarse.field == theirs.coarse.field and ours.coarse.opacity == theirs.coarse.opacity
     recipe = load_config("edit", [], {})
-    assert ours.guidance.coarse.t_range == recipe.guidance.coarse.t_range != theirs.guidance.coarse.t_range
-    assert ours.coarse.shading.albedo_steps == 0 and ours.coarse.steps == 8
+    assert ours.guidance.coarse.t_max == recipe.guidance.coarse.t_max != theirs.guidance.coarse.t_max
+    assert ours.coarse.shading.albedo_until == 0 and ours.coarse.steps == 8
     assert load_config(str(edited), [], {}) == ours  # fed back, the recipe is not laid over it again
 
 

@@ -32,7 +32,7 @@ from tests.fork_server import forking
 TINY = """
 prior: {fine: reference}
 reference: {supersample: 1}
-guidance: {fine: {scale: 1, t_range: [0.28, 0.28]}}
+guidance: {fine: {scale: 1, t_min: 0.28, t_max: 0.28}}
 stages: [fine]
 checkpoint_every: 2
 preview_every: 6

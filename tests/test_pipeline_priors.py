@@ -9,6 +9,7 @@ import pytest
 import pipeline.priors.sources as priors
 from pipeline.config.model import load_config
 from stages.errors import UserError
+from stages.ramp import constant
 from tests.tiny_folders import word_tokenizer
 
 WORDS = ["a", "red", "blue", "mug", "car", "on", "table", "and", "clay", "render"]
@@ -240,5 +241,5 @@ def test_guidance_is_that_of_the_stage(tmp_path, monkeypatch):
     monkeypatch.setattr(priors, "build_prior", lambda config, stage, device: prior)
     chosen = config("guidance.fine.scale=3", "negative=ugly", prompt="a red mug")
     guidance = priors.build_guidance(chosen, "fine", "cpu")
-    assert guidance.settings.scale == 3 and guidance.settings.t_range == (0.02, 0.75)
+    assert guidance.settings.scale == 3 and guidance.settings.t_max == constant(0.75)
     assert guidance.prompts.prompt == "a red mug" and guidance.prompts.negative == "ugly"

@@ -27,7 +27,7 @@ coarse:
   samples: 48
   field: {levels: 6, log2_table: 11, finest: 32, hidden: 16}
   occupancy: {resolution: 16}
-  shading: {albedo_steps: 2}
+  shading: {albedo_until: 0.5}
   preview_size: 16
 fine:
   steps: 3

@@ -29,7 +29,7 @@ coarse:
   samples: 64
   field: {levels: 8, log2_table: 12, finest: 64, hidden: 16}
   occupancy: {resolution: 32}
-  shading: {albedo_steps: 4}
+  shading: {albedo_until: 0.33}
   preview_size: 16
 fine:
   steps: 9

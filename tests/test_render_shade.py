@@ -6,9 +6,9 @@ import torch
 from stages.render.shade import ALBEDO, TEXTURELESS_ALBEDO, Shading, ShadingSettings, sample_shading, shade
 
 
-def draw(count, step=10_000, seed=0, **settings):
+def draw(count, share=0.9, seed=0, **settings):
     generator = torch.Generator().manual_seed(seed)
-    return [sample_shading(ShadingSettings(**settings), step, generator) for _ in range(count)]
+    return [sample_shading(ShadingSettings(**settings), share, generator) for _ in range(count)]
 
 
 def test_shade_is_ambient_plus_diffuse_times_the_cosine():
@@ -49,8 +49,9 @@ def test_shade_gradients_match_finite_differences():
 
 
 def test_first_steps_are_albedo_only():
-    assert all(s == ALBEDO for s in draw(50, step=999, albedo_steps=1000))
-    assert any(s != ALBEDO for s in draw(50, step=1000, albedo_steps=1000))
+    assert all(s == ALBEDO for s in draw(50, share=0.74, albedo_until=0.75))
+    assert any(s != ALBEDO for s in draw(50, share=0.75, albedo_until=0.75))
+    assert all(s == ALBEDO for s in draw(50, share=0.999, albedo_until=1))
 
 
 def test_later_steps_follow_the_papers_mix():
@@ -68,9 +69,9 @@ def test_ambient_covers_its_range_and_diffuse_is_the_rest():
 
 def test_every_draw_takes_as_much_from_the_generator():
     states = []
-    for settings, step in (({}, 0), ({}, 5000), ({"diffuse_probability": 0}, 5000), ({"ambient": (0.1, 0.1)}, 5000)):
+    for settings, share in (({}, 0.0), ({}, 0.5), ({"diffuse_probability": 0}, 0.5), ({"ambient": (0.1, 0.1)}, 0.5)):
         generator = torch.Generator().manual_seed(7)
-        sample_shading(ShadingSettings(**settings), step, generator)
+        sample_shading(ShadingSettings(**settings), share, generator)
         states.append(generator.get_state())
     assert all(torch.equal(states[0], s) for s in states)
 

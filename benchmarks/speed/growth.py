@@ -32,13 +32,13 @@ WARM = 2  # steps before the first measured one
 STILL = 1e-12  # learning rate
 COMMON = {
     "coarse": [
-        "coarse.steps=1000", f"coarse.lr={STILL}", f"coarse.lr_background={STILL}", "coarse.shading.albedo_steps=0",
+        "coarse.steps=1000", f"coarse.lr={STILL}", f"coarse.lr_background={STILL}", "coarse.shading.albedo_until=0",
         "coarse.shading.diffuse_probability=1", "coarse.shading.textureless_probability=0",
         "coarse.occupancy.every=1000000",
     ],
     "fine": [
         "fine.steps=1000", f"fine.lr_sdf={STILL}", f"fine.lr_offset={STILL}", f"fine.lr_texture={STILL}",
-        "fine.shading.albedo_steps=0", "fine.shading.diffuse_probability=1", "fine.shading.textureless_probability=0",
+        "fine.shading.albedo_until=0", "fine.shading.diffuse_probability=1", "fine.shading.textureless_probability=0",
     ],
 }  # fmt: skip
 STEADY = ["coarse.cameras.distance=[3.2,3.2]", "coarse.cameras.fov_deg=[40,40]", "coarse.cameras.jitter_position=0",

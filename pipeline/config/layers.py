@@ -22,6 +22,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from stages.errors import UserError
+from stages.ramp import FORM, Ramp
 
 Key = tuple[str | int, ...]
 Model = typing.TypeVar("Model", bound=BaseModel)
@@ -292,10 +293,12 @@ def describe(model: type[BaseModel], key: Key) -> str:
     signs = {"ge=": ">= ", "gt=": "> ", "le=": "<= ", "lt=": "< "}
     bounds = [signs[b[:3]] + b[3:] for b in bounds]
     kind = re.sub(r"typing\.|<class '|'>|NoneType", lambda m: "none" if "None" in m[0] else "", str(info.annotation))
+    kind = kind.replace(f"{Ramp.__module__}.{Ramp.__name__}", FORM)
     kind = re.sub(r"^Literal\[(.*)\]$", r"one of \1", kind).replace(" | None", " or null")
     if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
         kind = "a group of " + ", ".join(info.annotation.model_fields)
     default = _default_at(model, key)
+    default = default.written() if isinstance(default, Ramp) else default
     shown = (
         "" if isinstance(default, BaseModel) else f"; default {json.dumps(default, default=str, ensure_ascii=False)}"
     )

@@ -28,6 +28,7 @@ from stages.guidance.guidance import GuidanceSettings
 from stages.kernels.backend import KernelSettings
 from stages.mesh.place import PlaceSettings
 from stages.prompts import PromptSettings
+from stages.ramp import constant
 
 BEFORE = {"coarse": None, "fine": "coarse", "clipmesh": None}  # whose result each stage starts from
 STAGES = tuple(BEFORE)
@@ -60,7 +61,7 @@ class StageGuidance(BaseModel):
 
     coarse: GuidanceSettings = Field(default_factory=GuidanceSettings)
     fine: GuidanceSettings = Field(  # a finished shape needs no large t: it would be made anew (Magic3D sec. 4.2)
-        default_factory=lambda: GuidanceSettings(t_range=(0.02, 0.5), t_max_end=None)
+        default_factory=lambda: GuidanceSettings(t_max=constant(0.5))
     )
     clipmesh: GuidanceSettings = Field(default_factory=GuidanceSettings)
     clip: ClipGuidanceSettings = Field(

@@ -25,6 +25,7 @@ from stages.kernels.density import hash_density
 from stages.kernels.grid import HashGridSpec
 from stages.kernels.hashgrid import hash_encode, hash_encode_both
 from stages.kernels.mlp import mlp
+from stages.ramp import Ramp, constant
 
 
 class FieldSettings(BaseModel):
@@ -45,8 +46,12 @@ class FieldSettings(BaseModel):
     albedo: Literal["sigmoid", "clamped"] = Field(
         "sigmoid", description="how colours are kept in [0, 1]; clamped ones can leave a bound, sigmoid ones burn in"
     )
-    bands_start: int = Field(16, ge=1, le=32, description="levels switched on at the start; all of them: no annealing")
-    bands_until: float = Field(0.3, gt=0, le=1, description="share of the stage at which all levels are on")
+    bands: Ramp = Field(
+        constant(1.0),
+        gt=0,
+        le=1,
+        description="share of the levels that is on, coarse ones first; 1: all from the start",
+    )
 
     @model_validator(mode="after")
     def _ordered(self) -> FieldSettings:
@@ -120,10 +125,8 @@ class HashField(nn.Module):
         self.set_progress(0.0)
 
     def set_progress(self, progress: float) -> None:
-        """Switch finer levels on one after another, each fading in, until `bands_until` (coarse-to-fine training)."""
-        start = min(self.settings.bands_start, self.spec.levels)
-        share = min(max(progress / self.settings.bands_until, 0.0), 1.0)
-        on = start + share * (self.spec.levels - start)
+        """Switch finer levels on one after another, each fading in, as `bands` says (coarse-to-fine training)."""
+        on = self.settings.bands.at(progress) * self.spec.levels
         levels = (on - torch.arange(self.spec.levels)).clamp(0, 1)
         self.bands.copy_(levels.repeat_interleave(self.spec.features))
         self._annealed = on < self.spec.levels

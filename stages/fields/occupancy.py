@@ -21,7 +21,9 @@ class OccupancySettings(BaseModel):
 
     resolution: int = Field(64, ge=8, le=256, description="cells a side; 64 matches the sampling step of 64x64 renders")
     every: int = Field(16, ge=1, description="steps between refreshes")
-    warmup: int = Field(256, ge=0, description="steps in which a refresh evaluates every cell")
+    warmup: float = Field(
+        0.32, ge=0, le=1, description="share of the stage, from its start, in which a refresh evaluates every cell"
+    )
     share: float = Field(0.25, gt=0, le=1, description="share of the empty cells that a later refresh evaluates")
     decay: float = Field(0.8, gt=0, lt=1, description="factor on the remembered density at each refresh")
     threshold: float = Field(0.01, gt=0, description="optical depth of one sampling step above which a cell counts")
@@ -41,12 +43,20 @@ class OccupancyGrid(nn.Module):
 
     @torch.no_grad()
     def update(
-        self, density: Callable[[Tensor], Tensor], step: int, generator: torch.Generator, step_size: float
+        self,
+        density: Callable[[Tensor], Tensor],
+        step: int,
+        share: float,
+        generator: torch.Generator,
+        step_size: float,
     ) -> None:
         """Refresh the grid when `step` is a multiple of `every`; otherwise nothing happens and nothing is drawn.
 
         Args:
-            density: sigma [N] at world points [N, 3]. generator: CPU, places the points within the cells.
+            density: sigma [N] at world points [N, 3].
+            step: of the stage, from 0.
+            share: of the stage done, in [0, 1].
+            generator: CPU, places the points within the cells.
             step_size: world length of a sampling interval, which turns a density into an optical depth.
         """
         s = self.settings
@@ -54,7 +64,7 @@ class OccupancyGrid(nn.Module):
             return
         g, device = s.resolution, self.density.device
         index = torch.arange(g**3)
-        if step >= s.warmup:
+        if share >= s.warmup:
             chosen = torch.rand(g**3, generator=generator) < s.share
             index = index[chosen | (self.cells.flatten().cpu() != 0)]
         corner = torch.stack([index // (g * g), index // g % g, index % g], -1)  # [M, 3]

@@ -20,7 +20,7 @@ from stages.guidance.compatibility import check_fit, data_range
 from stages.guidance.conditions import Conditions
 from stages.guidance.prior import Prior, ViewContext, per_sample, resized, x0_from_eps
 from stages.guidance.residuals import RULES, Residual, StepInputs
-from stages.guidance.schedules import TIMESTEPS, WEIGHTINGS, anneal, stratified, to_index
+from stages.guidance.schedules import TIMESTEPS, WEIGHTINGS, stratified, to_index
 from stages.guidance.settings import GuidanceSettings
 from stages.guidance.vsd import RenderScore, camera_numbers
 from stages.kernels.srgb import linear_to_srgb
@@ -116,7 +116,7 @@ class Guidance:
                 "t_max": low_high[1],
             } | problem.metrics
             if s.grad_clip is not None:
-                limit = anneal(*s.grad_clip, s.grad_clip_anneal, progress)
+                limit = s.grad_clip.at(progress)
                 metrics["clipped"] = float((gradient.abs() > limit).double().mean())
                 gradient = rules.clipped(gradient, limit)
             metrics |= {"grad_rms": float(gradient.square().mean().sqrt()), "nonfinite": nonfinite}
@@ -149,9 +149,8 @@ class Guidance:
 
     def _timesteps(self, batch: int, progress: float) -> tuple[Tensor, tuple[float, float]]:
         s, steps = self.settings, self.prior.alphas_cumprod.shape[0]
-        low = anneal(s.t_range[0], s.t_min_end, s.t_anneal, progress)
-        caps = [cap for share, cap in s.t_caps if progress >= share]
-        high = max(low, min([anneal(s.t_range[1], s.t_max_end, s.t_anneal, progress), *caps[-1:]]))
+        low = s.t_min.at(progress)
+        high = max(low, s.t_max.at(progress))  # ramps of two shapes may cross between the shares that were checked
         u = stratified(batch, self.generator)
         fraction = TIMESTEPS[s.timesteps](progress, low, high, u, self.prior.alphas_cumprod)
         return to_index(fraction, low, high, steps), (low, high)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from stages.guidance import rules
 from stages.guidance.prior import add_noise, eps_from_x0, per_sample, x0_from_eps
-from stages.guidance.schedules import anneal, noisier_than_stable_diffusions
+from stages.guidance.schedules import noisier_than_stable_diffusions
 from stages.guidance.settings import GuidanceSettings
 from stages.prompts import ViewPrompts
 
@@ -130,7 +130,7 @@ def _sjc(p: StepInputs, s: GuidanceSettings) -> Residual:
 def _csd(p: StepInputs, s: GuidanceSettings) -> Residual:
     """Its residual is eps_hat - reference with eps_hat = reference + s (eps_y - reference), bounded by a threshold."""
     z_t = p.noisy(p.eps)
-    negative = anneal(0.0, 1.0, s.negative_anneal, p.progress)
+    negative = s.csd_negative.at(p.progress)
     if negative == 0:
         eps_y, pushed, reference = p.asked(z_t, p.t, "empty")
         residual = rules.csd(pushed, reference)
@@ -166,7 +166,7 @@ def _measured_from(
 
 
 def _ism(p: StepInputs, s: GuidanceSettings) -> Residual:
-    delta = round(anneal(s.ism_delta[0], s.ism_delta[1], (0.0, 1.0), p.progress) * p.alphas_cumprod.shape[0])
+    delta = round(s.ism_delta.at(p.progress) * p.alphas_cumprod.shape[0])
     t_s = (p.t - max(delta, 1)).clamp_min(0)
     z_s = p.invert(t_s, s.inversion_steps, scale=0)
     (eps_s,) = p.predict(z_s, t_s, "empty")

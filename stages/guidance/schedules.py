@@ -22,15 +22,6 @@ from stages.guidance.prior import scaled_linear_alphas_cumprod
 TimestepSchedule = Callable[[float, float, float, Tensor, Tensor], Tensor]
 
 
-def anneal(start: float, end: float | None, span: tuple[float, float], progress: float) -> float:
-    """Linear from `start` to `end` while progress crosses `span`, constant outside; `start` if there is no end."""
-    if end is None:
-        return start
-    first, last = span
-    share = 1.0 if progress >= last else max(0.0, (progress - first) / max(last - first, 1e-9))
-    return start + (end - start) * share
-
-
 def stratified(batch: int, generator: torch.Generator) -> Tensor:
     """One uniform draw in each of `batch` equal parts of [0, 1), in random order, float64 [batch]."""
     u = torch.rand(batch, generator=generator, dtype=torch.float64)

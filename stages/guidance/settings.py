@@ -1,7 +1,7 @@
 """How a stage is guided: the rule, its schedule and its cures, as settings.
 
-All t, in ranges, caps, annealing and ism_delta, are fractions of the prior's own schedule; schedules.py says what that
-means for priors whose steps are not as noisy as Stable Diffusion's.
+All t, t_min, t_max and ism_delta, are fractions of the prior's own schedule; schedules.py says what that means for
+priors whose steps are not as noisy as Stable Diffusion's. What changes over the stage is a Ramp (stages/ramp.py).
 """
 
 from __future__ import annotations
@@ -11,8 +11,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from stages.guidance.vsd import VsdSettings
-
-Fraction = tuple[float, float]
+from stages.ramp import Ramp, constant
 
 
 class GuidanceSettings(BaseModel):
@@ -27,12 +26,13 @@ class GuidanceSettings(BaseModel):
         "sds", description="w(t): sigma^2, 1, alpha sigma^2, or sigma / alpha (the residual in x0)"
     )
     timesteps: Literal["uniform", "linear", "sqrt", "dreamtime"] = Field("uniform", description="how t is chosen")
-    t_range: Fraction = Field(
-        (0.02, 0.98), description="lowest and highest t as fractions of the prior's steps, whose noise differs by prior"
+    t_min: Ramp = Field(
+        constant(0.02),
+        ge=0,
+        le=1,
+        description="lowest t as a fraction of the prior's steps, whose noise differs by prior",
     )
-    t_min_end: float | None = Field(None, ge=0, le=1, description="lowest t at the end of annealing; none: constant")
-    t_max_end: float | None = Field(0.5, ge=0, le=1, description="highest t at the end of annealing; none: constant")
-    t_anneal: Fraction = Field((0.0, 0.5), description="shares of the stage between which the t range is annealed")
+    t_max: Ramp = Field(Ramp(0.98, 0.5, 0.0, 0.5), ge=0, le=1, description="highest t as such a fraction")
     threshold: Literal["none", "static", "dynamic"] = Field(
         "none", description="x0_hat back into the data range: clamped, or by Imagen's dynamic thresholding"
     )
@@ -45,16 +45,17 @@ class GuidanceSettings(BaseModel):
     backdrop: float | None = Field(
         None, gt=0, description="width on [-1, 1] of the band about x0_hat's own backdrop that is put on the true one"
     )
-    t_caps: list[Fraction] = Field(
-        [], description="[[share, t], ...]: from this share of the stage on, no t above; steps, where annealing glides"
-    )
-    grad_clip: tuple[float, float] | None = Field(None, description="clamp of the gradient's entries, start to end")
-    grad_clip_anneal: Fraction = Field((0.0, 1.0), description="shares of the stage between which the clamp widens")
+    grad_clip: Ramp | None = Field(None, gt=0, description="clamp of the gradient's entries; none: they are left alone")
     image_term: float = Field(
         0.0, ge=0, description="weight of HiFA's term between render and decoded x0_hat; 0 none, 0.01 in the paper"
     )
-    negative_anneal: Fraction = Field((0.0, 0.5), description="csd: shares between which the negative prompt fades in")
-    ism_delta: Fraction = Field((0.1, 0.025), description="ism: t - s as a fraction of the schedule, start to end")
+    csd_negative: Ramp = Field(
+        Ramp(0.0, 1.0, 0.0, 0.5),
+        ge=0,
+        le=1,
+        description="csd: share of the negative prompt in the reference, else empty",
+    )
+    ism_delta: Ramp = Field(Ramp(0.1, 0.025), gt=0, le=1, description="ism: t - s as a fraction of the schedule")
     inversion_steps: int = Field(5, ge=1, le=50, description="ism, sdi: DDIM inversion steps from clean to noisy")
     inversion_scale: float = Field(-7.5, description="sdi: guidance scale s of the inversion")
     vsd: VsdSettings = Field(default_factory=VsdSettings, description="vsd: the score of the renders")
@@ -62,22 +63,12 @@ class GuidanceSettings(BaseModel):
 
     @model_validator(mode="after")
     def _ordered(self) -> GuidanceSettings:
-        for name in ("t_range", "t_anneal", "negative_anneal", "grad_clip_anneal"):
-            low, high = getattr(self, name)
-            if not 0 <= low <= high <= 1:
-                raise ValueError(f"{name}: wanted 0 <= low <= high <= 1, got [{low}, {high}]")
-        low, high = self.t_range if self.t_min_end is None else (self.t_min_end, self.t_range[1])
-        high = high if self.t_max_end is None else self.t_max_end
-        if low > high:
-            raise ValueError(f"t_min_end, t_max_end: the range ends as [{low}, {high}], low above high")
-        if self.t_caps != sorted(self.t_caps) or not all(0 <= v <= 1 for cap in self.t_caps for v in cap):
-            raise ValueError(f"t_caps: wanted shares in order and numbers in [0, 1], got {self.t_caps}")
-        if any(cap < self.t_range[0] for _, cap in self.t_caps):
-            raise ValueError(f"t_caps: {self.t_caps} goes below the lowest t, {self.t_range[0]}")
-        for name in ("grad_clip", "ism_delta"):
-            value = getattr(self, name)
-            if value is not None and min(value) <= 0:
-                raise ValueError(f"{name}: wanted two positive numbers, got {list(value)}")
+        for share in (k / 100 for k in range(101)):
+            low, high = self.t_min.at(share), self.t_max.at(share)
+            if low > high:
+                raise ValueError(
+                    f"t_min, t_max: at {share:g} of the stage the range is [{low:g}, {high:g}], low above high"
+                )
         if self.threshold_range is not None and self.threshold_range[0] >= self.threshold_range[1]:
             raise ValueError(f"threshold_range: wanted low < high, got {list(self.threshold_range)}")
         if self.rescale > 0 and self.rule not in ("sds", "sjc", "ism", "sdi", "vsd"):

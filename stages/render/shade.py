@@ -23,7 +23,9 @@ class ShadingSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    albedo_steps: int = Field(1000, ge=0, description="steps at the start that show plain albedo only")
+    albedo_until: float = Field(
+        0.2, ge=0, le=1, description="share of the stage, from its start, that shows plain albedo only"
+    )
     diffuse_probability: float = Field(0.75, ge=0, le=1, description="probability that a later step is shaded")
     textureless_probability: float = Field(0.5, ge=0, le=1, description="of the shaded steps, the share without colour")
     ambient: tuple[float, float] = Field(
@@ -57,13 +59,19 @@ ALBEDO = Shading()
 LAMBERT = Shading(ambient=0.3, diffuse=0.7)  # the look of previews and reports
 
 
-def sample_shading(settings: ShadingSettings, step: int, generator: torch.Generator) -> Shading:
-    """The shading of a step: albedo, Lambert or textureless.
+def sample_shading(settings: ShadingSettings, share: float, generator: torch.Generator) -> Shading:
+    """Draw the shading of a step: albedo, Lambert or textureless.
 
     Always takes three numbers from the generator, so changing a probability leaves later draws where they were.
+
+    Args:
+        settings: the mix.
+        share: of the stage done, in [0, 1].
+        generator: a CPU generator.
+    Returns: the shading of all views of the step.
     """
     shaded, bare, soft = torch.rand(3, generator=generator).tolist()
-    if step < settings.albedo_steps or shaded >= settings.diffuse_probability:
+    if share < settings.albedo_until or shaded >= settings.diffuse_probability:
         return ALBEDO
     low, high = settings.ambient
     ambient = low + (high - low) * soft

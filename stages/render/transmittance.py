@@ -9,11 +9,12 @@ a view shows the object, focal^2 / distance^2, and the pair means the same at ev
 from __future__ import annotations
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from stages.cameras import Views
 from stages.errors import check_shape
+from stages.ramp import Ramp
 
 # The paper scales by m^2 / (radius / 4)^2 / 1.2 with m times the focal length of NeRF's Blender scenes, 1111.11 of 800
 # pixels. At the origin half the frame is then h = 0.36 radius / m world units, and the factor is 1.728 / h^2.
@@ -26,26 +27,18 @@ class TransmittanceSettings(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     weight: float = Field(0.0, ge=0, description="weight of the term; 0.5 in the paper, 0: none")
-    opacity: tuple[float, float] = Field(
-        (0.5, 0.1), description="target mean opacity at the start and after annealing, in a frame of +-1.31 world units"
+    opacity: Ramp = Field(
+        Ramp(0.5, 0.1, 0.0, 0.05, "exponential"),
+        gt=0,
+        le=1,
+        description="target mean opacity in a frame of +-1.31 world units",
     )
-    until: float = Field(0.05, gt=0, le=1, description="share of the stage over which the target is annealed")
-
-    @field_validator("opacity")
-    @classmethod
-    def _shares(cls, opacity: tuple[float, float]) -> tuple[float, float]:
-        if not all(0 < share <= 1 for share in opacity):
-            raise ValueError(f"wanted two shares in (0, 1], got {list(opacity)}")
-        return opacity
 
 
 def target_opacity(views: Views, progress: float, settings: TransmittanceSettings) -> Tensor:
     """Target mean opacity [B] of each view in (0, 1] at a share of the stage done."""
-    first, last = settings.opacity
-    share = min(progress / settings.until, 1.0)
-    base = first ** (1 - share) * last**share
     half = views.position.norm(dim=-1) * torch.deg2rad(views.fov_deg / 2).tan()  # of the frame at the origin
-    return (base * FRAME / half.square()).clamp_max(1.0)
+    return (settings.opacity.at(progress) * FRAME / half.square()).clamp_max(1.0)
 
 
 def transmittance_loss(opacity: Tensor, views: Views, progress: float, settings: TransmittanceSettings) -> Tensor:
