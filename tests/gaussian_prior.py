@@ -10,6 +10,7 @@ import torch
 from stages.cameras import orbit_views
 from stages.guidance.guidance import Guidance, GuidanceSettings
 from stages.guidance.prior import per_sample, scaled_linear_alphas_cumprod
+from stages.guidance.residuals import RULES
 from stages.prompts import ViewPrompts
 
 X0, PROMPT, EMPTY, NEGATIVE = 0.2, (0.5, 0.3), (-0.1, 0.6), (0.9, 0.4)
@@ -49,10 +50,23 @@ def k_of(alpha_bar, std):
     return (alpha_bar * (1 - alpha_bar)).sqrt() / (alpha_bar * std**2 + 1 - alpha_bar)
 
 
+OWN = {key for rule in RULES.values() for key in rule.settings.model_fields} - {"name", "lr"}
+
+
+def with_rule(settings):
+    """Settings whose rule is a name, with those that are the rule's own put beside it; what it has not is left out."""
+    name = settings.get("rule", "sds")
+    if isinstance(name, dict):
+        return settings
+    known = RULES[name].settings.model_fields if name in RULES else {}
+    own = {key: value for key, value in settings.items() if key in OWN and key in known}
+    return {key: value for key, value in settings.items() if key not in OWN} | {"rule": {"name": name, **own}}
+
+
 def make(negative="", seed=0, **settings):
     """Guidance under the Gaussian prior, with weight 1 and no change of colour unless asked for."""
     settings = {"t_max": 0.98, "weighting": "uniform", "srgb": False} | settings
-    guidance_settings = GuidanceSettings(**settings)
+    guidance_settings = GuidanceSettings(**with_rule(settings))
     return Guidance(
         GaussianPrior(), guidance_settings, ViewPrompts("a mug", negative), torch.Generator().manual_seed(seed)
     )

@@ -11,7 +11,7 @@ from stages.guidance.exact import ReferencePrior, ReferenceSettings, mixture_noi
 from stages.guidance.guidance import Guidance, GuidanceSettings
 from stages.guidance.prior import ViewContext, scaled_linear_alphas_cumprod
 from stages.prompts import ViewPrompts
-from tests.gaussian_prior import EMPTY, PROMPT, GaussianPrior, images, k_of, make, mean_gradient
+from tests.gaussian_prior import EMPTY, PROMPT, GaussianPrior, images, k_of, make, mean_gradient, with_rule
 from tests.toy_pipeline import octahedron
 
 T = 400
@@ -32,7 +32,7 @@ def reference():
 def slope(prior, **settings):
     """(b, rest): the mean gradient on x, read as b (x - y) with y the prior's own picture, and what b leaves over."""
     guidance = Guidance(
-        prior, GuidanceSettings(**SIMPLE | settings), ViewPrompts("a mesh"), torch.Generator().manual_seed(2)
+        prior, GuidanceSettings(**with_rule(SIMPLE | settings)), ViewPrompts("a mesh"), torch.Generator().manual_seed(2)
     )
     views = orbit_views(torch.full((32,), 30.0), 20.0)
     generator = torch.Generator().manual_seed(0)
@@ -75,7 +75,7 @@ def test_gradient_of_ism_on_the_reference_prior_is_its_formula_without_noise(ref
     eps_s = math.sqrt(1 - s) / flow(s) ** 2 * z_s
     z_t = A * (z_s - math.sqrt(1 - s) * eps_s) / math.sqrt(s) + SIGMA * eps_s
     wanted = SIGMA / flow(ALPHA_BAR) ** 2 * z_t - eps_s
-    b, rest = slope(reference, rule="ism", ism_delta=0.1, inversion_steps=50)
+    b, rest = slope(reference, rule="ism", delta=0.1, inversion_steps=50)
     assert b == pytest.approx(wanted, rel=0.05) and rest < 1e-3
     assert abs(wanted) > 0.02
 
@@ -242,7 +242,7 @@ def test_gradient_clamp_widens_between_its_shares_and_says_how_much_it_held():
         (dict(t_max=(0.98, 1.4, 0.5, 0.5)), "t_max"),
         (dict(t_max=(0.98, 0.01, 0.5, 0.5)), "at 0.5 of the stage the range is .0.02, 0.01., low above high"),
         (dict(grad_clip=(0.5, 2.0, 0.6, 0.2)), "0 <= from <= until <= 1"),
-        (dict(vsd={"rank": 0}), "rank"),
+        (dict(rule={"name": "vsd", "rank": 0}), "rank"),
     ],
 )
 def test_settings_of_rules_that_make_no_sense_are_refused(settings, message):

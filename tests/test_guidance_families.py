@@ -16,6 +16,7 @@ from stages.guidance.guidance import Guidance, GuidanceSettings
 from stages.guidance.prior import add_noise
 from stages.prompts import ViewPrompts
 from tests import tiny_families, tiny_folders
+from tests.gaussian_prior import with_rule
 
 SETTINGS = {"flux": DiffusionSettings(resolution=64)}
 PROMPTS = ["a red mug, front view", "a blue cat"]
@@ -209,7 +210,7 @@ def test_guidance_gradient_reaches_the_images_and_no_weight(priors, name):
 @pytest.mark.parametrize("name", ["sdxl", "sd3", "flux"])
 @pytest.mark.parametrize("rule", ["csd", "ism", "sdi"])
 def test_every_kind_of_rule_runs_on_every_family(priors, name, rule):
-    settings = GuidanceSettings(rule=rule, inversion_steps=2, t_min=0.3, t_max=0.6)
+    settings = GuidanceSettings(**with_rule({"rule": rule, "inversion_steps": 2}), t_min=0.3, t_max=0.6)
     guidance = Guidance(priors[name], settings, ViewPrompts("a red mug"), torch.Generator().manual_seed(0))
     metrics = guidance(torch.rand(1, 64, 64, 3), orbit_views([0.0]), 0.3).metrics
     assert metrics["grad_rms"] > 0 and metrics["nonfinite"] == 0

@@ -51,7 +51,7 @@ def test_rule_recipe_changes_the_default_in_its_guidance_alone(name):
     changed = differences(default, recipe)
     assert changed and all(key.startswith("guidance.") or key == "negative" for key in changed)
     for stage in (recipe.guidance.coarse, recipe.guidance.fine):
-        assert stage.rule == RULE_RECIPES[name]
+        assert stage.rule.name == RULE_RECIPES[name]
 
 
 def test_there_is_a_recipe_for_every_rule_but_sjc():
@@ -66,9 +66,10 @@ def test_cure_changes_plain_sds_in_one_thing(name):
     recipe = load_config(str(path), [], {})
     changed = {key.split(".")[-1] for key in differences(load_config("sds", [], {}), recipe)}
     if path.stem in RULE_RECIPES or path.stem == "sjc":  # a rule, with what its paper sets beside it
-        assert recipe.guidance.coarse.rule == recipe.guidance.fine.rule == RULE_RECIPES.get(path.stem, "sjc")
+        assert recipe.guidance.coarse.rule.name == recipe.guidance.fine.rule.name == RULE_RECIPES.get(path.stem, "sjc")
         assert changed <= {
             "rule",
+            "name",
             "scale",
             "negative",
             "inversion_steps",
@@ -121,7 +122,7 @@ def test_recipe_for_real_weights_has_a_cure_for_each_known_fault_of_sds(name):
     recipe = load_config(name, [], {})
     assert recipe.prompts.blend == "perp_neg" and recipe.prompts.debias and recipe.negative
     for guidance in (recipe.guidance.coarse, recipe.guidance.fine):
-        assert guidance.rescale > 0 or guidance.threshold != "none" or guidance.rule == "csd"
+        assert guidance.rescale > 0 or guidance.threshold != "none" or guidance.rule.name == "csd"
 
 
 def test_published_scale_of_deepfloyd_is_its_own_stages_alone():

@@ -58,7 +58,7 @@ def test_threshold_that_never_binds_changes_no_rule(rule, kind):
 @pytest.mark.parametrize("rule", ["csd", "nfsd"])
 def test_rules_without_added_noise_bound_the_same_guided_prediction(rule):
     """eps_hat = reference + residual; bounding it and taking the reference off again, by hand."""
-    guidance = make("bad", rule=rule, scale=7.5, threshold="static", t_min=0.7, t_max=0.7, csd_negative=1.0)
+    guidance = make("bad", rule=rule, scale=7.5, threshold="static", t_min=0.7, t_max=0.7, negative_share=1.0)
     picture = images(batch=2)
     guidance(picture, orbit_views([0.0, 90.0]), 0.5).loss.backward()
 

@@ -14,7 +14,7 @@ from stages.guidance.residuals import RULES, StepInputs, most_predictions
 from stages.guidance.rules import guided, perp_neg
 from stages.prompts import PromptSettings, ViewPrompts, perp_neg_weights
 from tests import tiny_folders
-from tests.gaussian_prior import VIEWS, GaussianPrior, images, k_of
+from tests.gaussian_prior import VIEWS, GaussianPrior, images, k_of, with_rule
 
 T, SCALE = 600, 5.0
 MEANS = {"front": 0.6, "side": -0.4, "back": 0.1, "overhead": 0.3, "": -0.1, "bad": 0.8, "worse": -0.7}
@@ -31,7 +31,7 @@ class ViewPrior(GaussianPrior):
 
 def make(prompts, **settings):
     settings = {"weighting": "uniform", "srgb": False, "t_min": T / 1000, "t_max": T / 1000} | settings
-    return Guidance(ViewPrior(), GuidanceSettings(**settings), prompts, torch.Generator().manual_seed(0))
+    return Guidance(ViewPrior(), GuidanceSettings(**with_rule(settings)), prompts, torch.Generator().manual_seed(0))
 
 
 def gradient_at(guidance, azimuth, x=0.2):
@@ -82,7 +82,7 @@ def test_perp_neg_uses_only_what_is_perpendicular_to_the_prompt():
 @pytest.mark.parametrize("rule", ["sds", "csd", "nfsd"])
 def test_perp_neg_in_a_step_is_its_formula_on_the_predictions(rule):
     prompts = ViewPrompts("a mug", "bad", PromptSettings(blend="perp_neg", perp_neg=0.7))
-    guidance = make(prompts, rule=rule, scale=SCALE, csd_negative=(0.0, 1.0, 0.9, 1.0))
+    guidance = make(prompts, rule=rule, scale=SCALE, negative_share=(0.0, 1.0, 0.9, 1.0))
     generator = torch.Generator().manual_seed(5)
     picture = torch.rand(2, 8, 8, 3, generator=generator).requires_grad_()
     guidance(picture, orbit_views([60.0, 150.0], 10.0), 0.5).loss.backward()
@@ -131,8 +131,9 @@ def step_of(rule, phi=0.0, blend="perp_neg", scale=SCALE):
     )
     if blend == "perp_neg":
         problem.against = [torch.tensor([-1.5, -0.5]), torch.tensor([-0.7, -1.2])]
-    settings = GuidanceSettings(rule=rule, scale=scale, rescale=phi, csd_negative=(0.0, 1.0, 0.4, 0.6))
-    return RULES[rule](problem, settings), known
+    own = {"rule": rule, "negative_share": (0.0, 1.0, 0.4, 0.6)}
+    settings = GuidanceSettings(**with_rule(own), scale=scale, rescale=phi)
+    return RULES[rule].residual(problem, settings), known
 
 
 @pytest.mark.parametrize("rule", ["sds", "csd", "nfsd"])
@@ -154,9 +155,9 @@ def test_rescale_gives_back_the_contrast_of_the_prompts_own_prediction_under_per
     ("settings", "negative", "calls"),
     [
         (dict(rule="csd"), "", 2),  # the empty prompt is the negative one
-        (dict(rule="csd", csd_negative=(0.0, 1.0, 0.0, 0.8)), "bad", 3),
-        (dict(rule="csd", csd_negative=(0.0, 1.0, 0.6, 0.8)), "bad", 2),  # it counts nothing yet
-        (dict(rule="csd", csd_negative=(0.0, 1.0, 0.0, 0.2)), "bad", 2),  # and now the empty one does
+        (dict(rule="csd", negative_share=(0.0, 1.0, 0.0, 0.8)), "bad", 3),
+        (dict(rule="csd", negative_share=(0.0, 1.0, 0.6, 0.8)), "bad", 2),  # it counts nothing yet
+        (dict(rule="csd", negative_share=(0.0, 1.0, 0.0, 0.2)), "bad", 2),  # and now the empty one does
         (dict(rule="sds"), "bad", 2),
         (dict(rule="nfsd"), "bad", 3),
     ],
@@ -171,7 +172,7 @@ def test_every_text_is_asked_for_once_and_those_that_count_nothing_never(setting
 @pytest.mark.parametrize("negative", ["", "bad"])
 def test_gradient_of_csd_is_its_formula_whatever_is_asked_for_once(anneal, negative):
     """E[eps(z) | x] = K (x - mean), so the expected residual is s K times a difference of means."""
-    guidance = make(ViewPrompts("a mug", negative), rule="csd", scale=SCALE, csd_negative=(0.0, 1.0, *anneal))
+    guidance = make(ViewPrompts("a mug", negative), rule="csd", scale=SCALE, negative_share=(0.0, 1.0, *anneal))
     share = {(0.0, 1.0): 0.5, (0.6, 0.8): 0.0, (0.0, 0.2): 1.0}[anneal]
     reference = share * MEANS[negative] + (1 - share) * MEANS[""]
     assert gradient_at(guidance, 0) == pytest.approx(SCALE * K * (reference - MEANS["front"]), abs=1e-3)

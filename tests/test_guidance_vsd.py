@@ -59,7 +59,7 @@ def residual_of(x, score, rule="vsd", scale=1.0):
         return list(prior.predict_noise(z.repeat(k, 1, 1, 1), t.repeat(k), embedding, embedding).chunk(k))
 
     problem = StepInputs(x, eps, T[: len(x)], prior.alphas_cumprod, 0.0, predict, score=lambda z, t: score(z, t, eps))
-    return RULES[rule](problem, GuidanceSettings(rule=rule, scale=scale)).residual
+    return RULES[rule].residual(problem, GuidanceSettings(rule=rule, scale=scale)).residual
 
 
 def test_vsd_of_one_fixed_image_is_sds():
@@ -145,7 +145,7 @@ def test_score_of_a_prior_that_is_told_the_camera_begins_as_that_prior(with_came
 
 def test_a_step_of_vsd_tells_its_score_the_views(with_camera):
     seen = []
-    settings = GuidanceSettings(rule="vsd", scale=7.5, vsd=VsdSettings(updates=2))
+    settings = GuidanceSettings(rule={"name": "vsd", "updates": 2}, scale=7.5)
     guidance = Guidance(load_prior(with_camera, "cpu"), settings, ViewPrompts("a mug"), torch.Generator())
     conditions = guidance.prior.conditions
     guidance.prior.conditions = lambda embedding, context: seen.append(context) or conditions(embedding, context)
@@ -221,7 +221,7 @@ def test_a_whole_copy_in_half_precision_and_offloaded_weights_are_refused(folder
     half = load_prior(folders["stable_diffusion"], "cpu", torch.bfloat16)
     with pytest.raises(UserError, match="half precision is too coarse") as caught:
         RenderScore(half, VsdSettings(model="copy"), torch.Generator())
-    assert "vsd.model=lora" in caught.value.fix
+    assert "rule.model=lora" in caught.value.fix
     x, _, _, embedding, camera = renders(half)
     score = RenderScore(half, VsdSettings(), torch.Generator().manual_seed(0))
     assert score.train(x, embedding, camera, torch.Generator().manual_seed(0)) > 0
@@ -235,7 +235,7 @@ def test_a_whole_copy_in_half_precision_and_offloaded_weights_are_refused(folder
 
 
 def make(folder, model):
-    settings = GuidanceSettings(rule="vsd", scale=7.5, vsd=VsdSettings(model=model, lr=1e-3))
+    settings = GuidanceSettings(rule={"name": "vsd", "model": model, "lr": 1e-3}, scale=7.5)
     return Guidance(load_prior(folder, "cpu"), settings, ViewPrompts("a red mug"), torch.Generator().manual_seed(1))
 
 

@@ -124,8 +124,8 @@ def test_what_acts_from_the_next_step_on_may_change(made, change):
 def test_learning_of_a_rule_with_a_state_may_change_and_its_shape_may_not(run):
     vsd = ["guidance.fine.rule=vsd", "guidance.fine.rescale=0"]
     save(run, config_of(*vsd), "fine", 4)
-    check_run(run, config_of(*vsd, "guidance.fine.vsd.lr=0.01"))
-    assert "guidance.fine.vsd.rank differs" in refused(run, *vsd, "guidance.fine.vsd.rank=8").what
+    check_run(run, config_of(*vsd, "guidance.fine.rule.lr=0.01"))
+    assert "guidance.fine.rule.rank differs" in refused(run, *vsd, "guidance.fine.rule.rank=8").what
     assert "prior.fine differs" in refused(run, *vsd, "prior.fine=some/model").what
 
 

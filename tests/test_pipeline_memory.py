@@ -13,7 +13,7 @@ import pipeline.priors.memory as memory
 from pipeline.cli import main
 from pipeline.config.model import load_config
 from stages.errors import out_of_memory
-from stages.guidance.vsd import VsdSettings
+from stages.guidance.residuals import VsdRuleSettings
 from tests import tiny_folders
 
 SMALL = [
@@ -57,7 +57,7 @@ def test_the_forecast_counts_what_goes_through_the_prior_at_once(folder, monkeyp
     pushed = ["negative=blurry", "prompts.blend=perp_neg", "guidance.coarse.rule=vsd", "coarse.views_per_step=1"]
     pushed.append("guidance.coarse.image_term=0.01")
     memory.forecast(config(f"prior.coarse={folder}", *pushed), "coarse", torch.device("cpu"))
-    assert seen == {"images": 1, "predictions": 4, "vsd": VsdSettings(), "decodes": True}
+    assert seen == {"images": 1, "predictions": 4, "vsd": VsdRuleSettings(name="vsd"), "decodes": True}
 
 
 def test_a_device_with_too_little_is_warned_of(folder, monkeypatch):

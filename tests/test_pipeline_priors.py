@@ -108,7 +108,7 @@ SOURCES = ["pocket", "some/model"]  # known by its folder, and not here yet
         ("rule=vsd does not fit.*leave the device", ["guidance.fine.rule=vsd", "prior.diffusion.offload=blocks"]),
         (
             "half precision is too coarse",
-            ["guidance.fine.rule=vsd", "guidance.fine.vsd.model=copy", "prior.diffusion.dtype=bfloat16"],
+            ["guidance.fine.rule=vsd", "guidance.fine.rule.model=copy", "prior.diffusion.dtype=bfloat16"],
         ),
     ],
 )
@@ -117,7 +117,7 @@ def test_what_the_settings_alone_rule_out_is_refused_before_any_work(pocket, sou
 
 
 def test_half_precision_that_the_device_chooses_counts(pocket, monkeypatch):
-    copy = ["guidance.fine.rule=vsd", "guidance.fine.vsd.model=copy"]
+    copy = ["guidance.fine.rule=vsd", "guidance.fine.rule.model=copy"]
     priors.check_priors(config(*copy, device="cpu"))
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     refused("half precision is too coarse", *copy)

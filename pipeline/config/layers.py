@@ -19,6 +19,7 @@ from typing import Any
 
 import yaml
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from stages.errors import UserError
@@ -26,6 +27,7 @@ from stages.ramp import FORM, Ramp
 
 Key = tuple[str | int, ...]
 Model = typing.TypeVar("Model", bound=BaseModel)
+NAME = "name"  # key of a group that is a choice among kinds, each with settings of its own, as a rule is
 _SHOWN = 5  # mistakes listed at once
 _PLAIN = [
     ("bool", re.compile(r"^(?:true|false|True|False)$"), list("tTfF")),
@@ -162,9 +164,10 @@ def _set(layer: Layer, key: Key, value: Any, origin: str) -> None:
     values = layer.values
     for part in key[:-1]:
         if not isinstance(values.setdefault(part, {}), dict):
-            values[part] = {}
+            values[part] = _as_group(values[part])
         values = values[part]
-    values[key[-1]] = value
+    group = values.get(key[-1])
+    values[key[-1]] = group | {NAME: value} if isinstance(group, dict) and isinstance(value, str) else value
     layer.origins[key] = origin
 
 
@@ -179,9 +182,17 @@ def merge(layers: list[Layer]) -> Layer:
 
 
 def _over(below: Any, above: Any) -> Any:
-    if not isinstance(below, dict) or not isinstance(above, dict):
+    if not isinstance(above, dict):
         return above
+    below = _as_group(below)
+    if NAME in above and above[NAME] != below.get(NAME):
+        return above  # another kind: nothing of what lies below is its own
     return below | {key: _over(below.get(key), value) for key, value in above.items()}
+
+
+def _as_group(value: Any) -> dict[str, Any]:
+    """What a choice that is written as its name alone stands for: `rule: ism` is `rule: {name: ism}`."""
+    return value if isinstance(value, dict) else {NAME: value} if isinstance(value, str) else {}
 
 
 def validate(model: type[Model], layers: list[Layer]) -> Model:
@@ -234,7 +245,7 @@ def _explain(model: type[BaseModel], layer: Layer, problem: ErrorDetails) -> tup
     parent = _model_at(model, key[:-1])
     place, name = _place(layer, key), _dotted(key)
     if problem["type"] == "extra_forbidden" and parent is not None:
-        allowed = sorted(parent.model_fields)
+        allowed = sorted(_chosen(parent, layer.values, key[:-1]).model_fields)
         every = {path: path for path in _names(model)}
         short = {path.rpartition(".")[2]: path for path in reversed(every)}
         close = difflib.get_close_matches(str(key[-1]), allowed, 1, 0.6)
@@ -251,6 +262,21 @@ def _explain(model: type[BaseModel], layer: Layer, problem: ErrorDetails) -> tup
     given = given if len(given) <= 80 else given[:77] + "..."
     why = message if problem["type"] == "value_error" else f"wanted {message}"
     return f"{place}: {name} = {given}", why, describe(model, key)
+
+
+def _chosen(parent: type[BaseModel], values: Any, key: Key) -> type[BaseModel]:
+    """The settings of the kind that a group's values choose; the group's own where there is nothing to choose."""
+    for part in key:
+        values = values[part]
+    variants = getattr(parent, "variants", dict)()
+    return variants.get(values if isinstance(values, str) else values.get(NAME), parent)
+
+
+def _field_at(model: type[BaseModel], key: Key) -> FieldInfo | None:
+    """A setting's field; of a group that is a choice that of the first kind which has it."""
+    parent = _model_at(model, key[:-1])
+    kinds = [] if parent is None else [parent, *getattr(parent, "variants", dict)().values()]
+    return next((kind.model_fields[key[-1]] for kind in kinds if key[-1] in kind.model_fields), None)
 
 
 def _place(layer: Layer, key: Key) -> str:
@@ -282,11 +308,11 @@ def _names(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
 
 def describe(model: type[BaseModel], key: Key) -> str:
     """One line about a setting: name, type, bounds, meaning, default."""
-    while key and (_model_at(model, key[:-1]) is None or key[-1] not in _model_at(model, key[:-1]).model_fields):
+    while key and _field_at(model, key) is None:
         key = key[:-1]
     if not key:
         return "see configs/ for examples"
-    info = _model_at(model, key[:-1]).model_fields[key[-1]]
+    info, parent = _field_at(model, key), _model_at(model, key[:-1])
     bounds = [
         str(m).partition("(")[2].rstrip(")") for m in info.metadata if type(m).__name__ in ("Ge", "Gt", "Le", "Lt")
     ]
@@ -297,6 +323,10 @@ def describe(model: type[BaseModel], key: Key) -> str:
     kind = re.sub(r"^Literal\[(.*)\]$", r"one of \1", kind).replace(" | None", " or null")
     if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
         kind = "a group of " + ", ".join(info.annotation.model_fields)
+        if hasattr(info.annotation, "variants"):
+            kind = "one of " + ", ".join(info.annotation.variants())
+    if key[-1] == NAME and hasattr(parent, "variants"):
+        kind = "one of " + ", ".join(parent.variants())
     default = _default_at(model, key)
     default = default.written() if isinstance(default, Ramp) else default
     shown = (
@@ -309,8 +339,8 @@ def _default_at(model: type[BaseModel], key: Key) -> Any:
     """A setting's default where it stands: that of a group may differ from its class's (the fine stage's cameras)."""
     default = model.model_fields[key[0]].get_default(call_default_factory=True)
     for depth, name in enumerate(key[1:], 1):
-        if not isinstance(default, BaseModel):  # a group that is required, or none by default
-            default = _model_at(model, key[:depth]).model_fields[name].get_default(call_default_factory=True)
+        if not isinstance(default, BaseModel) or not hasattr(default, str(name)):  # none by default, or another kind
+            default = _field_at(model, key[: depth + 1]).get_default(call_default_factory=True)
         else:
             default = getattr(default, name)
     return default

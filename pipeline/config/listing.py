@@ -28,7 +28,8 @@ def print_settings(prefix: str, recipe: str | None) -> None:
     if not chosen:
         raise _unknown(prefix, list(values))
     for key in chosen:
-        differs = f" (default {_shown(default[key])})" if values[key] != default[key] else ""
+        other = key in default and values[key] != default[key]  # a rule other than the default's has keys of its own
+        differs = f" (default {_shown(default[key])})" if other else ""
         print(f"{key} = {_shown(values[key])}{differs}  # {meaning(key)}")
     if recipe is None and not prefix:
         print("# These are the code's defaults. `pipeline run` takes the recipe `default` where none is given; to see")

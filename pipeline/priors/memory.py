@@ -48,13 +48,13 @@ def forecast(config: Config, stage: str, device: torch.device) -> str | None:
     from stages.guidance.diffusion.folder import locate
     from stages.guidance.diffusion.footprint import GB, footprint
     from stages.guidance.diffusion.plan import make_plan
-    from stages.guidance.residuals import most_predictions
+    from stages.guidance.residuals import RULES, most_predictions
     from stages.prompts import ViewPrompts
 
     settings, guidance, views = config.prior.diffusion, getattr(config.guidance, stage), images_at_once(config, stage)
     plan = make_plan(locate(source, settings.revision, settings.variant), settings)
     predictions = views * most_predictions(guidance, ViewPrompts(config.prompt, config.negative, config.prompts))
-    vsd = guidance.vsd if guidance.rule == "vsd" else None
+    vsd = guidance.rule if "trainable" in RULES[guidance.rule.name].needs else None
     try:
         decodes = guidance.image_term > 0
         found = footprint(plan, settings, device, images=views, predictions=predictions, vsd=vsd, decodes=decodes)
@@ -97,10 +97,13 @@ def advice(config: Config, stage: str) -> list[str]:
     512-pixel view takes 1.5 GB of the autoencoder in half precision), the autoencoder's blocks repeated (a third of
     that), the denoiser's weights in main memory (1.7 GB to 24 GB); then what costs quality.
     """
+    from stages.guidance.residuals import RULES
+
     settings, prior, source = getattr(config, stage), config.prior.diffusion, getattr(config.prior, stage)
     guidance = getattr(config.guidance, stage, None)
-    trained = guidance is not None and guidance.rule == "vsd"  # which trains the prior, or a copy of it
-    copied = trained and guidance.vsd.model == "copy"
+    needs = RULES[guidance.rule.name].needs if guidance is not None else ()
+    trained = "trainable" in needs  # it trains the prior, or a copy of it
+    copied = trained and guidance.rule.model == "copy"
     named: list[str] = []
     if images_at_once(config, stage) > 1 and hasattr(settings, "accumulate"):
         named.append(f"{stage}.accumulate={settings.views_per_step}")

@@ -230,13 +230,14 @@ def _check_guidance(config: Config, stage: str, prior: Described) -> None:
 
     from stages.guidance.compatibility import check_described
     from stages.guidance.diffusion.plan import network_dtype
+    from stages.guidance.residuals import RULES
     from stages.guidance.vsd import check_loading
 
     settings, loading = getattr(config.guidance, stage), config.prior.diffusion
     check_described(prior, settings, _view_prompts(config))
-    if settings.rule == "vsd":
+    if "trainable" in RULES[settings.rule.name].needs:
         device = torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
-        check_loading(prior.name, settings.vsd, loading.offload, network_dtype(loading, None, device))
+        check_loading(prior.name, settings.rule, loading.offload, network_dtype(loading, None, device))
 
 
 def _check_lora(config: Config, stage: str, source: str) -> None:

@@ -23,12 +23,11 @@ from stages.errors import UserError
 
 if TYPE_CHECKING:
     from pipeline.config.model import Config
+    from stages.guidance.residuals import Rule
 
 COARSE = f"coarse/{CHECKPOINT}"  # of this run, or the copy of another's that the fine stage refines
 EDITED = f"start/{CHECKPOINT}"  # the coarse stage of another run that this run's coarse stage edits
 GIVEN = "start/mesh.safetensors"  # the mesh of --init-mesh as it was read
-
-STATEFUL = "vsd"  # the one rule with a state: weights shaped as the prior's are
 
 # Settings and groups of settings; fine.resolution and clipmesh.resolution are the renders' and may change.
 DEFINING = {
@@ -53,17 +52,25 @@ def made_with(config: Config, stage: str) -> dict[str, Any]:
         for part in name.split("."):
             value = value[part]
         found |= _leaves(name, value)
-    guidance = values["guidance"][stage]
-    found[f"guidance.{stage}.rule"] = guidance["rule"]
-    if guidance["rule"] == STATEFUL:
-        found |= {f"guidance.{stage}.vsd.{name}": guidance["vsd"][name] for name in ("model", "rank")}
+    chosen = values["guidance"][stage]["rule"]
+    rule = _rule(chosen["name"])
+    found[f"guidance.{stage}.rule"] = chosen["name"]
+    if rule is not None and rule.stateful:  # weights shaped as the prior's are
+        found |= {f"guidance.{stage}.rule.{name}": chosen[name] for name in rule.shaping}
         found[f"prior.{stage}"] = values["prior"][stage]
     return found
 
 
+def _rule(name: str) -> Rule | None:
+    """The entry of a rule; None for one that is no longer known."""
+    from stages.guidance.residuals import RULES
+
+    return RULES.get(name)
+
+
 def _differ(name: str, was: Any, now: Any) -> bool:
     if name.endswith(".rule"):  # rules without a state may take over from each other
-        return (was == STATEFUL) != (now == STATEFUL)
+        return was != now and any(rule is None or rule.stateful for rule in (_rule(was), _rule(now)))
     return was != now
 
 

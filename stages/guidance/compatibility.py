@@ -10,16 +10,15 @@ from dataclasses import dataclass
 
 from stages.errors import UserError
 from stages.guidance.prior import Prior
+from stages.guidance.residuals import RULES
 from stages.guidance.settings import GuidanceSettings
 from stages.guidance.vsd import check_trainable
 from stages.prompts import ViewPrompts
 
-NEEDS_WORDS = {
-    "csd": "it distils the difference that the prompt makes",
-    "nfsd": "it distils the difference that the prompt makes",
-    "vsd": "it needs a network that learns",
+WORDLESS = {  # why a rule with this need has no use for a prior that reads no prompts
+    "words": "it distils the difference that the prompt makes",
+    "trainable": "it needs a network that learns",
 }
-INVERTING = ("ism", "sdi")
 PIXELS = (-1.0, 1.0)
 
 
@@ -37,12 +36,14 @@ class Described:
 
 def check_wordless(settings: GuidanceSettings, prompts: ViewPrompts, name: str) -> None:
     """Refuse what has no meaning with a prior that reads no prompts, such as the reference prior called `name`."""
-    if settings.rule in NEEDS_WORDS:
-        raise UserError(
-            f"rule={settings.rule} does not fit the prior {name}",
-            f"{NEEDS_WORDS[settings.rule]}, and this prior reads no prompt",
-            "use rule=sds, sjc, ism or sdi with it",
-        )
+    for need, why in WORDLESS.items():
+        if need in RULES[settings.rule.name].needs:
+            fitting = [other for other, rule in RULES.items() if not rule.needs & WORDLESS.keys()]
+            raise UserError(
+                f"rule={settings.rule.name} does not fit the prior {name}",
+                f"{why}, and this prior reads no prompt",
+                f"use rule={', '.join(fitting[:-1])} or {fitting[-1]} with it",
+            )
     if prompts.settings.blend != "classes":
         raise UserError(
             f"prompts.blend={prompts.settings.blend} does not fit the prior {name}",
@@ -55,23 +56,24 @@ def check_fit(prior: Prior, settings: GuidanceSettings, prompts: ViewPrompts) ->
     """Raise UserError for a rule or cure that cannot work with this loaded prior or these prompts."""
     if not getattr(prior, "reads_prompts", True):
         check_wordless(settings, prompts, prior.name)
-    if settings.rule == "vsd":
-        check_trainable(prior, settings.vsd)
+    if "trainable" in RULES[settings.rule.name].needs:
+        check_trainable(prior, settings.rule)
     check_described(prior, settings, prompts)
 
 
 def check_described(prior: Prior | Described, settings: GuidanceSettings, prompts: ViewPrompts) -> None:
     """As :func:`check_fit`, as far as a prior's name, prediction type and data range and the settings say."""
-    if settings.rule in INVERTING and getattr(prior, "prediction", "epsilon") == "sample":
+    name, rule = settings.rule.name, RULES[settings.rule.name]
+    if "invertible" in rule.needs and getattr(prior, "prediction", "epsilon") == "sample":
         raise UserError(
-            f"rule={settings.rule} does not fit the prior {prior.name}",
+            f"rule={name} does not fit the prior {prior.name}",
             "its inversion starts at the clean image, where noise cannot be read off the clean image that this prior "
             "predicts (prediction type sample): an error in x0 counts 1 / sigma times, about 30",
             "use a prior that predicts epsilon, v or flow, or rule=sds or csd",
         )
-    if settings.rule == "nfsd" and not any(prompts.negatives()):
+    if "negative" in rule.needs and not any(prompts.negatives()):
         raise UserError(
-            "rule=nfsd has no negative prompt",
+            f"rule={name} has no negative prompt",
             "it tells the model's own bias by a prompt of bad pictures; without one it is csd but at low noise",
             'give one, such as negative="blurry, low quality", or use rule=csd',
         )
@@ -87,7 +89,7 @@ def check_described(prior: Prior | Described, settings: GuidanceSettings, prompt
 def uses_negative(settings: GuidanceSettings) -> bool:
     """Whether a stage so guided asks for the negative prompt: at scale 1 only the rules that have a term of their own
     for it do."""
-    return settings.scale != 1 or settings.rule in ("csd", "nfsd")
+    return settings.scale != 1 or RULES[settings.rule.name].contrast
 
 
 def data_range(prior: Prior | Described, settings: GuidanceSettings) -> tuple[float, float] | None:

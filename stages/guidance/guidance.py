@@ -61,7 +61,9 @@ class Guidance:
         check_fit(prior, settings, prompts)
         self._data_range = data_range(prior, settings)
         self._conditions = Conditions(prior, prompts)
-        self._score = RenderScore(prior, settings.vsd, generator) if settings.rule == "vsd" else None
+        self._score = (
+            RenderScore(prior, settings.rule, generator) if "trainable" in RULES[settings.rule.name].needs else None
+        )
 
     def __call__(
         self,
@@ -106,7 +108,7 @@ class Guidance:
             problem = StepInputs(x.detach(), eps, t, alphas_cumprod, progress, predict)
             problem.data_range, problem.against, problem.score = self._data_range, conditions.against, score
             problem.backdrop = self._backdrop(background, images)
-            found = RULES[s.rule](problem, s)
+            found = RULES[s.rule.name].residual(problem, s)
             alpha_bar = alphas_cumprod[t]
             w_t = WEIGHTINGS[s.weighting](alpha_bar)
             gradient, nonfinite = _finite(per_sample(w_t, x) * found.residual, self.prior.name)

@@ -1,16 +1,16 @@
 """How a stage is guided: the rule, its schedule and its cures, as settings.
 
-All t, t_min, t_max and ism_delta, are fractions of the prior's own schedule; schedules.py says what that means for
+All t, t_min, t_max and a rule's own, are fractions of the prior's own schedule; schedules.py says what that means for
 priors whose steps are not as noisy as Stable Diffusion's. What changes over the stage is a Ramp (stages/ramp.py).
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, SerializeAsAny, model_validator
 
-from stages.guidance.vsd import VsdSettings
+from stages.guidance.residuals import RULES, RuleSettings, read_rule
 from stages.ramp import Ramp, constant
 
 
@@ -19,7 +19,9 @@ class GuidanceSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    rule: Literal["sds", "sjc", "csd", "nfsd", "ism", "sdi", "vsd"] = Field("sds", description="distillation rule")
+    rule: Annotated[SerializeAsAny[RuleSettings], PlainValidator(read_rule)] = Field(
+        default_factory=RuleSettings, description="distillation rule: its name, or {name: ..., and its own settings}"
+    )
     scale: float = Field(20.0, ge=0, description="guidance scale s = 1 + w; 1 is the plain conditional model")
     rescale: float = Field(0.0, ge=0, le=1, description="CFG rescale phi: give x0 back the conditional one's contrast")
     weighting: Literal["sds", "uniform", "fantasia3d", "x0"] = Field(
@@ -49,16 +51,6 @@ class GuidanceSettings(BaseModel):
     image_term: float = Field(
         0.0, ge=0, description="weight of HiFA's term between render and decoded x0_hat; 0 none, 0.01 in the paper"
     )
-    csd_negative: Ramp = Field(
-        Ramp(0.0, 1.0, 0.0, 0.5),
-        ge=0,
-        le=1,
-        description="csd: share of the negative prompt in the reference, else empty",
-    )
-    ism_delta: Ramp = Field(Ramp(0.1, 0.025), gt=0, le=1, description="ism: t - s as a fraction of the schedule")
-    inversion_steps: int = Field(5, ge=1, le=50, description="ism, sdi: DDIM inversion steps from clean to noisy")
-    inversion_scale: float = Field(-7.5, description="sdi: guidance scale s of the inversion")
-    vsd: VsdSettings = Field(default_factory=VsdSettings, description="vsd: the score of the renders")
     srgb: bool = Field(True, description="convert linear renders to sRGB, which priors were trained on")
 
     @model_validator(mode="after")
@@ -71,6 +63,7 @@ class GuidanceSettings(BaseModel):
                 )
         if self.threshold_range is not None and self.threshold_range[0] >= self.threshold_range[1]:
             raise ValueError(f"threshold_range: wanted low < high, got {list(self.threshold_range)}")
-        if self.rescale > 0 and self.rule not in ("sds", "sjc", "ism", "sdi", "vsd"):
-            raise ValueError(f"rescale: works with the rules sds, sjc, ism, sdi and vsd, got rule {self.rule}")
+        if self.rescale > 0 and RULES[self.rule.name].contrast:
+            fitting = ", ".join(name for name, rule in RULES.items() if not rule.contrast)
+            raise ValueError(f"rescale: works with the rules {fitting}, got rule {self.rule.name}")
         return self

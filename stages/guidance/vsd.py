@@ -238,6 +238,6 @@ def check_loading(name: str, settings: VsdSettings, offload: str, dtype: torch.d
     if settings.model == "copy" and dtype != torch.float32:
         raise UserError(
             what,
-            "vsd.model=copy trains every weight of the network, which half precision is too coarse for",
-            "set vsd.model=lora, or prior.diffusion.dtype=float32",
+            "rule.model=copy trains every weight of the network, which half precision is too coarse for",
+            "set rule.model=lora, or prior.diffusion.dtype=float32",
         )

@@ -1,0 +1,108 @@
+"""A rule is one entry of a table: a toy one is added here, and everything that asks for rules knows it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from pydantic import Field
+
+from pipeline.config.listing import print_settings
+from pipeline.config.model import load_config, read_config
+from pipeline.export.glb import write_glb
+from pipeline.priors.sources import check_priors
+from pipeline.runs.run import start_run
+from stages.cameras import orbit_views
+from stages.errors import UserError
+from stages.guidance.guidance import GuidanceSettings
+from stages.guidance.residuals import RULES, Residual, Rule, RuleSettings, most_predictions
+from stages.prompts import ViewPrompts
+from stages.ramp import Ramp
+from tests.gaussian_prior import images, make
+from tests.mesh_shapes import sphere
+
+TINY = """
+prior: {fine: reference}
+reference: {supersample: 1}
+guidance: {fine: {scale: 1, t_min: 0.28, t_max: 0.28}}
+stages: [fine]
+fine: {steps: 3, resolution: 48, tets: 16, preview_size: 16}
+export: {texture_size: 64, faces: 1000, turntable_frames: 0, unwrap: boxes, formats: [glb]}
+"""
+
+
+class PullSettings(RuleSettings):
+    strength: Ramp = Field(Ramp(2.0, 1.0), gt=0, description="factor on the pull")
+    floor: float = Field(0.0, ge=0, description="least pull")
+
+
+def pull(inputs, settings):
+    """SDS with a factor of its own."""
+    z_t = inputs.noisy(inputs.eps)
+    eps_hat, eps_y = inputs.guided(z_t, inputs.t, settings)
+    return Residual(settings.rule.strength.at(inputs.progress) * (eps_hat - inputs.eps), eps_hat, eps_y, z_t)
+
+
+@pytest.fixture
+def toy():
+    RULES["pull"] = Rule(pull, PullSettings, predictions=lambda settings, prompts: 7)
+    yield
+    del RULES["pull"]
+
+
+def test_rule_of_the_table_has_its_settings_its_errors_and_its_count(toy, capsys):
+    settings = GuidanceSettings(rule={"name": "pull", "floor": 0.5}, scale=1.0)
+    assert settings.rule == PullSettings(name="pull", floor=0.5)
+    assert most_predictions(settings, ViewPrompts("a mug")) == 7
+    config = load_config(None, ["guidance.fine.rule=pull", "guidance.fine.rule.strength=3"], {})
+    assert config.guidance.fine.rule.strength.at(0.5) == 3 and config.guidance.coarse.rule.name == "sds"
+    with pytest.raises(UserError) as caught:
+        load_config(None, ["guidance.fine.rule=pull", "guidance.fine.rule.strenght=3"], {})
+    assert caught.value.why == "guidance.fine.rule knows: floor, name, strength"
+    with pytest.raises(UserError, match="the rules are sds, .*, vsd, pull, got 'push'"):
+        load_config(None, ["guidance.fine.rule=push"], {})
+    print_settings("guidance.fine.rule", None)
+    names = "sds, sjc, csd, nfsd, ism, sdi, vsd, pull"
+    assert capsys.readouterr().out == f'guidance.fine.rule.name = "sds"  # one of {names}; distillation rule\n'
+
+
+def test_rule_of_the_table_runs_from_the_command_to_the_files_and_is_listed(toy, tmp_path, capsys):
+    write_glb(sphere(), tmp_path / "ball.glb")
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    words = [f"reference.mesh={tmp_path / 'ball.glb'}", "guidance.fine.rule=pull", "guidance.fine.rule.strength=[4, 1]"]
+    config = load_config(str(tmp_path / "tiny.yaml"), words, {"prompt": "a ball"})
+    check_priors(config)
+    folder = start_run(config, tmp_path / "run")
+    assert (folder / "mesh.glb").is_file() and read_config(folder).guidance.fine == config.guidance.fine
+    assert "strength: [4.0, 1.0]  # factor on the pull" in (folder / "config.yaml").read_text()
+    capsys.readouterr()
+    print_settings("guidance.fine.rule", str(folder))
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition(" = ")[0].rpartition(".")[2] for line in lines] == ["name", "strength", "floor"]
+    assert lines[2] == "guidance.fine.rule.floor = 0.0  # float, >= 0; least pull"
+
+
+def test_strength_of_the_toy_rule_reaches_the_gradient(toy):
+    def gradient(**own):
+        picture = images(batch=4)
+        guidance = make(rule={"name": "pull", **own}, scale=1.0)
+        guidance(picture, orbit_views([0.0, 90.0, 180.0, 270.0]), 1.0).loss.backward()
+        return picture.grad
+
+    torch.testing.assert_close(gradient(strength=3.0), 3 * gradient())
+
+
+@pytest.mark.parametrize("name", sorted(RULES))
+def test_every_rule_reads_back_from_what_it_writes(name):
+    settings = GuidanceSettings(rule=name)
+    assert type(settings.rule) is RULES[name].settings and settings.rule.name == name
+    assert GuidanceSettings.model_validate_json(settings.model_dump_json(), strict=True) == settings
+
+
+def test_rule_and_its_settings_come_from_any_layer_in_any_order(tmp_path):
+    (tmp_path / "mine.yaml").write_text("extends: vsd\nguidance: {coarse: {rule: ism}, fine: {rule: {lr: 0.01}}}\n")
+    guidance = load_config(str(tmp_path / "mine.yaml"), ["guidance.coarse.rule.delta=0.2"], {}).guidance
+    assert (guidance.coarse.rule.name, guidance.coarse.rule.delta.start) == ("ism", 0.2)  # nothing of vsd's is left
+    assert (guidance.fine.rule.name, guidance.fine.rule.rank, guidance.fine.rule.lr) == ("vsd", 8, 0.01)
+    words = ["guidance.fine.rule.delta=0.2", "guidance.fine.rule=ism"]
+    assert load_config(None, words, {}) == load_config(None, words[::-1], {})
+    assert load_config("ism", ["guidance.fine.rule=sds"], {}).guidance.fine.rule == RuleSettings()
