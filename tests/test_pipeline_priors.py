@@ -219,7 +219,7 @@ def test_rule_that_needs_words_is_refused_before_the_stage_before_it_is_made(tmp
 
 
 def test_reference_prior_has_the_size_of_its_stage(tmp_path):
-    from pipeline.export.glb import write_glb
+    from pipeline.output.glb import write_glb
     from stages.mesh.mesh import Mesh
 
     corners = np.array([[0, 0, 0], [0.5, 0, 0], [0, 0.5, 0], [0, 0, 0.5]], np.float32)

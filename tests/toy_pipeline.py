@@ -74,7 +74,7 @@ class ToyStage:
 
 def install(put: Callable[[object, str, object], None] = setattr) -> None:
     """Put the toys where the real stages, priors and mesh cleaning are called; `put` may be monkeypatch.setattr."""
-    from pipeline.export import asset
+    from pipeline.output import asset
     from pipeline.runs import loop, run, stages
 
     def make_toy(name, settings, guidance, device, seed, previous) -> ToyStage:

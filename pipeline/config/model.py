@@ -16,7 +16,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_valida
 
 from pipeline.config.layers import Layer, from_file, from_flags, from_overrides, from_recipe, merge, validate
 from pipeline.config.recipes import find_recipe
-from pipeline.export.settings import ExportSettings, split_commas
+from pipeline.output.settings import ExportSettings, split_commas
 from stages.clip_mesh import ClipMeshSettings
 from stages.coarse import CoarseSettings
 from stages.errors import UserError

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config.model import read_config
-from pipeline.export.surface import GENERATOR
+from pipeline.output.surface import GENERATOR
 from pipeline.runs import stages
 from pipeline.runs.checkpoint import load_checkpoint, read_meta, save_checkpoint
 from pipeline.runs.folder import open_folder

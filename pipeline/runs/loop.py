@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from pipeline.config.model import STAGES
 from pipeline.errors import Interrupted
-from pipeline.export.files import write_whole
-from pipeline.export.surface import png_bytes
+from pipeline.output.files import write_whole
+from pipeline.output.surface import png_bytes
 from pipeline.priors.memory import forecast
 from pipeline.priors.sources import build_guidance
 from pipeline.runs import stages

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.config.layers import dump
 from pipeline.config.model import Config, read_config
 from pipeline.errors import Interrupted
-from pipeline.export.files import write_whole
+from pipeline.output.files import write_whole
 from pipeline.priors.memory import explain_shortage
 from pipeline.priors.sources import check_priors, notices
 from pipeline.runs import stages
@@ -83,8 +83,8 @@ def resume_run(folder: Path, progress: Progress | None = None) -> None:
 
 def export_run(folder: Path, formats: str, out: Path | None = None, progress: Progress | None = None) -> None:
     """Write the result of a finished run in the named formats, comma separated, without optimising."""
-    from pipeline.export.asset import finished_mesh, in_own_place
-    from pipeline.export.write import check_formats, existing_files, write_formats
+    from pipeline.output.asset import finished_mesh, in_own_place
+    from pipeline.output.write import check_formats, existing_files, write_formats
 
     progress = progress or Progress()
     names = check_formats(formats)
@@ -230,8 +230,8 @@ class Run:
             loop.close()
 
     def _export(self, asset: Asset) -> None:
-        from pipeline.export.asset import finished_mesh, in_own_place
-        from pipeline.export.write import write_results
+        from pipeline.output.asset import finished_mesh, in_own_place
+        from pipeline.output.write import write_results
 
         facts: dict[str, Any] = {"phases": {}}
         self.progress.note("export: cleaning, unwrapping, baking, turning")

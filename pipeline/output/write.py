@@ -7,11 +7,11 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.export.glb import write_glb
-from pipeline.export.obj import write_obj
-from pipeline.export.ply import write_ply
-from pipeline.export.settings import ExportSettings
-from pipeline.export.stl import write_stl
+from pipeline.output.glb import write_glb
+from pipeline.output.obj import write_obj
+from pipeline.output.ply import write_ply
+from pipeline.output.settings import ExportSettings
+from pipeline.output.stl import write_stl
 from stages.errors import UserError
 from stages.mesh.mesh import Mesh
 
@@ -59,7 +59,7 @@ def write_results(mesh: Mesh, folder: str | Path, settings: ExportSettings, plac
     """
     paths = write_formats(mesh if placed is None else placed, folder, settings.formats)
     if settings.turntable_frames:
-        from pipeline.export.video import turntable
+        from pipeline.output.video import turntable
 
         shape = {"frames": settings.turntable_frames, "size": settings.turntable_size}
         paths.append(turntable(mesh, Path(folder) / "turntable.webp", **shape))

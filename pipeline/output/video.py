@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.export.files import write_whole
-from pipeline.export.surface import srgb_bytes, textured
+from pipeline.output.files import write_whole
+from pipeline.output.surface import srgb_bytes, textured
 from stages.cameras import Views, orbit_views, to_clip
 from stages.errors import UserError
 from stages.kernels.raster import interpolate, rasterise, texture, vertex_normals
