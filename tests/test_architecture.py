@@ -63,6 +63,7 @@ ALLOWED = {
     "pipeline.runs": {"stages.*", "pipeline", "pipeline.errors", "pipeline.config", "pipeline.priors"}
     | {"pipeline.output", "pipeline.profile"},
     "pipeline.doctor": {"stages.*", "pipeline", "pipeline.errors", "pipeline.priors"},
+    "pipeline.api": {"stages.*", "pipeline.config", "pipeline.priors", "pipeline.profile", "pipeline.runs"},
     "pipeline.cli": {"stages.*", "pipeline.*"},
     "benchmarks.environment": {"pipeline.*"},
     "benchmarks.markdown": set(),

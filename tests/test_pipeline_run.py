@@ -307,7 +307,7 @@ def test_damaged_text_files_are_named(in_process, uninterrupted, tmp_path, name,
 
 def test_a_resumed_run_is_checked_for_the_stages_that_are_left(in_process, uninterrupted, tmp_path, monkeypatch):
     checked = []
-    monkeypatch.setattr(in_process, "check_priors", lambda config, stages=None: checked.append(stages))
+    monkeypatch.setattr(in_process, "check_priors", lambda config, stages, priors: checked.append(stages))
     folder = shutil.copytree(uninterrupted, tmp_path / "run")
     text = (folder / "config.yaml").read_text()
     (folder / "config.yaml").write_text(text.replace("  steps: 9", "  steps: 11"))

@@ -80,7 +80,7 @@ def install(put: Callable[[object, str, object], None] = setattr) -> None:
     def make_toy(name, settings, guidance, device, seed, previous) -> ToyStage:
         return ToyStage(name, settings.steps, seed, previous)
 
-    put(run, "check_priors", lambda config, stages=None: None)
-    put(loop, "build_guidance", lambda config, stage, device: None)
+    put(run, "check_priors", lambda config, stages, priors: None)
+    put(loop, "build_guidance", lambda config, stage, device, prior: None)
     put(stages, "make_stage", make_toy)
     put(asset, "finished_mesh", lambda asset, settings, initialise, facts: asset.mesh)

@@ -8,13 +8,23 @@ and the nearest name, before any work is done.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 
-from pipeline.config.layers import Layer, from_file, from_flags, from_overrides, from_recipe, merge, validate
+from pipeline.config.layers import (
+    Layer,
+    from_file,
+    from_flags,
+    from_mapping,
+    from_overrides,
+    from_recipe,
+    merge,
+    validate,
+)
 from pipeline.config.recipes import find_recipe
 from pipeline.output.settings import ExportSettings, split_commas
 from stages.clip_mesh import ClipMeshSettings
@@ -34,6 +44,7 @@ STAGES = tuple(BEFORE)
 ALONE = ("clipmesh",)  # stages that neither follow nor lead to others
 StageName = Literal["coarse", "fine", "clipmesh"]
 CLIP_PREFIX = "clip:"  # of a prior's source that names a CLIP
+PYTHON_PREFIX = "python:"  # of one that stands for an object of a Python program
 _SOURCES = "pocket, reference, a diffusers folder or a hub id"
 
 
@@ -112,17 +123,32 @@ class Config(BaseModel):
         return stages
 
 
-def load_config(name: str | None, overrides: list[str], flags: dict[str, Any]) -> Config:
-    """The configuration of a new run. Raises UserError for anything that cannot be used.
+def load_config(
+    name: str | Path | Sequence[str | Path] | Config | None = None,
+    overrides: Sequence[str] | Mapping[str, Any] = (),
+    flags: Mapping[str, Any] | None = None,
+) -> Config:
+    """Compose and check the configuration of a new run.
 
     Args:
-        name: a recipe's name or a YAML file, over the code's defaults or over the recipe it `extends`; None for the
-            recipe of what the run starts from, which is configs/default.yaml for nothing (see _own_recipe).
-        overrides: `key.sub=value` words. flags: the command's own options that were given, by key.
+        name: a recipe's name or a YAML file, over the code's defaults or over the recipe it `extends`; several of
+            these, later ones over earlier ones; a whole configuration; or None for the recipe of what the run starts
+            from, which is configs/default.yaml for nothing (see _own_recipe).
+        overrides: `key.sub=value` words, or values by key.
+        flags: the command's own options that were given, or a function's arguments, by key.
+    Returns: the configuration, its paths made absolute.
+    Raises: UserError for anything that cannot be used, naming where it comes from.
+
+    Example:
+        >>> load_config("reference", {"coarse.steps": 100}, {"seed": 3}).coarse.steps
+        100
     """
-    upper = [from_overrides(overrides), from_flags(flags)]
+    words = not isinstance(overrides, Mapping)
+    upper = [from_overrides(overrides) if words else from_mapping(overrides), from_flags(flags or {}, dashes=words)]
+    if isinstance(name, Config):
+        return _anchored(validate(Config, [Layer(name.model_dump(mode="json")), *upper]))
     if name is not None:
-        upper = [*from_recipe(find_recipe(name), find_recipe), *upper]
+        upper = [*_recipe_layers([name] if isinstance(name, str | Path) else name), *upper]
     given = merge(upper).values
     own = _own_recipe(given) if name is None else None
     if own is not None:
@@ -130,6 +156,14 @@ def load_config(name: str | None, overrides: list[str], flags: dict[str, Any]) -
     source = given.get("from_run")
     layers = [_inherited(Path(source)), *upper] if isinstance(source, str) else upper
     return _anchored(validate(Config, layers))
+
+
+def _recipe_layers(names: Sequence[str | Path]) -> list[Layer]:
+    """The layers of several recipes, lowest first; a recipe that two of them extend is laid once, below both."""
+    layers: list[Layer] = []
+    for name in names:
+        layers += [layer for layer in from_recipe(find_recipe(str(name)), find_recipe) if layer not in layers]
+    return layers
 
 
 def _own_recipe(given: dict[str, Any]) -> str | None:

@@ -44,6 +44,25 @@ def write_formats(mesh: Mesh, folder: str | Path, names: Sequence[str], *, stem:
     return [path for name in names for path in FORMATS[name](mesh, Path(folder) / f"{stem}.{name}")]
 
 
+def write_mesh(mesh: Mesh, path: str | Path) -> list[Path]:
+    """Write a mesh to one file whose suffix names the format.
+
+    Args:
+        mesh: with faces. path: ends in .glb, .obj, .ply or .stl.
+    Returns: all files written, side files included.
+    Raises: UserError for another suffix, a damaged mesh, or a failed write.
+
+    Example:
+        >>> write_mesh(mesh, "mug.glb")
+    """
+    path = Path(path)
+    name = path.suffix.lower().removeprefix(".")
+    if name not in FORMATS:
+        known = ", ".join(f".{name}" for name in FORMATS)
+        raise UserError(f"cannot write {path}", f"its suffix names no format: {known} do", "choose one of these")
+    return FORMATS[name](mesh, path)
+
+
 def existing_files(folder: Path, names: Sequence[str], *, stem: str = "mesh") -> list[str]:
     """The files already in the folder that writing these formats might replace, by name."""
     ends = [end for name in names for end in (f".{name}", *BESIDE.get(name, ()))]
