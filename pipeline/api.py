@@ -10,13 +10,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.config.model import STAGES, Config, load_config
+from pipeline.config.model import Config, load_config
 from pipeline.priors.objects import check_protocol, is_object_source, source_of
 from pipeline.runs import run
 from pipeline.runs.caller import Caller
 from pipeline.runs.progress import Progress
 from pipeline.runs.result import Result
 from stages.errors import UserError
+from stages.kinds import STAGES
 
 if TYPE_CHECKING:
     import torch
@@ -175,11 +176,11 @@ def load_prior(
                 "the reference prior has no mesh", "mesh is None", 'load_prior("reference", mesh="mug.glb")'
             )
         return load_reference(ReferenceSettings(mesh=str(mesh)))
-    from pipeline.priors.sources import POCKET_FOLDERS
+    from pipeline.priors.sources import pocket_folder
     from stages.guidance.diffusion.prior import load_prior as load_folder
 
     _check_stages([stage])
-    return load_folder(POCKET_FOLDERS[stage] if source == "pocket" else source, device, settings=settings)
+    return load_folder(pocket_folder(stage) if source == "pocket" else source, device, settings=settings)
 
 
 def _config(

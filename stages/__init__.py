@@ -8,6 +8,7 @@ import importlib
 from typing import Any
 
 __all__ = [
+    "STAGES",
     "Asset",
     "ClipMeshSettings",
     "ClipMeshStage",
@@ -25,6 +26,7 @@ __all__ = [
     "ReferencePrior",
     "ReferenceSettings",
     "Stage",
+    "StageKind",
     "UserError",
     "ViewPrompts",
     "finalise",
@@ -50,7 +52,9 @@ _HOMES = {
     "PromptSettings": "stages.prompts",
     "ReferencePrior": "stages.guidance.exact",
     "ReferenceSettings": "stages.guidance.exact",
+    "STAGES": "stages.kinds",
     "Stage": "stages.stage",
+    "StageKind": "stages.kinds",
     "UserError": "stages.errors",
     "ViewPrompts": "stages.prompts",
     "finalise": "stages.mesh.texture.finalise",

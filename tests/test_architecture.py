@@ -53,6 +53,7 @@ ALLOWED = {
     "stages.fine": _GUIDED,
     "stages.clip_mesh": _STAGE,
     "stages.particles": _BASE | {"stages.coarse", "stages.optimise", "stages.stage"},
+    "stages.kinds": _GUIDED | {"stages.coarse", "stages.fine", "stages.clip_mesh", "stages.particles"},
     "stages.pocket": _SURFACE | {"stages.render", "stages.guidance.*", "stages.prompts"},
     "pipeline": {"pipeline.cli"},
     "pipeline.errors": {"stages.*"},

@@ -236,7 +236,7 @@ def test_resume_after_more_steps_were_asked_for_goes_on_to_them(in_process, unin
         (["--stages", "fine", "place.up=w"], "place.up", "'auto', 'x', '-x'"),
         (["--stages", "fine,coarse"], "stages", "order"),
         (["--stages", "coarse,coarse"], "stages", "once"),
-        (["--stages", "cores"], "stages", "'fine' or 'clipmesh'"),
+        (["--stages", "cores"], "stages", "stages: coarse, fine, clipmesh"),
         (["--stages", ""], "stages", "stages"),
         (["--prompt", "  "], "prompt", "empty"),
         (["--seed", "-1"], "seed = -1", ">= 0"),

@@ -19,6 +19,7 @@ from pipeline.priors.clips import POCKET, build_clip_guidance, check_clip, clip_
 from pipeline.priors.objects import check_no_object, check_object, is_object_source
 from pipeline.priors.words import check_words
 from stages.errors import UserError
+from stages.kinds import STAGES
 
 if TYPE_CHECKING:
     import torch
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from stages.guidance.prior import Prior
     from stages.prompts import ViewPrompts
 
-POCKET_FOLDERS = {"coarse": POCKET / "pixel", "fine": POCKET / "latent", "clipmesh": POCKET / "pixel"}
 _ANOTHER_PRIOR = "Stable Diffusion: --config stable-diffusion prior.coarse=FOLDER_OR_ID prior.fine=FOLDER_OR_ID"
 _POCKET_READER = (  # what check_words says of it
     "the pocket prior",
@@ -64,7 +64,7 @@ def check_priors(
             _check_reference(config.reference.mesh)
             _check_rule(config, stage)
         elif source == "pocket":
-            _check_pocket(config, stage, POCKET_FOLDERS[stage])
+            _check_pocket(config, stage, pocket_folder(stage))
         else:
             made_for[stage] = _check_folder(config, stage, source)
         _check_lora(config, stage, source)
@@ -139,6 +139,11 @@ def _check_pocket_length(config: Config, folder: Path) -> None:
     tokenizer.no_padding()
     tokenizer.no_truncation()
     check_length(prior_texts(config), lambda text: len(tokenizer.encode(text).ids), limit)
+
+
+def pocket_folder(stage: str) -> Path:
+    """The pocket prior that a stage listens to."""
+    return POCKET / STAGES[stage].prior_space
 
 
 def pocket_words(folder: Path) -> list[str]:
@@ -262,7 +267,7 @@ def _check_lora(config: Config, stage: str, source: str) -> None:
     if lora is not None and source == "pocket":
         from stages.guidance.diffusion.plan import make_plan
 
-        make_plan(POCKET_FOLDERS[stage], config.prior.diffusion, lora=lora)
+        make_plan(pocket_folder(stage), config.prior.diffusion, lora=lora)
 
 
 def stage_lora(config: Config, stage: str) -> Lora | None:
@@ -293,7 +298,7 @@ def build_prior(config: Config, stage: str, device: torch.device) -> Prior:
     from stages.guidance.diffusion.prior import load_prior
 
     return load_prior(
-        POCKET_FOLDERS[stage] if source == "pocket" else source,
+        pocket_folder(stage) if source == "pocket" else source,
         device,
         settings=config.prior.diffusion,
         prompts=prior_texts(config),

@@ -14,7 +14,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from pipeline.config.model import STAGES
 from pipeline.errors import Interrupted
 from pipeline.output.files import write_whole
 from pipeline.output.surface import png_bytes
@@ -25,6 +24,7 @@ from pipeline.runs.checkpoint import CHECKPOINT, load_checkpoint, save_checkpoin
 from pipeline.runs.interrupt import StopRequest
 from pipeline.runs.lineage import check_upstream, lineage
 from stages.errors import UserError
+from stages.kinds import STAGES
 from stages.phases import phase
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ class StageLoop:
         check_upstream(run.folder, run.config, name, meta)  # a stage before it may have been made again just now
         self._lineage = lineage(run.folder, run.config, name)
         self._phases, self._seconds = meta.get("phases", {}), meta.get("seconds", 0.0)
-        run.metrics.rewind(name, meta["step"], STAGES[STAGES.index(name) + 1 :])
+        run.metrics.rewind(name, meta["step"], tuple(STAGES)[tuple(STAGES).index(name) + 1 :])
         run.progress.note(f"{name}: loading the prior {getattr(run.config.prior, name)}")
         expected = forecast(run.config, name, run.device)
         if expected is not None:

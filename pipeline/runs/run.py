@@ -25,7 +25,7 @@ from pipeline.runs.checkpoint import CHECKPOINT, load_checkpoint, read_meta
 from pipeline.runs.folder import Lock, check_disk, new_folder, open_folder
 from pipeline.runs.inputs import check_inputs, load_inputs
 from pipeline.runs.interrupt import StopRequest
-from pipeline.runs.lineage import COARSE, afresh, check_run, check_upstream, remedy, upstream_of
+from pipeline.runs.lineage import afresh, check_run, check_upstream, refined, remedy
 from pipeline.runs.log import Metrics, Record
 from pipeline.runs.loop import StageLoop
 from pipeline.runs.progress import Progress, duration
@@ -211,8 +211,9 @@ class Run:
 
     def _before(self, name: str) -> Asset | None:
         """What a stage of this run starts from; None for nothing."""
-        if upstream_of(self.config, name) == COARSE:
-            return self.restore("coarse")
+        before = refined(self.config, name)
+        if before is not None:
+            return self.restore(before)
         return load_inputs(self.folder, self.config, self.device) if name == self.config.stages[0] else None
 
     def restore(self, name: str) -> Asset:
@@ -254,10 +255,12 @@ class Run:
     def _ways_on(self, name: str, fix: str) -> Iterator[str]:
         config = self.folder / "config.yaml"
         if name not in self.config.stages:
-            yield f"its coarse stage is that of {self.config.from_run}: make another run and give that to --from"
+            yield f"its {name} stage is that of {self.config.from_run}: make another run and give that to --from"
             return
-        if upstream_of(self.config, name) == COARSE:
-            yield f"from the same coarse object: pipeline run --stages fine --from {self.folder} KEY=VALUE --out FOLDER"
+        before = refined(self.config, name)
+        if before is not None:
+            again = f"pipeline run --stages {name} --from {self.folder} KEY=VALUE --out FOLDER"
+            yield f"from the same {before} object: {again}"
         else:
             yield f"anew, with other settings: pipeline run --config {config} KEY=VALUE --out FOLDER"
         if f"{name}.steps" in fix:
