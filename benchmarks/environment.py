@@ -10,7 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from pipeline.export.files import write_whole
+from pipeline.output.files import write_whole
 from pipeline.runs.process import git_revision
 
 FOLDER = Path(__file__).parent  # of the benchmarks: prompts, suites and cures lie in it

@@ -32,8 +32,8 @@ from benchmarks.environment import RESULTS, append_line, environment
 from benchmarks.quality.render import GREY, Subject, albedo_of
 from benchmarks.rebuild_meshes import MESHES
 from pipeline.config.model import Config, load_config
-from pipeline.export.asset import finalise
-from pipeline.export.files import write_whole
+from pipeline.output.asset import finalise
+from pipeline.output.files import write_whole
 from pipeline.runs.run import choose_device
 from pipeline.runs.stages import make_stage
 from stages.cameras import Views, orbit_views

@@ -70,14 +70,13 @@ def run(
 ) -> None:
     """Make a mesh: the whole way, or the stages you name."""
     with _profiled(profile) as listener:
-        from pipeline.config.model import load_config
-        from pipeline.runs.run import start_run
+        from pipeline.api import generate, load_config
 
         flags = {"prompt": prompt, "stages": stages, "seed": seed, "device": device}
         flags |= {"from_run": None if from_run is None else str(from_run), "force": True if force else None}
         flags |= {"init_mesh": None if init_mesh is None else str(init_mesh)}
         given = {key: value for key, value in flags.items() if value is not None}
-        start_run(load_config(config, overrides or [], given), out, profile=listener)
+        generate(config=load_config(config, overrides or [], given), out=out, profile=listener)
 
 
 def _profiled(wanted: bool) -> contextlib.AbstractContextManager:
@@ -92,9 +91,9 @@ def _profiled(wanted: bool) -> contextlib.AbstractContextManager:
 @app.command()
 def resume(folder: RunArgument) -> None:
     """Continue an interrupted run from its last checkpoint; ends with the bytes of an uninterrupted one."""
-    from pipeline.runs.run import resume_run
+    from pipeline import api
 
-    resume_run(folder)
+    api.resume(folder)
 
 
 @app.command()
@@ -104,9 +103,9 @@ def export(
     out: Annotated[Path | None, typer.Option(help="Folder to write to. Default: the run folder.")] = None,
 ) -> None:
     """Write a run's result again, in other formats, without optimising."""
-    from pipeline.runs.run import export_run
+    from pipeline import api
 
-    export_run(folder, formats, out)
+    api.export(folder, formats, out)
 
 
 @app.command()

@@ -66,9 +66,9 @@ def _cuda() -> tuple[str, str]:
 
 def _pocket(stage: str) -> Callable[[], tuple[str, str]]:
     def check() -> tuple[str, str]:
-        from pipeline.priors.sources import POCKET_FOLDERS, pocket_words
+        from pipeline.priors.sources import pocket_folder, pocket_words
 
-        folder = POCKET_FOLDERS[stage]
+        folder = pocket_folder(stage)
         if not folder.is_dir():
             return "missing", f"no folder {folder}"
         files = list(folder.rglob("*.safetensors"))
@@ -76,6 +76,17 @@ def _pocket(stage: str) -> Callable[[], tuple[str, str]]:
         return ("ok" if files else "broken"), f"{size:.1f} MB, {len(pocket_words(folder))} words"
 
     return check
+
+
+def _pocket_checks() -> list[tuple[str, bool, Callable[[], tuple[str, str]], str]]:
+    """A line for each stage whose default prior is a pocket one."""
+    try:
+        from stages.kinds import STAGES
+    except Exception as error:  # without torch, of which another line tells
+        reason = _reason(error)
+        return [("pocket priors", True, lambda: ("broken", reason), "no default prior")]
+    stages = [name for name, kind in STAGES.items() if kind.prior == "pocket"]
+    return [(f"pocket prior, {name}", True, _pocket(name), f"no default prior for {name}") for name in stages]
 
 
 def _gltf_validator() -> tuple[str, str]:
@@ -128,8 +139,6 @@ _CHECKS: list[tuple[str, bool, Callable[[], tuple[str, str]], str]] = [
     ("rich", True, _package("rich"), "no progress display"),
     ("typer", True, _package("typer"), "no command line"),
     ("xatlas", True, _package("xatlas"), "UV charts come from the simpler unwrapper of our own: more seams"),
-    ("pocket prior 64", True, _pocket("coarse"), "no default prior for the coarse stage"),
-    ("pocket prior 512", True, _pocket("fine"), "no default prior for the fine stage"),
     ("CUDA device", False, _cuda, "runs on the CPU: the pocket prior in minutes, Stable Diffusion hardly"),
     ("warp-lang", False, _kernels("warp"), "on CUDA our kernels run as plain torch, slower (extra: cuda)"),
     ("imageio-ffmpeg", False, _package("imageio_ffmpeg", "imageio-ffmpeg"), "turntable as WebP only (extra: video)"),
@@ -143,7 +152,7 @@ _CHECKS: list[tuple[str, bool, Callable[[], tuple[str, str]], str]] = [
 def examine() -> list[Finding]:
     """Run every check; one that fails in an unforeseen way is reported as broken, with its reason."""
     findings = []
-    for name, required, check, cost in _CHECKS:
+    for name, required, check, cost in [*_CHECKS, *_pocket_checks()]:
         try:
             state, detail = check()
         except Exception as error:

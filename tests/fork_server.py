@@ -86,7 +86,7 @@ def _child(request: dict) -> int:
 
 
 def _serve() -> None:
-    import pipeline.export.write
+    import pipeline.output.write
     import pipeline.runs.run  # noqa: F401 (all are only to be loaded before the forks)
     import stages.coarse
     import stages.fine

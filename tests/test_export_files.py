@@ -12,15 +12,15 @@ import trimesh
 from PIL import Image
 from pydantic import ValidationError
 
-from pipeline.export import files
-from pipeline.export.asset import finalise, finished_mesh
-from pipeline.export.files import write_whole
-from pipeline.export.obj import write_obj
-from pipeline.export.ply import write_ply
-from pipeline.export.settings import ExportSettings
-from pipeline.export.stl import write_stl
-from pipeline.export.surface import srgb_bytes, vertex_colours
-from pipeline.export.write import FORMATS, write_formats, write_results
+from pipeline.output import files
+from pipeline.output.asset import finalise, finished_mesh
+from pipeline.output.files import write_whole
+from pipeline.output.obj import write_obj
+from pipeline.output.ply import write_ply
+from pipeline.output.settings import ExportSettings
+from pipeline.output.stl import write_stl
+from pipeline.output.surface import srgb_bytes, vertex_colours
+from pipeline.output.write import FORMATS, write_formats, write_results
 from stages.errors import UserError
 from stages.fields.hashfield import FieldSettings, HashField
 from stages.kernels.srgb import srgb_to_linear

@@ -17,7 +17,7 @@ import pytest
 import trimesh
 from PIL import Image
 
-from pipeline.export.glb import glb_bytes, write_glb
+from pipeline.output.glb import glb_bytes, write_glb
 from stages.errors import UserError
 from stages.mesh.mesh import Mesh
 from tests.mesh_shapes import box, join, make, moved, torus

@@ -13,9 +13,9 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline.export.settings import ExportSettings
-from pipeline.export.video import render_frames, turntable
-from pipeline.export.write import write_results
+from pipeline.output.settings import ExportSettings
+from pipeline.output.video import render_frames, turntable
+from pipeline.output.write import write_results
 from stages.cameras import orbit_views
 from stages.errors import UserError
 from stages.kernels.srgb import linear_to_srgb

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from pipeline.config.listing import print_settings
 from pipeline.config.model import load_config, read_config
-from pipeline.export.glb import write_glb
+from pipeline.output.glb import write_glb
 from pipeline.priors.sources import check_priors
 from pipeline.runs.run import start_run
 from stages.cameras import orbit_views

@@ -12,7 +12,7 @@ from PIL import Image
 from trimesh.visual import TextureVisuals
 from trimesh.visual.material import PBRMaterial
 
-from pipeline.export.glb import write_glb
+from pipeline.output.glb import write_glb
 from stages.errors import UserError
 from stages.kernels.srgb import srgb_to_linear
 from stages.mesh.files.join import LARGEST, side_by_side

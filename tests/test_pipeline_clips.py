@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from pipeline.config.model import load_config, read_config
-from pipeline.export.glb import write_glb
+from pipeline.output.glb import write_glb
 from pipeline.priors.clips import POCKET_CLIP, clip_folder, clip_words
 from pipeline.priors.sources import build_guidance, check_priors
 from pipeline.runs.run import resume_run, start_run

@@ -13,7 +13,7 @@ if os.name != "posix":
     pytest.skip("kills and forks", allow_module_level=True)
 
 from pipeline.config.model import load_config, read_config
-from pipeline.export.glb import write_glb
+from pipeline.output.glb import write_glb
 from pipeline.runs.checkpoint import load_checkpoint, read_meta
 from pipeline.runs.inputs import check_inputs
 from stages.errors import UserError

@@ -17,8 +17,8 @@ if os.name != "posix":
     pytest.skip("kills and forks", allow_module_level=True)
 
 from pipeline.config.model import load_config, read_config
-from pipeline.export.glb import write_glb
-from pipeline.export.stl import write_stl
+from pipeline.output.glb import write_glb
+from pipeline.output.stl import write_stl
 from pipeline.runs.checkpoint import read_meta
 from pipeline.runs.inputs import check_inputs
 from stages.errors import UserError

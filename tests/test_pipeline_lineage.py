@@ -12,18 +12,19 @@ from pipeline.config.model import load_config
 from pipeline.runs.checkpoint import CHECKPOINT, load_checkpoint, read_meta, save_checkpoint
 from pipeline.runs.inputs import check_inputs
 from pipeline.runs.lineage import (
-    COARSE,
-    DEFINING,
     EDITED,
     GIVEN,
     check_run,
     check_upstream,
+    checkpoint_of,
     lineage,
     made_with,
     upstream_of,
 )
 from stages.errors import UserError
+from stages.kinds import STAGES
 
+COARSE = checkpoint_of("coarse")
 STEPS = ["coarse.steps=12", "fine.steps=9"]
 
 
@@ -187,9 +188,9 @@ def test_upstreams_of_every_way_to_begin(tmp_path):
 
 
 def test_every_defining_setting_exists():
-    for stage in DEFINING:
+    for stage in STAGES:
         values = made_with(config_of(), stage)
-        assert values == json.loads(json.dumps(values)) and len(values) >= len(DEFINING[stage])
+        assert values == json.loads(json.dumps(values)) and len(values) >= len(STAGES[stage].defining)
 
 
 def test_a_new_run_from_a_run_whose_config_was_edited_is_held_to_its_checkpoint(run):

@@ -18,7 +18,7 @@ WORDS = ["a", "red", "blue", "mug", "car", "on", "table", "and", "clay", "render
 @pytest.fixture
 def pocket(tmp_path, monkeypatch):
     """Pocket folders, of pixels and of latents, that hold no weights; the first of them."""
-    folders = {stage: tmp_path / stage for stage in ("coarse", "fine")}
+    folders = {"coarse": tmp_path / "pixel", "fine": tmp_path / "latent"}
     for stage, folder in folders.items():
         (folder / "scheduler").mkdir(parents=True)
         (folder / "pocket.json").write_text(json.dumps({"words": WORDS}))
@@ -29,7 +29,7 @@ def pocket(tmp_path, monkeypatch):
         (folder / "scheduler" / "scheduler_config.json").write_text(prediction)
         vocabulary = [*WORDS, *"front side left right back overhead view ,".split()]
         word_tokenizer(vocabulary, length=20).save_pretrained(folder / "tokenizer")
-    monkeypatch.setattr(priors, "POCKET_FOLDERS", folders)
+    monkeypatch.setattr(priors, "POCKET", tmp_path)
     return folders["coarse"]
 
 
@@ -82,7 +82,7 @@ def refused(pattern, *overrides: str, **flags) -> UserError:
 def test_guidance_that_no_latent_fits_is_refused_for_the_pocket_prior_before_the_coarse_stage(pocket):
     refused("threshold=static does not fit the prior pocket: its data are latents", "guidance.fine.threshold=static")
     priors.check_priors(config("guidance.coarse.threshold=static"))  # pixels have a range
-    path = priors.POCKET_FOLDERS["fine"] / "scheduler" / "scheduler_config.json"
+    path = priors.pocket_folder("fine") / "scheduler" / "scheduler_config.json"
     path.write_text(json.dumps({"prediction_type": "sample"}))
     refused("rule=ism does not fit the prior pocket", "guidance.fine.rule=ism")
     path.unlink()
@@ -220,7 +220,7 @@ def test_rule_that_needs_words_is_refused_before_the_stage_before_it_is_made(tmp
 
 
 def test_reference_prior_has_the_size_of_its_stage(tmp_path):
-    from pipeline.export.glb import write_glb
+    from pipeline.output.glb import write_glb
     from stages.mesh.mesh import Mesh
 
     corners = np.array([[0, 0, 0], [0.5, 0, 0], [0, 0.5, 0], [0, 0, 0.5]], np.float32)

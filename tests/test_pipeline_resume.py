@@ -12,7 +12,7 @@ import pytest
 if os.name != "posix":
     pytest.skip("kills and forks", allow_module_level=True)
 
-from pipeline.export.glb import write_glb
+from pipeline.output.glb import write_glb
 from pipeline.runs.checkpoint import load_checkpoint
 from stages.mesh.mesh import Mesh
 from tests.fork_server import forking

@@ -236,7 +236,7 @@ def test_resume_after_more_steps_were_asked_for_goes_on_to_them(in_process, unin
         (["--stages", "fine", "place.up=w"], "place.up", "'auto', 'x', '-x'"),
         (["--stages", "fine,coarse"], "stages", "order"),
         (["--stages", "coarse,coarse"], "stages", "once"),
-        (["--stages", "cores"], "stages", "'fine' or 'clipmesh'"),
+        (["--stages", "cores"], "stages", "stages: coarse, fine, clipmesh"),
         (["--stages", ""], "stages", "stages"),
         (["--prompt", "  "], "prompt", "empty"),
         (["--seed", "-1"], "seed = -1", ">= 0"),
@@ -307,7 +307,7 @@ def test_damaged_text_files_are_named(in_process, uninterrupted, tmp_path, name,
 
 def test_a_resumed_run_is_checked_for_the_stages_that_are_left(in_process, uninterrupted, tmp_path, monkeypatch):
     checked = []
-    monkeypatch.setattr(in_process, "check_priors", lambda config, stages=None: checked.append(stages))
+    monkeypatch.setattr(in_process, "check_priors", lambda config, stages, priors: checked.append(stages))
     folder = shutil.copytree(uninterrupted, tmp_path / "run")
     text = (folder / "config.yaml").read_text()
     (folder / "config.yaml").write_text(text.replace("  steps: 9", "  steps: 11"))

@@ -74,13 +74,13 @@ class ToyStage:
 
 def install(put: Callable[[object, str, object], None] = setattr) -> None:
     """Put the toys where the real stages, priors and mesh cleaning are called; `put` may be monkeypatch.setattr."""
-    from pipeline.export import asset
+    from pipeline.output import asset
     from pipeline.runs import loop, run, stages
 
     def make_toy(name, settings, guidance, device, seed, previous) -> ToyStage:
         return ToyStage(name, settings.steps, seed, previous)
 
-    put(run, "check_priors", lambda config, stages=None: None)
-    put(loop, "build_guidance", lambda config, stage, device: None)
+    put(run, "check_priors", lambda config, stages, priors: None)
+    put(loop, "build_guidance", lambda config, stage, device, prior: None)
     put(stages, "make_stage", make_toy)
     put(asset, "finished_mesh", lambda asset, settings, initialise, facts: asset.mesh)

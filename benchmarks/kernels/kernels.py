@@ -25,7 +25,7 @@ from typing import Any
 
 from benchmarks.environment import RESULTS, environment, read_lines
 from benchmarks.speed.runs import environment_of
-from pipeline.export.files import write_whole
+from pipeline.output.files import write_whole
 from stages.errors import UserError
 
 CASES = (

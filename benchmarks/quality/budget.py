@@ -24,7 +24,7 @@ from typing import Any, Literal
 from benchmarks.environment import read_lines
 from benchmarks.quality.systems import Failed, Job, find_system
 from pipeline.config.model import load_config
-from pipeline.export.files import write_whole
+from pipeline.output.files import write_whole
 from stages.errors import UserError
 
 

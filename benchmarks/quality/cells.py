@@ -14,7 +14,7 @@ from benchmarks.environment import environment, quiet_libraries
 from benchmarks.quality.judges import judges_of_run
 from benchmarks.quality.suite import Suite
 from benchmarks.quality.systems import Failed, Job, find_system
-from pipeline.export.files import write_whole
+from pipeline.output.files import write_whole
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from benchmarks.environment import RESULTS, read_lines
 from benchmarks.markdown import markdown_table, origin_of
 from benchmarks.quality.statistics import bootstrap, compare
 from benchmarks.quality.summary import METRICS, cell_values, key_of, paired_values, shown
-from pipeline.export.files import write_whole
+from pipeline.output.files import write_whole
 from stages.errors import UserError
 
 SHOWN = (

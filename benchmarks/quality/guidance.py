@@ -34,7 +34,7 @@ from benchmarks.quality.statistics import bootstrap
 from benchmarks.quality.suite import Suite, load_suite, spec_of
 from benchmarks.quality.summary import key_of, score_lines, shown
 from benchmarks.quality.systems import cures, find_system
-from pipeline.export.files import write_whole
+from pipeline.output.files import write_whole
 from stages.errors import UserError
 
 PROMPTS = FOLDER / "guidance_prompts.txt"

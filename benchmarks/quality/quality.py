@@ -30,7 +30,7 @@ from benchmarks.quality.suite import Suite, load_suite, spec_of
 from benchmarks.quality.systems import SYSTEMS, find_system
 from benchmarks.quality.workers import run_cells
 from pipeline.config.model import load_config
-from pipeline.export.files import write_whole
+from pipeline.output.files import write_whole
 from pipeline.priors.clips import clip_folder
 from stages.errors import UserError
 from stages.pocket import world

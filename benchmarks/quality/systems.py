@@ -256,7 +256,7 @@ def write_ply(mesh: Mesh, path: Path) -> None:
 
 def write_plain(mesh: Mesh, path: Path) -> None:
     """A mesh without its colours, in charts of its own, as a GLB with a plain grey texture."""
-    from pipeline.export.glb import write_glb
+    from pipeline.output.glb import write_glb
     from stages.mesh.texture.uv import unwrap
 
     bare = Mesh(mesh.vertices, mesh.faces)

@@ -23,7 +23,7 @@ from benchmarks.quality.assess import JANUS_ELEVATION
 from benchmarks.quality.metrics import janus_azimuths
 from benchmarks.quality.render import Subject, shoot
 from benchmarks.quality.systems import random_blob
-from pipeline.export.files import write_whole
+from pipeline.output.files import write_whole
 from stages.cameras import Views, direction, look_at, orbit_views
 from stages.kernels.srgb import linear_to_srgb
 from stages.pocket import world

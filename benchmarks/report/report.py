@@ -27,7 +27,7 @@ from benchmarks.quality.summary import METRICS, key_of, shown
 from benchmarks.quality.systems import Job, find_system
 from benchmarks.report.browser import take_picture
 from benchmarks.report.tables import answers, markdown_blocks, name_of, put_into
-from pipeline.export.files import write_whole
+from pipeline.output.files import write_whole
 from stages.errors import UserError
 from stages.mesh.mesh import Mesh
 

@@ -14,7 +14,7 @@ from benchmarks.quality.compare import compare_markdown
 from benchmarks.quality.guidance import as_markdown
 from benchmarks.quality.summary import METRICS, shown
 from benchmarks.speed.speed_tables import speed_markdown
-from pipeline.export.files import write_whole
+from pipeline.output.files import write_whole
 
 PLAIN = {
     "coarse": "coarse only",

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.environment import RESULTS, environment, quiet_libraries, read_lines
-from pipeline.export.files import write_whole
+from pipeline.output.files import write_whole
 from stages.errors import UserError
 
 PARTS = ("growth", "start", "main", "full")

@@ -12,7 +12,7 @@ import json
 import math
 import re
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -152,11 +152,38 @@ def from_overrides(overrides: list[str]) -> Layer:
     return layer
 
 
-def from_flags(flags: dict[str, Any]) -> Layer:
-    """Options of the command with a name of their own, as --seed; top-level keys only."""
+def from_mapping(settings: Mapping[str, Any]) -> Layer:
+    """Settings of a Python program by dotted key; tuples, paths, numpy's numbers and models are taken for what YAML
+    would hold."""
+    layer = Layer()
+    for name, value in settings.items():
+        _set(layer, tuple(str(name).split(".")), _plain(name, value), f"settings[{name!r}]")
+    return layer
+
+
+def _plain(name: str, value: Any) -> Any:
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json")
+    if isinstance(value, Mapping):
+        return {str(key): _plain(name, child) for key, child in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(name, child) for child in value]
+    if isinstance(value, Path):
+        return str(value)
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    why = f"{type(value).__name__} is no number, text, list or mapping"
+    raise UserError(f"settings[{name!r}] = {value!r:.80}", why, "give one of these")
+
+
+def from_flags(flags: Mapping[str, Any], *, dashes: bool = True) -> Layer:
+    """Options with a name of their own, top-level keys only: of the command, as --seed, or a function's arguments."""
     layer = Layer()
     for name, value in flags.items():
-        _set(layer, (name,), value, f"--{name.removesuffix('_run').replace('_', '-')}")
+        flag = f"--{name.removesuffix('_run').replace('_', '-')}" if dashes else f"{name}="
+        _set(layer, (name,), _plain(name, value), flag)
     return layer
 
 

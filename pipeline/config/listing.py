@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from pipeline.config.layers import describe
-from pipeline.config.model import Config, load_config
+from pipeline.config.model import config_model, load_config
 from stages.errors import UserError
 
 
@@ -22,7 +22,7 @@ def print_settings(prefix: str, recipe: str | None) -> None:
             those that differ; None for the defaults, which lie beside the code.
     Raises: UserError for an unknown prefix or recipe.
     """
-    default = dict(leaves(Config()))
+    default = dict(leaves(config_model()()))
     values = default if recipe is None else dict(leaves(load_config(recipe, [], {})))
     chosen = [key for key in values if not prefix or key == prefix or key.startswith(f"{prefix}.")]
     if not chosen:
@@ -49,7 +49,7 @@ def leaves(settings: BaseModel, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 def meaning(key: str) -> str:
     """Type, bounds and meaning with unit; not the default, of which a group may have another than its class."""
-    return describe(Config, tuple(key.split("."))).removeprefix(f"{key}: ").rpartition("; default ")[0]
+    return describe(config_model(), tuple(key.split("."))).removeprefix(f"{key}: ").rpartition("; default ")[0]
 
 
 def _shown(value: Any) -> str:

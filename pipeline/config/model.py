@@ -8,69 +8,76 @@ and the nearest name, before any work is done.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, create_model, field_validator
 
-from pipeline.config.layers import Layer, from_file, from_flags, from_overrides, from_recipe, merge, validate
+from pipeline.config.layers import (
+    Layer,
+    from_file,
+    from_flags,
+    from_mapping,
+    from_overrides,
+    from_recipe,
+    merge,
+    validate,
+)
 from pipeline.config.recipes import find_recipe
-from pipeline.export.settings import ExportSettings, split_commas
-from stages.clip_mesh import ClipMeshSettings
-from stages.coarse import CoarseSettings
+from pipeline.output.settings import ExportSettings, split_commas
 from stages.errors import UserError
-from stages.fine import FineSettings
 from stages.guidance.clip_guidance import ClipGuidanceSettings
 from stages.guidance.diffusion.settings import DiffusionSettings
 from stages.guidance.exact import ReferenceSettings
 from stages.guidance.guidance import GuidanceSettings
 from stages.kernels.backend import KernelSettings
+from stages.kinds import STAGES, StageKind, chains
 from stages.mesh.place import PlaceSettings
 from stages.prompts import PromptSettings
-from stages.ramp import constant
 
-BEFORE = {"coarse": None, "fine": "coarse", "clipmesh": None}  # whose result each stage starts from
-STAGES = tuple(BEFORE)
-ALONE = ("clipmesh",)  # stages that neither follow nor lead to others
-StageName = Literal["coarse", "fine", "clipmesh"]
 CLIP_PREFIX = "clip:"  # of a prior's source that names a CLIP
+PYTHON_PREFIX = "python:"  # of one that stands for an object of a Python program
 _SOURCES = "pocket, reference, a diffusers folder or a hub id"
 
 
-class PriorSettings(BaseModel):
+def _known_stages(names: list[str]) -> list[str]:
+    unknown = [name for name in names if name not in STAGES]
+    if unknown:
+        raise ValueError(f"no stage is called {', '.join(unknown)}; stages: {', '.join(STAGES)}")
+    return names
+
+
+StageNames = Annotated[list[str], BeforeValidator(split_commas), AfterValidator(_known_stages)]
+
+
+class _PriorSettings(BaseModel):
     """Which diffusion prior, or which CLIP, each stage listens to."""
 
     model_config = ConfigDict(extra="forbid")
 
-    coarse: str = Field("pocket", min_length=1, description=f"{_SOURCES}; or a CLIP: clip:pocket, clip:FOLDER")
-    fine: str = Field("pocket", min_length=1, description=f"{_SOURCES}; or a CLIP: clip:pocket, clip:FOLDER")
-    clipmesh: str = Field("clip:pocket", min_length=1, description=f"clip:pocket, clip:FOLDER; or {_SOURCES}")
     lora: str | None = Field(None, min_length=1, description="LoRA or DreamBooth weights: safetensors file or folder")
     lora_scale: float = Field(1.0, description="strength of the LoRA; 1 as it was trained")
-    lora_stages: Annotated[list[StageName], BeforeValidator(split_commas)] = Field(
-        ["coarse", "fine"], description="stages whose prior takes the LoRA"
+    lora_stages: StageNames = Field(
+        default_factory=lambda: chains()[0], description="stages whose prior takes the LoRA"
     )
     diffusion: DiffusionSettings = Field(default_factory=DiffusionSettings)
 
 
-class StageGuidance(BaseModel):
+class _StageGuidance(BaseModel):
     """How each stage is guided."""
 
     model_config = ConfigDict(extra="forbid")
 
-    coarse: GuidanceSettings = Field(default_factory=GuidanceSettings)
-    fine: GuidanceSettings = Field(  # a finished shape needs no large t: it would be made anew (Magic3D sec. 4.2)
-        default_factory=lambda: GuidanceSettings(t_max=constant(0.5))
-    )
-    clipmesh: GuidanceSettings = Field(default_factory=GuidanceSettings)
     clip: ClipGuidanceSettings = Field(
         default_factory=ClipGuidanceSettings, description="in place of the above for a stage whose prior is a CLIP"
     )
 
 
-class Config(BaseModel):
-    """Everything a run depends on; written to the run folder as config.yaml, which can be given to --config."""
+class _RunSettings(BaseModel):
+    """What is said of the run as a whole."""
 
     model_config = ConfigDict(extra="forbid", validate_default=True)
 
@@ -78,8 +85,8 @@ class Config(BaseModel):
     negative: str = Field("", description="what to move away from; empty: the unconditional model")
     seed: int = Field(0, ge=0, lt=2**31, description="same seed, same device: same bytes")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes CUDA where torch finds it")
-    stages: Annotated[list[StageName], BeforeValidator(split_commas)] = Field(
-        ["coarse", "fine"], min_length=1, description="stages to run, in their order"
+    stages: StageNames = Field(
+        default_factory=lambda: chains()[0], min_length=1, description="stages to run, in their order"
     )
     from_run: str | None = Field(None, description="run folder whose finished stage this run starts from")
     init_mesh: str | None = Field(None, description="mesh file that the fine or clipmesh stage starts from")
@@ -87,15 +94,6 @@ class Config(BaseModel):
     force: bool = Field(False, description="run a prompt whose words the prior does not know")
     checkpoint_every: int = Field(100, ge=1, description="steps between checkpoints")
     preview_every: int = Field(200, ge=1, description="steps between preview pictures")
-    prior: PriorSettings = Field(default_factory=PriorSettings)
-    reference: ReferenceSettings = Field(default_factory=ReferenceSettings)
-    guidance: StageGuidance = Field(default_factory=StageGuidance)
-    prompts: PromptSettings = Field(default_factory=PromptSettings)
-    coarse: CoarseSettings = Field(default_factory=CoarseSettings)
-    fine: FineSettings = Field(default_factory=FineSettings)
-    clipmesh: ClipMeshSettings = Field(default_factory=ClipMeshSettings)
-    export: ExportSettings = Field(default_factory=ExportSettings)
-    kernels: KernelSettings = Field(default_factory=KernelSettings)
 
     @field_validator("prompt")
     @classmethod
@@ -107,48 +105,107 @@ class Config(BaseModel):
     @field_validator("stages")
     @classmethod
     def _in_order(cls, stages: list[str]) -> list[str]:
-        if any(BEFORE[stage] != before for before, stage in pairwise(stages)):
-            chains = ",".join(stage for stage in STAGES if stage not in ALONE), *ALONE
-            raise ValueError(f"each stage once, in the order {'; or '.join(chains)}")
+        if any(STAGES[stage].follows != before for before, stage in pairwise(stages)):
+            raise ValueError(f"each stage once, in the order {'; or '.join(map(','.join, chains()))}")
         return stages
 
 
-def load_config(name: str | None, overrides: list[str], flags: dict[str, Any]) -> Config:
-    """The configuration of a new run. Raises UserError for anything that cannot be used.
+class _OutputSettings(BaseModel):
+    """What is said of the end of a run."""
+
+    export: ExportSettings = Field(default_factory=ExportSettings)
+    kernels: KernelSettings = Field(default_factory=KernelSettings)
+
+
+def config_model() -> type[Config]:
+    """The configuration with a group, a prior and a guidance for each stage of the table as it now stands."""
+    return _model_of(tuple(STAGES.items()))
+
+
+@lru_cache
+def _model_of(kinds: tuple[tuple[str, StageKind], ...]) -> type[BaseModel]:
+    # Fields come in the order of the last base first.
+    prior = _composed("PriorSettings", _PriorSettings, {name: (str, _source_field(kind.prior)) for name, kind in kinds})
+    guidances = {name: (GuidanceSettings, Field(default_factory=kind.guidance)) for name, kind in kinds}
+    guidance = _composed("StageGuidance", _StageGuidance, guidances)
+    shared = {"prior": prior, "reference": ReferenceSettings, "guidance": guidance, "prompts": PromptSettings}
+    groups = shared | {name: kind.settings for name, kind in kinds}
+    fields = {name: (group, Field(default_factory=group)) for name, group in groups.items()}
+    return _composed("Config", _OutputSettings, fields, _RunSettings)
+
+
+def _composed(name: str, last: type[BaseModel], fields: dict[str, Any], *first: type[BaseModel]) -> type[BaseModel]:
+    middle = create_model(f"_{name}OfStages", **fields)
+    return create_model(name, __base__=(last, middle, *first), __module__=__name__, __doc__=last.__doc__)
+
+
+def _source_field(prior: str) -> Any:
+    clip = prior.startswith(CLIP_PREFIX)
+    text = f"clip:pocket, clip:FOLDER; or {_SOURCES}" if clip else f"{_SOURCES}; or a CLIP: clip:pocket, clip:FOLDER"
+    return Field(prior, min_length=1, description=text)
+
+
+# Everything a run depends on; written to the run folder as config.yaml, which can be given to --config.
+Config = config_model()
+
+
+def load_config(
+    name: str | Path | Sequence[str | Path] | Config | None = None,
+    overrides: Sequence[str] | Mapping[str, Any] = (),
+    flags: Mapping[str, Any] | None = None,
+) -> Config:
+    """Compose and check the configuration of a new run.
 
     Args:
-        name: a recipe's name or a YAML file, over the code's defaults or over the recipe it `extends`; None for the
-            recipe of what the run starts from, which is configs/default.yaml for nothing (see _own_recipe).
-        overrides: `key.sub=value` words. flags: the command's own options that were given, by key.
+        name: a recipe's name or a YAML file, over the code's defaults or over the recipe it `extends`; several of
+            these, later ones over earlier ones; a whole configuration; or None for the recipe of what the run starts
+            from, which is configs/default.yaml for nothing (see _own_recipe).
+        overrides: `key.sub=value` words, or values by key.
+        flags: the command's own options that were given, or a function's arguments, by key.
+    Returns: the configuration, its paths made absolute.
+    Raises: UserError for anything that cannot be used, naming where it comes from.
+
+    Example:
+        >>> load_config("reference", {"coarse.steps": 100}, {"seed": 3}).coarse.steps
+        100
     """
-    upper = [from_overrides(overrides), from_flags(flags)]
+    words = not isinstance(overrides, Mapping)
+    upper = [from_overrides(overrides) if words else from_mapping(overrides), from_flags(flags or {}, dashes=words)]
+    if isinstance(name, BaseModel):
+        return _anchored(validate(config_model(), [Layer(name.model_dump(mode="json")), *upper]))
     if name is not None:
-        upper = [*from_recipe(find_recipe(name), find_recipe), *upper]
+        upper = [*_recipe_layers([name] if isinstance(name, str | Path) else name), *upper]
     given = merge(upper).values
     own = _own_recipe(given) if name is None else None
     if own is not None:
         upper = [*from_recipe(find_recipe(own), find_recipe), *upper]
     source = given.get("from_run")
     layers = [_inherited(Path(source)), *upper] if isinstance(source, str) else upper
-    return _anchored(validate(Config, layers))
+    return _anchored(validate(config_model(), layers))
+
+
+def _recipe_layers(names: Sequence[str | Path]) -> list[Layer]:
+    """The layers of several recipes, lowest first; a recipe that two of them extend is laid once, below both."""
+    layers: list[Layer] = []
+    for name in names:
+        layers += [layer for layer in from_recipe(find_recipe(str(name)), find_recipe) if layer not in layers]
+    return layers
 
 
 def _own_recipe(given: dict[str, Any]) -> str | None:
     """The recipe that a run without --config takes, by what it starts from; None for that run's own settings."""
-    stages, fine = given.get("stages"), given.get("fine")
-    first = split_commas(stages)[0] if isinstance(stages, str | list) and stages else STAGES[0]
-    if given.get("from_run") is not None:
-        return "edit" if first == "coarse" else None
-    if first != "fine":
-        return "clip-mesh" if first == "clipmesh" else "default"
-    if given.get("init_mesh") is None:
-        return "sphere"
-    return "texture" if isinstance(fine, dict) and fine.get("geometry") == "locked" else "default"
+    stages = given.get("stages")
+    first = split_commas(stages)[0] if isinstance(stages, str | list) and stages else next(iter(STAGES))
+    kind, settings = STAGES.get(first), given.get(first)
+    if kind is None:
+        return "default"  # and the check of the whole says what is wrong
+    start = "run" if given.get("from_run") is not None else "mesh" if given.get("init_mesh") is not None else "nothing"
+    return kind.recipe(start, settings if isinstance(settings, dict) else {})
 
 
 def read_config(folder: Path) -> Config:
     """The configuration of a run folder."""
-    return validate(Config, [from_file(folder / "config.yaml")])
+    return validate(config_model(), [from_file(folder / "config.yaml")])
 
 
 def _inherited(folder: Path) -> Layer:

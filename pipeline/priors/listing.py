@@ -16,15 +16,23 @@ if TYPE_CHECKING:
     from stages.guidance.diffusion.audit import Finding
 
 
+_PIXELS = {"pixel": "64", "latent": "512"}  # of the pocket priors
+
+
 def print_presets(as_json: bool) -> None:
     """The built-in priors and the models worth naming: id, family, stage, size, memory, licence, whether to be had."""
     if as_json:
         print(json.dumps([asdict(preset) for preset in PRESETS], indent=2))
         return
+    from stages.kinds import STAGES
+
     table = _table("id, for prior.coarse or prior.fine", "family", "stage", "pixels", "memory GB", "licence", "status")
-    for name, stage, pixels in (("pocket", "coarse", "64"), ("pocket", "fine", "512")):
-        table.add_row(name, "comes with the toolkit", stage, pixels, "< 0.1", "Apache-2.0", "[green]here[/]")
-    table.add_row("reference", "the exact prior of a given mesh", "coarse, fine", "any", "< 0.1", "-", "[green]here[/]")
+    pocket = [(name, kind.prior_space) for name, kind in STAGES.items() if kind.prior == "pocket"]
+    for stage, space in pocket:
+        pixels = _PIXELS.get(space, space)
+        table.add_row("pocket", "comes with the toolkit", stage, pixels, "< 0.1", "Apache-2.0", "[green]here[/]")
+    stages = ", ".join(stage for stage, _ in pocket)
+    table.add_row("reference", "the exact prior of a given mesh", stages, "any", "< 0.1", "-", "[green]here[/]")
     colours = {"open": "green", "gated": "yellow", "withdrawn": "red"}
     for p in PRESETS:
         status = f"[{colours[p.status]}]{p.status}[/]" + (f": use {p.instead}" if p.instead else "")

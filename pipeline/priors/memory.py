@@ -34,7 +34,9 @@ def keep_freed_memory(most: int = 512 << 20) -> bool:
 
 def is_folder(source: str) -> bool:
     """Whether a prior's source is a diffusers folder or a hub id."""
-    return source not in OWN_PRIORS and not source.startswith("clip:")
+    from pipeline.config.model import CLIP_PREFIX, PYTHON_PREFIX
+
+    return source not in OWN_PRIORS and not source.startswith((CLIP_PREFIX, PYTHON_PREFIX))
 
 
 def forecast(config: Config, stage: str, device: torch.device) -> str | None:

@@ -2,8 +2,8 @@
 
 A name in `prior.coarse` / `prior.fine` means: `pocket` the weights that come with the toolkit (64x64 pixels for
 coarse, 512x512 latents for fine), `reference` the exact prior of a given mesh, `clip:...` a CLIP (see clips.py),
-anything else a diffusers folder or a hub id. Checks need neither torch nor diffusers' five seconds of import: a prompt
-of unknown words is answered at once.
+`python:...` an object that the calling program hands in (see objects.py), anything else a diffusers folder or a hub id.
+Checks need neither torch nor diffusers' five seconds of import: a prompt of unknown words is answered at once.
 """
 
 from __future__ import annotations
@@ -11,13 +11,15 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.priors.clips import POCKET, build_clip_guidance, check_clip, clip_folder, clip_words
+from pipeline.priors.objects import check_no_object, check_object, is_object_source
 from pipeline.priors.words import check_words
 from stages.errors import UserError
+from stages.kinds import STAGES
 
 if TYPE_CHECKING:
     import torch
@@ -30,7 +32,6 @@ if TYPE_CHECKING:
     from stages.guidance.prior import Prior
     from stages.prompts import ViewPrompts
 
-POCKET_FOLDERS = {"coarse": POCKET / "pixel", "fine": POCKET / "latent", "clipmesh": POCKET / "pixel"}
 _ANOTHER_PRIOR = "Stable Diffusion: --config stable-diffusion prior.coarse=FOLDER_OR_ID prior.fine=FOLDER_OR_ID"
 _POCKET_READER = (  # what check_words says of it
     "the pocket prior",
@@ -38,22 +39,32 @@ _POCKET_READER = (  # what check_words says of it
 )
 
 
-def check_priors(config: Config, stages: Sequence[str] | None = None) -> None:
+def check_priors(
+    config: Config, stages: Sequence[str] | None = None, priors: Mapping[str, Prior] | None = None
+) -> None:
     """Refuse, before any work, priors that cannot be built and prompts that the pocket prior cannot read.
 
-    stages: those still to be taken; None: all of the run's.
+    Args:
+        stages: those still to be taken; None: all of the run's. priors: objects that were handed in, by stage.
     """
+    priors = priors or {}
     made_for: dict[str, str] = {}
     for stage in config.stages if stages is None else stages:
         source = getattr(config.prior, stage)
         clip = clip_folder(source)
+        if is_object_source(source):
+            check_object(config, stage, priors)
+        else:
+            check_no_object(config, stage, priors)
         if clip is not None:
             check_clip(config, stage, clip)
+        elif is_object_source(source):
+            pass
         elif source == "reference":
             _check_reference(config.reference.mesh)
             _check_rule(config, stage)
         elif source == "pocket":
-            _check_pocket(config, stage, POCKET_FOLDERS[stage])
+            _check_pocket(config, stage, pocket_folder(stage))
         else:
             made_for[stage] = _check_folder(config, stage, source)
         _check_lora(config, stage, source)
@@ -128,6 +139,11 @@ def _check_pocket_length(config: Config, folder: Path) -> None:
     tokenizer.no_padding()
     tokenizer.no_truncation()
     check_length(prior_texts(config), lambda text: len(tokenizer.encode(text).ids), limit)
+
+
+def pocket_folder(stage: str) -> Path:
+    """The pocket prior that a stage listens to."""
+    return POCKET / STAGES[stage].prior_space
 
 
 def pocket_words(folder: Path) -> list[str]:
@@ -243,16 +259,16 @@ def _check_guidance(config: Config, stage: str, prior: Described) -> None:
 def _check_lora(config: Config, stage: str, source: str) -> None:
     """A LoRA changes the networks of a folder, a hub id or the pocket prior; nothing else has any."""
     lora = stage_lora(config, stage)
-    if lora is not None and (source == "reference" or source.startswith("clip:")):
+    if lora is not None and (source == "reference" or source.startswith("clip:") or is_object_source(source)):
         raise UserError(
             f"prior.lora does not go with prior.{stage}={source}",
-            "only diffusion priors with weights can be changed by a LoRA",
+            "only diffusion priors that the run loads can be changed by a LoRA",
             "name the stages it is for: prior.lora_stages=fine",
         )
     if lora is not None and source == "pocket":
         from stages.guidance.diffusion.plan import make_plan
 
-        make_plan(POCKET_FOLDERS[stage], config.prior.diffusion, lora=lora)
+        make_plan(pocket_folder(stage), config.prior.diffusion, lora=lora)
 
 
 def stage_lora(config: Config, stage: str) -> Lora | None:
@@ -283,7 +299,7 @@ def build_prior(config: Config, stage: str, device: torch.device) -> Prior:
     from stages.guidance.diffusion.prior import load_prior
 
     return load_prior(
-        POCKET_FOLDERS[stage] if source == "pocket" else source,
+        pocket_folder(stage) if source == "pocket" else source,
         device,
         settings=config.prior.diffusion,
         prompts=prior_texts(config),
@@ -299,8 +315,13 @@ def _reference_prior(config: Config, stage: str) -> Prior:
     return load_reference(config.reference.model_copy(update={"resolution": resolution}), config.prompts)
 
 
-def build_guidance(config: Config, stage: str, device: torch.device) -> Guidance | ClipGuidance:
-    """Prior, rule and prompts of one stage; its generator is the stage's own, seeded from the run's seed."""
+def build_guidance(
+    config: Config, stage: str, device: torch.device, prior: Prior | None = None
+) -> Guidance | ClipGuidance:
+    """Prior, rule and prompts of one stage; its generator is the stage's own, seeded from the run's seed.
+
+    prior: an object that was handed in, which keeps its text encoder; None builds what the configuration names.
+    """
     clip = clip_folder(getattr(config.prior, stage))
     if clip is not None:
         return build_clip_guidance(config, stage, clip, device)
@@ -310,4 +331,6 @@ def build_guidance(config: Config, stage: str, device: torch.device) -> Guidance
 
     settings = getattr(config.guidance, stage)
     generator = torch.Generator().manual_seed(config.seed)
+    if prior is not None:
+        return Guidance(prior, settings, _view_prompts(config), generator, release_text=False)
     return Guidance(build_prior(config, stage, device), settings, _view_prompts(config), generator)

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.export.files import write_whole
+from pipeline.output.files import write_whole
 from pipeline.profile.summary import TRACED, split_of, table_of
 from stages.phases import Recorder, phase, recording
 

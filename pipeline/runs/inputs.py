@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config.model import read_config
-from pipeline.export.surface import GENERATOR
+from pipeline.output.surface import GENERATOR
 from pipeline.runs import stages
 from pipeline.runs.checkpoint import load_checkpoint, read_meta, save_checkpoint
 from pipeline.runs.folder import open_folder
-from pipeline.runs.lineage import COARSE, EDITED, GIVEN, afresh, check_settings, made_with, remedy, upstream_of
+from pipeline.runs.lineage import EDITED, GIVEN, afresh, check_settings, checkpoint_of, made_with, remedy, upstream_of
 from stages.errors import UserError
+from stages.kinds import STAGES, beginners, chains
 
 if TYPE_CHECKING:
     import torch
@@ -60,49 +61,59 @@ class Inputs:
 def check_inputs(config: Config) -> Inputs:
     """Find and check what a new run starts from. UserError where it is missing, unfinished, damaged or of no use."""
     first = config.stages[0]
+    kind = STAGES[first]
     if config.init_mesh is not None:
         return _from_mesh(config, first)
+    if config.from_run is None and "nothing" not in kind.begins_with:
+        raise UserError(
+            f"--stages {','.join(config.stages)} lacks a beginning",
+            f"the run begins with {first}, which starts from {kind.start}",
+            f"choose another --stages, such as {','.join(chains()[0])}, or give --from or --init-mesh",
+        )
     if config.from_run is None:
         return Inputs(note=f"fine starts from a sphere of radius {config.fine.sphere:g}" if first == "fine" else "")
-    if first == "clipmesh":
+    if "run" not in kind.begins_with:
         raise UserError(
             f"--from {config.from_run} has no use here",
-            "the run begins with clipmesh, which starts from a sphere or a mesh",
-            "leave it out, or choose --stages coarse,fine",
+            f"the run begins with {first}, which starts from {kind.start}",
+            f"leave it out, or choose --stages {','.join(chains()[0])}",
         )
-    source, meta = _finished_coarse(Path(config.from_run))
+    base = kind.follows or first  # the stage of the other run that this one refines, or edits
+    source, meta = _finished(Path(config.from_run), base)
     theirs = read_config(source)
-    if first == "fine":
-        if theirs.coarse != config.coarse:
+    if kind.follows is not None:
+        if getattr(theirs, base) != getattr(config, base):
             raise UserError(
-                f"coarse.* differs from {source}",
-                "its coarse stage was made with other settings and is not made again",
-                f"leave coarse.* as in {source / 'config.yaml'}",
+                f"{base}.* differs from {source}",
+                f"its {base} stage was made with other settings and is not made again",
+                f"leave {base}.* as in {source / 'config.yaml'}",
             )
-        if meta["step"] < config.coarse.steps:  # raised in its config.yaml since
+        steps = getattr(config, base).steps
+        if meta["step"] < steps:  # raised in its config.yaml since
             raise UserError(
-                f"--from {source} has not taken all its coarse steps",
-                f"its config.yaml asks for {config.coarse.steps}, it stands at step {meta['step']}",
-                f"set coarse.steps={meta['step']} there, or go on with it first: pipeline resume {source}",
+                f"--from {source} has not taken all its {base} steps",
+                f"its config.yaml asks for {steps}, it stands at step {meta['step']}",
+                f"set {base}.steps={meta['step']} there, or go on with it first: pipeline resume {source}",
             )
     # A checkpoint that does not say what it was made with is taken at its config.yaml's word.
-    made, back = meta.get("settings") or made_with(theirs, "coarse"), f"as when {source / 'config.yaml'} was written"
-    check_settings(source / COARSE, made, config, "coarse", back)
-    if first == "fine":
-        return Inputs({COARSE: source / COARSE})
-    note = f'coarse goes on from step {meta["step"]} of {source}, "{theirs.prompt}", as "{config.prompt}"'
-    return Inputs({EDITED: source / COARSE}, note=note)
+    made, back = meta.get("settings") or made_with(theirs, base), f"as when {source / 'config.yaml'} was written"
+    file = checkpoint_of(base)
+    check_settings(source / file, made, config, base, back)
+    if kind.follows is not None:
+        return Inputs({file: source / file})
+    note = f'{base} goes on from step {meta["step"]} of {source}, "{theirs.prompt}", as "{config.prompt}"'
+    return Inputs({EDITED: source / file}, note=note)
 
 
 def _from_mesh(config: Config, first: str) -> Inputs:
     from stages.mesh.files.read import GREY, read_mesh
     from stages.mesh.place import place
 
-    if first == "coarse":
+    if "mesh" not in STAGES[first].begins_with:
         raise UserError(
             f"--init-mesh {config.init_mesh} has no use here",
-            "the run begins with coarse, which starts from nothing",
-            "choose --stages fine or --stages clipmesh",
+            f"the run begins with {first}, which starts from {STAGES[first].start}",
+            f"choose {' or '.join(f'--stages {name}' for name in beginners('mesh'))}",
         )
     if config.from_run is not None:
         raise UserError(
@@ -132,15 +143,16 @@ def _up(path: Path) -> str:
         return "y" if file.read(80).startswith(GENERATOR.encode()) else "z"
 
 
-def _finished_coarse(source: Path) -> tuple[Path, dict[str, Any]]:
-    """A run's folder and the meta of its coarse stage. Raises UserError where that is not finished."""
+def _finished(source: Path, stage: str) -> tuple[Path, dict[str, Any]]:
+    """A run's folder and the meta of its stage of that name. Raises UserError where that is not finished."""
     open_folder(source)
-    path = source / COARSE
-    what = f"--from {source} has no finished coarse stage"
+    path = source / checkpoint_of(stage)
+    what = f"--from {source} has no finished {stage} stage"
+    theirs = read_config(source)
     if not path.is_file():
-        fix = f"pipeline resume {source}, or another run" if "coarse" in read_config(source).stages else "another run"
+        fix = f"pipeline resume {source}, or another run" if stage in theirs.stages else "another run"
         raise UserError(what, f"no {path}", fix)
-    meta = read_meta(path, remedy(source, read_config(source), "coarse"))
+    meta = read_meta(path, remedy(source, theirs, stage))
     if meta["step"] < meta["steps"]:
         raise UserError(what, f"it stands at step {meta['step']} of {meta['steps']}", f"pipeline resume {source}")
     return source, meta
@@ -148,13 +160,14 @@ def _finished_coarse(source: Path) -> tuple[Path, dict[str, Any]]:
 
 def load_inputs(folder: Path, config: Config, device: torch.device) -> Asset | None:
     """What the first stage of a run starts from, out of its own folder; None for nothing."""
-    file = upstream_of(config, config.stages[0])
+    first = config.stages[0]
+    file = upstream_of(config, first)
     if file == GIVEN:
         return _given_mesh(folder, config)
     if file != EDITED:
         return None
     state, _ = _loaded(folder, config, EDITED)
-    stage = stages.make_stage("coarse", config.coarse, None, device, config.seed, None)
+    stage = stages.make_stage(first, getattr(config, first), None, device, config.seed, None)
     stage.load_state_dict(state)
     return stage.finish()
 

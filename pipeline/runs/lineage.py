@@ -5,7 +5,7 @@ from the next step on. Other settings say what the saved numbers are (shapes, th
 the first state was made of, which is not made again. Those are written into every checkpoint's meta, with the checksum
 of what the stage started from, and a checkpoint that they do not go with is refused by their names.
 
-    meta["settings"]   {"fine.tets": 64, ...}, the leaves of DEFINING
+    meta["settings"]   {"fine.tets": 64, ...}, the leaves of what stages/kinds.py calls defining
     meta["upstream"]   {"file": "coarse/checkpoint.safetensors", "crc32": 1}, or null where it started from nothing
 
 Checkpoints written before these keys existed have neither; they are taken as they are, unchecked, and so is a setting
@@ -20,34 +20,26 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.runs.checkpoint import CHECKPOINT, read_meta
 from stages.errors import UserError
+from stages.kinds import STAGES
 
 if TYPE_CHECKING:
     from pipeline.config.model import Config
     from stages.guidance.residuals import Rule
 
-COARSE = f"coarse/{CHECKPOINT}"  # of this run, or the copy of another's that the fine stage refines
-EDITED = f"start/{CHECKPOINT}"  # the coarse stage of another run that this run's coarse stage edits
+EDITED = f"start/{CHECKPOINT}"  # the stage of another run that this run's first stage edits
 GIVEN = "start/mesh.safetensors"  # the mesh of --init-mesh as it was read
 
-# Settings and groups of settings; fine.resolution and clipmesh.resolution are the renders' and may change.
-DEFINING = {
-    "coarse": ("coarse.particles", "coarse.field", "coarse.background.hidden", "coarse.occupancy.resolution"),
-    "fine": (
-        *("fine.geometry", "fine.tets", "fine.deformation", "fine.field", "fine.detail"),
-        *("fine.initialise", "fine.sphere", "fine.solidify", "fine.fit", "place"),
-    ),
-    "clipmesh": (
-        *("clipmesh.radius", "clipmesh.control", "clipmesh.control_faces", "clipmesh.subdivisions"),
-        *("clipmesh.texture_size", "clipmesh.padding", "clipmesh.unwrap", "place"),
-    ),
-}
+
+def checkpoint_of(stage: str) -> str:
+    """The file in a run's folder that holds a stage: of this run, or the copy of another's that is refined."""
+    return f"{stage}/{CHECKPOINT}"
 
 
 def made_with(config: Config, stage: str) -> dict[str, Any]:
     """The settings that define a stage's state, by dotted name, as JSON gives them back."""
     values = config.model_dump(mode="json")
     found: dict[str, Any] = {}
-    for name in DEFINING[stage]:
+    for name in STAGES[stage].defining:
         value = values
         for part in name.split("."):
             value = value[part]
@@ -82,13 +74,20 @@ def _leaves(name: str, value: Any) -> dict[str, Any]:
 
 def upstream_of(config: Config, stage: str) -> str | None:
     """The file in the run's folder that holds what a stage starts from; None for nothing."""
-    if stage == "fine" and ("coarse" in config.stages or config.from_run is not None):
-        return COARSE
+    before = STAGES[stage].follows
+    if before is not None and (before in config.stages or config.from_run is not None):
+        return checkpoint_of(before)
     if stage != config.stages[0]:
         return None
     if config.init_mesh is not None:
         return GIVEN
-    return EDITED if stage == "coarse" and config.from_run is not None else None
+    return EDITED if "run" in STAGES[stage].begins_with and config.from_run is not None else None
+
+
+def refined(config: Config, stage: str) -> str | None:
+    """The stage whose checkpoint, of this run or another, a stage goes on from; None for one that has another start."""
+    before = STAGES[stage].follows
+    return before if before is not None and upstream_of(config, stage) == checkpoint_of(before) else None
 
 
 def lineage(folder: Path, config: Config, stage: str) -> dict[str, Any]:
@@ -102,7 +101,7 @@ def _upstream(folder: Path, config: Config, stage: str) -> dict[str, Any] | None
         return None
     if not (folder / file).is_file():
         raise UserError(f"{folder / file} is gone", f"{stage} was started from it", afresh(folder, config))
-    remade = file == COARSE and "coarse" in config.stages
+    remade = refined(config, stage) in config.stages
     return {"file": file, "crc32": read_meta(folder / file, None if remade else afresh(folder, config))["crc32"]}
 
 
@@ -119,8 +118,8 @@ def remedy(folder: Path, config: Config, stage: str) -> str | None:
 
 def check_run(folder: Path, config: Config) -> None:
     """Refuse, before any work, to go on with checkpoints that the configuration does not go with. Raises: UserError."""
-    first = [] if "coarse" in config.stages else ["coarse"]  # the copy of another run's
-    for stage in [*first, *config.stages]:
+    copy = refined(config, config.stages[0])  # of another run's stage
+    for stage in [*([] if copy is None else [copy]), *config.stages]:
         path = folder / stage / CHECKPOINT
         if not path.is_file():
             continue
@@ -129,8 +128,8 @@ def check_run(folder: Path, config: Config) -> None:
         check_settings(path, meta.get("settings", {}), config, stage, back)
         if stage not in config.stages:
             continue
-        own_coarse = upstream_of(config, stage) == COARSE and "coarse" in config.stages
-        if not own_coarse or _coarse_stands(folder, config, path):
+        before = refined(config, stage)
+        if before not in config.stages or _stands(folder, config, before, path):
             check_upstream(folder, config, stage, meta)
 
 
@@ -153,22 +152,23 @@ def check_settings(path: Path, made: dict[str, Any], config: Config, stage: str,
     )
 
 
-def _coarse_stands(folder: Path, config: Config, later: Path) -> bool:
-    """Whether the coarse stage that `later` goes on from is there; if not, it is being made again and compared then.
+def _stands(folder: Path, config: Config, before: str, later: Path) -> bool:
+    """Whether the stage that `later` goes on from is there; if not, it is being made again and compared then.
 
-    Raises: UserError for more coarse steps: the later stage would go on from an object that it never saw.
+    Raises: UserError for more of its steps: the later stage would go on from an object that it never saw.
     """
-    if not (folder / COARSE).is_file():
+    path = folder / checkpoint_of(before)
+    if not path.is_file():
         return False
-    meta = read_meta(folder / COARSE)
+    meta, steps = read_meta(path), getattr(config, before).steps
     if meta["step"] < meta["steps"]:
         return False
-    if config.coarse.steps > meta["step"]:
+    if steps > meta["step"]:
         raise UserError(
-            f"coarse.steps = {config.coarse.steps}, and {later} goes on from the object of {meta['step']} steps",
+            f"{before}.steps = {steps}, and {later} goes on from the object of {meta['step']} steps",
             "more steps would change that object under it",
-            f"set coarse.steps={meta['step']} again in {folder / 'config.yaml'}, or remove {later}: "
-            "its stage then begins anew after all the coarse steps",
+            f"set {before}.steps={meta['step']} again in {folder / 'config.yaml'}, or remove {later}: "
+            f"its stage then begins anew after all the {before} steps",
         )
     return True
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import __version__
-from pipeline.export.files import write_whole
+from pipeline.output.files import write_whole
 from pipeline.runs.checkpoint import read_json
 from pipeline.runs.process import git_revision, peak_gpu_memory_mb, peak_memory_mb, version_of
 

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from pipeline.config.model import STAGES
 from pipeline.errors import Interrupted
-from pipeline.export.files import write_whole
-from pipeline.export.surface import png_bytes
+from pipeline.output.files import write_whole
+from pipeline.output.surface import png_bytes
 from pipeline.priors.memory import forecast
 from pipeline.priors.sources import build_guidance
 from pipeline.runs import stages
@@ -24,12 +24,14 @@ from pipeline.runs.checkpoint import CHECKPOINT, load_checkpoint, save_checkpoin
 from pipeline.runs.interrupt import StopRequest
 from pipeline.runs.lineage import check_upstream, lineage
 from stages.errors import UserError
+from stages.kinds import STAGES
 from stages.phases import phase
 
 if TYPE_CHECKING:
     import torch
 
     from pipeline.config.model import Config
+    from pipeline.runs.caller import Caller
     from pipeline.runs.log import Metrics, Record
     from pipeline.runs.progress import Progress
     from stages.stage import Asset, Stage
@@ -41,6 +43,7 @@ class Host(Protocol):
     folder: Path
     config: Config
     device: torch.device
+    caller: Caller
     progress: Progress
     record: Record
     metrics: Metrics
@@ -59,6 +62,7 @@ class StageLoop:
         self._path = self._folder / CHECKPOINT
         self._writer = ThreadPoolExecutor(1, "preview")
         self._written: Future | None = None
+        self._leave: Callable[[], None] | None = None  # what leaves a caller's prior as it was
         self._phases: dict[str, float] = {}
         self._seconds = 0.0
 
@@ -74,12 +78,14 @@ class StageLoop:
         check_upstream(run.folder, run.config, name, meta)  # a stage before it may have been made again just now
         self._lineage = lineage(run.folder, run.config, name)
         self._phases, self._seconds = meta.get("phases", {}), meta.get("seconds", 0.0)
-        run.metrics.rewind(name, meta["step"], STAGES[STAGES.index(name) + 1 :])
+        run.metrics.rewind(name, meta["step"], tuple(STAGES)[tuple(STAGES).index(name) + 1 :])
         run.progress.note(f"{name}: loading the prior {getattr(run.config.prior, name)}")
         expected = forecast(run.config, name, run.device)
         if expected is not None:
             run.progress.note(f"{name}: {expected}")
-        guidance = self._timed("load_prior", lambda: build_guidance(run.config, name, run.device))
+        prior = run.caller.priors.get(name)
+        guidance = self._timed("load_prior", lambda: build_guidance(run.config, name, run.device, prior))
+        self._leave = getattr(guidance, "close", None) if prior is not None else None
         settings = getattr(run.config, name)
         make = partial(stages.make_stage, name, settings, guidance, run.device, run.config.seed, previous)
         stage = self._timed("construct", make)
@@ -106,6 +112,8 @@ class StageLoop:
                 stopping = self._stop.requested  # asked once: a signal between two looks must not skip the saving
                 if stopping or step % config.checkpoint_every == 0 or step == stage.steps:
                     self._save(stage)
+                if self._run.caller.on_step is not None:
+                    self._run.caller.on_step(self._name, step, dict(metrics))
                 if stopping:
                     raise Interrupted(f"stopped at {self._name} step {step} of {stage.steps}, which is saved")
             self._stop.gentle = False
@@ -168,5 +176,7 @@ class StageLoop:
     def close(self) -> None:
         """Leave with every preview and metric written."""
         self._stop.gentle = False
+        if self._leave is not None:
+            self._leave()
         self._writer.shutdown()
         self._run.metrics.flush()

@@ -16,15 +16,16 @@ from typing import TYPE_CHECKING, Any
 from pipeline.config.layers import dump
 from pipeline.config.model import Config, read_config
 from pipeline.errors import Interrupted
-from pipeline.export.files import write_whole
+from pipeline.output.files import write_whole
 from pipeline.priors.memory import explain_shortage
 from pipeline.priors.sources import check_priors, notices
 from pipeline.runs import stages
+from pipeline.runs.caller import Caller, deterministic
 from pipeline.runs.checkpoint import CHECKPOINT, load_checkpoint, read_meta
 from pipeline.runs.folder import Lock, check_disk, new_folder, open_folder
 from pipeline.runs.inputs import check_inputs, load_inputs
 from pipeline.runs.interrupt import StopRequest
-from pipeline.runs.lineage import COARSE, afresh, check_run, check_upstream, remedy, upstream_of
+from pipeline.runs.lineage import afresh, check_run, check_upstream, refined, remedy
 from pipeline.runs.log import Metrics, Record
 from pipeline.runs.loop import StageLoop
 from pipeline.runs.progress import Progress, duration
@@ -35,18 +36,30 @@ from stages.phases import phase
 if TYPE_CHECKING:
     import torch
 
+    from pipeline.output.result_mesh import ResultMesh
     from pipeline.profile.record import Profile
     from stages.stage import Asset, Stage
 
 
 def start_run(
-    config: Config, out: Path | None = None, progress: Progress | None = None, profile: Profile | None = None
+    config: Config,
+    out: Path | None = None,
+    progress: Progress | None = None,
+    profile: Profile | None = None,
+    caller: Caller | None = None,
 ) -> Path:
     """Begin a run in a new folder and take it to its files; returns the folder. A profile is written into it."""
-    progress = progress or Progress()
+    progress, caller = progress or Progress(), caller or Caller()
     device = choose_device(config.device)
+    with deterministic(device):
+        return _start(config, out, progress, profile, caller, device)
+
+
+def _start(
+    config: Config, out: Path | None, progress: Progress, profile: Profile | None, caller: Caller, device: torch.device
+) -> Path:
     resolve(config.kernels, device)  # refuses what is not there
-    check_priors(config)
+    check_priors(config, None, caller.priors)
     inputs = check_inputs(config)
     folder = new_folder(out, config.prompt, config.seed)
     progress.note(f"run folder {folder}" + (f"; {inputs.note}" if inputs.note else ""))
@@ -56,14 +69,14 @@ def start_run(
         inputs.write(folder)
         write_whole(folder / "config.yaml", dump(config).encode())
         with profile.of_run(folder, config, device, progress.note) if profile else contextlib.nullcontext():
-            Run(folder, config, device, progress).go()
+            Run(folder, config, device, progress, caller).go()
     return folder
 
 
-def resume_run(folder: Path, progress: Progress | None = None) -> None:
+def resume_run(folder: Path, progress: Progress | None = None, caller: Caller | None = None) -> None:
     """Go on with a run from its last checkpoint, or say that it is finished."""
-    progress = progress or Progress()
-    config = read_config(open_folder(folder))
+    progress, caller = progress or Progress(), caller or Caller()
+    config = read_run(folder)
     check_disk(folder)
     with Lock(folder):
         record = Record(folder)
@@ -75,20 +88,32 @@ def resume_run(folder: Path, progress: Progress | None = None) -> None:
         if whole and all(_finished(folder, config, name) for name in config.stages):
             progress.note(f"{folder} is finished: {', '.join(record.data['outputs'])}")
             return
-        run = Run(folder, config, choose_device(config.device), progress)
-        check_priors(config, [name for name in config.stages if not run.finished(name)])
-        progress.note(f"resuming {folder}")
-        run.go()
+        device = choose_device(config.device)
+        with deterministic(device):
+            run = Run(folder, config, device, progress, caller)
+            check_priors(config, [name for name in config.stages if not run.finished(name)], caller.priors)
+            progress.note(f"resuming {folder}")
+            run.go()
 
 
-def export_run(folder: Path, formats: str, out: Path | None = None, progress: Progress | None = None) -> None:
-    """Write the result of a finished run in the named formats, comma separated, without optimising."""
-    from pipeline.export.asset import finished_mesh, in_own_place
-    from pipeline.export.write import check_formats, existing_files, write_formats
+def read_run(folder: Path) -> Config:
+    """The configuration of a run. Raises: UserError where the folder holds none."""
+    return read_config(open_folder(folder))
+
+
+def export_run(
+    folder: Path,
+    formats: str,
+    out: Path | None = None,
+    progress: Progress | None = None,
+    caller: Caller | None = None,
+) -> list[Path]:
+    """Write the result of a finished run in the named formats, comma separated; returns the files."""
+    from pipeline.output.write import check_formats, existing_files, write_formats
 
     progress = progress or Progress()
     names = check_formats(formats)
-    config = read_config(open_folder(folder))
+    config = read_run(folder)
     check_run(folder, config)
     own = out is None or out.resolve() == folder.resolve()
     target = folder if own else out
@@ -97,12 +122,34 @@ def export_run(folder: Path, formats: str, out: Path | None = None, progress: Pr
     check_disk(target)
     target.mkdir(parents=True, exist_ok=True)
     with Lock(folder) if own else contextlib.nullcontext():  # a run that is only read may lie on a disk that is, too
-        run = Run(folder, config, choose_device(config.device), progress)
-        with selected(run.kernels), progress.announce_compilation():
-            asset = run.restore(config.stages[-1])
-            mesh = finished_mesh(asset, config.export, config.fine.initialise, {})
-        for path in write_formats(in_own_place(mesh, asset), target, names):
-            progress.note(f"wrote {path}")
+        mesh = remake_mesh(folder, progress)
+        paths = write_formats(mesh.data, target, names)
+    for path in paths:
+        progress.note(f"wrote {path}")
+    if caller is not None:
+        caller.mesh = mesh
+    return paths
+
+
+def remake_mesh(folder: Path, progress: Progress | None = None) -> ResultMesh:
+    """The mesh of a finished run, made again from its checkpoints to the same bytes, without any prior.
+
+    progress: None says nothing. Raises: UserError for a run that is not finished.
+    """
+    from rich.console import Console
+
+    from pipeline.output.asset import finished_mesh, in_own_place
+    from pipeline.output.result_mesh import ResultMesh
+
+    progress = progress or Progress(Console(quiet=True))
+    config = read_run(folder)
+    check_run(folder, config)
+    device = choose_device(config.device)
+    run = Run(folder, config, device, progress, Caller())
+    with deterministic(device), selected(run.kernels), progress.announce_compilation():
+        asset = run.restore(config.stages[-1])
+        mesh = finished_mesh(asset, config.export, config.fine.initialise, {})
+    return ResultMesh(in_own_place(mesh, asset), mesh)
 
 
 def choose_device(name: str) -> torch.device:
@@ -119,8 +166,8 @@ def choose_device(name: str) -> torch.device:
 class Run:
     """One process's work in a run folder, whose lock it holds."""
 
-    def __init__(self, folder: Path, config: Config, device: torch.device, progress: Progress) -> None:
-        self.folder, self.config, self.device, self.progress = folder, config, device, progress
+    def __init__(self, folder: Path, config: Config, device: torch.device, progress: Progress, caller: Caller) -> None:
+        self.folder, self.config, self.device, self.progress, self.caller = folder, config, device, progress, caller
         self.record, self.metrics = Record(folder), Metrics(folder)
         self.kernels = resolve(config.kernels, device)
         self._stuck = False  # a stage took all its steps and made nothing to hand on: resuming would end there again
@@ -131,7 +178,6 @@ class Run:
         self.record.open_session(_describe(self.device), dict(self.kernels.backends), **facts)
         for notice in self.kernels.notices:
             self.progress.note(notice)
-        _be_deterministic()
         stop = StopRequest(self.progress.note)
         try:
             with stop, selected(self.kernels), self.progress.announce_compilation():
@@ -165,8 +211,9 @@ class Run:
 
     def _before(self, name: str) -> Asset | None:
         """What a stage of this run starts from; None for nothing."""
-        if upstream_of(self.config, name) == COARSE:
-            return self.restore("coarse")
+        before = refined(self.config, name)
+        if before is not None:
+            return self.restore(before)
         return load_inputs(self.folder, self.config, self.device) if name == self.config.stages[0] else None
 
     def restore(self, name: str) -> Asset:
@@ -208,10 +255,12 @@ class Run:
     def _ways_on(self, name: str, fix: str) -> Iterator[str]:
         config = self.folder / "config.yaml"
         if name not in self.config.stages:
-            yield f"its coarse stage is that of {self.config.from_run}: make another run and give that to --from"
+            yield f"its {name} stage is that of {self.config.from_run}: make another run and give that to --from"
             return
-        if upstream_of(self.config, name) == COARSE:
-            yield f"from the same coarse object: pipeline run --stages fine --from {self.folder} KEY=VALUE --out FOLDER"
+        before = refined(self.config, name)
+        if before is not None:
+            again = f"pipeline run --stages {name} --from {self.folder} KEY=VALUE --out FOLDER"
+            yield f"from the same {before} object: {again}"
         else:
             yield f"anew, with other settings: pipeline run --config {config} KEY=VALUE --out FOLDER"
         if f"{name}.steps" in fix:
@@ -230,8 +279,9 @@ class Run:
             loop.close()
 
     def _export(self, asset: Asset) -> None:
-        from pipeline.export.asset import finished_mesh, in_own_place
-        from pipeline.export.write import write_results
+        from pipeline.output.asset import finished_mesh, in_own_place
+        from pipeline.output.result_mesh import ResultMesh
+        from pipeline.output.write import write_results
 
         facts: dict[str, Any] = {"phases": {}}
         self.progress.note("export: cleaning, unwrapping, baking, turning")
@@ -239,7 +289,9 @@ class Run:
         with phase("export"):
             mesh = finished_mesh(asset, self.config.export, self.config.fine.initialise, facts)
             with phase("write", written):
-                paths = write_results(mesh, self.folder, self.config.export, in_own_place(mesh, asset))
+                result = ResultMesh(in_own_place(mesh, asset), mesh)
+                paths = write_results(mesh, self.folder, self.config.export, result.data)
+        self.caller.mesh = result
         facts["phases"]["write"] = round(written["write"], 3)
         files = [path.name for path in paths]
         self.record.save(export=facts, outputs=files, exported_with=_export_settings(self.config))
@@ -267,14 +319,6 @@ def _finished(folder: Path, config: Config, name: str) -> bool:
 def _export_settings(config: Config) -> dict[str, Any]:
     """What a run's files are made with, JSON-ready; where these have changed, resume makes the files anew."""
     return config.export.model_dump(mode="json")
-
-
-def _be_deterministic() -> None:
-    """Same seed, same device, same bytes: ask torch for its deterministic kernels where it has a choice."""
-    import torch
-
-    torch.set_deterministic_debug_mode("warn")  # use_deterministic_algorithms loads torch's compiler for it, 1.2 s
-    torch.utils.deterministic.fill_uninitialized_memory = False  # costs time and hides nothing here
 
 
 def _describe(device: torch.device) -> dict[str, Any]:

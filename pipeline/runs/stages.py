@@ -13,13 +13,12 @@ if TYPE_CHECKING:
 def make_stage(
     name: str, settings: Any, guidance: Any, device: torch.device, seed: int, previous: Asset | None
 ) -> Stage:
-    """The stage of that name. Weights drawn from torch's global generator are fixed by the seed as well."""
+    """The stage of that name. Weights drawn from torch's global generators are fixed by the seed as well."""
     import torch
 
-    from stages.clip_mesh import ClipMeshStage
-    from stages.fine import FineStage
-    from stages.particles import make_coarse
+    from stages.kinds import STAGES
 
-    torch.manual_seed(seed)
-    makers = {"coarse": make_coarse, "fine": FineStage, "clipmesh": ClipMeshStage}
-    return makers[name](settings, guidance, device, seed, previous)
+    torch.default_generator.manual_seed(seed)  # manual_seed would reach for the GPU's on a CPU's run as well
+    if torch.device(device).type == "cuda":
+        torch.cuda.manual_seed(seed)
+    return STAGES[name].make(settings, guidance, device, seed, previous)

@@ -58,18 +58,18 @@ class ViewConditions:
 
 
 class Conditions:
-    """All texts of a run, embedded at once; the prior's text encoder is released after.
+    """All texts of a run, embedded at once; the prior's text encoder is released after, unless it is to be kept.
 
     Raises: UserError from the prior for a text that its encoder would cut.
     """
 
-    def __init__(self, prior: Prior, prompts: ViewPrompts) -> None:
+    def __init__(self, prior: Prior, prompts: ViewPrompts, *, release_text: bool = True) -> None:
         self.prompts = prompts
         texts = list(dict.fromkeys([*prompts.all_texts(), ""]))
         self._index = {text: i for i, text in enumerate(texts)}
         self._embeddings: Any = prior.embed(texts)
         release = getattr(prior, "release_text_encoder", None)
-        if release is not None:
+        if release is not None and release_text:
             release()
 
     def _rows(self, texts: list[str]) -> Tensor:

@@ -50,17 +50,24 @@ class Guidance:
     """A prior asked under the prompts of the views, with all its randomness in one generator.
 
     Args:
-        prior: any :class:`stages.guidance.prior.Prior`; prompts are embedded here and its text encoder released.
+        prior: any :class:`stages.guidance.prior.Prior`; prompts are embedded here.
         settings: rule, schedule and weights. prompts: the words by view. generator: a CPU generator of its own.
+        release_text: whether the prior's text encoder is released after, for a prior that nobody asks again.
     """
 
     def __init__(
-        self, prior: Prior, settings: GuidanceSettings, prompts: ViewPrompts, generator: torch.Generator
+        self,
+        prior: Prior,
+        settings: GuidanceSettings,
+        prompts: ViewPrompts,
+        generator: torch.Generator,
+        *,
+        release_text: bool = True,
     ) -> None:
         self.prior, self.settings, self.prompts, self.generator = prior, settings, prompts, generator
         check_fit(prior, settings, prompts)
         self._data_range = data_range(prior, settings)
-        self._conditions = Conditions(prior, prompts)
+        self._conditions = Conditions(prior, prompts, release_text=release_text)
         self._score = (
             RenderScore(prior, settings.rule, generator) if "trainable" in RULES[settings.rule.name].needs else None
         )
@@ -156,6 +163,11 @@ class Guidance:
         u = stratified(batch, self.generator)
         fraction = TIMESTEPS[s.timesteps](progress, low, high, u, self.prior.alphas_cumprod)
         return to_index(fraction, low, high, steps), (low, high)
+
+    def close(self) -> None:
+        """Leave the prior as it was before: vsd's changes of its network are taken out."""
+        if self._score is not None:
+            self._score.detach()
 
     def state_dict(self) -> dict[str, Tensor]:
         """All that makes a resumed guidance equal to an uninterrupted one: the generator, and vsd's score."""

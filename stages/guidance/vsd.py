@@ -58,6 +58,7 @@ class RenderScore:
         self.prior, self.settings, self.device = prior, settings, prior.device
         self._camera: Tensor | None = None  # of the samples that a running call has not seen yet
         self._active = False
+        self._hooks: list[Any] = []  # in the prior's network, where it is not a copy
         self.parameters: dict[str, nn.Parameter] = {}
         if settings.model == "copy":
             self.unet = copy.deepcopy(prior.unet).eval().requires_grad_(True)
@@ -84,7 +85,7 @@ class RenderScore:
                 return None
             return output + F.linear(F.linear(inputs[0].float(), down), up).to(output.dtype)
 
-        layer.register_forward_hook(hook)
+        self._hooks.append(layer.register_forward_hook(hook))
 
     def _add_camera(self, generator: torch.Generator) -> None:
         time, width = time_module(self.unet)
@@ -97,7 +98,13 @@ class RenderScore:
             camera, self._camera = self._camera.tensor_split([output.shape[0]])  # a prior may split the batch
             return output + F.linear(F.silu(F.linear(camera, inner)), outer).to(output.dtype)
 
-        time.register_forward_hook(hook)
+        self._hooks.append(time.register_forward_hook(hook))
+
+    def detach(self) -> None:
+        """Take the score out of the prior's network, which is then as it was; the score predicts nothing any more."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
 
     def noise(
         self, z_t: Tensor, t: Tensor, embedding: Tensor, camera: Tensor, context: ViewContext | None = None

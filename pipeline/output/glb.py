@@ -14,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.export.files import write_whole
-from pipeline.export.surface import GENERATOR, encloses, png_bytes, split_seams, tangents, textured
+from pipeline.output.files import write_whole
+from pipeline.output.surface import GENERATOR, encloses, png_bytes, split_seams, tangents, textured
 from stages.mesh.mesh import Mesh
 
 FLOAT, USHORT, UINT = 5126, 5123, 5125

@@ -7,11 +7,11 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.export.glb import write_glb
-from pipeline.export.obj import write_obj
-from pipeline.export.ply import write_ply
-from pipeline.export.settings import ExportSettings
-from pipeline.export.stl import write_stl
+from pipeline.output.glb import write_glb
+from pipeline.output.obj import write_obj
+from pipeline.output.ply import write_ply
+from pipeline.output.settings import ExportSettings
+from pipeline.output.stl import write_stl
 from stages.errors import UserError
 from stages.mesh.mesh import Mesh
 
@@ -44,6 +44,25 @@ def write_formats(mesh: Mesh, folder: str | Path, names: Sequence[str], *, stem:
     return [path for name in names for path in FORMATS[name](mesh, Path(folder) / f"{stem}.{name}")]
 
 
+def write_mesh(mesh: Mesh, path: str | Path) -> list[Path]:
+    """Write a mesh to one file whose suffix names the format.
+
+    Args:
+        mesh: with faces. path: ends in .glb, .obj, .ply or .stl.
+    Returns: all files written, side files included.
+    Raises: UserError for another suffix, a damaged mesh, or a failed write.
+
+    Example:
+        >>> write_mesh(mesh, "mug.glb")
+    """
+    path = Path(path)
+    name = path.suffix.lower().removeprefix(".")
+    if name not in FORMATS:
+        known = ", ".join(f".{name}" for name in FORMATS)
+        raise UserError(f"cannot write {path}", f"its suffix names no format: {known} do", "choose one of these")
+    return FORMATS[name](mesh, path)
+
+
 def existing_files(folder: Path, names: Sequence[str], *, stem: str = "mesh") -> list[str]:
     """The files already in the folder that writing these formats might replace, by name."""
     ends = [end for name in names for end in (f".{name}", *BESIDE.get(name, ()))]
@@ -59,7 +78,7 @@ def write_results(mesh: Mesh, folder: str | Path, settings: ExportSettings, plac
     """
     paths = write_formats(mesh if placed is None else placed, folder, settings.formats)
     if settings.turntable_frames:
-        from pipeline.export.video import turntable
+        from pipeline.output.video import turntable
 
         shape = {"frames": settings.turntable_frames, "size": settings.turntable_size}
         paths.append(turntable(mesh, Path(folder) / "turntable.webp", **shape))

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.export.files import write_whole
-from pipeline.export.surface import GENERATOR, png_bytes, textured
+from pipeline.output.files import write_whole
+from pipeline.output.surface import GENERATOR, png_bytes, textured
 from stages.kernels.srgb import linear_to_srgb
 from stages.mesh.clean import check_mesh
 from stages.mesh.mesh import Mesh

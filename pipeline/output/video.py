@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.export.files import write_whole
-from pipeline.export.surface import srgb_bytes, textured
+from pipeline.output.files import write_whole
+from pipeline.output.surface import srgb_bytes, textured
 from stages.cameras import Views, orbit_views, to_clip
 from stages.errors import UserError
 from stages.kernels.raster import interpolate, rasterise, texture, vertex_normals
@@ -109,14 +109,32 @@ def turntable(
     writers = {".webp": _write_animation, ".gif": _write_animation, ".mp4": _write_mp4}
     if path.suffix.lower() not in writers:
         raise UserError(f"Cannot write {path.name}", "the suffix names no video format", "use .webp, .gif or .mp4")
-    check_mesh(mesh)
-    # Scaled to the unit sphere, so that the whole turn fits the picture, with a margin of 5 %, at any size.
-    radius = float(np.linalg.norm(mesh.vertices[np.unique(mesh.faces)], axis=1).max())
-    mesh = replace(mesh, vertices=(mesh.vertices / radius).astype(np.float32))
+    mesh, radius = _fitted(mesh)
     field = None if albedo is None else lambda points: albedo(points * radius)
-    distance = 1.05 / math.sin(math.radians(FOV_DEG / 2))
-    views = orbit_views(torch.arange(frames) * (360 / frames), elevation_deg, distance, FOV_DEG)
+    views = _orbit(torch.arange(frames) * (360 / frames), elevation_deg)
     return writers[path.suffix.lower()](render_frames(mesh, views, size, albedo=field), path)
+
+
+def portrait(mesh: Mesh, size: int = 384, azimuth_deg: float = 20.0, elevation_deg: float = 20.0) -> np.ndarray:
+    """One picture of the turn, uint8 sRGB [size, size, 3].
+
+    Args:
+        mesh: about the origin, of any size. size: pixels a side. azimuth_deg, elevation_deg: of the camera.
+    """
+    (picture,) = render_frames(_fitted(mesh)[0], _orbit([azimuth_deg], elevation_deg), size)
+    return picture
+
+
+def _fitted(mesh: Mesh) -> tuple[Mesh, float]:
+    """The mesh scaled to the unit sphere, so that the whole turn fits the picture at any size, and its radius."""
+    check_mesh(mesh)
+    radius = float(np.linalg.norm(mesh.vertices[np.unique(mesh.faces)], axis=1).max())
+    return replace(mesh, vertices=(mesh.vertices / radius).astype(np.float32)), radius
+
+
+def _orbit(azimuth_deg: Tensor | list[float], elevation_deg: float) -> Views:
+    """Cameras that see the unit sphere with a margin of 5 %."""
+    return orbit_views(azimuth_deg, elevation_deg, 1.05 / math.sin(math.radians(FOV_DEG / 2)), FOV_DEG)
 
 
 def _write_animation(pictures: Iterator[np.ndarray], path: Path) -> Path:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline.export.settings import ExportSettings
+from pipeline.output.settings import ExportSettings
 from stages.errors import UserError
 from stages.mesh.mesh import Mesh
 from stages.mesh.place import SPECK

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.export.files import write_whole
-from pipeline.export.surface import GENERATOR, srgb_bytes, vertex_colours
+from pipeline.output.files import write_whole
+from pipeline.output.surface import GENERATOR, srgb_bytes, vertex_colours
 from stages.mesh.clean import check_mesh
 from stages.mesh.mesh import Mesh
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.export.files import write_whole
-from pipeline.export.surface import GENERATOR
+from pipeline.output.files import write_whole
+from pipeline.output.surface import GENERATOR
 from stages.mesh.clean import check_mesh
 from stages.mesh.mesh import Mesh
 

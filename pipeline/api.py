@@ -1,0 +1,245 @@
+"""The public calls: a sentence in, a result out; the `pipeline` command makes the same ones.
+
+Nothing of the calling process is changed for good: torch's random stream and deterministic mode, signal handlers,
+environment and numba's settings are afterwards as they were, however a call ends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.config.model import Config, load_config
+from pipeline.priors.objects import check_protocol, is_object_source, source_of
+from pipeline.runs import run
+from pipeline.runs.caller import Caller
+from pipeline.runs.progress import Progress
+from pipeline.runs.result import Result
+from stages.errors import UserError
+from stages.kinds import STAGES
+
+if TYPE_CHECKING:
+    import torch
+
+    from pipeline.profile.record import Profile
+    from stages.guidance.diffusion.settings import DiffusionSettings
+    from stages.guidance.prior import Prior
+
+OnStep = Callable[[str, int, dict[str, float]], object]
+
+
+def generate(
+    prompt: str | None = None,
+    *,
+    seed: int | None = None,
+    out: str | Path | None = None,
+    stages: str | Sequence[str] | None = None,
+    config: str | Path | Sequence[str | Path] | Config | None = None,
+    settings: Mapping[str, Any] | None = None,
+    prior: str | Prior | Mapping[str, str | Prior] | None = None,
+    device: str | None = None,
+    from_run: str | Path | None = None,
+    init_mesh: str | Path | None = None,
+    force: bool | None = None,
+    on_step: OnStep | None = None,
+    quiet: bool = False,
+    profile: Profile | None = None,
+) -> Result:
+    """Make a textured mesh from a sentence, in a run folder that can be resumed at any moment.
+
+    What is None is left to `config`, and then to the defaults.
+
+    Args:
+        prompt: what to make, in words.
+        seed: 0 to 2**31 - 1; the same seed on the same device gives the same bytes.
+        out: folder of the run, which must be new or empty; None: runs/<prompt>-<seed>.
+        stages: names in their order, `("coarse", "fine")` or `"coarse,fine"`.
+        config: a recipe's name, a YAML file, several of these (later ones over earlier ones), or a whole Config.
+        settings: values by key over those of `config`, {"coarse.steps": 100}; `pipeline settings` lists the keys.
+        prior: what every stage listens to, or a mapping from stages to it. A source as in `prior.coarse` ("pocket",
+            "reference", a diffusers folder, a hub id, "clip:FOLDER"), or an object that meets the protocol
+            stages.guidance.prior.Prior, used as it is and changed in nothing. The run's record holds the object's
+            name; to resume the run, hand it in again.
+        device: "auto", "cpu" or "cuda".
+        from_run: folder of a run whose coarse stage is refined, or with a new prompt edited.
+        init_mesh: GLB, OBJ, PLY or STL file that the fine or the clipmesh stage starts from.
+        force: whether to run a prompt whose words the prior does not know.
+        on_step: called after each step with the stage's name, the step from 1 and the step's metrics; what it raises
+            ends the run, which can be resumed.
+        quiet: whether to print nothing; warnings of the logging module still come.
+        profile: a listening pipeline.profile.record.Profile, written into the folder.
+    Returns: the finished run: its mesh, files, metrics and previews.
+    Raises: UserError for anything the caller can mend, before any work where it can be known then; Interrupted when
+        Ctrl-C stopped the run, with its state saved.
+
+    Example:
+        >>> result = generate("a red mug", seed=1, settings={"coarse.steps": 100})
+        >>> result.mesh.save("mug.glb")
+    """
+    options = {"prompt": prompt, "seed": seed, "stages": stages, "device": device, "from_run": from_run}
+    options |= {"init_mesh": init_mesh, "force": force}
+    arguments = {key: value for key, value in options.items() if value is not None}
+    whole = _config(config, settings or {}, arguments)
+    sources, priors = _priors(prior, whole)
+    if sources:
+        whole = _config(config, {**(settings or {}), **sources}, arguments)
+    caller = Caller(priors, on_step)
+    folder = run.start_run(whole, None if out is None else Path(out), _progress(quiet), profile, caller)
+    return Result(folder, caller.mesh)
+
+
+def resume(
+    folder: str | Path,
+    *,
+    prior: Prior | Mapping[str, Prior] | None = None,
+    on_step: OnStep | None = None,
+    quiet: bool = False,
+) -> Result:
+    """Continue an interrupted run from its last checkpoint; ends with the bytes of an uninterrupted one.
+
+    A run that is finished is left as it is.
+
+    Args:
+        folder: of the run.
+        prior: the prior object that the run was given, or a mapping from stages to such objects; None where it was
+            given none.
+        on_step: as for generate; steps that were taken before are not told again.
+        quiet: whether to print nothing.
+    Returns: the finished run.
+    Raises: UserError where the folder is no run, or a prior of its caller's own is missing; Interrupted on Ctrl-C.
+
+    Example:
+        >>> resume("runs/mug").files["glb"]
+    """
+    folder = Path(folder)
+    caller = Caller(_priors_again(prior, folder), on_step)
+    run.resume_run(folder, _progress(quiet), caller)
+    return Result(folder, caller.mesh)
+
+
+def export(
+    folder: str | Path,
+    formats: str | Sequence[str] = ("glb", "obj"),
+    out: str | Path | None = None,
+    *,
+    quiet: bool = False,
+) -> Result:
+    """Write the mesh of a finished run again, in other formats, without optimising; needs no prior.
+
+    Args:
+        folder: of the run.
+        formats: any of glb, obj, ply and stl; a sequence, or one text with commas.
+        out: folder to write to, which may hold no file of the same name; None: the run's own.
+        quiet: whether to print nothing.
+    Returns: the run, with the files written here as its `files`.
+    Raises: UserError for an unknown format, a run that is not finished, or files that would be written over.
+
+    Example:
+        >>> export("runs/mug", "stl,ply", out="printing").files["stl"]
+    """
+    folder, target = Path(folder), None if out is None else Path(out)
+    caller = Caller()
+    text = formats if isinstance(formats, str) else ",".join(formats)
+    paths = run.export_run(folder, text, target, _progress(quiet), caller)
+    return Result(folder, caller.mesh, paths)
+
+
+def load_prior(
+    source: str | Path = "pocket",
+    *,
+    stage: str = "coarse",
+    device: str | torch.device = "cpu",
+    mesh: str | Path | None = None,
+    settings: DiffusionSettings | None = None,
+) -> Prior:
+    """Load a diffusion prior that outlives a run: for `generate(prior=...)`, or to be asked directly.
+
+    Args:
+        source: "pocket", "reference" (the exact prior of `mesh`), a diffusers folder or a hub id.
+        stage: whose pocket prior is meant: "coarse" has 64 x 64 pixels, "fine" latents of 512 x 512 pixels.
+        device: where the networks live.
+        mesh: file that the reference prior knows.
+        settings: how a diffusers folder is loaded (precision, offloading, ...); None: the defaults.
+    Returns: a stages.guidance.prior.Prior, its text encoder kept.
+    Raises: UserError for anything missing, damaged or unsupported.
+
+    Example:
+        >>> prior = load_prior("pocket")
+        >>> mugs = [generate("a red mug", stages="coarse", seed=seed, prior=prior) for seed in range(3)]
+    """
+    if source == "reference":
+        from stages.guidance.exact import ReferenceSettings, load_reference
+
+        if mesh is None:
+            raise UserError(
+                "the reference prior has no mesh", "mesh is None", 'load_prior("reference", mesh="mug.glb")'
+            )
+        return load_reference(ReferenceSettings(mesh=str(mesh)))
+    from pipeline.priors.sources import pocket_folder
+    from stages.guidance.diffusion.prior import load_prior as load_folder
+
+    _check_stages([stage])
+    return load_folder(pocket_folder(stage) if source == "pocket" else source, device, settings=settings)
+
+
+def _config(
+    base: str | Path | Sequence[str | Path] | Config | None, settings: Mapping[str, Any], arguments: dict[str, Any]
+) -> Config:
+    if isinstance(base, Config) and not settings and not arguments:
+        return base
+    return load_config(base, settings, arguments)
+
+
+def _progress(quiet: bool) -> Progress:
+    if not quiet:
+        return Progress()
+    from rich.console import Console
+
+    return Progress(Console(quiet=True, force_terminal=False))
+
+
+def _priors(prior: str | Prior | Mapping[str, str | Prior] | None, config: Config) -> tuple[dict[str, str], dict]:
+    """What a caller gave as prior: the settings that say so, and the objects by stage."""
+    if prior is None:
+        return {}, {}
+    by_stage = dict(prior) if isinstance(prior, Mapping) else dict.fromkeys(config.stages, prior)
+    _check_stages(by_stage)
+    sources: dict[str, str] = {}
+    objects: dict[str, Prior] = {}
+    for stage, value in by_stage.items():
+        if isinstance(value, str | Path):
+            sources[f"prior.{stage}"] = str(value)
+            continue
+        check_protocol(stage, value)
+        objects[stage] = value
+        sources[f"prior.{stage}"] = source_of(value)
+    return sources, objects
+
+
+def _priors_again(prior: Prior | Mapping[str, Prior] | None, folder: Path) -> dict[str, Prior]:
+    """The objects by stage of a run that is resumed; one alone is for every stage that was given an object."""
+    if prior is None:
+        return {}
+    if isinstance(prior, Mapping):
+        _check_stages(prior)
+        objects = dict(prior)
+    else:
+        prior_settings = run.read_run(folder).prior
+        stages = [stage for stage in STAGES if is_object_source(getattr(prior_settings, stage))]
+        if not stages:
+            raise UserError(
+                f"a prior was handed in and {folder} listens to none",
+                f"its config.yaml names {', '.join(getattr(prior_settings, stage) for stage in STAGES)}",
+                "leave it out",
+            )
+        objects = dict.fromkeys(stages, prior)
+    for stage, value in objects.items():
+        check_protocol(stage, value)
+    return objects
+
+
+def _check_stages(names: Sequence[str] | Mapping[str, Any]) -> None:
+    unknown = [str(name) for name in names if name not in STAGES]
+    if unknown:
+        raise UserError(f"no stage is called {', '.join(unknown)}", f"stages: {', '.join(STAGES)}", "choose from these")

@@ -1,0 +1,105 @@
+"""What a run came to, read from its folder when it is asked for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pipeline.runs.folder import open_folder
+from stages.errors import UserError
+
+if TYPE_CHECKING:
+    from pipeline.config.model import Config
+    from pipeline.output.result_mesh import ResultMesh
+
+_KINDS = {"turntable.webp": "turntable", "turntable.mp4": "video"}  # of other files it is the suffix
+_ENDS = {"_normal.png": "normal_map", ".png": "texture"}
+
+
+class Result:
+    """A finished run.
+
+    Args:
+        folder: of the run.
+        mesh: where it is at hand; else it is made again from the checkpoints, in some seconds, to the same bytes.
+        paths: its files; None: those that the run's record names.
+    Raises: UserError where the folder holds no run.
+
+    Example:
+        >>> result = Result("runs/a-red-mug-0")
+        >>> result.files["glb"], result.seconds, result.metrics[-1]
+    """
+
+    def __init__(self, folder: str | Path, mesh: ResultMesh | None = None, paths: Sequence[Path] | None = None) -> None:
+        self.folder = open_folder(Path(folder))
+        self._mesh, self._paths = mesh, paths
+
+    def __repr__(self) -> str:
+        return f"Result({str(self.folder)!r}: {', '.join(self.files)})"
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """run.json: machine, versions, times, the export's report."""
+        return json.loads((self.folder / "run.json").read_text(encoding="utf-8"))
+
+    @property
+    def config(self) -> Config:
+        """Every setting of the run."""
+        from pipeline.config.model import read_config
+
+        return read_config(self.folder)
+
+    @property
+    def files(self) -> dict[str, Path]:
+        """The files by kind: glb, obj, mtl, texture, normal_map, ply, stl, turntable, video."""
+        paths = [self.folder / name for name in self.record.get("outputs", [])] if self._paths is None else self._paths
+        return {_kind(path): path for path in paths}
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        """A row for every step: stage, step (from 1), seconds, and the stage's own numbers."""
+        lines = (self.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        return [json.loads(line) for line in lines]
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of all stages and of the export, over all sessions."""
+        record = self.record
+        export = record.get("export", {}).get("phases", {})
+        return sum(facts["seconds"] for facts in record["stages"].values()) + sum(export.values())
+
+    @property
+    def mesh(self) -> ResultMesh:
+        """The textured mesh, as its files hold it."""
+        if self._mesh is None:
+            from pipeline.runs.run import remake_mesh
+
+            self._mesh = remake_mesh(self.folder)
+        return self._mesh
+
+    def preview(self, stage: str | None = None) -> np.ndarray:
+        """The last preview of a stage, uint8 sRGB [H, W, 3].
+
+        Args:
+            stage: its name; None: the last that has one.
+        Raises: UserError where there is none.
+        """
+        from PIL import Image
+
+        names = self.record["stages"] if stage is None else [stage]
+        pictures = [path for name in names for path in sorted((self.folder / name / "previews").glob("*.png"))]
+        if not pictures:
+            made = ", ".join(path.parent.name for path in sorted(self.folder.glob("*/previews"))) or "none"
+            what = f"{self.folder} has no preview" + (f" of {stage}" if stage else "")
+            raise UserError(what, f"stages with previews: {made}", "choose one of these")
+        with Image.open(pictures[-1]) as picture:
+            return np.asarray(picture.convert("RGB"))
+
+
+def _kind(path: Path) -> str:
+    by_end = next((kind for end, kind in _ENDS.items() if path.name.endswith(end)), path.suffix[1:])
+    return _KINDS.get(path.name, by_end)

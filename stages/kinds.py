@@ -1,0 +1,130 @@
+"""The one table of stages: what each is made by, set by, begun with and guided by. A new stage is a module and a line.
+
+    STAGES["points"] = StageKind(PointSettings, PointStage)
+
+is all that configuration, command line, runs, resuming and `pipeline doctor` need. Later stages stand behind the ones
+they follow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pydantic import BaseModel
+
+from stages.clip_mesh import ClipMeshSettings, ClipMeshStage
+from stages.coarse import CoarseSettings
+from stages.fine import FineSettings, FineStage
+from stages.guidance.settings import GuidanceSettings
+from stages.particles import make_coarse
+from stages.ramp import constant
+from stages.stage import Asset, Stage
+
+# What the run's first stage begins with: "nothing", a user's "mesh", or another "run".
+Recipe = Callable[[str, Mapping[str, Any]], str | None]
+
+
+def _default_recipe(start: str, settings: Mapping[str, Any]) -> str | None:
+    return None if start == "run" else "default"
+
+
+@dataclass(frozen=True)
+class StageKind:
+    """Everything that the rest of the toolkit knows of a stage.
+
+    settings: the pydantic model of its group in config.yaml; it has `steps`, `resolution` and `views_per_step`.
+    make: the stage from (settings, guidance, device, seed, previous asset); guidance is None where it only finishes.
+    guidance: its default guidance.
+    follows: the stage whose asset it takes; None for one that begins a run of its own.
+    begins_with: what it can begin a run with, of "nothing", "mesh" and "run"; of one that follows another "run" means
+        that other's asset, of one that does not its own, which is edited.
+    start: what it begins with where that is nothing, to complete "the run begins with ..., which starts from".
+    prior: its default source. prior_space: which pocket prior that is, a folder of stages/pocket/weights.
+    recipe: of a run that begins with it and names none, by what it begins with and the settings given for it; None
+        takes the other run's settings.
+    defining: settings, or groups of them, that its checkpoint depends on; their change is refused on resume.
+    """
+
+    settings: type[BaseModel]
+    make: Callable[[Any, Any, torch.device, int, Asset | None], Stage]
+    guidance: Callable[[], GuidanceSettings] = GuidanceSettings
+    follows: str | None = None
+    begins_with: frozenset[str] = frozenset({"nothing"})
+    start: str = "nothing"
+    prior: str = "pocket"
+    prior_space: str = "pixel"
+    recipe: Recipe = _default_recipe
+    defining: tuple[str, ...] = ()
+
+
+def _coarse_recipe(start: str, settings: Mapping[str, Any]) -> str | None:
+    return "edit" if start == "run" else "default"
+
+
+def _fine_recipe(start: str, settings: Mapping[str, Any]) -> str | None:
+    if start == "mesh":
+        return "texture" if settings.get("geometry") == "locked" else "default"
+    return None if start == "run" else "sphere"
+
+
+def _clipmesh_recipe(start: str, settings: Mapping[str, Any]) -> str | None:
+    return None if start == "run" else "clip-mesh"
+
+
+def _polishing() -> GuidanceSettings:
+    """A finished shape needs no large t: it would be made anew (Magic3D sec. 4.2)."""
+    return GuidanceSettings(t_max=constant(0.5))
+
+
+STAGES: dict[str, StageKind] = {
+    "coarse": StageKind(
+        CoarseSettings,
+        make_coarse,
+        begins_with=frozenset({"nothing", "run"}),
+        recipe=_coarse_recipe,
+        defining=("coarse.particles", "coarse.field", "coarse.background.hidden", "coarse.occupancy.resolution"),
+    ),
+    "fine": StageKind(  # fine.resolution, as clipmesh.resolution, is the renders' and may change
+        FineSettings,
+        FineStage,
+        guidance=_polishing,
+        follows="coarse",
+        begins_with=frozenset({"nothing", "mesh", "run"}),
+        start="a sphere, a mesh or a coarse stage",
+        prior_space="latent",
+        recipe=_fine_recipe,
+        defining=(
+            *("fine.geometry", "fine.tets", "fine.deformation", "fine.field", "fine.detail"),
+            *("fine.initialise", "fine.sphere", "fine.solidify", "fine.fit", "place"),
+        ),
+    ),
+    "clipmesh": StageKind(
+        ClipMeshSettings,
+        ClipMeshStage,
+        begins_with=frozenset({"nothing", "mesh"}),
+        start="a sphere or a mesh",
+        prior="clip:pocket",
+        recipe=_clipmesh_recipe,
+        defining=(
+            *("clipmesh.radius", "clipmesh.control", "clipmesh.control_faces", "clipmesh.subdivisions"),
+            *("clipmesh.texture_size", "clipmesh.padding", "clipmesh.unwrap", "place"),
+        ),
+    ),
+}
+
+
+def chains() -> list[list[str]]:
+    """The orders that stages can be run in, each from a stage that follows none."""
+    orders = [[name] for name, kind in STAGES.items() if kind.follows is None]
+    for chain in orders:
+        while (after := next((name for name, kind in STAGES.items() if kind.follows == chain[-1]), None)) is not None:
+            chain.append(after)
+    return orders
+
+
+def beginners(start: str) -> list[str]:
+    """The stages that can begin a run with "nothing", a "mesh" or another "run"."""
+    return [name for name, kind in STAGES.items() if start in kind.begins_with]
