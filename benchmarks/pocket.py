@@ -30,6 +30,7 @@ from stages.guidance.clip import ClipScorer
 from stages.guidance.prior import ViewContext
 from stages.guidance.rules import ddim_step, guided
 from stages.pocket import world
+from stages.pocket.build import build
 
 WEIGHTS = Path(world.__file__).parent / "weights"
 CANDIDATES, SCALE, STEPS, SEED = 100, 4.0, 50, 0
@@ -92,7 +93,7 @@ def judge_truth(
         embedded, truth = scorer.embed_texts(texts), metrics.truth_of(captions, texts, bare)
         each, together, missed = [], [], []
         for caption, own in zip(captions, truth, strict=True):
-            images, _ = shoot(Subject.of(world.build(world.parse(caption))), cameras, SIZE, shading)
+            images, _ = shoot(Subject.of(build(world.parse(caption))), cameras, SIZE, shading)
             seen = scorer.embed_images(images)
             each.append(metrics.hits(seen @ embedded.T, [own] * views))
             together.append(metrics.hits(metrics.mean_embedding(seen)[None] @ embedded.T, [own]))

@@ -20,6 +20,7 @@ from benchmarks.quality.geometry import (
 )
 from stages.mesh.mesh import Mesh
 from stages.pocket import world
+from stages.pocket.build import build
 
 
 def of(part: trimesh.Trimesh) -> Mesh:
@@ -104,7 +105,7 @@ def test_f_score_of_half_a_match():
 
 @pytest.mark.parametrize("yaw", [0.0, 40.0, 133.0, -90.0])
 def test_a_turned_scaled_and_moved_copy_keeps_its_distance(yaw):
-    truth = world.build(world.parse("a red teapot"))
+    truth = build(world.parse("a red teapot"))
     here = compare(truth, truth, points=2000)
     moved = compare(turned(truth, yaw, 0.8, (0.1, -0.2, 0.05)), truth, points=2000)
     assert moved["chamfer"] == pytest.approx(here["chamfer"], abs=0.001)
@@ -115,7 +116,7 @@ def test_a_turned_scaled_and_moved_copy_keeps_its_distance(yaw):
 
 
 def test_truth_is_better_than_another_object_in_every_number():
-    truth, other = world.build(world.parse("a red chair")), world.build(world.parse("a red teapot"))
+    truth, other = build(world.parse("a red chair")), build(world.parse("a red teapot"))
     best, worse = compare(truth, truth, points=2000), compare(other, truth, points=2000)
     assert worse["chamfer"] > 4 * best["chamfer"]
     assert all(worse[k] < best[k] - 0.1 for k in ("normal_consistency", "f_score", "volume_iou"))

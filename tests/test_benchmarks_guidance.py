@@ -16,6 +16,7 @@ from benchmarks.quality.systems import cures, random_blob
 from benchmarks.quality.view_classifier import ViewClassifier, away_from_front, janus_views, load_or_train
 from stages.mesh.mesh import Mesh
 from stages.pocket import world
+from stages.pocket.build import build
 from tests.tiny_clip import pocket_like
 
 
@@ -53,7 +54,7 @@ class Fixed:
 
 
 def test_janus_views_are_counted_behind_and_only_where_the_truth_shows_no_front():
-    subject = Subject.of(world.build(world.Spec("cube", "red")))
+    subject = Subject.of(build(world.Spec("cube", "red")))
     # azimuths 0, 15, ..., 345: behind are 105 ... 255, places 7 to 17, eleven of them
     asset, truth = [True] * 24, [False] * 24
     assert janus_views(Fixed(asset, truth), subject, subject) == {"fronts": 11, "views": 11, "share": 1.0}
@@ -71,7 +72,7 @@ def robots(tmp_path_factory):
 def test_classifier_tells_fronts_of_unseen_meshes_and_sees_the_second_face(robots):
     classifier, _ = robots
     assert classifier.accuracy > 0.95 and classifier.false_fronts < 0.05
-    mesh = world.build(world.Spec("robot", "red"))
+    mesh = build(world.Spec("robot", "red"))
     front = (mesh.vertices[:, 2] > 0)[mesh.faces].all(1)
     behind = (mesh.faces[front] + len(mesh.vertices))[:, ::-1]  # the front half again, mirrored to the back
     vertices = np.concatenate([mesh.vertices, mesh.vertices * [1, 1, -1]]).astype(np.float32)
@@ -79,7 +80,7 @@ def test_classifier_tells_fronts_of_unseen_meshes_and_sees_the_second_face(robot
     janus = Mesh(vertices, faces, np.concatenate([mesh.colours, mesh.colours]))
     truth = Subject.of(mesh)
     assert janus_views(classifier, Subject.of(janus), truth)["share"] > 0.6
-    other = world.build(world.Spec("robot", "blue"), np.random.default_rng(9))
+    other = build(world.Spec("robot", "blue"), np.random.default_rng(9))
     assert janus_views(classifier, Subject.of(other), truth)["share"] < 0.1
     blobs = [Subject.of(random_blob(np.random.default_rng(k))) for k in range(3)]
     assert max(janus_views(classifier, blob, truth)["share"] for blob in blobs) < 0.5  # no shape is no front
@@ -149,7 +150,7 @@ def finished(tmp_path, monkeypatch):
     for name, (kind, colour) in meshes.items():
 
         def make(job, kind=kind, colour=colour):
-            mesh = world.build(world.Spec(kind, colour))
+            mesh = build(world.Spec(kind, colour))
             if job.seed == 1:
                 raise systems.Failed("no object")
             (job.folder / "run").mkdir(parents=True)

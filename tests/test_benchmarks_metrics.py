@@ -15,6 +15,7 @@ from stages.cameras import orbit_views
 from stages.kernels.srgb import linear_to_srgb, srgb_to_linear
 from stages.mesh.mesh import Mesh
 from stages.pocket import world
+from stages.pocket.build import build
 
 
 def test_clip_score_is_a_hundred_cosines():
@@ -71,7 +72,7 @@ def test_saturation_and_brightness_of_a_known_colour():
 
 
 def test_scaling_colours_by_1_3_scales_saturation_and_brightness_by_1_3():
-    mesh = world.build(world.parse("a green mug"))
+    mesh = build(world.parse("a green mug"))
     mesh.colours = srgb_to_linear(
         torch.from_numpy(0.7 * linear_to_srgb(torch.from_numpy(mesh.colours)).numpy())
     ).numpy()
@@ -105,7 +106,7 @@ def test_colour_difference_sees_a_hue_that_saturation_and_brightness_do_not():
 
 
 def test_scaling_colours_by_1_3_moves_the_saturation_error_by_three_tenths_of_the_chroma():
-    truth = world.build(world.parse("a green mug"))
+    truth = build(world.parse("a green mug"))
     truth.colours = srgb_to_linear(0.7 * linear_to_srgb(torch.from_numpy(truth.colours))).numpy()
     over = srgb_to_linear(1.3 * linear_to_srgb(torch.from_numpy(truth.colours))).numpy()
     own, more = (Subject.of(Mesh(truth.vertices, truth.faces, c)) for c in (truth.colours, over))
@@ -189,8 +190,8 @@ def test_janus_is_caught_in_nine_of_ten_kinds_and_not_seen_in_the_truth():
     caught = wronged = 0
     for k, kind in enumerate(FRONTED):
         spec = world.Spec(kind, colours[k % len(colours)])
-        truth = features(world.build(spec))
-        varied = world.build(spec, rng)
+        truth = features(build(spec))
+        varied = build(spec, rng)
         caught += metrics.two_faced(metrics.front_share(features(mirrored_front(varied))[0], *truth))
         wronged += metrics.two_faced(metrics.front_share(features(varied)[0], *truth))
     assert caught >= 0.9 * len(FRONTED)

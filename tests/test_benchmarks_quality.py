@@ -26,6 +26,7 @@ from benchmarks.quality.systems import Job, find_system, random_blob
 from stages.errors import UserError
 from stages.mesh.measure import measure
 from stages.pocket import world
+from stages.pocket.build import build
 from tests import tiny_folders
 from tests.tiny_clip import openai_like, pocket_like
 
@@ -419,7 +420,7 @@ def test_painting_starts_from_the_truths_shape_in_plain_grey_and_checks_that_it_
     mesh, cost = find_system("texture").make(job(tmp_path / "cell"))
     words = fake_pipeline.calls[0]
     assert words[words.index("--config") + 1] == "texture"
-    truth = world.build(world.parse("a red mug"))
+    truth = build(world.parse("a red mug"))
     plain = trimesh.load(words[words.index("--init-mesh") + 1], process=False).to_mesh()
     np.testing.assert_array_equal(np.float32(plain.vertices[plain.faces]), truth.vertices[truth.faces])
     picture = np.asarray(plain.visual.material.baseColorTexture.convert("RGB"))
@@ -444,4 +445,4 @@ def test_the_reference_system_gets_the_ground_truth_as_a_file(tmp_path, fake_pip
     words = fake_pipeline.calls[0]
     path = next(word for word in words if word.startswith("reference.mesh=")).split("=")[1]
     assert words[words.index("--config") + 1] == "reference"
-    assert len(trimesh.load(path).faces) == len(world.build(world.parse("a red mug")).faces)
+    assert len(trimesh.load(path).faces) == len(build(world.parse("a red mug")).faces)

@@ -23,6 +23,7 @@ from benchmarks.report.browser import find_browser, look, take_picture
 from stages.errors import UserError
 from stages.mesh.mesh import Mesh
 from stages.pocket import world
+from stages.pocket.build import build
 from tests.tiny_clip import pocket_like
 
 PROMPTS = ["a red ball", "a blue cube", "a green cone"]
@@ -194,7 +195,7 @@ def test_a_plot_is_valid_svg_with_every_finite_point_named():
 
 
 def test_a_packed_mesh_unpacks_to_itself():
-    mesh = world.build(world.parse("a red ball"))
+    mesh = build(world.parse("a red ball"))
     data = base64.b64decode(report.pack(mesh))
     vertices, faces, scale = struct.unpack_from("<IIf", data)
     positions = np.frombuffer(data, "<i2", 3 * vertices, 12).reshape(-1, 3) * scale

@@ -16,6 +16,7 @@ from benchmarks.quality.systems import Job, find_system, random_blob
 from stages.guidance.clip import ClipScorer
 from stages.mesh.mesh import Mesh
 from stages.pocket import world
+from stages.pocket.build import build
 
 PROMPTS = ["a red car", "a blue duck", "a yellow house"]
 BASE = {"seed": 0, "date": "2026-01-01", "git": None, "cores": 2, "cpu": "", "device": "cpu", "versions": {}}
@@ -67,7 +68,7 @@ def summary():
     looks = Suite("ends", {"captions": PROMPTS}, suite.prompts + suite.distractors, suite.distractors_textureless)
     lines = []
     for prompt in PROMPTS:
-        truth = world.build(world.parse(prompt))
+        truth = build(world.parse(prompt))
         for change in (None, recoloured, melted, two_fronts, blob):
             mesh, name = (truth, "truth") if change is None else (change(truth), change.__name__)
             lines.append({**BASE, "options": [], "system": name, "prompt": prompt, **assess(mesh, prompt, [scorer])})

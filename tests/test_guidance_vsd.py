@@ -9,7 +9,8 @@ from pipeline.runs.checkpoint import load_checkpoint, save_checkpoint
 from stages.cameras import orbit_views
 from stages.coarse import CoarseSettings, CoarseStage
 from stages.errors import UserError
-from stages.guidance.diffusion.camera import CameraLayout
+from stages.guidance.diffusion.layout import CLASSES, Layout
+from stages.guidance.diffusion.layout_condition import LayoutCondition
 from stages.guidance.diffusion.prior import load_prior
 from stages.guidance.diffusion.settings import DiffusionSettings
 from stages.guidance.guidance import Guidance, GuidanceSettings
@@ -117,13 +118,14 @@ def test_score_begins_as_the_prior_under_the_prompt_for_every_camera(folders, fa
 
 @pytest.fixture(scope="module")
 def with_camera(folders, tmp_path_factory):
-    """The pixel folder with a camera part that has something to say."""
+    """The pixel folder with a layout that has something to say."""
     folder = shutil.copytree(folders["pocket_pixel"], tmp_path_factory.mktemp("camera") / "pixel")
     torch.manual_seed(8)
-    layout = CameraLayout(32, (16, 32), 48, side=8)
-    for layer in (layout.fine, layout.coarse):
+    words = {name: ["a", "b"] for name in CLASSES}
+    condition = LayoutCondition(Layout(32, words, code=8, channels=(4, 4, 4), paints=2), 32, 8, (16, 32))
+    for layer in condition.levels:
         torch.nn.init.normal_(layer.weight, std=0.3)
-    layout.save(folder / "camera")
+    condition.save(folder / "layout")
     return folder
 
 
@@ -140,7 +142,7 @@ def test_score_of_a_prior_that_is_told_the_camera_begins_as_that_prior(with_came
     twin.train(x, embedding, camera, torch.Generator().manual_seed(0))
     told, untold = (one.predict(z, t, embedding, camera, context) for one in (score, twin))
     assert not torch.allclose(told, untold, atol=1e-4)  # it learns under the camera, too
-    assert all(p.grad is None for p in prior.camera.parameters())
+    assert all(p.grad is None for p in prior.layout.parameters())
 
 
 def test_a_step_of_vsd_tells_its_score_the_views(with_camera):

@@ -55,7 +55,7 @@ def test_the_forecast_counts_what_goes_through_the_prior_at_once(folder, monkeyp
     assert line.startswith("memory: float32: unet 0.00 + vae 0.00 GB stay") and "GB free" in line
     assert seen == {"images": 3, "predictions": 6, "vsd": None, "decodes": False}
     pushed = ["negative=blurry", "prompts.blend=perp_neg", "guidance.coarse.rule=vsd", "coarse.views_per_step=1"]
-    pushed.append("guidance.coarse.image_term=0.01")
+    pushed += ["guidance.coarse.image_term=0.01", "guidance.coarse.scale=2"]
     memory.forecast(config(f"prior.coarse={folder}", *pushed), "coarse", torch.device("cpu"))
     assert seen == {"images": 1, "predictions": 4, "vsd": VsdRuleSettings(name="vsd"), "decodes": True}
 

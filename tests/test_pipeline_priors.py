@@ -141,9 +141,11 @@ def test_a_negative_prompt_that_no_stage_uses_is_refused_and_one_that_a_stage_do
     assert "guidance.coarse.scale" in error.fix
     refused("negative prompt.* has no use", *one, stages="coarse")
     refused("negative prompt.* has no use", *one[:1], "prompts.per_view_negative.back=blurry", stages="coarse")
+    one.append("guidance.fine.scale=4")
     priors.check_priors(config(*one))
     assert priors.notices(config(*one)) == ["coarse: the negative prompt is not used at guidance.coarse.scale=1"]
-    for settings in (["negative=blurry"], one[:1], [*one, "guidance.coarse.rule=csd"]):
+    both = ["negative=blurry", "guidance.coarse.scale=2", "guidance.fine.scale=4"]
+    for settings in (both, one[:1], [*one, "guidance.coarse.rule=csd"]):
         assert priors.notices(config(*settings)) == []
 
 
@@ -152,7 +154,7 @@ def test_a_run_says_at_its_start_what_a_stage_leaves_aside(pocket, tmp_path, mon
 
     said = []
     monkeypatch.setattr(pipeline.runs.run, "Run", lambda *_: SimpleNamespace(go=lambda: None))
-    chosen = config("guidance.coarse.scale=1", "negative=blurry")
+    chosen = config("guidance.coarse.scale=1", "guidance.fine.scale=4", "negative=blurry")
     pipeline.runs.run.start_run(chosen, tmp_path / "out", SimpleNamespace(note=said.append))
     assert "coarse: the negative prompt is not used at guidance.coarse.scale=1" in said
 
@@ -214,7 +216,8 @@ def test_rule_that_needs_words_is_refused_before_the_stage_before_it_is_made(tmp
     import trimesh
 
     trimesh.creation.box().export(tmp_path / "mesh.glb")
-    words = ["prior.fine=reference", f"reference.mesh={tmp_path / 'mesh.glb'}", setting]
+    scales = ["guidance.coarse.scale=2", "guidance.fine.scale=4"]
+    words = ["prior.fine=reference", f"reference.mesh={tmp_path / 'mesh.glb'}", *scales, setting]
     with pytest.raises(UserError, match=what):
         priors.check_priors(config(*words, prompt="a red mug"))
 

@@ -9,10 +9,11 @@ import pytest
 from stages.kernels.srgb import srgb_to_linear as camera_srgb_to_linear
 from stages.mesh.mesh import Mesh
 from stages.pocket import world
+from stages.pocket.build import build, build_placed
 from stages.pocket.palette import COLOURS, Palette, Vary, srgb_to_linear
 from stages.pocket.pattern import PATTERNS, apply_pattern, cut, refine
 from stages.pocket.shapes import box, ellipsoid
-from stages.pocket.world import KINDS, Spec, all_specs, build, caption, geometry_caption, held_out, parse
+from stages.pocket.world import KINDS, Spec, all_specs, caption, geometry_caption, held_out, parse
 
 
 def welded(vertices: np.ndarray, faces: np.ndarray) -> np.ndarray:
@@ -271,7 +272,7 @@ def test_a_tenth_is_held_out_and_everything_is_seen_in_training():
 
 def test_training_samples_hold_no_part_of_a_heldout_object():
     rng = np.random.default_rng(1)
-    specs = [world.sample_spec(rng) for _ in range(4000)]
+    specs = [world.sample_spec(rng) for _ in range(6000)]
     assert not any(held_out(s) for s in specs)
     assert not any(held_out(o) for s in specs for o in s.objects())
     share = Counter("pair" if s.other else "plain" if s.pattern == "plain" else "patterned" for s in specs)
@@ -309,3 +310,46 @@ def test_pairs_stand_where_their_words_say():
         assert (low[[0, 2]] > low2[[0, 2]] - 0.15).all() and (high[[0, 2]] < high2[[0, 2]] + 0.15).all()
     (low, high), (low2, high2) = centres("a green cube next to a yellow cone")
     assert high[0] < low2[0] < high[0] + 0.2 and low[1] == pytest.approx(low2[1], abs=1e-4)
+
+
+def test_no_listed_colour_makes_a_choice_of_trim_that_no_other_colour_shows():
+    """White is the only colour whose rocket has red fins: that cannot be known from the other rockets."""
+    assert not world.learnable("rocket", "white") and world.learnable("rocket", "red")
+    plain = [parse(line) for line in world.choose_heldout() if line.split()[1] in COLOURS]
+    assert all(world.learnable(s.kind, s.colour) for s in plain if s.pattern == "plain")
+
+
+@pytest.mark.parametrize("text", ["a red cat", "a red ball on a blue table", "a red cube next to a blue tree"])
+def test_the_objects_of_a_scene_are_where_their_placement_says(text):
+    spec = parse(text)
+    mesh, placement, boxes = build_placed(spec, np.random.default_rng(4))
+    assert len(placement) == len(boxes) == len(spec.objects())
+    rest = mesh.vertices
+    for one, (scale, *offset), corners in zip(spec.objects(), placement, boxes, strict=True):
+        alone = build(one)
+        part, rest = rest[: len(alone.vertices)], rest[len(alone.vertices) :]
+        local = (part - offset) / scale
+        assert np.linalg.norm(local, axis=1).max() == pytest.approx(0.85, abs=1e-4)
+        assert np.allclose([*local.min(0), *local.max(0)], corners, atol=1e-4)
+    assert len(rest) == 0
+
+
+def test_spots_stay_where_they_are_when_proportions_vary():
+    """Found anew on every instance they would scatter: the mean of many would be grey."""
+    spec = Spec("vase", "red", "spotted")
+
+    def spots(seed: int) -> np.ndarray:
+        mesh = build(spec, np.random.default_rng(seed))
+        white = mesh.colours.min(1) > 0.5
+        return np.histogramdd(mesh.vertices[white], bins=6, range=[(-0.9, 0.9)] * 3)[0] > 0
+
+    first = spots(0)
+    shared = [(first & spots(seed)).sum() / (first | spots(seed)).sum() for seed in range(1, 6)]
+    assert min(shared) > 0.6
+
+
+def test_the_spread_of_instances_follows_the_variation():
+    spec = Spec("house", "red")
+    canonical = build(spec).vertices
+    near, far = (np.abs(build(spec, np.random.default_rng(1), v).vertices - canonical).max() for v in (0.25, 1.0))
+    assert 0 < 3 * near < far

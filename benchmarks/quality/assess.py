@@ -19,6 +19,7 @@ from stages.kernels.srgb import linear_to_srgb
 from stages.mesh.measure import measure
 from stages.mesh.mesh import Mesh
 from stages.pocket import world
+from stages.pocket.build import build
 
 LOOKS = {"colour": COLOUR, "textureless": CLAY}
 VIEWS, ELEVATION = 8, 30.0  # of the CLIP scores
@@ -34,7 +35,7 @@ def assess(mesh: Mesh, prompt: str, scorers: list[ClipScorer]) -> dict[str, Any]
     Returns: JSON-ready; None stands for what could not be measured.
     """
     spec = spec_of(prompt)
-    truth = None if spec is None else world.build(spec)
+    truth = None if spec is None else build(spec)
     subject = Subject.of(mesh)
     result: dict[str, Any] = {"clip": clip_facts(subject, scorers), "mesh": mesh_facts(mesh)}
     result["colour"] = colour_facts(subject, None if truth is None else Subject.of(truth))

@@ -72,11 +72,12 @@ def measure_views(cell: Cell, out: Path) -> Line | None:
     from benchmarks.quality.render import Subject
     from stages.mesh.files.read import read_mesh
     from stages.pocket import world
+    from stages.pocket.build import build
 
     spec = spec_of(cell.prompt)
     if spec is None or spec.other is not None or not world.true_front(spec.kind):
         return None
-    truth = world.build(spec)
+    truth = build(spec)
     mesh = truth if cell.system == "truth" else read_mesh(cell.folder(out) / "run" / "mesh.glb")
     classifier = load_or_train(spec.kind, out / "classifiers")
     facts = janus_views(classifier, Subject.of(mesh), Subject.of(truth))

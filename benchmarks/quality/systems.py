@@ -26,7 +26,7 @@ from benchmarks.speed.runs import environment_of
 from stages.errors import UserError
 from stages.mesh.files.read import read_mesh
 from stages.mesh.mesh import Mesh
-from stages.pocket import world
+from stages.pocket.build import build
 
 
 @dataclass(frozen=True)
@@ -214,7 +214,7 @@ def _truth_mesh(prompt: str) -> Mesh:
             "only captions of the pocket world have one",
             "leave truth and reference out of --systems",
         )
-    return world.build(spec)
+    return build(spec)
 
 
 def _truth(job: Job) -> tuple[Mesh, dict[str, Any]]:

@@ -27,6 +27,7 @@ from pipeline.output.files import write_whole
 from stages.cameras import Views, direction, look_at, orbit_views
 from stages.kernels.srgb import linear_to_srgb
 from stages.pocket import world
+from stages.pocket.build import build
 from stages.render.shade import Shading
 
 SIDE = 48  # of the pictures, pixels
@@ -119,7 +120,7 @@ def _renders(kind: str, meshes: int, rng: np.random.Generator, blobs: int = 0) -
     for k in range(meshes + blobs):
         pattern = str(rng.choice(world.PATTERNS)) if kind in world.PATTERNED and rng.random() < 0.2 else "plain"
         spec = world.Spec(kind, str(rng.choice(colours)), pattern)
-        subject = Subject.of(world.build(spec, rng) if k < meshes else random_blob(rng))
+        subject = Subject.of(build(spec, rng) if k < meshes else random_blob(rng))
         count = 24
         azimuth = torch.from_numpy((np.arange(count) + rng.random(count)) * 360 / count).float()
         elevation = torch.from_numpy(rng.uniform(JANUS_ELEVATION - 12, JANUS_ELEVATION + 12, count)).float()

@@ -1,7 +1,7 @@
 """Training renders of the pocket world: captioned images in the stages' own camera, light and background terms.
 
-A pool is a folder: images.npy [N, S, S, 3] uint8 sRGB and records.json (caption, view words, kind of shading,
-what a prior is told of the view in numbers).
+A pool is a folder: images.npy [N, S, S, 3] uint8 sRGB, records.json (caption, view words, kind of shading) and
+scenes.npz (:class:`Scenes`: cameras, lights, backdrops, where the objects stand).
 It is a function of (size, count, seed), written once, read by memory map.
 """
 
@@ -12,6 +12,7 @@ import math
 import multiprocessing
 import os
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, fields
 from itertools import pairwise
 from pathlib import Path
 
@@ -21,10 +22,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stages.cameras import CameraSettings, Views, sample_views
-from stages.guidance.diffusion.camera import view_numbers
+from stages.guidance.diffusion.layout import Setting
 from stages.kernels.srgb import linear_to_srgb, srgb_to_linear
 from stages.mesh.mesh import Mesh
 from stages.pocket import world
+from stages.pocket.build import build_placed
 from stages.prompts import PromptSettings, view_class
 from stages.render.raster import render_mesh, render_vertex_colours
 from stages.render.shade import Shading
@@ -33,6 +35,7 @@ COARSE_CAMERAS = CameraSettings()
 FINE_CAMERAS = CameraSettings(fov_deg=(28.0, 34.0))
 VIEWS_PER_MESH = 4
 SRGB = (linear_to_srgb(torch.linspace(0, 1, 2**14)) * 255).round().byte()  # linear to sRGB byte, by table
+LINEAR = srgb_to_linear(torch.arange(256) / 255)  # sRGB byte to linear
 BACKGROUND = (0.35, 1.0)  # sRGB grey of the backgrounds the priors know; the stages draw from the same range
 TINT = 0.02
 SIDES = PromptSettings(sides=True)
@@ -47,6 +50,30 @@ def background(generator: np.random.Generator) -> np.ndarray:
     return srgb_to_linear(torch.from_numpy(srgb.clip(0, 1))).numpy()
 
 
+@dataclass(frozen=True)
+class Scenes:
+    """Cameras, light and backdrop of N pictures as float32 arrays, and where their objects stand."""
+
+    c2w: np.ndarray  # [N, 4, 4]
+    fov_deg: np.ndarray  # [N]
+    light: np.ndarray  # [N, 3] world position
+    ambient: np.ndarray  # [N]
+    bare: np.ndarray  # [N] 1 for clay renders
+    under: np.ndarray  # [N, 3] linear colour of the backdrop
+    placement: np.ndarray  # [N, 2, 4] scale and offset of each object, nan for one that is not there
+
+    def __getitem__(self, index) -> Scenes:
+        return Scenes(*(getattr(self, f.name)[index] for f in fields(self)))
+
+    def views(self) -> Views:
+        """As the toolkit's views; their angles are those of the camera's place."""
+        c2w = torch.from_numpy(self.c2w)
+        x, y, z = c2w[:, :3, 3].unbind(-1)
+        azimuth = torch.rad2deg(torch.atan2(x, z)) % 360
+        elevation = torch.rad2deg(torch.atan2(y, torch.hypot(x, z)))
+        return Views(c2w, torch.from_numpy(self.fov_deg), azimuth, elevation, torch.from_numpy(self.light))
+
+
 def make_pool(
     folder: Path,
     *,
@@ -55,11 +82,16 @@ def make_pool(
     seed: int,
     cameras: CameraSettings = COARSE_CAMERAS,
     textureless: float = TEXTURELESS,
+    split: str = "train",
+    workers: int | None = None,
 ) -> Path:
-    """Render a pool of `count` training images of `size` pixels into `folder`, unless it is there already.
+    """Render a pool of `count` images of `size` pixels into `folder`, unless it is there already.
 
     `textureless` is the share of clay renders; the rest is albedo and Lambert in their usual proportion.
     One single-threaded process a core: small renders gain nothing from threads and lose much to waiting for them.
+
+    Args:
+        split: of the captions, see `world.sample_spec`. workers: processes; None: one a core.
     """
     done = folder / "records.json"
     if done.exists():
@@ -67,15 +99,18 @@ def make_pool(
     folder.mkdir(parents=True, exist_ok=True)
     part = folder / "images.npy.part"
     np.lib.format.open_memmap(part, "w+", np.uint8, (count, size, size, 3)).flush()
-    workers = min(os.cpu_count() or 1, 8)
+    workers = workers or min(os.cpu_count() or 1, 8)
     bounds = np.linspace(0, math.ceil(count / VIEWS_PER_MESH), 4 * workers + 1).astype(int)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_one_thread) as executor:
         jobs = [
-            executor.submit(_render_meshes, part, int(low), int(high), size, seed, cameras, textureless)
+            executor.submit(_render_meshes, part, int(low), int(high), size, seed, cameras, textureless, split)
             for low, high in pairwise(bounds)
         ]
-        records = [record for job in jobs for record in job.result()]
+        parts = [job.result() for job in jobs]
+    records = [record for part_records, _ in parts for record in part_records]
+    names = [f.name for f in fields(Scenes)]
+    np.savez(folder / "scenes.npz", **{n: np.concatenate([getattr(s, n) for _, s in parts]) for n in names})
     os.replace(part, folder / "images.npy")
     done.write_text(json.dumps(records))
     return folder
@@ -86,17 +121,19 @@ def _one_thread() -> None:
 
 
 def _render_meshes(
-    part: Path, first: int, last: int, size: int, seed: int, cameras: CameraSettings, textureless: float
-) -> list[dict]:
-    """Render meshes first..last of a pool into its file; returns their records."""
+    part: Path, first: int, last: int, size: int, seed: int, cameras: CameraSettings, textureless: float, split: str
+) -> tuple[list[dict], Scenes]:
+    """Render meshes first..last of a pool into its file; returns their records and scenes."""
     albedo = (1 - textureless) * ALBEDO / (1 - TEXTURELESS)
     kinds, shares = ["textureless", "albedo", "lambert"], [textureless, albedo, 1 - textureless - albedo]
     images = np.load(part, mmap_mode="r+")
-    records = []
+    records, rows = [], []
     for m in range(first, last):
         rng = np.random.default_rng([seed, m])
-        spec = world.sample_spec(rng, split="train")
-        mesh = world.build(spec, rng)
+        spec = world.sample_spec(rng, split=split)
+        mesh, placement, _ = build_placed(spec, rng)
+        placed = np.full((2, 4), np.nan, np.float32)
+        placed[: len(placement)] = placement
         views = sample_views(cameras, VIEWS_PER_MESH, torch.Generator().manual_seed(int(rng.integers(2**62))))
         for v in range(min(VIEWS_PER_MESH, len(images) - m * VIEWS_PER_MESH)):
             kind = rng.choice(kinds, p=shares)
@@ -105,11 +142,11 @@ def _render_meshes(
             under = torch.from_numpy(background(rng)).float()
             images[m * VIEWS_PER_MESH + v] = render(mesh, views[v], size, shading, under)
             view = view_class(float(views.azimuth_deg[v]), float(views.elevation_deg[v]), SIDES)
-            numbers = view_numbers(views[v], under, ambient, shading.textureless)[0]
-            record = {"caption": world.caption(spec), "view": view, "shading": str(kind)}
-            records.append(record | {"numbers": [round(float(n), 4) for n in numbers]})
+            records.append({"caption": world.caption(spec), "view": view, "shading": str(kind)})
+            camera = (views.c2w[v].numpy(), views.fov_deg[v].numpy(), views.light[v].numpy())
+            rows.append((*camera, ambient, float(shading.textureless), under.numpy(), placed))
     images.flush()
-    return records
+    return records, Scenes(*(np.array(column, np.float32) for column in zip(*rows, strict=True)))
 
 
 @torch.no_grad()
@@ -123,9 +160,38 @@ def render(mesh: Mesh, views: Views, size: int, shading: Shading, under: Tensor)
     return SRGB[(image * (len(SRGB) - 1)).round().clamp(0, len(SRGB) - 1).long()].numpy()
 
 
-def load_pool(folder: Path) -> tuple[np.ndarray, list[dict]]:
-    """Images (memory-mapped) and records of a pool."""
-    return np.load(folder / "images.npy", mmap_mode="r"), json.loads((folder / "records.json").read_text())
+def load_pool(folder: Path) -> tuple[np.ndarray, list[dict], Scenes]:
+    """Images (memory-mapped), records and scenes of a pool."""
+    with np.load(folder / "scenes.npz") as arrays:
+        scenes = Scenes(**{f.name: arrays[f.name] for f in fields(Scenes)})
+    return np.load(folder / "images.npy", mmap_mode="r"), json.loads((folder / "records.json").read_text()), scenes
+
+
+def halved(images: np.ndarray) -> np.ndarray:
+    """Pictures [B, S, S, 3] uint8 sRGB at half the size, averaged in linear light."""
+    linear = LINEAR[torch.from_numpy(np.ascontiguousarray(images)).long()]
+    small = F.avg_pool2d(linear.permute(0, 3, 1, 2), 2).permute(0, 2, 3, 1)
+    return SRGB[(small * (len(SRGB) - 1)).round().long()].numpy()
+
+
+def resized_pool(folder: Path, side: int) -> np.ndarray:
+    """A pool's renders at half their size, a quarter ...: [N, side, side, 3] uint8, made once and kept beside them."""
+    path = folder / f"images{side}.npy"
+    full = np.load(folder / "images.npy", mmap_mode="r")
+    if full.shape[1] == side:
+        return full
+    if not path.exists():
+        larger = resized_pool(folder, 2 * side)
+        out = np.empty((len(larger), side, side, 3), np.uint8)
+        for k in range(0, len(out), 256):
+            out[k : k + 256] = halved(larger[k : k + 256])
+        np.save(path, out)
+    return np.load(path)
+
+
+def setting_of(scenes: Scenes) -> Setting:
+    """How a pool's renders were lit and what lies behind."""
+    return Setting(scenes.views(), *(torch.from_numpy(a) for a in (scenes.ambient, scenes.bare, scenes.under)))
 
 
 def training_caption(record: dict, rng: np.random.Generator) -> str:
@@ -148,11 +214,6 @@ def batch_indices(seed: int, step: int, batch: int, count: int) -> np.ndarray:
 def captions_for(records: list[dict], indices: np.ndarray, seed: int, step: int, drop: float) -> list[str]:
     rng = np.random.default_rng([seed, step, 1])
     return ["" if rng.random() < drop else training_caption(records[i], rng) for i in indices]
-
-
-def view_numbers_of(records: list[dict], indices: np.ndarray) -> Tensor:
-    """What a prior is told of the views of a batch: [B, 16]."""
-    return torch.tensor([records[i]["numbers"] for i in indices])
 
 
 def shift(latents: Tensor, rng: np.random.Generator, most: int = 2) -> Tensor:

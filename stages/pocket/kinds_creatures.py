@@ -47,7 +47,7 @@ def snowman(v: Vary, c: Palette) -> list[Part]:
     parts.append(ellipsoid(0.068, (-0.04, r1 * 1.15, r1 * 0.96), ink, sides=10))
     for side in (-1, 1):
         path = np.array([(r2 * 0.8, y2, 0), (r2 + 0.22, y2 + 0.14, 0), (r2 + 0.46, y2 + 0.34, 0)]) * (side, 1, 1)
-        parts.append(tube(path, (0.06, 0.055, 0.05), c.trim("wood", "cream"), sides=10))
+        parts.append(tube(path, (0.075, 0.07, 0.065), c.trim("wood", "cream"), sides=10))
     return parts
 
 
@@ -64,7 +64,7 @@ def robot(v: Vary, c: Palette) -> list[Part]:
         box((w, h, d), (0, leg + h / 2, 0), c.main, bevel=0.07),
         frustum(0.13, 0.13, 0.2, (0, top - 0.05, 0), steel, sides=16),
         box((hw, hh, 0.48), (0, hy, 0), c.main, bevel=0.07),
-        frustum(0.035, 0.03, 0.24, (0, hy + hh / 2 - 0.02, 0), steel, sides=10),
+        frustum(0.06, 0.05, 0.24, (0, hy + hh / 2 - 0.02, 0), steel, sides=10),
         ellipsoid(0.09, (0, hy + hh / 2 + 0.25, 0), c.trim("red", "flame"), sides=14),
         box((hw * 0.6, 0.09, 0.06), (0, hy - hh * 0.26, 0.24), dark),
         box((w * 0.62, h * 0.46, 0.07), (0, leg + h * 0.57, front), c.trim("white", "dark"), bevel=0.02),

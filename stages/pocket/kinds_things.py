@@ -99,8 +99,8 @@ def lamp(v: Vary, c: Palette) -> list[Part]:
     r, top, h = v(0.62, 0.12), v(0.34), v(0.72, 0.12)
     shade = lathe([(0, 0.14), (r * 0.7, 0.14), (r - 0.06, 0.0), (r, 0.0), (top, h), (0, h)], c.main, sides=36)
     return [
-        lathe([(0, 0), (0.42, 0), (0.42, 0.1), (0.12, 0.2), (0, 0.2)], c.main),
-        frustum(0.085, 0.085, 0.8, (0, 0.15, 0), steel, sides=16),
+        lathe([(0, 0), (0.42, 0), (0.42, 0.1), (0.15, 0.2), (0, 0.2)], c.main),
+        frustum(0.12, 0.12, 0.8, (0, 0.15, 0), steel, sides=16),
         shade.move(0, 0.78, 0),
         ellipsoid((0.22, 0.24, 0.22), (0, 0.82, 0), bulb, sides=18),
         ellipsoid(0.09, (0, 0.82 + h, 0), steel, sides=12),
@@ -116,7 +116,7 @@ def candle(v: Vary, c: Palette) -> list[Part]:
         lathe([(0, 0), (0.46, 0), (0.56, 0.14), (0.51, 0.14), (0.44, 0.07), (0, 0.07)], gold),
         ring(0.15, 0.055, gold, sides=18).turn("x", 90).move(-0.65, 0.13, 0),
         lathe([(0, 0.04), (r, 0.04), (r, h - 0.05), (r - 0.06, h), (0, h - 0.03)], c.main, sides=32),
-        frustum(0.035, 0.03, 0.18, (0, h - 0.06, 0), c.trim("ink"), sides=10),
+        frustum(0.05, 0.045, 0.18, (0, h - 0.06, 0), c.trim("ink"), sides=10),
         lathe(flame, c.trim("flame", "orange"), sides=18).move(0, h + 0.06, 0),
     ]
     for at, drop in ((0.5, 0.30), (2.6, 0.42), (4.4, 0.24)):

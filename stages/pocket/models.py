@@ -3,27 +3,32 @@
 All are ordinary transformers / diffusers classes saved in their ordinary folder formats, so any other tool opens
 them and the toolkit opens any other model by the same code. Two choices keep them small enough for a CPU:
 
-Patches. Both UNets see a 16 x 16 grid: the pixel UNet 64x64x3 images unshuffled by 4 (48 channels), the latent
-UNet 64x64x4 latents unshuffled by 4 (64 channels). Unshuffling is orthogonal, so noise and v predictions carry
-over unchanged; the loader reads the patch from `in_channels`. Attention runs at 8 x 8 only.
-Camera. A small volume of features, looked into by the camera, tells a UNet what is where
-(stages/guidance/diffusion/camera.py), in four of five training batches; without it the UNets are ordinary
-text-to-image models.
-Text. As in DeepFloyd IF, a pooled text embedding joins the time embedding and the 8 x 8 attention sees the words.
+Patches. The pixel UNet sees 64x64x3 images unshuffled by 4 on a 16 x 16 grid (48 channels), the latent UNet 64x64x12
+latents unshuffled by 2 on a 32 x 32 grid (48 channels). Unshuffling is orthogonal, so noise and v predictions carry
+over unchanged; the loader reads the patch from `in_channels`. Attention runs at 16 x 16 and below.
+Layout. A small volume for each object that the words name, looked into by the camera, tells a UNet what is where, in
+four of five training batches (stages/guidance/diffusion/layout.py); without it the UNets are ordinary text-to-image
+models.
+Text. As in DeepFloyd IF, a pooled text embedding joins the time embedding and the attention sees the words.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from stages.pocket.world import words
+from stages.pocket.palette import COLOURS
+from stages.pocket.pattern import PATTERNS
+from stages.pocket.world import KINDS, RELATIONS, words
 
 CLIP_EOS = 3  # see make_tokenizer
 TOKENS = 20  # caption, view words and shading words of the longest pair caption, with both end marks
 WIDTH = 128  # text width
-LEVELS = (112, 192)  # channels of the UNets at 16 x 16 and at 8 x 8
-PIXEL_PATCH = LATENT_PATCH = 4
-LATENT_CHANNELS = 4
+GRID = {"pixel": 16, "latent": 32}  # finest features of the UNets
+LEVELS = {"pixel": (112, 192), "latent": (64, 128, 192)}  # channels of the UNets, halved in size from level to level
+PICTURE = {"pixel": 64, "latent": 128}  # side in pixels of the layout's picture that each is told
+PIXEL_LAYOUT = "../../pixel/layout"  # where the latent prior's layout is, but for what translates it
+PIXEL_PATCH, LATENT_PATCH = 4, 2
+LATENT_CHANNELS = 12
 LATENT_GAIN, LATENT_MEAN = 2.0, 0.6  # where the autoencoder's colour channels start: 2 (sRGB - 0.6), well inside +-3
 WEIGHTS = Path(__file__).parent / "weights"  # prior/ (pixel), latent/ and clip/ below it
 VIEW_WORDS = (",", "front", "side", "back", "overhead", "left", "right", "view", "clay", "render")
@@ -77,19 +82,21 @@ def make_text_encoder(vocabulary: int):
     )
 
 
-def make_unet(channels: int):
-    """A UNet2DConditionModel on a 16 x 16 grid of patches with `channels` numbers each."""
+def make_unet(prior: str):
+    """The UNet2DConditionModel of the pixel or the latent prior, on its grid of patches."""
     from diffusers import UNet2DConditionModel
 
+    channels = 3 * PIXEL_PATCH**2 if prior == "pixel" else LATENT_CHANNELS * LATENT_PATCH**2
+    levels = LEVELS[prior]
     return UNet2DConditionModel(
-        sample_size=16,
+        sample_size=GRID[prior],
         in_channels=channels,
         out_channels=channels,
-        block_out_channels=LEVELS,
+        block_out_channels=levels,
         layers_per_block=1,
-        down_block_types=("DownBlock2D", "SimpleCrossAttnDownBlock2D"),
+        down_block_types=("DownBlock2D", *["SimpleCrossAttnDownBlock2D"] * (len(levels) - 1)),
         mid_block_type="UNetMidBlock2DSimpleCrossAttn",
-        up_block_types=("SimpleCrossAttnUpBlock2D", "UpBlock2D"),
+        up_block_types=(*["SimpleCrossAttnUpBlock2D"] * (len(levels) - 1), "UpBlock2D"),
         cross_attention_dim=WIDTH,
         attention_head_dim=32,
         norm_num_groups=16,
@@ -99,11 +106,31 @@ def make_unet(channels: int):
     )
 
 
-def make_camera(channels: int):
-    """What tells a UNet of make_unet(channels) camera, light and backdrop."""
-    from stages.guidance.diffusion.camera import CameraLayout
+def make_condition(prior: str, layout):
+    """What tells the UNet of a prior the picture of a layout."""
+    from stages.guidance.diffusion.layout_condition import LayoutCondition
 
-    return CameraLayout(WIDTH, LEVELS, channels)
+    latents = LATENT_CHANNELS if prior == "latent" else 0
+    return LayoutCondition(layout, PICTURE[prior], GRID[prior], LEVELS[prior], latents)
+
+
+def make_layout(fine: bool = True):
+    """The layout that both priors share, for this world's words."""
+    from stages.guidance.diffusion.layout import Layout
+
+    words = {"kinds": list(KINDS), "patterns": list(PATTERNS), "colours": list(COLOURS)}
+    joints = [word for relation in RELATIONS.values() for word in relation]
+    return Layout(WIDTH, words | {"joints": joints}, fine=fine)
+
+
+def load_layout(state: Path):
+    """A layout from the tensors that its trainer leaves."""
+    from safetensors.torch import load_file
+
+    tensors = load_file(state)
+    layout = make_layout(fine="eighths" in tensors)
+    layout.load_state_dict({k: v.float() for k, v in tensors.items()})
+    return layout.eval().requires_grad_(False)
 
 
 def make_scheduler():
@@ -116,44 +143,59 @@ def make_scheduler():
 
 
 def make_vae():
-    """An AutoencoderTiny, 8x down to 4 channels: 512x512 encodes forward and backward in a fraction of a second.
+    """An AutoencoderTiny, 8x down to 12 channels: 512x512 encodes forward and backward in a fraction of a second.
 
-    It starts as an image pyramid: three channels carry the 8x8 averages of red, green and blue through encoder and
-    decoder, everything else adds nothing yet. From a random start the colours alone take most of a short training.
+    It starts as an image pyramid: three channels carry averages of red, green and blue through encoder and decoder,
+    four times as many where the encoder ends: those of the four quarters of each 8x8 block. Everything else adds
+    nothing yet. From a random start the colours alone take most of a short training.
     """
     import torch
     from diffusers import AutoencoderTiny
 
     vae = AutoencoderTiny(
         latent_channels=LATENT_CHANNELS,
-        encoder_block_out_channels=(16, 16, 16, 16),
-        decoder_block_out_channels=(24, 24, 24, 24),
-        num_encoder_blocks=(0, 1, 2, 2),
-        num_decoder_blocks=(2, 2, 1, 1),
+        encoder_block_out_channels=(24, 24, 24, 24),
+        decoder_block_out_channels=(32, 32, 32, 32),
+        num_encoder_blocks=(0, 1, 2, 3),
+        num_decoder_blocks=(3, 3, 1, 0),
     )
     rgb = torch.arange(3)
 
     @torch.no_grad()
-    def carry(conv: torch.nn.Conv2d, gain: float = 1.0, bias: float = 0.0) -> None:
-        """Make a convolution hand its first three channels on: averaged when it has stride 2, as they are otherwise."""
-        conv.weight[rgb] = 0
+    def carry(conv: torch.nn.Conv2d, parts: int = 1) -> None:
+        """Make a convolution hand its first channels on: averaged when it has stride 2, as they are otherwise."""
+        conv.weight[: 3 * parts] = 0
         taps = ((1, 1), (1, 2), (2, 1), (2, 2)) if conv.stride[0] == 2 else ((1, 1),)
-        for y, x in taps:
-            conv.weight[rgb, rgb, y, x] = gain / len(taps)
+        for part in range(parts):
+            for k, (y, x) in enumerate(taps):
+                own = float(k == part) if conv.stride[0] == 2 and parts > 1 else 1 / len(taps)
+                source = rgb if conv.stride[0] == 2 else rgb + 3 * part
+                conv.weight[rgb + 3 * part, source, y, x] = own
         if conv.bias is not None:
-            conv.bias[rgb] = bias
+            conv.bias[: 3 * parts] = 0
 
+    strided = [m for m in vae.encoder.layers if isinstance(m, torch.nn.Conv2d) and m.stride[0] == 2]
+    parts = 1
     for layers in (vae.encoder.layers, vae.decoder.layers):
         for module in layers:
             if isinstance(module, torch.nn.Conv2d):
-                carry(module)
+                parts = 4 if module is strided[-1] else parts
+                carry(module, parts)
             elif hasattr(module, "conv"):  # a residual block: what it adds begins at nothing
                 with torch.no_grad():
-                    module.conv[-1].weight[rgb] = 0
-                    module.conv[-1].bias[rgb] = 0
-    carry(vae.encoder.layers[-1], LATENT_GAIN, -LATENT_GAIN * LATENT_MEAN)
+                    module.conv[-1].weight[: 3 * parts] = 0
+                    module.conv[-1].bias[: 3 * parts] = 0
+        if layers is vae.encoder.layers:
+            with torch.no_grad():
+                layers[-1].weight[: 3 * parts] *= LATENT_GAIN
+                layers[-1].bias[: 3 * parts] = -LATENT_GAIN * LATENT_MEAN
+            parts = 1
     first = next(m for m in vae.decoder.layers if isinstance(m, torch.nn.Conv2d))
-    carry(first, 1 / LATENT_GAIN, LATENT_MEAN)
+    with torch.no_grad():
+        first.weight[rgb] = 0
+        for part in range(4):
+            first.weight[rgb, rgb + 3 * part, 1, 1] = 0.25 / LATENT_GAIN
+        first.bias[rgb] = LATENT_MEAN
     return vae
 
 

@@ -38,44 +38,55 @@ TRIM: dict[str, Colour] = {  # the natural colours of secondary parts
     "rose": (0.95, 0.50, 0.58),
 }
 DARK = ("black", "brown", "blue", "purple")  # bodies on which black features would be lost
+VARIATION = 0.25  # of the full spread: what words alone leave open must stay below what a picture of 64 pixels shows
 DISTINCT = 0.32  # least sRGB distance at which a part is told from the body behind it
 
 
 class Vary:
-    """Random factors of an object's proportions; without a generator every factor is 1 (the canonical object)."""
+    """Random factors of an object's proportions; without a generator every factor is 1 (the canonical object).
 
-    def __init__(self, rng: np.random.Generator | None) -> None:
-        self.rng = rng
+    Args:
+        rng: where the factors come from.
+        amount: share of each spread that is used, in [0, 1].
+    """
+
+    def __init__(self, rng: np.random.Generator | None, amount: float = VARIATION) -> None:
+        self.rng, self.amount = rng, amount
 
     def __call__(self, value: float, spread: float = 0.18) -> float:
-        """`value` times a uniform factor in 1 +- spread."""
-        return value if self.rng is None else value * (1 + spread * (2 * self.rng.random() - 1))
+        """`value` times a uniform factor in 1 +- amount spread."""
+        return value if self.rng is None else value * (1 + self.amount * spread * (2 * self.rng.random() - 1))
 
 
 class Palette:
     """The colours of one object: `main` from its caption, trim parts by name, moved apart from `main` if too close.
 
     `main` is one tuple object: a part is a body part, and takes the pattern, if its colour `is` that object.
+    `choices` are the trims taken so far, in order: what a caption's colour decides beside the main colour.
     """
 
-    def __init__(self, colour: str, rng: np.random.Generator | None, patterned: bool = False) -> None:
+    def __init__(
+        self, colour: str, rng: np.random.Generator | None, patterned: bool = False, amount: float = VARIATION
+    ) -> None:
         self.name = colour
         self.patterned = patterned
-        self.main = _jitter(COLOURS[colour], rng)
+        self.main = _jitter(COLOURS[colour], rng, amount)
+        self.choices: list[str] = []
 
     def trim(self, *names: str) -> Colour:
         """The first of the named trim colours that stands out from the main colour, else the farthest of them."""
         base = np.array(COLOURS[self.name])
         distance = [float(np.linalg.norm(base - TRIM[n])) for n in names]
-        for name, d in zip(names, distance, strict=True):
-            if d >= DISTINCT:
-                return TRIM[name]
-        return TRIM[names[int(np.argmax(distance))]]
+        distinct = [name for name, d in zip(names, distance, strict=True) if d >= DISTINCT]
+        name = distinct[0] if distinct else names[int(np.argmax(distance))]
+        self.choices.append(name)
+        return TRIM[name]
 
     @property
     def ink(self) -> Colour:
         """Face features: black, on dark bodies white."""
-        return TRIM["white" if self.name in DARK else "ink"]
+        self.choices.append("white" if self.name in DARK else "ink")
+        return TRIM[self.choices[-1]]
 
     @property
     def second(self) -> Colour:
@@ -88,11 +99,11 @@ class Palette:
         return self.trim("flame", "red") if self.patterned else self.second
 
 
-def _jitter(colour: Colour, rng: np.random.Generator | None) -> Colour:
+def _jitter(colour: Colour, rng: np.random.Generator | None, amount: float) -> Colour:
     if rng is None:
         return tuple(colour)
     h, s, v = colorsys.rgb_to_hsv(*colour)
-    dh, ds, dv = 2 * rng.random(3) - 1
+    dh, ds, dv = amount * (2 * rng.random(3) - 1)
     h, s, v = (h + 0.012 * dh) % 1, min(s * (1 + 0.06 * ds), 1), min(v * (1 + 0.06 * dv), 1)
     return colorsys.hsv_to_rgb(h, s, v)
 

@@ -87,15 +87,33 @@ def cut(vertices: np.ndarray, faces: np.ndarray, values: np.ndarray) -> tuple[np
     return vertices, np.concatenate(pieces), np.concatenate([values, np.zeros(len(unique))])
 
 
-def _spot_level(points: np.ndarray) -> np.ndarray:
-    """SPOT_RADIUS minus the distance to the nearest spot; centres by farthest-point sampling from the foremost."""
+def _spot_centres(points: np.ndarray) -> np.ndarray:
+    """Centres [S, 3] by farthest-point sampling of points [P, 3] from the foremost, SPOT_SPACING apart."""
     distance = np.full(len(points), np.inf)
-    centre = points[(points @ [0.11, 0.07, 1.0]).argmax()]
+    centres = [points[(points @ [0.11, 0.07, 1.0]).argmax()]]
     while True:
-        np.minimum(distance, ((points - centre) ** 2).sum(1), out=distance)
+        np.minimum(distance, ((points - centres[-1]) ** 2).sum(1), out=distance)
         if distance.max() <= SPOT_SPACING**2:
-            return SPOT_RADIUS - np.sqrt(distance)
-        centre = points[distance.argmax()]
+            return np.array(centres)
+        centres.append(points[distance.argmax()])
+
+
+def _moved(centres: np.ndarray, canonical: np.ndarray, vertices: np.ndarray, nearest: int = 4) -> np.ndarray:
+    """Centres [S, 3] on the canonical surface, moved along with its vertices [V, 3] to `vertices` [V, 3].
+
+    Farthest-point sampling on every instance anew would scatter the spots: a hair's breadth decides which point is
+    the farthest. So they are found once, on the canonical object, and follow their nearest vertices.
+    """
+    distance = np.sqrt(((centres[:, None] - canonical) ** 2).sum(-1))  # [S, V]
+    index = np.argsort(distance, 1)[:, :nearest]
+    weight = 1 / (np.take_along_axis(distance, index, 1) + 1e-6)
+    weight /= weight.sum(1, keepdims=True)
+    return centres + (weight[..., None] * (vertices - canonical)[index]).sum(1)
+
+
+def _spot_level(points: np.ndarray, centres: np.ndarray) -> np.ndarray:
+    """SPOT_RADIUS minus the distance of points [P, 3] to the nearest spot: [P]."""
+    return SPOT_RADIUS - np.sqrt(((points[:, None] - centres) ** 2).sum(-1).min(1))
 
 
 def _steps(low: float, high: float, first: float, *widths: float) -> np.ndarray:
@@ -108,11 +126,19 @@ def _steps(low: float, high: float, first: float, *widths: float) -> np.ndarray:
 
 
 def apply_pattern(
-    vertices: np.ndarray, faces: np.ndarray, pattern: str, *, axis: str = "y", square: bool = False
+    vertices: np.ndarray,
+    faces: np.ndarray,
+    pattern: str,
+    *,
+    canonical: np.ndarray | None = None,
+    axis: str = "y",
+    square: bool = False,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Cut `pattern` into a closed surface given in normalised coordinates.
 
     Args:
+        canonical: the same vertices [V, 3] of the unvaried object, which says how many stripes there are and where
+            the spots lie; None: this is the unvaried object.
         axis: the object's long axis: stripes follow each other along it from its low end to its high
             one, checks go around it.
         square: checks in the planes of the faces (boxes) instead of around the axis.
@@ -121,6 +147,7 @@ def apply_pattern(
     """
     along, across, other = {"y": (1, 0, 2), "z": (2, 0, 1)}[axis]
     low, high = vertices.min(0), vertices.max(0)
+    canonical = vertices if canonical is None else canonical
 
     def slice_at(k: int, positions: np.ndarray) -> None:
         nonlocal vertices, faces
@@ -128,12 +155,14 @@ def apply_pattern(
             vertices, faces, _ = cut(vertices, faces, vertices[:, k] - position)
 
     if pattern == "spotted":
+        centres = _moved(_spot_centres(refine(canonical, faces, SPOT_EDGE)[0]), canonical, vertices)
         vertices, faces = refine(vertices, faces, SPOT_EDGE)
-        vertices, faces, level = cut(vertices, faces, _spot_level(vertices))
+        vertices, faces, level = cut(vertices, faces, _spot_level(vertices, centres))
         second = level[faces].sum(1) > 0
     elif pattern == "striped":
         extent, period = high[along] - low[along], STRIPE_MAIN + STRIPE_SECOND
-        fit = extent / (max(round((extent - STRIPE_MAIN) / period), 1) * period + STRIPE_MAIN)  # main at both ends
+        bands = max(round((np.ptp(canonical[:, along]) - STRIPE_MAIN) / period), 1)
+        fit = extent / (bands * period + STRIPE_MAIN)  # main at both ends
         first, widths = low[along] + fit * STRIPE_MAIN, (fit * STRIPE_SECOND, fit * STRIPE_MAIN)
         slice_at(along, _steps(low[along] + 1e-6, high[along] - 1e-6, first, *widths))
         height = np.minimum(vertices[:, along][faces].mean(1), high[along] - 1e-3)  # a flat top: last band

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from stages.errors import check_shape
 from stages.guidance.diffusion.autoencoder import Autoencoder, no_autocast
-from stages.guidance.diffusion.camera import CameraLayout
 from stages.guidance.diffusion.denoisers import Denoiser
 from stages.guidance.diffusion.families import SDXL, Family
 from stages.guidance.diffusion.folder import load_part, locate, read_json
+from stages.guidance.diffusion.layout_condition import LayoutCondition
 from stages.guidance.diffusion.noise_schedule import NoiseSchedule
 from stages.guidance.diffusion.offload import offload_blocks
 from stages.guidance.diffusion.plan import Plan, make_plan, network_dtype, vae_dtype
@@ -55,7 +55,7 @@ class DiffusionPrior:
         self.alphas_cumprod, self.prediction = schedule.alphas_cumprod, schedule.prediction
         self.resolution, self.patch = denoiser.resolution, denoiser.patch
         self.known_words: list[str] | None = None
-        self.camera: CameraLayout | None = None
+        self.layout: LayoutCondition | None = None
         self.latent = vae is not None
         self.data_range = None if self.latent else (-1.0, 1.0)
         self.channels = vae.channels if self.latent else 3
@@ -108,21 +108,25 @@ class DiffusionPrior:
 
     @torch.no_grad()
     def conditions(self, embedding: Tensor, context: ViewContext | None) -> dict[str, Any]:
-        """What the denoiser is given beyond the embedding for these views, for :meth:`noise`: the camera's residuals;
+        """What the denoiser is given beyond the embedding for these views, for :meth:`noise`: what a layout tells;
         nothing for a prior without that part, or where the views are not known."""
-        if self.camera is None or context is None:
+        if self.layout is None or context is None:
             return {}
         with phase("networks"):
-            return self.camera.of(embedding, context)
+            return self.layout.of(embedding, context)
 
     def noise(self, network: torch.nn.Module, z_t: Tensor, t: Tensor, embedding: Tensor, **conditions: Any) -> Tensor:
         """predict_noise by this network or one like it, with gradients in those of its weights that ask for them.
 
         conditions: what else its family's diffusers module takes, such as a ControlNet's residuals: a tensor, or a
-            tuple of them, with a row for every sample (or without any axis).
+            tuple of them, with a row for every sample (or without any axis). `mean` is ours: the mean mu [B, C, h, w]
+            of x that the network was taught to leave out; it is given z_t - sqrt(alpha_bar) mu, of the same noise.
         """
         t = t.cpu()
         alpha_bar = self.alphas_cumprod[t]
+        mean = conditions.pop("mean", None)
+        if mean is not None:
+            z_t = z_t - per_sample(alpha_bar.sqrt(), z_t) * mean.to(z_t)
         z = z_t * per_sample(flow_scale(alpha_bar), z_t) if self.schedule.flow else z_t
         z, told = z.to(self.device, self.dtype), self.schedule.timesteps[t].to(self.device)
         limit = self.settings.max_batch or len(z)
@@ -188,8 +192,8 @@ def load_prior(
     vae = loader.autoencoder(device, dtype) if "vae" in plan.classes else None
     name = Path(path_or_id).name or str(path_or_id)
     prior = DiffusionPrior(name, family, denoiser, vae, text, plan.schedule, settings)
-    if settings.camera and (folder / "camera").is_dir():
-        prior.camera = CameraLayout.load(folder / "camera").to(device)
+    if settings.camera and (folder / "layout").is_dir():
+        prior.layout = LayoutCondition.load(folder / "layout").to(device)
     words = folder / "pocket.json"
     if words.is_file():
         prior.known_words = sorted(read_json(words, f"Cannot load the prior {folder}").get("words", []))

@@ -31,7 +31,7 @@ class DiffusionSettings(BaseModel):
     vae_slicing: bool = Field(False, description="one image at a time through the VAE, recomputed in the backward pass")
     vae_tiling: bool = Field(False, description="VAE in overlapping tiles beyond its own size: seams differ slightly")
     camera: bool = Field(
-        True, description="tell a prior that was taught them camera, light and backdrop of each view (a camera/ part)"
+        True, description="tell a prior that was taught them camera, light and backdrop of each view (a layout/ part)"
     )
     offload: Literal["none", "blocks"] = Field(
         "none", description="blocks: the denoiser's weights wait in main memory and visit the device block by block"

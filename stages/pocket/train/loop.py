@@ -27,6 +27,7 @@ class Training:
         modules: what is trained, by name. folder: where state.safetensors, state.json and log.jsonl live.
         lr: peak learning rate. steps / minutes: the length of the schedule, exactly one of them.
         ema: decay of the averaged weights, warmed up over the first steps.
+        rates: factors on the rate of some of the modules, by name.
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class Training:
         ema: float = 0.995,
         weight_decay: float = 0.01,
         warmup: int = 200,
+        rates: dict[str, float] | None = None,
     ) -> None:
         if (steps is None) == (minutes is None):
             raise ValueError("steps, minutes: wanted exactly one of them")
@@ -49,9 +51,13 @@ class Training:
             f"{name}.{key}": p for name, m in modules.items() for key, p in m.named_parameters() if p.requires_grad
         }
         self.average = {key: p.detach().clone() for key, p in self.parameters.items()}
-        decayed = [p for p in self.parameters.values() if p.ndim > 1]
-        plain = [p for p in self.parameters.values() if p.ndim <= 1]
-        groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+        groups = []
+        for name in modules:
+            own = [p for key, p in self.parameters.items() if key.startswith(f"{name}.")]
+            factor = (rates or {}).get(name, 1.0)
+            for part, decay in (([p for p in own if p.ndim > 1], weight_decay), ([p for p in own if p.ndim <= 1], 0.0)):
+                groups.append({"params": part, "weight_decay": decay, "factor": factor})
+        groups = [group for group in groups if group["params"]]
         self.optimiser = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.99), fused=True)
         self.step_index, self.seconds = 0, 0.0
         folder.mkdir(parents=True, exist_ok=True)
@@ -71,7 +77,7 @@ class Training:
             start = time.perf_counter()
             rate = self.lr * min(1, (self.step_index + 1) / self.warmup) * 0.5 * (1 + math.cos(math.pi * self.progress))
             for group in self.optimiser.param_groups:
-                group["lr"] = rate
+                group["lr"] = rate * group["factor"]
             loss = loss_step(self.step_index)
             self.optimiser.zero_grad(set_to_none=True)
             loss.backward()
@@ -92,6 +98,14 @@ class Training:
                         sample()
                 last_save = time.perf_counter()
         self.save()
+
+    def finish(self, loss_step: LossStep, sample: Callable[[], None], export: Callable[[], None], only: bool) -> None:
+        """Train to the end (not if `only` the export is wanted), then sample and export the averaged weights."""
+        if not only:
+            self.run(loss_step, sample=sample)
+        with self.averaged():
+            sample()
+            export()
 
     def averaged(self) -> _Swapped:
         """Context in which the modules hold the averaged weights."""

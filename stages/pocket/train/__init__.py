@@ -1,0 +1,1 @@
+"""How the pocket weights are made from nothing: one trainer a module, one loop for all."""

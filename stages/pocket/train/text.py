@@ -1,0 +1,139 @@
+"""Train the text encoder that all priors of the pocket world share, and what reads single words from its hidden states.
+
+A UNet's losses ask an encoder for little: "a pink mug" and "a pink lamp" may end up in nearly one place. A layout must
+know each word, so the encoder is taught to keep them apart, on captions and on sentences of random words.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from stages.guidance.diffusion.layout import CLASSES, Layout
+from stages.pocket import models, world
+
+SUFFIXES = ("", ", front view", ", left side view", ", right side view", ", back view", ", overhead view")
+STAY = 3.0  # weight of the change, relative to what was there, of captions that UNets know
+
+
+@torch.no_grad()
+def encode_text(tokenizer, text_encoder, captions: list[str]) -> Tensor:
+    """Captions to [B, TOKENS, WIDTH], each different one read once."""
+    texts = list(dict.fromkeys(captions))
+    rows = torch.tensor([texts.index(caption) for caption in captions])
+    return text_encoder(token_ids(tokenizer, texts)).last_hidden_state[rows]
+
+
+def token_ids(tokenizer, texts: list[str]) -> Tensor:
+    """[B, TOKENS], cut or padded."""
+    options = {"padding": "max_length", "truncation": True, "max_length": models.TOKENS, "return_tensors": "pt"}
+    return tokenizer(texts, **options).input_ids
+
+
+def find_text(args: argparse.Namespace):
+    """Tokenizer and frozen encoder as trained in --work, else those of --start or of the exported pixel prior."""
+    from transformers import AutoTokenizer, CLIPTextModel
+
+    folder = args.start or args.out / "pixel"
+    trained = args.work / "text" / "model"
+    encoder = CLIPTextModel.from_pretrained(trained if trained.is_dir() else folder / "text_encoder")
+    known = (folder / "tokenizer").is_dir()
+    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer") if known else models.make_tokenizer()
+    return tokenizer, encoder.float().eval().requires_grad_(False)
+
+
+class Sentences:
+    """Captions and sentences of random words, with the number of each token's word among a layout's classes."""
+
+    def __init__(self, words: dict[str, list[str]]) -> None:
+        named = [word for name in CLASSES for word in words[name]]
+        others = [word for word in [*world.words(), *models.VIEW_WORDS] if word not in named]
+        self.other = len(named)  # the number of every word that belongs to no class
+        self.number = {word: k for k, word in enumerate(named)} | dict.fromkeys(others, self.other)
+
+    def draw(self, rng: np.random.Generator, count: int, random: float) -> tuple[list[str], Tensor]:
+        """Sentences and their truth [count, TOKENS].
+
+        Args:
+            random: share of sentences of random words, which come first; the rest are captions with a view's words.
+        """
+        every, sentences = list(self.number), []
+        for k in range(count):
+            if k < random * count:
+                chosen = rng.integers(0, len(every), rng.integers(1, models.TOKENS - 2))
+                sentences.append([every[n] for n in chosen])
+            else:
+                caption = world.caption(world.sample_spec(rng)) + SUFFIXES[int(rng.integers(len(SUFFIXES)))]
+                caption += ", clay render" if rng.random() < 0.2 else ""
+                sentences.append(caption.replace(",", " ,").split())
+        truth = torch.full((count, models.TOKENS), self.other)
+        for k, sentence in enumerate(sentences):
+            truth[k, 1 : len(sentence) + 1] = torch.tensor([self.number[word] for word in sentence])
+        return [" ".join(sentence) for sentence in sentences], truth
+
+
+def fit_reader(layout: Layout, encode: Callable[[list[str]], Tensor], seed: int, steps: int = 1500) -> float:
+    """Teach a layout to tell each token's word from its hidden state; returns the share of named words read right."""
+    rng, sentences = np.random.default_rng([seed, 8]), Sentences(layout.config["words"])
+    optimiser = torch.optim.AdamW(layout.reader.parameters(), lr=3e-3)
+    right = 0.0
+    for step in range(steps):
+        for group in optimiser.param_groups:
+            group["lr"] = 3e-3 * 0.5 * (1 + np.cos(np.pi * step / steps))
+        texts, truth = sentences.draw(rng, 48, 0.25)
+        logits = layout.word_logits(encode(texts))
+        optimiser.zero_grad()
+        F.cross_entropy(logits.flatten(0, 1), truth.flatten()).backward()
+        optimiser.step()
+        named = truth < sentences.other
+        right = 0.98 * right + 0.02 * float((logits.argmax(-1) == truth)[named].float().mean())
+    return right
+
+
+def train_text(args: argparse.Namespace) -> None:
+    """The text encoder: from nothing, or from --start, then near to what the UNets of that folder have learnt."""
+    from transformers import AutoTokenizer, CLIPTextModel
+
+    torch.manual_seed(args.seed)
+    if args.start is None:
+        tokenizer = models.make_tokenizer()
+        encoder, before = models.make_text_encoder(len(tokenizer)).train(), None
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(args.start / "tokenizer")
+        encoder = CLIPTextModel.from_pretrained(args.start / "text_encoder").float().train()
+        before = copy.deepcopy(encoder).eval().requires_grad_(False)
+    layout = models.make_layout(fine=False)
+    rng, sentences = np.random.default_rng([args.seed, 7]), Sentences(layout.config["words"])
+    rates = [(encoder, 1e-3), (layout.reader, 3e-3)]
+    groups = [{"params": module.parameters(), "lr": rate, "peak": rate} for module, rate in rates]
+    optimiser = torch.optim.AdamW(groups, weight_decay=0.0)
+    right, change = 0.0, torch.zeros(())
+    for step in range(args.steps):
+        for group in optimiser.param_groups:
+            group["lr"] = group["peak"] * 0.5 * (1 + np.cos(np.pi * step / args.steps))
+        texts, truth = sentences.draw(rng, 64, 0.5)
+        ids = token_ids(tokenizer, texts)
+        hidden = encoder(ids).last_hidden_state
+        if before is not None:
+            with torch.no_grad():
+                there = before(ids).last_hidden_state
+            change = (hidden - there)[32:].square().mean() / there.square().mean()
+        logits = layout.word_logits(hidden)
+        optimiser.zero_grad()
+        (F.cross_entropy(logits.flatten(0, 1), truth.flatten()) + STAY * change).backward()
+        optimiser.step()
+        named = truth < sentences.other
+        right = 0.98 * right + 0.02 * float((logits.argmax(-1) == truth)[named].float().mean())
+        if step % 250 == 249:
+            print(
+                {"step": step + 1, "words read right": round(right, 4), "change": round(float(change), 4)}, flush=True
+            )
+    folder: Path = args.work / "text" / "model"
+    encoder.eval().save_pretrained(folder)
