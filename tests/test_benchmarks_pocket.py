@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 import torch
 
-from benchmarks import pocket
+from benchmarks.pocket import fidelity, pocket
 from benchmarks.quality import metrics
-from stages.pocket import world
+from stages.pocket import data, world
 from tests.tiny_clip import pocket_like
 from tests.tiny_folders import pocket_latent, pocket_pixel
 
@@ -74,6 +75,8 @@ def test_the_command_measures_and_writes_pictures_and_one_line(tmp_path, capsys)
         str(pocket_pixel(tmp_path / "pixel")),
         "--latent",
         str(pocket_latent(tmp_path / "latent")),
+        "--models",
+        "truth,pixel,latent",
         "--steps",
         "2",
         "--limit",
@@ -94,3 +97,72 @@ def test_a_missing_model_is_said_without_a_traceback(tmp_path, capsys):
     assert pocket.main(["--clip", str(tmp_path / "none"), "--out", str(tmp_path)]) == 2
     assert "no such folder" in capsys.readouterr().out
     assert not (tmp_path / "pocket.jsonl").exists()
+
+
+class KnowingPrior:
+    """A pixel prior that knows each picture up to a constant error, whatever the noise."""
+
+    alphas_cumprod = torch.linspace(0.9999, 0.001, 200)
+
+    def __init__(self, size: int, error: float) -> None:
+        self.resolution, self.error, self.clean = size, error, []
+
+    def embed(self, prompts):
+        return torch.zeros(len(prompts), 1)
+
+    def encode(self, images, generator):
+        self.clean.append(images.permute(0, 3, 1, 2) * 2 - 1)
+        return self.clean[-1]
+
+    def decode(self, x):
+        return x.permute(0, 2, 3, 1) / 2 + 0.5
+
+    def predict_noise(self, z, t, embedding, context=None):
+        a = self.alphas_cumprod[t].view(-1, 1, 1, 1)
+        return (z - a.sqrt() * (self.clean[-1] + 2 * self.error)) / (1 - a).sqrt()
+
+
+@pytest.fixture(scope="module")
+def few():
+    return fidelity.shots(8, 32, data.COARSE_CAMERAS, seed=1)
+
+
+def test_renders_are_of_held_out_captions_and_of_all_four_kinds(few):
+    assert [shot.kind for shot in few] == [*fidelity.KINDS] * 2
+    for shot in few:
+        spec = world.parse(shot.caption)
+        assert world.held_out(spec)
+        assert shot.kind == "clay" or shot.kind == (
+            "pair" if spec.other else "plain" if spec.pattern == "plain" else "pattern"
+        )
+        assert shot.words.endswith(", clay render") == (shot.kind == "clay")
+
+
+@pytest.mark.parametrize("error", [0.1, 0.01])
+def test_x0_of_a_prior_with_a_known_error_has_the_psnr_of_that_error(few, error):
+    rows = fidelity.x0_psnr(KnowingPrior(32, error), few, (0.1, 0.9))
+    assert rows == {
+        "0.1": pytest.approx(-20 * math.log10(error), abs=0.05),
+        "0.9": pytest.approx(-20 * math.log10(error), abs=0.05),
+    }
+
+
+def test_a_perfect_autoencoder_beats_averages_and_finer_averages_beat_coarser_ones(few):
+    rows = fidelity.autoencoder_psnr(KnowingPrior(32, 0.0), few)
+    assert rows["autoencoder"] > 60 > rows["2x average"] > rows["4x average"] > rows["8x average"] > 5
+
+
+def test_words_allow_more_than_the_variation_hides():
+    rows = fidelity.ceiling(4, seed=3)
+    assert set(rows) == {"all", *fidelity.KINDS} and 24 < rows["all"] < 45
+
+
+def test_only_pixels_that_show_the_object_count():
+    truth = torch.full((16, 16, 3), 0.5)
+    truth[4:12, 4:12] = 0.9
+    made = truth.clone()
+    made[0] = 0.0  # of the backdrop
+    assert fidelity.object_psnr(made, truth) > 80
+    made[4:12, 4:12] = 0.8
+    assert fidelity.object_psnr(made, truth) == pytest.approx(20, abs=1e-3)
+    assert fidelity.object_psnr(truth, torch.full((16, 16, 3), 0.5)) is None

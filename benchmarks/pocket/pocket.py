@@ -1,10 +1,11 @@
-"""How good the pocket models are: `python -m benchmarks.pocket` (issue "A sentence becomes a textured mesh", item 3).
+"""How good the pocket models are: `python -m benchmarks.pocket`.
 
 Every caption of the world's held-out listing, judged by the pocket CLIP among 100 candidates, those captions and
 distractors from the whole world (textureless: its 85 kinds and compositions):
     truth    renders of the captions' own meshes, one view at a time and eight views together, colour and textureless
     pixel    DDIM samples of the pixel prior at 64x64      (classifier-free guidance 4, 50 steps, front and side views
     latent   DDIM samples of the latent prior, decoded      by turns, words as the stages use them)
+    fidelity how near layout, priors and autoencoder come to the truth in dB (fidelity.py)
 Writes results/pocket_<prior>_samples.png, green frames for hits, and one line to results/pocket.jsonl.
 """
 
@@ -22,6 +23,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from benchmarks.environment import RESULTS, append_line, environment, quiet_libraries
+from benchmarks.pocket.fidelity import measure_fidelity
 from benchmarks.quality import metrics
 from benchmarks.quality.render import CLAY, COLOUR, Subject, ring, shoot
 from stages.cameras import Views, orbit_views
@@ -192,7 +194,7 @@ def _wrapped(text: str, width: int) -> list[str]:
 def main(arguments: list[str] | None = None) -> int:
     """Measure what is asked for and present; returns 2 where something asked for is missing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", default="truth,pixel,latent", help="which measurements, by commas")
+    parser.add_argument("--models", default="truth,pixel,latent,fidelity", help="which measurements, by commas")
     parser.add_argument("--clip", type=Path, default=WEIGHTS / "clip", help="CLIPModel folder")
     parser.add_argument("--pixel", type=Path, default=WEIGHTS / "pixel", help="pixel prior's folder")
     parser.add_argument("--latent", type=Path, default=WEIGHTS / "latent", help="latent prior's folder")
@@ -205,9 +207,9 @@ def main(arguments: list[str] | None = None) -> int:
     if args.limit and args.out == RESULTS:
         parser.error("--limit is for trials, which must not end up in the tables: give another --out")
     asked = args.models.split(",")
-    unknown = [name for name in asked if name not in ("truth", "pixel", "latent")]
+    unknown = [name for name in asked if name not in ("truth", "pixel", "latent", "fidelity")]
     if unknown:
-        parser.error(f"--models: {', '.join(unknown)}: wanted truth, pixel, latent")
+        parser.error(f"--models: {', '.join(unknown)}: wanted truth, pixel, latent, fidelity")
     try:
         measure(args, asked)
     except UserError as error:
@@ -231,6 +233,9 @@ def measure(args: argparse.Namespace, asked: list[str]) -> dict[str, Any]:
     for name in asked:
         if name == "truth":
             line[name] = judge_truth(scorer, captions, options)
+        elif name == "fidelity":
+            priors = (load_prior(folder, "cpu") for folder in (args.pixel, args.latent))
+            line[name] = measure_fidelity(*priors, args.out)
         else:
             prior = load_prior(getattr(args, name), "cpu")
             chosen = {"scale": args.scale, "steps": args.steps, "seed": args.seed}
