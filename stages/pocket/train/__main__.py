@@ -41,7 +41,9 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("data/training"), help="where training state is kept")
     parser.add_argument("--out", type=Path, default=models.WEIGHTS, help="where the model folders go")
     parser.add_argument("--start", type=Path, help="begin from this exported folder, not from nothing")
-    parser.add_argument("--init", type=Path, help="layout: begin from this training state, also of a coarser layout")
+    parser.add_argument(
+        "--init", type=Path, help="layout: begin from this one, a folder or a state, also a coarser one"
+    )
     parser.add_argument("--side", type=int, default=128, help="layout: size in pixels of the renders that it learns by")
     parser.add_argument("--fine", action="store_true", help="layout: with the level of 64^3 cells")
     parser.add_argument("--half", action="store_true", help="layout: bfloat16 volumes, for cores that have it")

@@ -120,6 +120,9 @@ def _fit(args: argparse.Namespace, task: Task, unet, condition: LayoutCondition,
     scheduler = models.make_scheduler()
     adapter = {n: getattr(condition, n) for n in ("levels", "mean") if hasattr(condition, n)}
     condition.layout.requires_grad_(False)
+    if args.start is not None and (args.start / "layout").is_dir():  # what translated the picture for that UNet
+        known = LayoutCondition.load(args.start / "layout").state_dict()
+        condition.load_state_dict({k: v for k, v in known.items() if not k.startswith("layout.")}, strict=False)
     modules = {"unet": unet} | {f"told.{n}": m for n, m in adapter.items()}
     rates = {f"told.{n}": ADAPTER_LR for n in adapter}
     work = args.work / task.name

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from stages.cameras import orbit_views
 from stages.guidance.diffusion.layout import Layout, Objects, Reading, look, radiance
+from stages.guidance.diffusion.layout_condition import LayoutCondition
 from stages.kernels.srgb import linear_to_srgb
 from stages.pocket import data, models, world
 from stages.pocket.build import build_placed
@@ -180,8 +181,11 @@ def train_layout(args: argparse.Namespace) -> None:
     layout = models.make_layout(args.fine)
     layout.half = args.half
     if args.init is not None:
-        state, shapes = load_file(args.init), {k: v.shape for k, v in layout.state_dict().items()}
-        state = {k.removeprefix("e/layout."): v for k, v in state.items() if k.startswith("e/layout.")}
+        shapes = {k: v.shape for k, v in layout.state_dict().items()}
+        if args.init.is_dir():
+            state = LayoutCondition.load(args.init).layout.state_dict()
+        else:
+            state = {k.removeprefix("e/layout."): v for k, v in load_file(args.init).items() if k.startswith("e/")}
         layout.load_state_dict({k: v for k, v in state.items() if shapes.get(k) == v.shape}, strict=False)
     heads = (layout.reader, layout.box, layout.place)  # taught apart, and first
     work = args.work / "layout"
