@@ -24,13 +24,12 @@ from stages.cameras import CameraSettings, Views, orbit_views, sample_views
 from stages.guidance.prior import ViewContext, add_noise, resized, x0_from_eps
 from stages.pocket import data, world
 from stages.pocket.build import build
+from stages.pocket.data import object_psnr
 from stages.prompts import view_class
 from stages.render.shade import ALBEDO, Shading
 
 TIMES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.65, 0.8, 0.9, 0.97)  # shares of the noise schedule
 KINDS = ("plain", "pattern", "pair", "clay")
-EDGE = 0.03  # a pixel that differs from the backdrop by this in any channel shows the object
-FEWEST = 50  # object pixels of a picture that counts
 INSTANCES = 12  # of a caption, for the ceiling
 
 
@@ -81,14 +80,6 @@ def shots(count: int, size: int, cameras: CameraSettings, seed: int) -> list[Sho
 
 def _render(spec: world.Spec, rng, views: Views, size: int, shading: Shading, under: Tensor) -> Tensor:
     return torch.from_numpy(data.render(build(spec, rng), views, size, shading, under)).float() / 255
-
-
-def object_psnr(made: Tensor, truth: Tensor) -> float | None:
-    """PSNR in dB over the object of a picture [S, S, 3] before a flat backdrop; None where it shows hardly any."""
-    mask = (truth - truth[:1, :1]).abs().amax(-1) > EDGE
-    if int(mask.sum()) < FEWEST:
-        return None
-    return float(-10 * torch.log10((made - truth)[mask].square().mean().clamp_min(1e-9)))
 
 
 def mean_psnr(made: list[Tensor], truth: list[Tensor]) -> float:

@@ -40,7 +40,8 @@ BACKGROUND = (0.35, 1.0)  # sRGB grey of the backgrounds the priors know; the st
 TINT = 0.02
 SIDES = PromptSettings(sides=True)
 TEXTURELESS = 0.15  # share of textureless renders, captioned ', clay render'
-UNSEEN = 5  # every so many training steps go without the camera
+EDGE = 0.03  # a pixel that differs from the backdrop by this in any channel shows the object
+FEWEST = 50  # object pixels of a picture that counts
 ALBEDO = 0.4  # share of unshaded renders beside that share of textureless ones
 
 
@@ -211,14 +212,9 @@ def batch_indices(seed: int, step: int, batch: int, count: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(count)[offset : offset + batch]
 
 
-def captions_for(records: list[dict], indices: np.ndarray, seed: int, step: int, drop: float) -> list[str]:
-    rng = np.random.default_rng([seed, step, 1])
-    return ["" if rng.random() < drop else training_caption(records[i], rng) for i in indices]
-
-
-def shift(latents: Tensor, rng: np.random.Generator, most: int = 2) -> Tensor:
-    """Move every latent image by up to `most` cells, edges repeated: the camera's jitter, free of charge."""
-    padded = F.pad(latents, (most,) * 4, mode="replicate")
-    size = latents.shape[-1]
-    moves = rng.integers(0, 2 * most + 1, (len(latents), 2))
-    return torch.stack([p[:, y : y + size, x : x + size] for p, (y, x) in zip(padded, moves, strict=True)])
+def object_psnr(made: Tensor, truth: Tensor) -> float | None:
+    """PSNR in dB over the object of a picture [S, S, 3] in [0, 1] before a flat backdrop; None if hardly any shows."""
+    mask = (truth - truth[:1, :1]).abs().amax(-1) > EDGE
+    if int(mask.sum()) < FEWEST:
+        return None
+    return float(-10 * torch.log10((made - truth)[mask].square().mean().clamp_min(1e-9)))

@@ -84,9 +84,6 @@ class Objects:
     index: Tensor
     placement: Tensor
 
-    def __len__(self) -> int:
-        return len(self.index)
-
 
 @dataclass(frozen=True)
 class Setting:

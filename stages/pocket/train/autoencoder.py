@@ -17,13 +17,6 @@ CROP = 128  # pixels a side
 SPREAD = 0.25  # variance that every channel is held at, so that one scaling factor serves all
 
 
-def object_psnr(made: Tensor, truth: Tensor, corner: Tensor) -> list[float]:
-    """PSNR in dB over each picture's object, [B, 3, H, W] in [-1, 1]; the backdrop is one colour, the corner's."""
-    mask = (truth - corner).abs().amax(1) > 0.06
-    pairs = zip(made, truth, mask, strict=True)
-    return [float(-10 * torch.log10(((a - b)[:, m] / 2).square().mean())) for a, b, m in pairs if m.sum() > 50]
-
-
 def train_vae(args: argparse.Namespace) -> None:
     """Squared error and edges, noisy latents of even spread."""
     cameras = data.FINE_CAMERAS
@@ -66,7 +59,8 @@ def train_vae(args: argparse.Namespace) -> None:
         for k in range(0, len(tests), 5):
             x = to_tensor(tests[k : k + 1])
             y = vae.decoder(vae.encoder(x.contiguous(memory_format=torch.channels_last)))
-            rows += object_psnr(y, x, x[:, :, :1, :1])
+            value = data.object_psnr(*(part[0].permute(1, 2, 0) / 2 + 0.5 for part in (y, x)))
+            rows += [] if value is None else [value]
         print({"step": training.step_index, "psnr over the object": round(float(np.mean(rows)), 2)}, flush=True)
         x = crops(np.random.default_rng(0), 8)
         write_grid(torch.cat([x, vae.decoder(vae.encoder(x))]), work / f"samples_{training.step_index:06d}.png")

@@ -84,11 +84,8 @@ def batch_of(records: list[dict], seed: int, step: int, batch: int) -> tuple[np.
 
 def psnr(made: Tensor, truth: Tensor) -> float:
     """Mean PSNR in dB over the objects of pictures [B, H, W, 3] in [0, 1] before flat backdrops."""
-    mask = (truth - truth[:, :1, :1]).abs().amax(-1) > 0.03
-    each = [
-        -10 * torch.log10((a - b)[m].square().mean()) for a, b, m in zip(made, truth, mask, strict=True) if m.sum() > 50
-    ]
-    return round(float(torch.stack(each).mean()), 2)
+    each = [data.object_psnr(a, b) for a, b in zip(made, truth, strict=True)]
+    return round(float(np.mean([value for value in each if value is not None])), 2)
 
 
 @dataclass(frozen=True)

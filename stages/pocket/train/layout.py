@@ -113,10 +113,9 @@ def score(layout: Layout, encode, pool: Pool, side: int, limit: int = 400) -> di
         record = pool.records[i]
         truth = torch.from_numpy(pool.at(side)[i]).float() / 255
         made = pictures(layout, encode([record["caption"]]), pool.scenes[i : i + 1], side)[0]
-        mask = (truth - truth[:1, :1]).abs().amax(-1) > 0.03
-        if mask.sum() < 50:
+        value = data.object_psnr(made, truth)
+        if value is None:
             continue
-        value = float(-10 * torch.log10((made - truth)[mask].square().mean()))
         kind = "clay" if record["shading"] == "textureless" else kind_of(record["caption"])
         rows.setdefault(kind, []).append(value)
         rows.setdefault("all", []).append(value)
