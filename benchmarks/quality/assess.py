@@ -1,4 +1,4 @@
-"""Everything that is measured on one mesh: CLIP embeddings, colour, detail, Janus, geometry, mesh facts, pictures."""
+"""Everything that is measured on one mesh: CLIP embeddings, colour, detail, pictures, Janus, geometry, mesh facts."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from benchmarks.quality import geometry, metrics
+from benchmarks.quality.pictures import picture_facts
 from benchmarks.quality.render import ALBEDO, CLAY, COLOUR, Subject, ring, shoot
 from benchmarks.quality.suite import spec_of
 from stages.cameras import orbit_views
@@ -41,6 +42,7 @@ def assess(mesh: Mesh, prompt: str, scorers: list[ClipScorer]) -> dict[str, Any]
     result["colour"] = colour_facts(subject, None if truth is None else Subject.of(truth))
     if truth is not None:
         result["geometry"] = {k: _finite(v) for k, v in geometry.compare(mesh, truth).items()}
+        result["picture"] = {k: _finite(v) for k, v in picture_facts(subject, Subject.of(truth)).items()}
         if spec.other is None and world.true_front(spec.kind):
             result["janus"] = janus_facts(subject, Subject.of(truth))
     return result
