@@ -17,23 +17,22 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
+from torch.nn import Parameter
 
 from stages.cameras import CameraSettings, Views, orbit_views, sample_views
 from stages.errors import UserError
 from stages.fields.background import BackgroundSettings, random_background
 from stages.fields.colour_fit import FitSettings, fit_albedo
 from stages.fields.hashfield import DetailSettings, FieldSettings, HashField, without_gradient
-from stages.kernels.smoothness import smoothness
+from stages.geometry import DMTetGeometry, Geometry, LockedGeometry
 from stages.kernels.srgb import linear_to_srgb
-from stages.mesh.clean import drop_floaters
-from stages.mesh.measure import measure
-from stages.mesh.mesh import Mesh
 from stages.mesh.orient import creased
 from stages.mesh.place import SPECK
 from stages.mesh.sample import painted_samples
@@ -128,14 +127,11 @@ class FineStage:
         self.steps, self.step_index, self.times = settings.steps, 0, {}
         self.generator = torch.Generator().manual_seed(seed)
         self.field = self._inherited_field()
-        self.dmtet: DMTet | None = None  # made by _prepare, or loaded: a resumed stage does not convert again
-        self.locked: Surface | None = None
-        self.adam: GroupedAdam | None = None
-        self.start: dict[str, float] = {}  # how the first surface was found, for the first step's metrics
+        self.start: dict[str, float] = {}  # how the first surface was made, for the first step's metrics
 
     def _inherited_field(self) -> HashField:
-        s, given = self.settings, self.previous.field
-        field = HashField(s.field, self.generator) if given is None else copy.deepcopy(given)
+        s, coarse = self.settings, self.previous.field
+        field = HashField(s.field, self.generator) if coarse is None else copy.deepcopy(coarse)
         field = field.to(self.device)
         field.set_progress(1.0)
         if s.detail.levels and field.detail is None and s.detail.finest > field.spec.finest:
@@ -145,48 +141,71 @@ class FineStage:
             parameter.requires_grad_(True)
         return field
 
-    def _prepare(self) -> None:
-        """Make the first surface, unless there is one."""
-        if self.dmtet is None and self.locked is None:
-            with phase("initialise", self.times):
-                self._initialise()
+    @cached_property
+    def geometry(self) -> Geometry:
+        """The shape. The first one is made when it is first asked for, and the field learns a user's colours with it.
 
-    def _initialise(self) -> None:
-        s, previous = self.settings, self.previous
-        options = {"deformation": s.deformation, "device": self.device}
-        if previous.density is not None:
-            self.dmtet, level = dmtet_from_density(previous.density, Lattice(s.tets), s.initialise, **options)
-            self.start = {f"start_{name}": float(value) for name, value in asdict(level).items()}
-        elif previous.mesh is not None:
-            self._take_over(previous.mesh, options)
-        else:
-            self.dmtet = from_function(Lattice(s.tets), lambda p: p.norm(dim=-1) - s.sphere, **options)
-        if s.geometry == "locked" and self.locked is None:
-            surface = self.dmtet.surface()
-            self.dmtet = self._lock(surface.vertices.detach(), surface.faces)
-        self._optimise()
+        A resumed stage loads both instead, so nothing is converted or learnt again.
+        """
+        with phase("initialise", self.times):
+            geometry = self._first_geometry()
+            if self.previous.density is None and self.previous.mesh is not None:
+                samples = painted_samples(self.previous.mesh, self.generator)
+                error = fit_albedo(self.field, samples, self.settings.fit, self.device)
+                self.start["start_colour_error"] = error
+        return geometry
 
-    def _take_over(self, mesh: Mesh, options: dict[str, Any]) -> None:
-        """Start from a user's mesh: itself where it is locked, else the body it encloses; and its colours."""
-        if self.settings.geometry == "locked":
+    @cached_property
+    def adam(self) -> GroupedAdam:
+        """The optimiser of field and geometry."""
+        return self._optimiser(self.geometry)
+
+    def _first_geometry(self) -> Geometry:
+        mesh = self.previous.mesh
+        if self.settings.geometry == "dmtet":
+            return self._moving(self._first_dmtet())
+        if self.previous.density is None and mesh is not None:
             shown = creased(mesh)  # the same triangles, shaded without the seams and edges turned over that files have
-            self._lock(torch.from_numpy(shown.vertices), torch.from_numpy(shown.faces))
+            triangles = torch.from_numpy(shown.vertices), torch.from_numpy(shown.faces)
+            return LockedGeometry(*triangles, self.device, source=mesh)
+        surface = self._first_dmtet().surface()
+        return LockedGeometry(surface.vertices, surface.faces, self.device)
+
+    def _first_dmtet(self) -> DMTet:
+        """The surface of the coarse density, of a user's mesh, or of a sphere."""
+        s, previous, lattice = self.settings, self.previous, Lattice(self.settings.tets)
+        options = {"deformation": s.deformation, "device": self.device}
+        facts: dict[str, float] = {}
+        if previous.density is not None:
+            dmtet, level = dmtet_from_density(previous.density, lattice, s.initialise, **options)
+            facts = asdict(level)
+        elif previous.mesh is not None:
+            dmtet, facts = dmtet_from_mesh(previous.mesh, lattice, s.solidify, **options)
         else:
-            self.dmtet, facts = dmtet_from_mesh(mesh, Lattice(self.settings.tets), self.settings.solidify, **options)
-            self.start = {f"start_{name}": value for name, value in facts.items()}
-        samples = painted_samples(mesh, self.generator)
-        self.start["start_colour_error"] = fit_albedo(self.field, samples, self.settings.fit, self.device)
+            dmtet = from_function(lattice, lambda p: p.norm(dim=-1) - s.sphere, **options)
+        self.start = {f"start_{name}": float(value) for name, value in facts.items()}
+        return dmtet
 
-    def _lock(self, vertices: Tensor, faces: Tensor) -> None:
-        none = torch.zeros(0, 2, dtype=torch.int32, device=self.device)  # smoothness terms are not asked for
-        self.locked = Surface(vertices.float().to(self.device), faces.int().to(self.device), none, none)
+    def _moving(self, dmtet: DMTet) -> DMTetGeometry:
+        s = self.settings
+        return DMTetGeometry(
+            dmtet,
+            lr_sdf=s.lr_sdf,
+            lr_offset=s.lr_offset,
+            spread=s.spread,
+            normal_consistency=s.normal_consistency,
+            laplacian=s.laplacian,
+            keep=s.keep if self.previous.mesh is None else min(s.keep, SPECK),  # a user's small parts are no floaters
+        )
 
-    def _optimise(self) -> None:
-        groups = [{f"field.{k}": p for k, p in self.field.named_parameters() if p.requires_grad}]
-        if self.dmtet is not None:
-            groups += [{"dmtet.sdf": self.dmtet.sdf}, {"dmtet.offset": self.dmtet.offset}]
-        self.adam = GroupedAdam(
-            groups,
+    def _groups(self, geometry: Geometry) -> list[tuple[dict[str, Parameter], Ramp]]:
+        """What is optimised, in groups, each with its learning rate."""
+        colour = {f"field.{name}": p for name, p in self.field.named_parameters() if p.requires_grad}
+        return [(colour, self.settings.lr_texture), *geometry.parameters()]
+
+    def _optimiser(self, geometry: Geometry) -> GroupedAdam:
+        return GroupedAdam(
+            [parameters for parameters, _ in self._groups(geometry)],
             betas=self.settings.betas,
             eps=1e-15,
             patience=self.settings.max_skipped,
@@ -195,22 +214,22 @@ class FineStage:
         )
 
     def surface(self) -> Surface:
-        """The present surface, differentiable in the DMTet's parameters."""
-        self._prepare()
-        return self.dmtet.surface() if self.dmtet is not None else self.locked
+        """Return the present surface, differentiable in the geometry's parameters."""
+        return self.geometry.surface()
 
     def step(self) -> dict[str, float]:
-        """One optimisation step over `views_per_step` views; returns metrics."""
-        self._prepare()
-        s, progress, times = self.settings, self.step_index / self.steps, self.times
+        """Take one optimisation step over `views_per_step` views; returns metrics."""
+        s, progress, times, geometry = self.settings, self.step_index / self.steps, self.times, self.geometry
         with phase("surface", times):
-            surface = self.surface()
-            leaf = surface.vertices.detach().requires_grad_(self.dmtet is not None)
+            surface = geometry.surface()
+            leaf = surface.vertices.detach().requires_grad_(geometry.moves)
         with phase("views", times):
             views = sample_views(s.cameras, s.views_per_step, self.generator).to(self.device)
             shading = sample_shading(s.shading, progress, self.generator)
-            if self.locked is not None:
-                shading = replace(shading, textureless=False)  # a shape that stays learns nothing from bare views
+            bare = (
+                shading.textureless and geometry.moves
+            )  # a shape that stays learns nothing from a view without colour
+            shading = replace(shading, textureless=bare)
             grey = random_background(s.background, s.views_per_step, self.generator)
             backdrop = (grey if grey is not None else torch.full((s.views_per_step, 1, 1, 3), 0.5)).to(self.device)
 
@@ -231,11 +250,9 @@ class FineStage:
             for name, value in (guided.metrics | {"cover": float(images.mask.detach().mean())}).items():
                 totals[name] = totals.get(name, 0.0) + value / s.accumulate
         with phase("regularisers", times):
-            totals |= self._smooth(leaf, surface)
+            totals |= _size(leaf, surface.faces) | geometry.regularise(leaf, surface)
         with phase("backward", times):
-            if leaf.grad is not None:
-                surface.vertices.backward(leaf.grad)
-                self.dmtet.spread_gradient(s.spread.at(progress))
+            geometry.backward(surface, leaf.grad, progress)
         with phase("optimiser", times):
             totals["grad_norm"] = self._update(progress)
         self.step_index += 1
@@ -250,39 +267,12 @@ class FineStage:
         background = backdrop.expand(len(views), size, size, 3)
         return render_mesh(vertices, faces, albedo, views, size, size, shading=shading, background=background)
 
-    def _smooth(self, leaf: Tensor, surface: Surface) -> dict[str, float]:
-        """Add the gradient of the smoothness terms to the vertices; returns the surface's metrics."""
-        s = self.settings
-        with torch.no_grad():
-            a, b, c = leaf.index_select(0, surface.faces.reshape(-1)).view(-1, 3, 3).unbind(1)
-            volume = float((a * torch.linalg.cross(b, c)).sum(dtype=torch.float64) / 6)
-        metrics = {"faces": float(len(surface.faces)), "volume": volume}
-        if self.dmtet is None:
-            return metrics
-        if s.normal_consistency or s.laplacian:
-            bend, rough = smoothness(leaf, surface.faces, surface.edges, surface.sides)
-            (s.normal_consistency * bend + s.laplacian * rough).backward()
-            metrics |= {"bend": float(bend.detach()), "rough": float(rough.detach())}
-        return metrics
-
     def _update(self, progress: float) -> float:
-        """Take the optimiser step, let the band follow the surface, and return the gradient's norm; see GroupedAdam."""
-        s = self.settings
-        rates = [s.lr_texture.at(progress)]
-        if self.dmtet is not None:
-            rates += [s.lr_sdf.at(progress), s.lr_offset.at(progress)]
+        """Take the optimiser step and return the gradient's norm; see GroupedAdam.step."""
+        rates = [rate.at(progress) for _, rate in self._groups(self.geometry)]
         norm = self.adam.step(rates, self.step_index)
-        if self.dmtet is not None:
-            self._follow()
+        self.geometry.after_step(self.adam)
         return norm
-
-    def _follow(self) -> None:
-        """Let the band follow the surface; Adam's moments go with their vertices."""
-        slots = list(self.adam.moments(self.dmtet.sdf, self.dmtet.offset))
-        carried = self.dmtet.step_done([state[key] for state, key in slots])
-        if carried is not None:
-            for (state, key), value in zip(slots, carried, strict=True):
-                state[key] = value
 
     def headline(self, metrics: dict[str, float]) -> str:
         """Size of the mesh, and how near the renders are to what the prior would draw."""
@@ -312,53 +302,35 @@ class FineStage:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Colour field, surface, Adam moments, generators and counters; flat and ready for safetensors."""
-        self._prepare()
         state = {"step_index": torch.tensor(self.step_index), "generator": self.generator.get_state()}
         state |= {f"field.{k}": v.detach().clone() for k, v in self.field.state_dict().items()}
-        if self.dmtet is not None:
-            state |= {f"dmtet.{k}": v.clone() for k, v in self.dmtet.state_dict().items()}
-        else:
-            state |= {"locked.vertices": self.locked.vertices.clone(), "locked.faces": self.locked.faces.clone()}
-        state |= self.adam.state_dict()
+        state |= self.geometry.state_dict() | self.adam.state_dict()
         if hasattr(self.guidance, "state_dict"):
             state |= {f"guidance.{key}": value for key, value in self.guidance.state_dict().items()}
         return state
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Inverse of state_dict; the stage must be freshly constructed with the same settings."""
-        s = self.settings
         self.step_index = int(state["step_index"])
         self.generator.set_state(state["generator"].cpu())
         self.field.load_state_dict(under_prefix(state, "field"))
-        self.dmtet = self.locked = None
-        if "locked.faces" in state:
-            self._lock(state["locked.vertices"].clone(), state["locked.faces"].clone())
-        else:
-            options = {"deformation": s.deformation, "device": self.device}
-            self.dmtet = DMTet.from_state(Lattice(s.tets), under_prefix(state, "dmtet"), **options)
-        self._optimise()
+        self.geometry = self._loaded_geometry(state)
+        self.adam = self._optimiser(self.geometry)
         self.adam.load_state_dict(state)
         if hasattr(self.guidance, "load_state_dict"):
             self.guidance.load_state_dict(under_prefix(state, "guidance"))
 
+    def _loaded_geometry(self, state: dict[str, Tensor]) -> Geometry:
+        s = self.settings
+        if s.geometry == "locked":
+            return LockedGeometry.from_state(state, self.device, source=self.previous.mesh)
+        options = {"deformation": s.deformation, "device": self.device}
+        return self._moving(DMTet.from_state(Lattice(s.tets), under_prefix(state, "dmtet"), **options))
+
     @torch.no_grad()
     def finish(self) -> Asset:
         """Drop floaters, check that the surface bounds a body, and hand it on with its colours."""
-        surface, own = self.surface(), self.previous.mesh
-        mesh = Mesh(surface.vertices.detach().cpu().numpy().copy(), surface.faces.cpu().numpy().copy())
-        locked = self.locked is not None and own is not None
-        if locked:
-            mesh = replace(own)  # the file's own triangles, seams and texture coordinates
-        elif self.dmtet is not None:
-            mesh = drop_floaters(mesh, self.settings.keep if own is None else min(self.settings.keep, SPECK))
-            found = measure(mesh)
-            if not found.solid:
-                raise UserError(
-                    "The fine stage ended with a broken surface",
-                    f"{found.boundary_edges} open edges, {found.nonmanifold_edges} edges of more than two faces, "
-                    f"volume {found.volume:.2g}",
-                    "lower fine.lr_sdf, or raise fine.normal_consistency",
-                )
+        mesh = self.geometry.mesh()
         albedo = without_gradient(self.field.albedo)
         mesh.colours = albedo(torch.from_numpy(mesh.vertices).to(self.device)).float().cpu().numpy()
         if not np.isfinite(mesh.colours).all():
@@ -368,4 +340,13 @@ class FineStage:
                 "lower fine.lr_texture; for a half-precision prior set its dtype to float32",
             )
         # `albedo` holds the field alone: the prior, which this stage knows, is not to live on through the export.
+        locked = self.settings.geometry == "locked" and self.previous.mesh is not None
         return Asset(albedo=albedo, field=self.field, mesh=mesh, placement=self.previous.placement, locked=locked)
+
+
+@torch.no_grad()
+def _size(vertices: Tensor, faces: Tensor) -> dict[str, float]:
+    """The metrics of a closed surface: its count of faces, and the volume that it bounds."""
+    a, b, c = vertices.index_select(0, faces.reshape(-1)).view(-1, 3, 3).unbind(1)
+    volume = float((a * torch.linalg.cross(b, c)).sum(dtype=torch.float64) / 6)
+    return {"faces": float(len(faces)), "volume": volume}

@@ -116,8 +116,8 @@ def test_resumed_run_equals_uninterrupted_one_bitwise():
         whole.step()
         if k == 3:
             saved = {key: value.clone() for key, value in whole.state_dict().items()}
-            rebuilt = whole.dmtet.rebuilds
-    assert whole.dmtet.rebuilds > rebuilt  # the band moved after the checkpoint, with the moments it was restored with
+            rebuilt = whole.geometry.dmtet.rebuilds
+    assert whole.geometry.dmtet.rebuilds > rebuilt  # the band moved after it was saved, moments and all
     resumed = stage(seed=99, lr_sdf=0.1)  # everything drawn in the constructor is overwritten
     resumed.load_state_dict(saved)
     metrics = [resumed.step() for _ in range(4)]
@@ -274,16 +274,16 @@ def test_smoothness_terms_smooth():
     roughness = []
     for weight in (0.0, 3000.0):
         fine = stage(steps=12, normal_consistency=weight, laplacian=weight, tets=12)
-        fine._prepare()
+        dmtet = fine.geometry.dmtet
         with torch.no_grad():
-            fine.dmtet.sdf += 0.03 * torch.randn(fine.dmtet.sdf.shape, generator=torch.Generator().manual_seed(0))
-        fine.dmtet.step_done([])
+            dmtet.sdf += 0.03 * torch.randn(dmtet.sdf.shape, generator=torch.Generator().manual_seed(0))
+        dmtet.step_done([])
         for _ in range(12):
             metrics = fine.step()
         if weight:
             roughness.append((metrics["bend"], metrics["rough"]))
         else:
-            fine.settings = settings(normal_consistency=1e-9, laplacian=1e-9)
+            fine.geometry.normal_consistency = fine.geometry.laplacian = 1e-9
             metrics = fine.step()
             roughness.append((metrics["bend"], metrics["rough"]))
     assert roughness[1][0] < 0.3 * roughness[0][0] and roughness[1][1] < 0.3 * roughness[0][1]
@@ -345,8 +345,7 @@ def test_finish_drops_floaters():
     ids = all_ids(lattice)
     p = lattice.positions(ids)
     sdf = np.minimum(np.linalg.norm(p, axis=1) - 0.4, np.linalg.norm(p - np.float32([0.6, 0.6, 0]), axis=1) - 0.08)
-    fine.dmtet = DMTet(lattice, ids, sdf)
-    fine._optimise()
+    fine.geometry.dmtet = DMTet(lattice, ids, sdf)
     with torch.no_grad():
         surface = fine.surface()
     assert measure(Mesh(surface.vertices.numpy(), surface.faces.numpy())).components == 2

@@ -208,4 +208,4 @@ def facts_of(stage: Stage, metrics: dict[str, float]) -> dict[str, float]:
             "occupied": round(stage.occupancy.share, 5),
             "table_rows": stage.field.spec.rows,
         }
-    return facts | {"faces": metrics["faces"], "band_vertices": len(stage.dmtet.sdf)}
+    return facts | {"faces": metrics["faces"], "band_vertices": len(stage.geometry.dmtet.sdf)}
