@@ -208,7 +208,7 @@ class ClipMeshStage:
         with phase("views", times):
             views = sample_views(s.cameras, s.views_per_step, self.generator).to(self.device)
             shading = sample_shading(s.shading, progress, self.generator)
-            behind = random_backdrops(s.backdrops, s.views_per_step, s.resolution, self.generator).to(self.device)
+            backdrops = random_backdrops(s.backdrops, s.views_per_step, s.resolution, self.generator).to(self.device)
         looks = [(torch.arange(s.views_per_step), shading)]
         if progress < s.bare_until:  # every second view, since neighbours in the batch are neighbours on the orbit
             bare = Shading(shading.ambient, shading.diffuse, textureless=True)
@@ -221,10 +221,10 @@ class ClipMeshStage:
                 continue
             share, seen = len(chosen) / s.views_per_step, views[chosen]
             with phase("render", times):
-                images = self._render(vertices, maps, seen, s.resolution, look, behind[chosen])
+                images = self._render(vertices, maps, seen, s.resolution, look, backdrops[chosen])
             with phase("guidance", times):
                 guided = self.guidance(
-                    images.colour, seen, progress, look.textureless, background=behind[chosen], shading=look
+                    images.colour, seen, progress, look.textureless, background=backdrops[chosen], shading=look
                 )
             loss = loss + share * guided.loss
             for name, value in (guided.metrics | {"cover": float(images.mask.detach().mean())}).items():
@@ -240,10 +240,10 @@ class ClipMeshStage:
         return totals
 
     def _render(
-        self, vertices: Tensor, maps: tuple[Tensor, Tensor], views: Views, size: int, shading: Shading, behind: Tensor
+        self, vertices: Tensor, maps: tuple[Tensor, Tensor], views: Views, size: int, shading: Shading, backdrop: Tensor
     ) -> MeshImages:
         material = TextureMaterial(vertices, self.faces, self.uv, self.uv_faces, *maps)
-        background = behind.expand(len(views), size, size, 3)
+        background = backdrop.expand(len(views), size, size, 3)
         return render_mesh(
             vertices, self.faces, material, views, size, size,
             shading=shading, background=background, topology=self.topology,

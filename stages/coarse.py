@@ -1,8 +1,8 @@
 """The coarse stage: score distillation of a text-to-image prior into a hash-grid radiance field (DreamFusion, Magic3D).
 
 One step, top to bottom in :meth:`CoarseStage.step`:
-    views, shading, background  <- random
-    images                      <- volume render of the field over the background
+    views, shading, backdrop    <- random
+    images                      <- volume render of the field over the backdrop
     loss = guidance(images) + orientation + opacity + entropy + transmittance
     Adam on field and environment
 
@@ -22,8 +22,9 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
+from stages.backdrop import Backdrop, PictureBackdrop, PlainBackdrop
 from stages.cameras import CameraSettings, Views, orbit_views, sample_views
-from stages.fields.backdrops import BackdropSettings, random_backdrops, show_on
+from stages.fields.backdrops import BackdropSettings, random_backdrops
 from stages.fields.background import Background, BackgroundSettings, random_background
 from stages.fields.check import check_object
 from stages.fields.hashfield import FieldSettings, HashField, without_gradient
@@ -34,7 +35,7 @@ from stages.phases import phase
 from stages.ramp import Ramp
 from stages.render.shade import ALBEDO, LAMBERT, ShadingSettings, sample_shading
 from stages.render.transmittance import TransmittanceSettings, transmittance_loss
-from stages.render.volume import VolumeImages, render_field
+from stages.render.volume import Sampling, VolumeImages, render_field
 from stages.stage import Asset
 
 
@@ -118,10 +119,9 @@ class CoarseStage:
                 self.background.load_state_dict(previous.background.state_dict())
             self._set_progress(0.0)
         self.occupancy = OccupancyGrid(settings.occupancy).to(self.device)
-        self.step_size = 2 * math.sqrt(3) / settings.samples
-        self.occupancy.update(
-            self.field.density, 0, 0.0, self.generator, self.step_size
-        )  # previews before the first step
+        step_size = 2 * math.sqrt(3) / settings.samples
+        self.sampling = Sampling(step_size, settings.early_stop, settings.faint, settings.stride)
+        self.occupancy.update(self.field.density, 0, 0.0, self.generator, step_size)  # previews before the first step
         self.adam = GroupedAdam(
             [{f"{m}.{k}": p for k, p in getattr(self, m).named_parameters()} for m in ("field", "background")],
             betas=settings.betas,
@@ -132,49 +132,47 @@ class CoarseStage:
         )
 
     def step(self) -> dict[str, float]:
-        """One optimisation step over `views_per_step` views; returns metrics."""
+        """Take one optimisation step over `views_per_step` views; returns metrics."""
         s, progress, times = self.settings, self.step_index / self.steps, self.times
         self._set_progress(progress)
         with phase("occupancy", times):
-            self.occupancy.update(self.field.density, self.step_index, progress, self.generator, self.step_size)
+            step_size = self.sampling.step_size
+            self.occupancy.update(self.field.density, self.step_index, progress, self.generator, step_size)
         with phase("views", times):
             views = sample_views(s.cameras, s.views_per_step, self.generator).to(self.device)
             shading = sample_shading(s.shading, progress, self.generator)
-            backdrop, copies = self._behind()
+            backdrop = self._backdrop()
 
         totals: dict[str, float] = {}
         part = s.views_per_step // s.accumulate
         for low in range(0, s.views_per_step, part):
             chosen = slice(low, low + part)
-            if copies:
-                under = torch.zeros(3)  # the pictures come behind afterwards
-            else:
-                under = self.background if backdrop is None else backdrop[chosen]
+            seen, behind = views[chosen], backdrop.part(chosen)
             with phase("render", times):
                 images = render_field(
                     self.field,
-                    under,
+                    behind.under,
                     self.occupancy.cells,
-                    views[chosen],
+                    seen,
                     s.resolution,
                     s.resolution,
                     shading=shading,
-                    generator=self.generator,
-                    step_size=self.step_size,
                     normals=s.orientation_always,
-                    early_stop=s.early_stop,
-                    min_optical_depth=s.faint,
-                    thin_stride=s.stride,
+                    sampling=self.sampling,
+                    generator=self.generator,
                 )
-            seen, colour, behind = views[chosen], images.colour, images.background.detach()
-            if copies:
-                behind = backdrop[low * copies : (low + part) * copies]
-                colour = show_on(images.colour, images.opacity, behind)
-                seen = seen[torch.arange(part).repeat_interleave(copies)]
+            shown = behind.show(images, seen)
             with phase("guidance", times):
-                guided = self.guidance(colour, seen, progress, shading.textureless, background=behind, shading=shading)
+                guided = self.guidance(
+                    shown.colour,
+                    shown.views,
+                    progress,
+                    shading.textureless,
+                    background=shown.backdrop,
+                    shading=shading,
+                )
             with phase("regularisers", times):
-                loss, metrics = self._regularised(guided.loss, images, views[chosen], progress)
+                loss, metrics = self._regularised(guided.loss, images, seen, progress)
             with phase("backward", times):
                 (loss / s.accumulate).backward()
             for name, value in (guided.metrics | metrics).items():
@@ -185,14 +183,14 @@ class CoarseStage:
         self.step_index += 1
         return totals
 
-    def _behind(self) -> tuple[Tensor | None, int]:
-        """What this step's views stand in front of: a flat grey each, or None for the learned environment, and 0; or
-        pictures [views * copies, S, S, 3] and how many of them belong to each view."""
+    def _backdrop(self) -> Backdrop:
+        """Draw what is behind this step's views: pictures, a flat colour each, or the learned environment."""
         s, copies = self.settings, self.settings.backdrops.copies
-        if not copies:
-            return random_background(s.background, s.views_per_step, self.generator), 0
-        pictures = random_backdrops(s.backdrops, s.views_per_step * copies, s.resolution, self.generator)
-        return pictures.to(self.device), copies
+        if copies:
+            pictures = random_backdrops(s.backdrops, s.views_per_step * copies, s.resolution, self.generator)
+            return PictureBackdrop(pictures.to(self.device), copies)
+        colours = random_background(s.background, s.views_per_step, self.generator)
+        return PlainBackdrop(self.background if colours is None else colours)
 
     def _regularised(
         self, loss: Tensor, images: VolumeImages, views: Views, progress: float
@@ -241,16 +239,15 @@ class CoarseStage:
     @torch.no_grad()
     def render(self, views: Views, size: int, *, shading=ALBEDO, backdrop: Tensor | None = None) -> VolumeImages:
         """Renders without randomness or gradients; `backdrop` is a linear colour, by default the environment."""
-        background = self.background if backdrop is None else backdrop
         return render_field(
             self.field,
-            background,
+            self.background if backdrop is None else backdrop,
             self.occupancy.cells,
             views,
             size,
             size,
             shading=shading,
-            step_size=min(self.step_size, 2.0 / size),
+            sampling=Sampling(min(self.sampling.step_size, 2.0 / size)),
         )
 
     def state_dict(self) -> dict[str, Tensor]:

@@ -2,7 +2,7 @@
 
 One step, top to bottom in :meth:`FineStage.step`:
     surface                    <- marching tetrahedra of the signed distances, closed and oriented
-    views, shading, background <- random
+    views, shading, backdrop   <- random
     images                     <- mesh render, colour from the field that the coarse stage trained
     loss = guidance(images) + normal consistency + Laplacian
     Adam on signed distances (their gradient smoothed over the band: large steps, then fine ones), offsets and colour,
@@ -230,8 +230,8 @@ class FineStage:
                 shading.textureless and geometry.moves
             )  # a shape that stays learns nothing from a view without colour
             shading = replace(shading, textureless=bare)
-            grey = random_background(s.background, s.views_per_step, self.generator)
-            backdrop = (grey if grey is not None else torch.full((s.views_per_step, 1, 1, 3), 0.5)).to(self.device)
+            colours = random_background(s.background, s.views_per_step, self.generator)
+            backdrop = (torch.full((s.views_per_step, 1, 1, 3), 0.5) if colours is None else colours).to(self.device)
 
         totals, self.start = self.start, {}
         part = s.views_per_step // s.accumulate

@@ -50,7 +50,8 @@ ALLOWED = {
     "stages.guidance.diffusion": _BASE | {"stages.kernels.*", "stages.prompts", "stages.render"}
     | {"stages.guidance.prior", "stages.guidance.vsd"},
     "stages.guidance": _SURFACE | {"stages.prompts", "stages.render", "stages.guidance.*"},
-    "stages.coarse": _GUIDED,
+    "stages.backdrop": _STAGE,
+    "stages.coarse": _GUIDED | {"stages.backdrop"},
     "stages.geometry": _STAGE,
     "stages.fine": _GUIDED | {"stages.geometry"},
     "stages.clip_mesh": _STAGE,

@@ -8,7 +8,7 @@ import torch
 from stages.cameras import CameraSettings, orbit_views, sample_views
 from stages.fields.hashfield import FieldSettings, HashField
 from stages.render.shade import ALBEDO, LAMBERT, Shading
-from stages.render.volume import render_field
+from stages.render.volume import Sampling, render_field
 
 FULL = torch.ones(8, 8, 8, dtype=torch.uint8)
 
@@ -57,14 +57,18 @@ def test_opaque_ball_shows_its_facing_octants_over_the_background():
 
 def test_transparent_ball_absorbs_by_the_chord():
     sigma = 1.3
-    images = render_field(Ball(0.6, sigma), torch.ones(3), FULL, orbit_views([30.0], 20.0), 33, 33, step_size=0.005)
+    images = render_field(
+        Ball(0.6, sigma), torch.ones(3), FULL, orbit_views([30.0], 20.0), 33, 33, sampling=Sampling(0.005)
+    )
     assert float(images.opacity[0, 16, 16]) == pytest.approx(1 - math.exp(-sigma * 1.2), abs=0.01)
 
 
 def test_shaded_ball_is_lambert_and_its_normals_face_the_camera():
     views = orbit_views([0.0], 0.0)
     shading = Shading(ambient=0.2, diffuse=0.8, textureless=True)
-    images = render_field(Ball(0.6, 2000.0), torch.zeros(3), FULL, views, 33, 33, shading=shading, step_size=0.002)
+    images = render_field(
+        Ball(0.6, 2000.0), torch.zeros(3), FULL, views, 33, 33, shading=shading, sampling=Sampling(0.002)
+    )
     assert torch.allclose(images.normal[0, 16, 16], torch.tensor([0.0, 0.0, 1.0]), atol=0.01)
     surface = torch.tensor([0.0, 0.0, 0.6])
     to_light = torch.nn.functional.normalize(views.light[0] - surface, dim=-1)
@@ -86,8 +90,10 @@ def test_skipping_and_early_stop_change_nothing_that_can_be_seen():
     axis = (torch.arange(32) + 0.5) / 16 - 1
     cells[(f.density(torch.cartesian_prod(axis, axis, axis)) > 1e-3).reshape(32, 32, 32)] = 1
     with torch.no_grad():
-        exact = render_field(f, torch.ones(3), FULL, views, 24, 24, early_stop=0.0, min_optical_depth=0.0)
-        fast = render_field(f, torch.ones(3), cells, views, 24, 24, early_stop=1e-3)
+        exact = render_field(
+            f, torch.ones(3), FULL, views, 24, 24, sampling=Sampling(early_stop=0.0, min_optical_depth=0.0)
+        )
+        fast = render_field(f, torch.ones(3), cells, views, 24, 24, sampling=Sampling(early_stop=1e-3))
     assert fast.samples < 0.7 * exact.samples
     difference = (exact.colour - fast.colour).abs()
     assert difference.max() < 1.5e-2 and difference.mean() < 1e-3  # the maximum: thirty faint samples in a row
@@ -99,7 +105,15 @@ def test_gradients_with_and_without_shortcuts_agree():
     for cut in (0.0, 1e-5):
         f = field()
         images = render_field(
-            f, torch.ones(3), FULL, views, 16, 16, shading=LAMBERT, early_stop=cut, min_optical_depth=cut, normals=True
+            f,
+            torch.ones(3),
+            FULL,
+            views,
+            16,
+            16,
+            shading=LAMBERT,
+            sampling=Sampling(early_stop=cut, min_optical_depth=cut),
+            normals=True,
         )
         (images.colour.square().mean() + images.orientation + images.opacity.mean()).backward()
         gradients.append(f.table.grad)
@@ -119,7 +133,7 @@ def test_background_function_gets_gradient_where_the_object_is_not():
     images = render_field(Ball(0.6, 500.0), sky, FULL, orbit_views([0.0], 0.0), 16, 16)
     images.colour.sum().backward()
     assert torch.allclose(sky.colour.grad, (1 - images.opacity).sum().expand(3))
-    assert images.background.shape == (1, 16, 16, 3)
+    assert images.backdrop.shape == (1, 16, 16, 3)
 
 
 def test_an_empty_grid_renders_the_background_alone():

@@ -1,4 +1,4 @@
-"""Volume rendering of a field over a background: march -> early termination -> evaluate -> shade -> composite.
+"""Volume rendering of a field over a backdrop: march -> early termination -> evaluate -> shade -> composite.
 
 Letters: B views, R = B H W rays, N samples of all rays. Shading is applied per sample, before compositing
 (DreamFusion sec. 3.1), so colours, normals and depths of one ray may come from several surfaces.
@@ -38,63 +38,93 @@ class RadianceField(Protocol):
     def density_and_normal(self, points: Tensor, known: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]: ...
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """Where a ray is sampled.
+
+    Args:
+        step_size: world length between two samples of a ray.
+        early_stop: share of the light below which a sample is left out, in [0, 1).
+        min_optical_depth: optical depth below which a sample is left out; behind a softplus those hardly have a
+            gradient.
+        thin_stride: how many times more coarsely thin cells (value 2 of the occupancy) are sampled; 1 for pictures
+            without noise.
+    """
+
+    step_size: float = STEP_SIZE
+    early_stop: float = 1e-3
+    min_optical_depth: float = 3e-4
+    thin_stride: int = 1
+
+
+DEFAULT_SAMPLING = Sampling()
+
+
 @dataclass
 class VolumeImages:
     """Renders of B views.
 
-    colour [B, H, W, 3] linear over the background; opacity [B, H, W, 1]; depth [B, H, W, 1] = sum w t;
-    normal [B, H, W, 3] = sum w n, not unit, or None; background [B, H, W, 3] as composited;
-    orientation: Ref-NeRF's penalty on samples that face away (0 without normals), sum over samples of
-        stopgrad(w) max(0, n . d)^2 divided by the number of rays that hit something (opacity > 0.01);
-    samples: how many were evaluated with gradients.
+    Args:
+        colour: [B, H, W, 3] linear, over the backdrop.
+        opacity: [B, H, W, 1].
+        depth: [B, H, W, 1] sum of w t.
+        normal: [B, H, W, 3] sum of w n, not unit; None where normals were not asked for.
+        backdrop: [B, H, W, 3] what the field was composited over.
+        orientation: Ref-NeRF's penalty on samples that face away (0 without normals), sum over samples of
+            stopgrad(w) max(0, n . d)^2 divided by the number of rays that hit something (opacity > 0.01).
+        samples: how many were evaluated with gradients.
     """
 
     colour: Tensor
     opacity: Tensor
     depth: Tensor
     normal: Tensor | None
-    background: Tensor
+    backdrop: Tensor
     orientation: Tensor
     samples: int
 
 
 def render_field(
     field: RadianceField,
-    background: Tensor | Callable[[Tensor], Tensor],
+    backdrop: Tensor | Callable[[Tensor], Tensor],
     occupancy: Tensor,
     views: Views,
     height: int,
     width: int,
     *,
     shading: Shading = ALBEDO,
-    generator: torch.Generator | None = None,
-    step_size: float = STEP_SIZE,
     normals: bool = False,
-    early_stop: float = 1e-3,
-    min_optical_depth: float = 3e-4,
-    thin_stride: int = 1,
+    sampling: Sampling = DEFAULT_SAMPLING,
+    generator: torch.Generator | None = None,
 ) -> VolumeImages:
     """Render `field` from every view.
 
     Args:
-        background: linear colour broadcastable to [B, H, W, 3], or a function of unit directions [R, 3] -> [R, 3].
-        occupancy: [G, G, G] uint8 or bool as in kernels/volume.py. views: on the field's device.
+        field: see RadianceField.
+        backdrop: linear colour broadcastable to [B, H, W, 3], or a function of unit directions [R, 3] -> [R, 3].
+        occupancy: [G, G, G] uint8 or bool as in kernels/volume.py.
+        views: B views on the field's device.
+        height: of the pictures, pixels.
+        width: of the pictures, pixels.
         shading: one for all views; a diffuse part needs normals and computes them.
-        generator: CPU; offsets each ray's samples by a random part of a step. None: by half a step.
         normals: also composite normals and the orientation penalty (costs about as much again).
-        early_stop: samples that less than this share of the light reaches are left out.
-        thin_stride: how many times more coarsely thin cells (value 2) are sampled; 1 for pictures without noise.
-        min_optical_depth: samples with less are left out (behind a softplus they hardly have a gradient).
+        sampling: where the rays are sampled.
+        generator: on the CPU; offsets each ray's samples by a random part of a step. None: by half a step.
+    Returns: the renders, differentiable in the field's parameters and in the backdrop.
     """
     rays_o, rays_d = (v.reshape(-1, 3) for v in rays(views, height, width))
     device, count = rays_o.device, rays_o.shape[0]
     jitter = torch.full((count,), 0.5) if generator is None else torch.rand(count, generator=generator)
     with phase("march"):
-        samples = march(rays_o, rays_d, occupancy, step_size, jitter.to(device), thin_stride=thin_stride)
+        samples = march(
+            rays_o, rays_d, occupancy, sampling.step_size, jitter.to(device), thin_stride=sampling.thin_stride
+        )
         points = _points(rays_o, rays_d, samples)
     with torch.no_grad(), phase("first look"):
         features = field.features(points)
-        keep, samples = visible(field.density(points, features), samples, early_stop, min_optical_depth)
+        keep, samples = visible(
+            field.density(points, features), samples, sampling.early_stop, sampling.min_optical_depth
+        )
         points, features = points.index_select(0, keep), features.index_select(0, keep)
 
     directions = rays_d.index_select(0, samples.rays)  # [N, 3]
@@ -115,11 +145,8 @@ def render_field(
         out, weights, opacity, depth = composite(sigma, values, samples)
 
     shape = (len(views), height, width)
-    if callable(background):
-        backdrop = background(rays_d).reshape(*shape, 3)
-    else:
-        backdrop = background.to(device).expand(*shape, 3)
-    image = out[:, :3].reshape(*shape, 3) + (1 - opacity).reshape(*shape, 1) * backdrop
+    behind = backdrop(rays_d).reshape(*shape, 3) if callable(backdrop) else backdrop.to(device).expand(*shape, 3)
+    image = out[:, :3].reshape(*shape, 3) + (1 - opacity).reshape(*shape, 1) * behind
     orientation = torch.zeros((), device=device)
     if normal is not None:
         facing = (normal * directions).sum(-1).clamp_min(0).square()
@@ -129,7 +156,7 @@ def render_field(
         opacity=opacity.reshape(*shape, 1),
         depth=depth.reshape(*shape, 1),
         normal=None if normal is None else out[:, 3:].reshape(*shape, 3),
-        background=backdrop,
+        backdrop=behind,
         orientation=orientation,
         samples=len(samples),
     )
