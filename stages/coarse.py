@@ -45,10 +45,6 @@ class CoarseSettings(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     steps: int = Field(800, ge=1, description="optimisation steps")
-    particles: int = Field(1, ge=1, le=16, description="fields optimised in turn under one guidance; they share steps")
-    particle: int | None = Field(
-        None, ge=0, description="which of several is handed on; none: the one the prior agrees with best"
-    )
     resolution: int = Field(64, ge=16, le=512, description="side of a training render in pixels")
     views_per_step: int = Field(4, ge=1, description="views of one optimiser step")
     accumulate: int = Field(1, ge=1, description="parts that a step's views are rendered in, to bound memory")

@@ -16,10 +16,9 @@ import torch
 from pydantic import BaseModel
 
 from stages.clip_mesh import ClipMeshSettings, ClipMeshStage
-from stages.coarse import CoarseSettings
 from stages.fine import FineSettings, FineStage
 from stages.guidance.settings import GuidanceSettings
-from stages.particles import make_coarse
+from stages.particles import ParticleSettings, make_coarse
 from stages.ramp import constant
 from stages.stage import Asset, Stage
 
@@ -81,7 +80,7 @@ def _polishing() -> GuidanceSettings:
 
 STAGES: dict[str, StageKind] = {
     "coarse": StageKind(
-        CoarseSettings,
+        ParticleSettings,
         make_coarse,
         begins_with=frozenset({"nothing", "run"}),
         recipe=_coarse_recipe,

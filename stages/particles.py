@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from stages.coarse import CoarseSettings, CoarseStage
@@ -21,30 +22,53 @@ from stages.stage import Asset
 SMOOTHING = 0.9  # of the running agreement by which a particle is chosen
 
 
+class ParticleSettings(CoarseSettings):
+    """Everything the coarse stage does, but for its guidance; and of how many fields."""
+
+    particles: int = Field(1, ge=1, le=16, description="fields optimised in turn under one guidance; they share steps")
+    particle: int | None = Field(
+        None, ge=0, description="which of several is handed on; none: the one the prior agrees with best"
+    )
+
+
 def make_coarse(
-    settings: CoarseSettings,
+    settings: ParticleSettings,
     guidance: Callable[..., Any],
     device: torch.device,
     seed: int,
     previous: Asset | None = None,
 ) -> CoarseStage | ParticleStage:
-    """The coarse stage of these settings: one field, or several."""
+    """Return the coarse stage of these settings: of one field, or of several.
+
+    Args:
+        settings: of every field, and their number.
+        guidance: see stages/guidance/guidance.py; None where the stage only loads and finishes.
+        device: where fields and renders live.
+        seed: of the first field.
+        previous: see CoarseStage.
+    Raises: UserError as CoarseStage and ParticleStage.
+    """
     kind = CoarseStage if settings.particles == 1 else ParticleStage
     return kind(settings, guidance, device, seed, previous)
 
 
 class ParticleStage:
-    """A Stage (stages/stage.py) of `settings.particles` coarse stages that take its steps in turn.
+    """A Stage (stages/stage.py) of several coarse stages that take its steps in turn, under one guidance.
 
-    Args: as CoarseStage; `settings.steps` counts the steps of all particles together.
-    Raises: UserError for steps that cannot be shared equally and a chosen particle that does not exist.
+    Args:
+        settings: of every particle, and their number; `steps` counts the steps of all of them together.
+        guidance: which the particles share; None where the stage only loads and finishes.
+        device: where fields and renders live.
+        seed: of the first particle; the others' follow from it.
+        previous: see CoarseStage; all particles begin with it.
+    Raises: UserError for steps that cannot be shared equally, and for a chosen particle that does not exist.
     """
 
     name = "coarse"
 
     def __init__(
         self,
-        settings: CoarseSettings,
+        settings: ParticleSettings,
         guidance: Callable[..., Any],
         device: torch.device,
         seed: int,
@@ -64,9 +88,9 @@ class ParticleStage:
                 f"choose 0 to {n - 1}, or leave it out to take the one the prior agrees with best",
             )
         self.settings, self.steps, self.times = settings, settings.steps, {}
-        share = settings.model_copy(update={"steps": settings.steps // n})
+        each = settings.model_copy(update={"steps": settings.steps // n})
         seeds = [(seed + 7919 * k) % 2**31 for k in range(n)]
-        self.members = [CoarseStage(share, guidance, device, own, previous) for own in seeds]
+        self.members = [CoarseStage(each, guidance, device, member_seed, previous) for member_seed in seeds]
         for member in self.members:
             member.times = self.times
         self.agreement = torch.full((n,), float("nan"), dtype=torch.float64)

@@ -2,12 +2,14 @@
 
 import pytest
 import torch
+from pydantic import ValidationError
 
+from pipeline.config.model import load_config
 from pipeline.runs.stages import make_stage
 from stages.coarse import CoarseSettings, CoarseStage
 from stages.errors import UserError
 from stages.guidance.guidance import GuidanceOutput
-from stages.particles import ParticleStage, make_coarse
+from stages.particles import ParticleSettings, ParticleStage, make_coarse
 from stages.stage import Asset
 
 SMALL = dict(resolution=16, views_per_step=1, samples=16, field={"log2_table": 10, "levels": 3})
@@ -32,7 +34,7 @@ class Pull:
 
 def stage(**settings):
     return make_coarse(
-        CoarseSettings(**{"steps": 8, "particles": 2} | SMALL | settings), Pull(), torch.device("cpu"), 3
+        ParticleSettings(**{"steps": 8, "particles": 2} | SMALL | settings), Pull(), torch.device("cpu"), 3
     )
 
 
@@ -40,9 +42,16 @@ def test_one_particle_is_the_coarse_stage_itself():
     assert type(stage(particles=1)) is CoarseStage
     assert type(stage()) is ParticleStage
     made = make_stage(
-        "coarse", CoarseSettings(**{"steps": 8, "particles": 2} | SMALL), Pull(), torch.device("cpu"), 3, None
+        "coarse", ParticleSettings(**{"steps": 8, "particles": 2} | SMALL), Pull(), torch.device("cpu"), 3, None
     )
     assert type(made) is ParticleStage
+
+
+def test_a_stage_of_one_field_has_no_settings_of_particles():
+    with pytest.raises(ValidationError, match="particles"):
+        CoarseSettings(particles=2)
+    config = load_config(None, ["coarse.particles=2", "coarse.particle=1"], {})
+    assert isinstance(config.coarse, ParticleSettings) and (config.coarse.particles, config.coarse.particle) == (2, 1)
 
 
 def test_particles_take_turns_from_different_seeds_and_share_the_steps():
@@ -60,7 +69,7 @@ def test_an_edit_by_particles_begins_with_the_object_it_is_given():
     source = stage(particles=1)
     source.step()
     given = Asset(density=source.field.density, field=source.field, background=source.background)
-    settings = CoarseSettings(**{"steps": 8, "particles": 2} | SMALL)
+    settings = ParticleSettings(**{"steps": 8, "particles": 2} | SMALL)
     edit = make_coarse(settings, Pull(), torch.device("cpu"), 4, given)
     assert all(torch.equal(member.field.table, source.field.table) for member in edit.members)
 
