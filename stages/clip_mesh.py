@@ -35,13 +35,13 @@ from stages.mesh.subdivision.loop import as_torch, limit_surface, subdivide_line
 from stages.mesh.subdivision.regularise import laplacian
 from stages.mesh.texture.bake import push_pull, texel_points
 from stages.mesh.texture.uv import Unwrapper
-from stages.optimise import GroupedAdam, under_prefix
+from stages.optimise import GroupedAdam
 from stages.phases import phase
 from stages.ramp import Ramp
 from stages.render.raster import MeshImages, render_mesh
 from stages.render.shade import LAMBERT, Shading, ShadingSettings, sample_shading
 from stages.render.textured import TextureMaterial, blurred_maps
-from stages.stage import Asset
+from stages.stage import Asset, add_metrics, contact_sheet, cover_headline, guidance_state, load_guidance_state
 
 SMALLEST = 0.02  # half the extent in world units below which there is no object
 
@@ -227,8 +227,7 @@ class ClipMeshStage:
                     images.colour, seen, progress, look.textureless, background=backdrops[chosen], shading=look
                 )
             loss = loss + share * guided.loss
-            for name, value in (guided.metrics | {"cover": float(images.mask.detach().mean())}).items():
-                totals[name] = totals.get(name, 0.0) + share * value
+            add_metrics(totals, guided.metrics | {"cover": float(images.mask.detach().mean())}, share)
         with phase("regularisers", times):
             rough = laplacian(self.control, self.control_edges)
             loss = loss + s.laplacian.at(progress) * rough
@@ -262,12 +261,7 @@ class ClipMeshStage:
 
     def headline(self, metrics: dict[str, float]) -> str:
         """Share of the picture that the object covers, and what CLIP or the prior thinks of it."""
-        text = f"cover {100 * metrics['cover']:.0f} %"
-        if "agreement_db" in metrics:
-            text += f", agreement {metrics['agreement_db']:.1f} dB"
-        if "clip" in metrics:
-            text += f", CLIP {metrics['clip']:.1f}"
-        return text
+        return cover_headline(metrics)
 
     # --- looking, saving, handing on ----------------------------------------------------------------------------
 
@@ -278,10 +272,7 @@ class ClipMeshStage:
         views = orbit_views([0.0, 90.0, 180.0, 270.0], 20.0)
         coloured = self.render(views, size, shading=LAMBERT)
         bare = self.render(views, size, shading=Shading(LAMBERT.ambient, LAMBERT.diffuse, textureless=True))
-        normal = torch.lerp(torch.full_like(coloured.normal, 0.5), coloured.normal * 0.5 + 0.5, coloured.mask)
-        rows = [linear_to_srgb(coloured.colour), linear_to_srgb(bare.colour), normal.clamp(0, 1)]
-        sheet = torch.cat([torch.cat(list(row), dim=1) for row in rows])  # [3 size, 4 size, 3]
-        return sheet.mul(255).round().to(torch.uint8).cpu().numpy()
+        return contact_sheet([linear_to_srgb(coloured.colour), linear_to_srgb(bare.colour), coloured.normal_picture])
 
     @torch.no_grad()
     def render(self, views: Views, size: int, *, shading=LAMBERT, backdrop: Tensor | None = None) -> MeshImages:
@@ -297,9 +288,7 @@ class ClipMeshStage:
         state |= {f"start.{k}": torch.from_numpy(getattr(self.start, k)) for k in ("faces", "uv", "uv_faces")}
         for name, parameter in self._parameters().items():
             state[name] = parameter.detach().clone()
-        if hasattr(self.guidance, "state_dict"):
-            state |= {f"guidance.{key}": value for key, value in self.guidance.state_dict().items()}
-        return state
+        return state | guidance_state(self.guidance)
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Inverse of state_dict; the stage must be freshly constructed with the same settings."""
@@ -310,8 +299,7 @@ class ClipMeshStage:
         start = ControlMesh(vertices=state["control"].cpu().numpy().copy(), **topology)
         self._build(start, state["colour_map"], state["normal_map"])
         self.adam.load_state_dict(state)
-        if hasattr(self.guidance, "load_state_dict"):
-            self.guidance.load_state_dict(under_prefix(state, "guidance"))
+        load_guidance_state(self.guidance, state)
 
     @torch.no_grad()
     def finish(self) -> Asset:

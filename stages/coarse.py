@@ -30,13 +30,13 @@ from stages.fields.check import check_object
 from stages.fields.hashfield import FieldSettings, HashField, without_gradient
 from stages.fields.occupancy import OccupancyGrid, OccupancySettings
 from stages.kernels.srgb import linear_to_srgb
-from stages.optimise import GroupedAdam, check_accumulate, under_prefix
+from stages.optimise import GroupedAdam, check_accumulate, equal_parts, under_prefix
 from stages.phases import phase
 from stages.ramp import Ramp
 from stages.render.shade import ALBEDO, LAMBERT, ShadingSettings, sample_shading
 from stages.render.transmittance import TransmittanceSettings, transmittance_loss
 from stages.render.volume import Sampling, VolumeImages, render_field
-from stages.stage import Asset
+from stages.stage import Asset, add_metrics, contact_sheet, cover_headline, guidance_state, load_guidance_state
 
 
 class CoarseSettings(BaseModel):
@@ -140,9 +140,7 @@ class CoarseStage:
             backdrop = self._backdrop()
 
         totals: dict[str, float] = {}
-        part = s.views_per_step // s.accumulate
-        for low in range(0, s.views_per_step, part):
-            chosen = slice(low, low + part)
+        for chosen in equal_parts(s.views_per_step, s.accumulate):
             seen, behind = views[chosen], backdrop.part(chosen)
             with phase("render", times):
                 images = render_field(
@@ -171,8 +169,7 @@ class CoarseStage:
                 loss, metrics = self._regularised(guided.loss, images, seen, progress)
             with phase("backward", times):
                 (loss / s.accumulate).backward()
-            for name, value in (guided.metrics | metrics).items():
-                totals[name] = totals.get(name, 0.0) + value / s.accumulate
+            add_metrics(totals, guided.metrics | metrics, 1 / s.accumulate)
 
         with phase("optimiser", times):
             totals["grad_norm"] = self._update(progress)
@@ -213,24 +210,15 @@ class CoarseStage:
 
     def headline(self, metrics: dict[str, float]) -> str:
         """Mean opacity, and how near the renders are to what the prior would draw."""
-        text = f"cover {100 * metrics['cover']:.0f} %"
-        if "agreement_db" in metrics:
-            text += f", agreement {metrics['agreement_db']:.1f} dB"
-        if "clip" in metrics:
-            text += f", CLIP {metrics['clip']:.1f}"
-        return text
+        return cover_headline(metrics)
 
     @torch.no_grad()
     def preview(self) -> np.ndarray:
         """Six views around the object at 20 deg elevation: albedo above, shaded below; uint8 sRGB."""
         size = self.settings.preview_size
         views = orbit_views([0.0, 60.0, 120.0, 180.0, 240.0, 300.0], 20.0).to(self.device)
-        rows = []
-        for shading in (ALBEDO, LAMBERT):
-            colour = self.render(views, size, shading=shading).colour
-            rows.append(torch.cat(list(linear_to_srgb(colour)), dim=1))  # [size, 6 size, 3]
-        sheet = torch.cat(rows).mul(255).round().to(torch.uint8)
-        return sheet.cpu().numpy()
+        looks = (self.render(views, size, shading=shading).colour for shading in (ALBEDO, LAMBERT))
+        return contact_sheet([linear_to_srgb(colour) for colour in looks])
 
     @torch.no_grad()
     def render(self, views: Views, size: int, *, shading=ALBEDO, backdrop: Tensor | None = None) -> VolumeImages:
@@ -252,9 +240,7 @@ class CoarseStage:
         for name, module in self._modules().items():
             state |= {f"{name}.{key}": value.detach().clone() for key, value in module.state_dict().items()}
         state |= self.adam.state_dict()
-        if hasattr(self.guidance, "state_dict"):
-            state |= {f"guidance.{key}": value for key, value in self.guidance.state_dict().items()}
-        return state
+        return state | guidance_state(self.guidance)
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Inverse of state_dict; the stage must be freshly constructed with the same settings."""
@@ -264,8 +250,7 @@ class CoarseStage:
             module.load_state_dict(under_prefix(state, name))
         self._set_progress(self.step_index / self.steps)
         self.adam.load_state_dict(state)
-        if hasattr(self.guidance, "load_state_dict"):
-            self.guidance.load_state_dict(under_prefix(state, "guidance"))
+        load_guidance_state(self.guidance, state)
 
     def finish(self) -> Asset:
         """Check that there is one finite object of sensible size and hand it on."""

@@ -40,12 +40,12 @@ from stages.mesh.tets.dmtet import DMTet, Surface, from_function
 from stages.mesh.tets.initialise import InitialiseSettings, dmtet_from_density
 from stages.mesh.tets.solidify import SolidifySettings, dmtet_from_mesh
 from stages.mesh.tets.tetrahedra import SAFE_MOVE, Lattice
-from stages.optimise import GroupedAdam, check_accumulate, under_prefix
+from stages.optimise import GroupedAdam, check_accumulate, equal_parts, under_prefix
 from stages.phases import phase
 from stages.ramp import Ramp
 from stages.render.raster import MeshImages, render_mesh
 from stages.render.shade import ALBEDO, LAMBERT, Shading, ShadingSettings, sample_shading
-from stages.stage import Asset
+from stages.stage import Asset, add_metrics, contact_sheet, guidance_state, load_guidance_state
 
 Guide = Callable[..., Any]  # see stages/guidance/guidance.py
 
@@ -234,9 +234,7 @@ class FineStage:
             backdrop = (torch.full((s.views_per_step, 1, 1, 3), 0.5) if colours is None else colours).to(self.device)
 
         totals, self.start = self.start, {}
-        part = s.views_per_step // s.accumulate
-        for low in range(0, s.views_per_step, part):
-            chosen = slice(low, low + part)
+        for chosen in equal_parts(s.views_per_step, s.accumulate):
             with phase("render", times):
                 images = self._render(leaf, surface.faces, views[chosen], s.resolution, shading, backdrop[chosen])
             behind = backdrop[chosen].expand(-1, s.resolution, s.resolution, 3)
@@ -247,8 +245,8 @@ class FineStage:
             with phase("backward", times):
                 if guided.loss.requires_grad:  # a view that misses a locked mesh has nothing to learn from
                     (guided.loss / s.accumulate).backward()
-            for name, value in (guided.metrics | {"cover": float(images.mask.detach().mean())}).items():
-                totals[name] = totals.get(name, 0.0) + value / s.accumulate
+            cover = {"cover": float(images.mask.detach().mean())}
+            add_metrics(totals, guided.metrics | cover, 1 / s.accumulate)
         with phase("regularisers", times):
             totals |= _size(leaf, surface.faces) | geometry.regularise(leaf, surface)
         with phase("backward", times):
@@ -288,10 +286,7 @@ class FineStage:
         albedo, shaded = (
             self._render(surface.vertices, surface.faces, views, size, shading, grey) for shading in (ALBEDO, LAMBERT)
         )
-        normal = torch.lerp(torch.full_like(albedo.normal, 0.5), albedo.normal * 0.5 + 0.5, albedo.mask)
-        rows = [linear_to_srgb(albedo.colour), linear_to_srgb(shaded.colour), normal.clamp(0, 1)]
-        sheet = torch.cat([torch.cat(list(row), dim=1) for row in rows])  # [3 size, 4 size, 3]
-        return sheet.mul(255).round().to(torch.uint8).cpu().numpy()
+        return contact_sheet([linear_to_srgb(albedo.colour), linear_to_srgb(shaded.colour), albedo.normal_picture])
 
     @torch.no_grad()
     def render(self, views: Views, size: int, *, shading=ALBEDO, backdrop: Tensor | None = None) -> MeshImages:
@@ -305,9 +300,7 @@ class FineStage:
         state = {"step_index": torch.tensor(self.step_index), "generator": self.generator.get_state()}
         state |= {f"field.{k}": v.detach().clone() for k, v in self.field.state_dict().items()}
         state |= self.geometry.state_dict() | self.adam.state_dict()
-        if hasattr(self.guidance, "state_dict"):
-            state |= {f"guidance.{key}": value for key, value in self.guidance.state_dict().items()}
-        return state
+        return state | guidance_state(self.guidance)
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Inverse of state_dict; the stage must be freshly constructed with the same settings."""
@@ -317,8 +310,7 @@ class FineStage:
         self.geometry = self._loaded_geometry(state)
         self.adam = self._optimiser(self.geometry)
         self.adam.load_state_dict(state)
-        if hasattr(self.guidance, "load_state_dict"):
-            self.guidance.load_state_dict(under_prefix(state, "guidance"))
+        load_guidance_state(self.guidance, state)
 
     def _loaded_geometry(self, state: dict[str, Tensor]) -> Geometry:
         s = self.settings

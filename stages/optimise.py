@@ -25,6 +25,13 @@ def check_accumulate(stage: str, views: int, parts: int) -> None:
         )
 
 
+def equal_parts(views: int, parts: int) -> Iterator[slice]:
+    """Yield the views of a step in that many equal parts, `accumulate`, in their order."""
+    size = views // parts
+    for low in range(0, views, size):
+        yield slice(low, low + size)
+
+
 def under_prefix(state: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
     """The entries NAME.KEY of a flat state, by KEY."""
     return {key.removeprefix(f"{name}."): value for key, value in state.items() if key.startswith(f"{name}.")}
@@ -100,5 +107,5 @@ class GroupedAdam:
         self.skipped = int(state["skipped"])
         for name, parameter in self.parameters.items():
             if f"adam.{name}.step" in state:
-                found = {key: state[f"adam.{name}.{key}"] for key in ("step", *MOMENTS)}
-                self.optimiser.state[parameter] = {k: v.to(parameter.device).clone() for k, v in found.items()}
+                saved = {key: state[f"adam.{name}.{key}"] for key in ("step", *MOMENTS)}
+                self.optimiser.state[parameter] = {k: v.to(parameter.device).clone() for k, v in saved.items()}

@@ -1,10 +1,10 @@
-"""The two protocols that chain stages: a Stage optimises, an Asset is what it hands on."""
+"""The protocols that chain stages, a Stage that optimises and an Asset that it hands on; and what all stages share."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from stages.mesh.mesh import Mesh
 from stages.mesh.place import Placement
+from stages.optimise import under_prefix
 
 Density = Callable[[Tensor], Tensor]  # [N, 3] in [-1, 1]^3 -> [N] >= 0
 Albedo = Callable[[Tensor], Tensor]  # [N, 3] in [-1, 1]^3 -> [N, 3] linear RGB in [0, 1]
@@ -64,3 +65,48 @@ class Stage(Protocol):
 
     def finish(self) -> Asset:
         """Check that there is an object and hand it on; raises UserError with advice if there is none."""
+
+
+def add_metrics(totals: dict[str, float], metrics: Mapping[str, float], share: float) -> None:
+    """Add the metrics of a part of a step to the step's.
+
+    Args:
+        totals: the step's metrics by name, changed in place.
+        metrics: the part's.
+        share: of the step's views that the part has, in (0, 1].
+    """
+    for name, value in metrics.items():
+        totals[name] = totals.get(name, 0.0) + share * value
+
+
+def cover_headline(metrics: Mapping[str, float]) -> str:
+    """Return the share of the picture that the object covers and what prior or CLIP think of it, for Stage.headline."""
+    text = f"cover {100 * metrics['cover']:.0f} %"
+    if "agreement_db" in metrics:
+        text += f", agreement {metrics['agreement_db']:.1f} dB"
+    if "clip" in metrics:
+        text += f", CLIP {metrics['clip']:.1f}"
+    return text
+
+
+def contact_sheet(rows: Sequence[Tensor]) -> np.ndarray:
+    """Return pictures beside and below each other, uint8 [R H, B W, 3], for Stage.preview.
+
+    Args:
+        rows: R batches of pictures [B, H, W, 3], sRGB in [0, 1].
+    """
+    sheet = torch.cat([torch.cat(list(row), dim=1) for row in rows])
+    return sheet.mul(255).round().to(torch.uint8).cpu().numpy()
+
+
+def guidance_state(guidance: Any) -> dict[str, Tensor]:
+    """Return the state of a guidance as guidance.KEY, for Stage.state_dict; empty for one without a state."""
+    if not hasattr(guidance, "state_dict"):
+        return {}
+    return {f"guidance.{key}": value for key, value in guidance.state_dict().items()}
+
+
+def load_guidance_state(guidance: Any, state: Mapping[str, Tensor]) -> None:
+    """Give a guidance its part of a stage's state; inverse of guidance_state."""
+    if hasattr(guidance, "load_state_dict"):
+        guidance.load_state_dict(under_prefix(state, "guidance"))

@@ -44,7 +44,7 @@ ALLOWED = {
     "stages.mesh.subdivision": _MESH | {"stages.mesh.texture"},
     "stages.fields": _BASE | {"stages.kernels.*"},
     "stages.render": _SURFACE,
-    "stages.stage": {"stages.mesh"},
+    "stages.stage": {"stages.mesh", "stages.optimise"},
     "stages.guidance.prior": _BASE | {"stages.render"},
     "stages.guidance.vsd": _BASE | {"stages.guidance.prior"},
     "stages.guidance.diffusion": _BASE | {"stages.kernels.*", "stages.prompts", "stages.render"}

@@ -53,6 +53,12 @@ class MeshImages:
         return self._image(_unit(self.seen.normals))
 
     @property
+    def normal_picture(self) -> Tensor:
+        """[B, H, W, 3] in [0, 1], the normals as colours on mid grey, antialiased; made when asked for."""
+        normal = self.normal
+        return torch.lerp(torch.full_like(normal, 0.5), normal * 0.5 + 0.5, self.mask).clamp(0, 1)
+
+    @property
     def depth(self) -> Tensor:
         """[B, H, W, 1] distance from the camera along the pixel's ray; made when asked for."""
         _, height, width, _ = self.mask.shape
