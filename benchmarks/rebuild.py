@@ -17,7 +17,7 @@ from __future__ import annotations
 import argparse
 import io
 import math
-import time
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,23 +31,17 @@ from torch import Tensor
 from benchmarks.environment import RESULTS, append_line, environment
 from benchmarks.quality.render import GREY, Subject, albedo_of
 from benchmarks.rebuild_meshes import MESHES
-from pipeline.config.model import Config, load_config
-from pipeline.output.asset import finalise
+from pipeline import Config, Result, generate, load_config
 from pipeline.output.files import write_whole
-from pipeline.runs.run import choose_device
-from pipeline.runs.stages import make_stage
+from stages import CoarseStage, ReferencePrior, UserError
 from stages.cameras import Views, orbit_views
-from stages.errors import UserError
-from stages.guidance.exact import ReferencePrior
-from stages.guidance.guidance import Guidance
 from stages.kernels.srgb import linear_to_srgb, srgb_to_linear
 from stages.mesh.measure import face_areas, measure
 from stages.mesh.mesh import Mesh
-from stages.prompts import ViewPrompts
-from stages.stage import Stage
 
 SIZE = 128  # side of the evaluation pictures
 SHOWN = (0, 8)  # views in the picture: level from the front, from behind and above
+UNWATCHED = {"export.turntable_frames": 0, "preview_every": 1_000_000}  # nobody looks at the run's own pictures
 TARGETS = {  # bounds that a result has to reach; of Chamfer from below
     "coarse": {"iou": 0.93, "psnr_db": 22.0},
     "fine": {"iou": 0.97, "psnr_db": 26.0, "chamfer": 0.01, "watertight": True, "manifold": True, "components": 1},
@@ -113,7 +107,7 @@ class Judge:
     def of_pictures(self, images: Tensor, coverage: Tensor) -> dict[str, float]:
         return compare(images.cpu(), coverage.cpu(), self.images, self.coverage)
 
-    def of_field(self, stage: Any) -> tuple[dict[str, float], Tensor]:
+    def of_field(self, stage: CoarseStage) -> tuple[dict[str, float], Tensor]:
         """Scores and pictures of a coarse stage, rendered as volume six views at a time."""
         grey = srgb_to_linear(torch.full((3,), GREY)).to(stage.device)
         groups = [self.views[k : k + 6].to(stage.device) for k in range(0, len(self.views), 6)]
@@ -134,53 +128,49 @@ class Judge:
         return chamfer(self.mesh, self.mesh)
 
 
-def guidance_of(config: Config, name: str, mesh: Mesh) -> Guidance:
-    """The exact reference prior of `mesh` under a stage's own guidance settings, as the pipeline builds it."""
-    resolution = config.reference.resolution or getattr(config, name).resolution
-    prior = ReferencePrior(mesh, config.reference.model_copy(update={"resolution": resolution}), config.prompts)
-    prompts = ViewPrompts(config.prompt, config.negative, config.prompts)
-    settings = getattr(config.guidance, name)
-    return Guidance(prior, settings, prompts, torch.Generator().manual_seed(config.seed))
+def exact_priors(mesh: Mesh, config: Config) -> dict[str, ReferencePrior]:
+    """Return the exact prior of a mesh for each stage of a run, with images of the size that the stage renders at."""
 
+    def prior(stage: str) -> ReferencePrior:
+        resolution = config.reference.resolution or getattr(config, stage).resolution
+        return ReferencePrior(mesh, config.reference.model_copy(update={"resolution": resolution}), config.prompts)
 
-def take(stage: Stage, label: str) -> float:
-    """All steps of a stage, saying now and then how it goes; seconds."""
-    began = said = time.perf_counter()
-    for _ in range(stage.steps):
-        metrics = stage.step()
-        now = time.perf_counter()
-        if now - said > 20:
-            said = now
-            print(
-                f"{label} {stage.step_index}/{stage.steps} {now - began:.0f} s  {stage.headline(metrics)}", flush=True
-            )
-    return time.perf_counter() - began
+    return {stage: prior(stage) for stage in config.stages}
 
 
 def rebuild(name: str, config: Config) -> tuple[list[dict[str, Any]], list[Tensor]]:
-    """Run the configured stages on one of MESHES.
+    """Run the configured stages on a mesh, as `pipeline run` does, and measure what each came to.
 
+    Args:
+        name: of MESHES.
+        config: of the run; its priors are replaced by the exact one.
     Returns: a result line for each stage, and the linear pictures [len(SHOWN), SIZE, SIZE, 3] of target and stages.
     """
     judge = Judge(MESHES[name]())
-    device, asset, lines, pictures = choose_device(config.device), None, [], [judge.images[list(SHOWN)]]
-    for stage_name in config.stages:
-        guidance = guidance_of(config, stage_name, judge.mesh)
-        stage = make_stage(stage_name, getattr(config, stage_name), guidance, device, config.seed, asset)
-        seconds = take(stage, f"{name} {stage_name}")
-        line: dict[str, Any] = {"mesh": name, "stage": stage_name, "steps": stage.steps, "seconds": round(seconds, 1)}
-        line["phases"] = {k: round(v, 1) for k, v in stage.times.items()}
-        asset = stage.finish()
-        if asset.mesh is None:
-            scores, images = judge.of_field(stage)
-        else:
-            scores, images = judge.of_mesh(finalise(asset, config.export))
-        line |= {k: round(v, 5) if isinstance(v, float) else v for k, v in scores.items()}
-        line |= {"targets": TARGETS[stage_name], "missed": missed(stage_name, scores)}
-        lines.append(line)
-        pictures.append(images[list(SHOWN)])
-        print(line, flush=True)
+    lines, pictures = [], [judge.images[list(SHOWN)]]
+    with tempfile.TemporaryDirectory() as scratch:
+        priors = exact_priors(judge.mesh, config)
+        result = generate(config=config, settings=UNWATCHED, prior=priors, out=Path(scratch) / name)
+        for stage in config.stages:
+            if stage == "coarse":
+                scores, images = judge.of_field(result.stage(stage))
+            else:
+                scores, images = judge.of_mesh(result.mesh.data)
+            line = {"mesh": name, "stage": stage} | times_of(result, stage)
+            line |= {k: round(v, 5) if isinstance(v, float) else v for k, v in scores.items()}
+            line |= {"targets": TARGETS[stage], "missed": missed(stage, scores)}
+            lines.append(line)
+            pictures.append(images[list(SHOWN)])
+            print(line, flush=True)
     return lines, pictures
+
+
+def times_of(result: Result, stage: str) -> dict[str, Any]:
+    """Return the steps of a stage, the seconds that they took, and its seconds by phase."""
+    facts = result.record["stages"][stage]
+    seconds = sum(row["seconds"] for row in result.metrics if row["stage"] == stage)
+    phases = {name: round(value, 1) for name, value in facts["phases"].items()}
+    return {"steps": facts["steps"], "seconds": round(seconds, 1), "phases": phases}
 
 
 def save_picture(path: Path, rows: list[list[Tensor]]) -> None:

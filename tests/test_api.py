@@ -18,7 +18,8 @@ import pipeline
 import stages
 from pipeline import Interrupted, Result, ResultMesh, UserError, export, generate, load_config, load_prior, resume
 from pipeline.output.glb import write_glb
-from pipeline.runs.checkpoint import read_meta
+from pipeline.runs.checkpoint import CHECKPOINT, load_checkpoint, read_meta
+from stages.cameras import orbit_views
 from stages.mesh.mesh import Mesh
 from tests import toy_pipeline
 
@@ -143,6 +144,17 @@ def test_a_result_holds_mesh_files_metrics_and_previews(rebuilt):
     assert rebuilt.config.seed == 3 and rebuilt.config.fine.resolution == 32
     with pytest.raises(UserError, match="no preview of clipmesh"):
         rebuilt.preview("clipmesh")
+
+
+def test_a_stage_of_a_result_is_as_its_last_step_left_it(rebuilt):
+    coarse = rebuilt.stage("coarse")
+    state, _ = load_checkpoint(rebuilt.folder / "coarse" / CHECKPOINT)
+    assert coarse.step_index == 5 and torch.equal(coarse.field.table, state["field.table"])
+    assert coarse.render(orbit_views([0.0], 20.0), 16).colour.shape == (1, 16, 16, 3)
+    assert len(rebuilt.stage("fine").surface().faces) > 0
+    with pytest.raises(UserError, match="no checkpoint of clipmesh") as error:
+        rebuilt.stage("clipmesh")
+    assert "coarse, fine" in error.value.why
 
 
 def test_on_step_hears_every_step_with_its_metrics(rebuilt, calls):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -67,6 +68,23 @@ def test_the_recipe_asks_the_exact_prior_for_a_constant_gradient():
     assert (config.prior.coarse, config.prior.fine, config.reference.pose) == ("reference", "reference", "exact")
     for settings in (config.guidance.coarse, config.guidance.fine):
         assert settings.scale == 1 and settings.t_min == settings.t_max == constant(settings.t_min.start)
+
+
+def test_every_stage_is_guided_by_the_mesh_at_the_size_that_it_renders():
+    config = load_config("reference", ["coarse.resolution=32", "fine.resolution=48"], {})
+    mesh = sphere()
+    priors = reference.exact_priors(mesh, config)
+    assert {name: prior.resolution for name, prior in priors.items()} == {"coarse": 32, "fine": 48}
+    assert all(prior.mesh is mesh for prior in priors.values())
+    config = load_config("reference", ["reference.resolution=16"], {"stages": "fine"})
+    assert [(name, prior.resolution) for name, prior in reference.exact_priors(mesh, config).items()] == [("fine", 16)]
+
+
+def test_times_are_those_of_the_stages_own_steps():
+    rows = [{"stage": stage, "step": k, "seconds": 0.25} for stage in ("coarse", "fine") for k in (1, 2)]
+    stages = {"coarse": {"steps": 2, "seconds": 9.0, "phases": {"render": 0.31}}, "fine": {}}
+    times = reference.times_of(SimpleNamespace(record={"stages": stages}, metrics=rows), "coarse")
+    assert times == {"steps": 2, "seconds": 0.5, "phases": {"render": 0.3}}
 
 
 def test_the_table_takes_the_latest_lines_and_marks_what_is_missed():

@@ -17,17 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.timing import Timing
-from pipeline.config.model import Config, load_config
-from pipeline.priors.sources import build_guidance
-from stages.coarse import CoarseStage
-from stages.fine import FineStage
-from stages.guidance.guidance import Guidance
+from pipeline import Config, load_config, load_prior
+from stages import STAGES, CoarseStage, FineStage, Guidance, ViewPrompts
 from stages.guidance.prior import ViewContext, resized, scaled_linear_alphas_cumprod
 from stages.phases import Recorder, phase, recording
-from stages.prompts import ViewPrompts
 
 Stage = CoarseStage | FineStage
-STAGES = {"coarse": CoarseStage, "fine": FineStage}
 WARM = 2  # steps before the first measured one
 STILL = 1e-12  # learning rate
 COMMON = {
@@ -134,28 +129,32 @@ QUICK = {
 
 
 def make(sweep: Sweep, value: float, device: torch.device, networks: str, quick: bool = False) -> Stage:
-    """A stage of this size in the middle of its course, before its first step.
+    """Return a stage of this size in the middle of its course, before its first step.
 
-    Args: networks: "none" for the stand-in, or "pocket".
+    Args:
+        sweep: what changes.
+        value: the size.
+        device: where stage and prior live.
+        networks: of the prior, "none" for the stand-in, or "pocket".
+        quick: whether everything else is small.
     """
     overrides = [*COMMON[sweep.stage], *(QUICK[sweep.stage] if quick else []), *sweep.settings(value)]
     config = load_config(None, overrides, {})
-    stage = STAGES[sweep.stage](
-        getattr(config, sweep.stage), guidance_of(config, sweep.stage, device, networks), device, config.seed, None
-    )
+    guidance = guidance_of(config, sweep.stage, device, networks)
+    stage = STAGES[sweep.stage].make(getattr(config, sweep.stage), guidance, device, config.seed, None)
     stage.step_index = stage.steps // 2
     if sweep.prepare is not None:
         sweep.prepare(stage, value)
     return stage
 
 
-def guidance_of(config: Config, stage: str, device: torch.device, networks: str) -> Any:
-    """The recipe's guidance under the stand-in or the pocket prior."""
-    if networks == "pocket":
-        return build_guidance(config, stage, device)
+def guidance_of(config: Config, stage: str, device: torch.device, networks: str) -> Guidance:
+    """Return the recipe's guidance under the stand-in or the pocket prior; `networks` as for make."""
+    stand_in = networks == "none"
+    prior = StandIn(*STAND_INS[stage]) if stand_in else load_prior("pocket", stage=stage, device=device)
     prompts = ViewPrompts(config.prompt, config.negative, config.prompts)
     generator = torch.Generator().manual_seed(config.seed)
-    return Guidance(StandIn(*STAND_INS[stage]), getattr(config.guidance, stage), prompts, generator)
+    return Guidance(prior, getattr(config.guidance, stage), prompts, generator)
 
 
 def run_sweep(

@@ -15,6 +15,7 @@ from stages.errors import UserError
 if TYPE_CHECKING:
     from pipeline.config.model import Config
     from pipeline.output.result_mesh import ResultMesh
+    from stages.stage import Stage
 
 _KINDS = {"turntable.webp": "turntable", "turntable.mp4": "video"}  # of other files it is the suffix
 _ENDS = {"_normal.png": "normal_map", ".png": "texture"}
@@ -80,6 +81,21 @@ class Result:
 
             self._mesh = remake_mesh(self.folder)
         return self._mesh
+
+    def stage(self, name: str) -> Stage:
+        """The stage as its last checkpoint left it, without its prior: `CoarseStage.render` shows its field.
+
+        Args:
+            name: of the stage.
+        Raises: UserError where the run has no checkpoint of it.
+
+        Example:
+            >>> from stages.cameras import orbit_views
+            >>> images = result.stage("coarse").render(orbit_views([0.0, 90.0], 20.0), 256)
+        """
+        from pipeline.runs.run import restore_stage
+
+        return restore_stage(self.folder, name)
 
     def preview(self, stage: str | None = None) -> np.ndarray:
         """The last preview of a stage, uint8 sRGB [H, W, 3].

@@ -136,10 +136,34 @@ def remake_mesh(folder: Path, progress: Progress | None = None) -> ResultMesh:
 
     progress: None says nothing. Raises: UserError for a run that is not finished.
     """
-    from rich.console import Console
-
     from pipeline.output.asset import finished_mesh, in_own_place
     from pipeline.output.result_mesh import ResultMesh
+
+    with _reopened(folder, progress) as run:
+        asset = run.restore(run.config.stages[-1])
+        mesh = finished_mesh(asset, run.config.export, run.config.fine.initialise, {})
+    return ResultMesh(in_own_place(mesh, asset), mesh)
+
+
+def restore_stage(folder: Path, name: str) -> Stage:
+    """Return a stage of a run as its last checkpoint left it, without its prior: it can be looked at, not stepped.
+
+    Args:
+        folder: of the run.
+        name: of the stage.
+    Raises: UserError where the run has no checkpoint of it.
+    """
+    with _reopened(folder) as run:
+        if run.saved_step(name) is None:
+            saved = ", ".join(path.parent.name for path in sorted(folder.glob(f"*/{CHECKPOINT}"))) or "none"
+            raise UserError(f"{folder} has no checkpoint of {name}", f"stages with one: {saved}", "choose one of these")
+        return run.restored_stage(name)
+
+
+@contextlib.contextmanager
+def _reopened(folder: Path, progress: Progress | None = None) -> Iterator[Run]:
+    """A run to read from; None says nothing."""
+    from rich.console import Console
 
     progress = progress or Progress(Console(quiet=True))
     config = read_run(folder)
@@ -147,9 +171,7 @@ def remake_mesh(folder: Path, progress: Progress | None = None) -> ResultMesh:
     device = choose_device(config.device)
     run = Run(folder, config, device, progress, Caller())
     with deterministic(device), selected(run.kernels), progress.announce_compilation():
-        asset = run.restore(config.stages[-1])
-        mesh = finished_mesh(asset, config.export, config.fine.initialise, {})
-    return ResultMesh(in_own_place(mesh, asset), mesh)
+        yield run
 
 
 def choose_device(name: str) -> torch.device:
@@ -226,9 +248,10 @@ class Run:
                 fix = back if step else afresh(self.folder, self.config)
             raise UserError(f"{name} is not finished in {self.folder}", f"it stands at step {step} of {wanted}", fix)
         with phase(name), phase("restore"):
-            return self._restore(name)
+            return self.finish(name, self.restored_stage(name))
 
-    def _restore(self, name: str) -> Asset:
+    def restored_stage(self, name: str) -> Stage:
+        """The stage of its checkpoint, without its prior."""
         path = self.folder / name / CHECKPOINT
         state, meta = load_checkpoint(path, remedy(self.folder, self.config, name))
         if name in self.config.stages:
@@ -239,7 +262,7 @@ class Run:
         settings, before = getattr(self.config, name), self._before(name)
         stage = stages.make_stage(name, settings, None, self.device, self.config.seed, before)
         stage.load_state_dict(state)
-        return self.finish(name, stage)
+        return stage
 
     def finish(self, name: str, stage: Stage) -> Asset:
         """What a stage hands on after its last step; where that is nothing of use, says how to get something.
