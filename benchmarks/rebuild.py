@@ -67,11 +67,11 @@ def missed(stage: str, scores: dict[str, Any]) -> list[str]:
 
 def compare(images: Tensor, coverage: Tensor, target: Tensor, target_coverage: Tensor) -> dict[str, float]:
     """Silhouette IoU and PSNR of linear pictures [V, H, W, 3] with coverage [V, H, W, 1]."""
-    inside, wanted = coverage > 0.5, target_coverage > 0.5
+    inside, target_inside = coverage > 0.5, target_coverage > 0.5
     square = (linear_to_srgb(images) - linear_to_srgb(target)) ** 2
-    either = (inside | wanted)[..., 0]
+    either = (inside | target_inside)[..., 0]
     return {
-        "iou": float((inside & wanted).sum() / (inside | wanted).sum().clamp_min(1)),
+        "iou": float((inside & target_inside).sum() / (inside | target_inside).sum().clamp_min(1)),
         "psnr_db": -10 * math.log10(float(square.mean())),
         "psnr_object_db": -10 * math.log10(float(square[either].mean())),
     }

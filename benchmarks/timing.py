@@ -74,8 +74,9 @@ def compare(
     Each is run once to compile and load, once more to see how long it takes (unless the first took its whole share),
     then as often as its share of the time allows, LEAST to `most` times, interleaved.
     Args:
-        contestants: what to call, by name. budget_s: seconds for all measured runs together, exceeded only by LEAST
-            runs of slow contestants. synchronise: waits for a device; called before and after every run.
+        contestants: what to call, by name.
+        budget_s: seconds for all measured runs together, exceeded only by LEAST runs of slow contestants.
+        synchronise: waits for a device; called before and after every run.
     """
     share = budget_s / max(len(contestants), 1)
     counts = {}
@@ -94,7 +95,7 @@ def compare(
     finally:
         if collecting:
             gc.enable()
-    return {name: Timing(tuple(s for s, _ in found), sum(p for _, p in found)) for name, found in runs.items()}
+    return {name: Timing(tuple(s for s, _ in times), sum(p for _, p in times)) for name, times in runs.items()}
 
 
 def _timed(call: Callable[[], object], synchronise: Callable[[], object] | None) -> tuple[float, float]:
@@ -113,7 +114,8 @@ def _timed(call: Callable[[], object], synchronise: Callable[[], object] | None)
 def fit_power(x: list[float], y: list[float]) -> tuple[float, float, float]:
     """y = a x^b by least squares on the logarithms.
 
-    Args: x, y: positive, of equal length, at least two different x.
+    Args:
+        x, y: positive, of equal length, at least two different x.
     Returns: a, b, and R^2 of the fit (1 where all y are equal).
     """
     if len(x) != len(y) or len(set(x)) < 2 or min(*x, *y) <= 0:

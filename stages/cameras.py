@@ -95,8 +95,10 @@ def orbit_views(
     """Fixed views around the origin, the light at the camera shifted up and to its right.
 
     Args:
-        azimuth_deg: [B] degrees. elevation_deg: [B] or one value, below 90.
-        distance: from the origin. fov_deg: vertical field of view.
+        azimuth_deg: [B] degrees.
+        elevation_deg: [B] or one value, below 90.
+        distance: from the origin.
+        fov_deg: vertical field of view.
     """
     azimuth = torch.as_tensor(azimuth_deg, dtype=torch.float32).reshape(-1) % 360
     elevation = torch.as_tensor(elevation_deg, dtype=torch.float32).expand(azimuth.shape).contiguous()

@@ -116,8 +116,12 @@ class ClipMeshStage:
     """A Stage (stages/stage.py). Deterministic in its constructor arguments; resumes bitwise from state_dict().
 
     Args:
-        settings, guidance (None where the stage only loads and finishes), device, seed.
+        settings: everything but the guidance.
+        guidance: see stages/guidance/guidance.py; None where the stage only loads and finishes.
+        device: where surface, maps and renders live.
+        seed: of all that is drawn.
         previous: an asset whose mesh to start from, in the scene; None starts from a sphere.
+    Source: CLIP-Mesh (arXiv 2203.13333).
     """
 
     name = "clipmesh"
@@ -135,8 +139,6 @@ class ClipMeshStage:
         self.steps, self.step_index, self.times = settings.steps, 0, {}
         self.generator = torch.Generator().manual_seed(seed)
         self.control: torch.nn.Parameter | None = None  # made by _prepare, or loaded: the start is not read again
-
-    # --- the surface --------------------------------------------------------------------------------------------
 
     def _prepare(self) -> None:
         """Make the start, unless there is one."""
@@ -187,7 +189,7 @@ class ClipMeshStage:
         return {"control": self.control, "colour_map": self.colour_map, "normal_map": self.normal_map}
 
     def surface(self) -> Tensor:
-        """Points [V', 3] of the limit surface, differentiable in the control vertices."""
+        """Return the points [V', 3] of the limit surface, differentiable in the control vertices."""
         self._prepare()
         return torch.sparse.mm(self.matrix, self.control)
 
@@ -197,10 +199,8 @@ class ClipMeshStage:
         colour, normal = blurred_maps(both, self.settings.blur_kernel, self.settings.blur_sigma).split(3, -1)
         return colour, normal
 
-    # --- the optimisation ---------------------------------------------------------------------------------------
-
     def step(self) -> dict[str, float]:
-        """One optimisation step over `views_per_step` views; returns metrics."""
+        """Take one optimisation step over `views_per_step` views; returns metrics."""
         self._prepare()
         s, progress, times = self.settings, self.step_index / self.steps, self.times
         with phase("surface", times):
@@ -260,14 +260,12 @@ class ClipMeshStage:
         return norm
 
     def headline(self, metrics: dict[str, float]) -> str:
-        """Share of the picture that the object covers, and what CLIP or the prior thinks of it."""
+        """Return the share of the picture that the object covers, and what CLIP or the prior thinks of it."""
         return cover_headline(metrics)
-
-    # --- looking, saving, handing on ----------------------------------------------------------------------------
 
     @torch.no_grad()
     def preview(self) -> np.ndarray:
-        """Four views at 20 deg elevation: coloured, textureless and normals in three rows; uint8 sRGB."""
+        """Return four views at 20 deg elevation: coloured, textureless and normals in three rows; uint8 sRGB."""
         size = self.settings.preview_size
         views = orbit_views([0.0, 90.0, 180.0, 270.0], 20.0)
         coloured = self.render(views, size, shading=LAMBERT)
@@ -276,12 +274,19 @@ class ClipMeshStage:
 
     @torch.no_grad()
     def render(self, views: Views, size: int, *, shading=LAMBERT, backdrop: Tensor | None = None) -> MeshImages:
-        """Renders without randomness or gradients on a linear colour [3], by default mid grey."""
+        """Return renders without randomness or gradients.
+
+        Args:
+            views: B views.
+            size: pixels a side.
+            shading: one for all views.
+            backdrop: a linear colour [3]; None: mid grey.
+        """
         grey = (torch.full((3,), 0.5) if backdrop is None else backdrop).to(self.device)
         return self._render(self.surface(), self._maps(), views.to(self.device), size, shading, grey)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Control mesh, maps, Adam moments, generators and counters; flat and ready for safetensors."""
+        """Return control mesh, maps, Adam moments, generators and counters; flat and ready for safetensors."""
         self._prepare()
         state = {"step_index": torch.tensor(self.step_index)} | self.adam.state_dict()
         state |= {"bound": torch.tensor(self.bound, dtype=torch.float64), "generator": self.generator.get_state()}
@@ -291,7 +296,7 @@ class ClipMeshStage:
         return state | guidance_state(self.guidance)
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Inverse of state_dict; the stage must be freshly constructed with the same settings."""
+        """Take over a state_dict; the stage must be freshly constructed with the same settings."""
         self.step_index = int(state["step_index"])
         self.bound = float(state["bound"])
         self.generator.set_state(state["generator"].cpu())
@@ -303,7 +308,7 @@ class ClipMeshStage:
 
     @torch.no_grad()
     def finish(self) -> Asset:
-        """Check that there is an object and hand it on with its own texture coordinates and maps."""
+        """Return the mesh with its texture coordinates and maps. Raises: UserError unless it is a finite object."""
         vertices = self.surface().cpu().numpy().copy()
         maps = [m.cpu().numpy() for m in self._maps()]
         if not all(np.isfinite(values).all() for values in (vertices, *maps)):

@@ -87,9 +87,14 @@ class CoarseStage:
     """A Stage (stages/stage.py). Deterministic in its constructor arguments; resumes bitwise from state_dict().
 
     Args:
-        settings, guidance (see stages/guidance/guidance.py), device, seed.
+        settings: everything but the guidance.
+        guidance: see stages/guidance/guidance.py; None where the stage only loads and finishes.
+        device: where field and renders live.
+        seed: of all that is drawn.
         previous: what an edit goes on from (Magic3D sec. 5): the field of a finished coarse stage and its environment,
             whose settings must be those of these ones. None starts from a blob.
+    Raises: UserError for views that cannot be rendered in equal parts.
+    Source: DreamFusion (arXiv 2209.14988), Magic3D (arXiv 2211.10440) sec. 4.1.
     """
 
     name = "coarse"
@@ -209,12 +214,12 @@ class CoarseStage:
         return self.adam.step((s.lr.at(progress), s.lr_background.at(progress)), self.step_index)
 
     def headline(self, metrics: dict[str, float]) -> str:
-        """Mean opacity, and how near the renders are to what the prior would draw."""
+        """Return the mean opacity, and how near the renders are to what the prior would draw."""
         return cover_headline(metrics)
 
     @torch.no_grad()
     def preview(self) -> np.ndarray:
-        """Six views around the object at 20 deg elevation: albedo above, shaded below; uint8 sRGB."""
+        """Return six views around the object at 20 deg elevation: albedo above, shaded below; uint8 sRGB."""
         size = self.settings.preview_size
         views = orbit_views([0.0, 60.0, 120.0, 180.0, 240.0, 300.0], 20.0).to(self.device)
         looks = (self.render(views, size, shading=shading).colour for shading in (ALBEDO, LAMBERT))
@@ -222,7 +227,14 @@ class CoarseStage:
 
     @torch.no_grad()
     def render(self, views: Views, size: int, *, shading=ALBEDO, backdrop: Tensor | None = None) -> VolumeImages:
-        """Renders without randomness or gradients; `backdrop` is a linear colour, by default the environment."""
+        """Return renders without randomness or gradients.
+
+        Args:
+            views: B views.
+            size: pixels a side.
+            shading: one for all views.
+            backdrop: a linear colour [3]; None: the learned environment.
+        """
         return render_field(
             self.field,
             self.background if backdrop is None else backdrop,
@@ -235,7 +247,7 @@ class CoarseStage:
         )
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Parameters, Adam moments, grids, generators and counters; flat and ready for safetensors."""
+        """Return parameters, Adam moments, grids, generators and counters; flat and ready for safetensors."""
         state = {"step_index": torch.tensor(self.step_index), "generator": self.generator.get_state()}
         for name, module in self._modules().items():
             state |= {f"{name}.{key}": value.detach().clone() for key, value in module.state_dict().items()}
@@ -243,7 +255,7 @@ class CoarseStage:
         return state | guidance_state(self.guidance)
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Inverse of state_dict; the stage must be freshly constructed with the same settings."""
+        """Take over a state_dict; the stage must be freshly constructed with the same settings."""
         self.step_index = int(state["step_index"])
         self.generator.set_state(state["generator"].cpu())
         for name, module in self._modules().items():
@@ -253,7 +265,7 @@ class CoarseStage:
         load_guidance_state(self.guidance, state)
 
     def finish(self) -> Asset:
-        """Check that there is one finite object of sensible size and hand it on."""
+        """Return density and colours. Raises: UserError unless they are one finite object of sensible size."""
         self.field.set_progress(1.0)
         check_object(self.field.density, self.device)
         density = without_gradient(self.field.density)

@@ -111,9 +111,14 @@ class FineStage:
     """A Stage (stages/stage.py). Deterministic in its constructor arguments; resumes bitwise from state_dict().
 
     Args:
-        settings, guidance (None where the stage only loads and finishes), device, seed.
+        settings: everything but the guidance.
+        guidance: see stages/guidance/guidance.py; None where the stage only loads and finishes.
+        device: where surface, field and renders live.
+        seed: of all that is drawn.
         previous: the coarse stage's asset: its density becomes the surface, its field the colour. Or a user's mesh,
             whose colours the field learns first. None starts from a sphere of no particular colour.
+    Raises: UserError for views that cannot be rendered in equal parts.
+    Source: Magic3D (arXiv 2211.10440) sec. 4.2, DMTet (arXiv 2111.04276).
     """
 
     name = "fine"
@@ -273,13 +278,13 @@ class FineStage:
         return norm
 
     def headline(self, metrics: dict[str, float]) -> str:
-        """Size of the mesh, and how near the renders are to what the prior would draw."""
+        """Return the size of the mesh, and how near the renders are to what the prior would draw."""
         agreement = f", agreement {metrics['agreement_db']:.1f} dB" if "agreement_db" in metrics else ""
         return f"{metrics['faces'] / 1000:.0f}k faces{agreement}"
 
     @torch.no_grad()
     def preview(self) -> np.ndarray:
-        """Four views at 20 deg elevation: albedo, shaded and normals in three rows; uint8 sRGB."""
+        """Return four views at 20 deg elevation: albedo, shaded and normals in three rows; uint8 sRGB."""
         size = self.settings.preview_size
         views = orbit_views([0.0, 90.0, 180.0, 270.0], 20.0).to(self.device)
         surface, grey = self.surface(), torch.full((4, 1, 1, 3), 0.5, device=self.device)
@@ -290,20 +295,27 @@ class FineStage:
 
     @torch.no_grad()
     def render(self, views: Views, size: int, *, shading=ALBEDO, backdrop: Tensor | None = None) -> MeshImages:
-        """Renders without randomness or gradients on a linear colour [3], by default mid grey."""
+        """Return renders without randomness or gradients.
+
+        Args:
+            views: B views.
+            size: pixels a side.
+            shading: one for all views.
+            backdrop: a linear colour [3]; None: mid grey.
+        """
         surface = self.surface()
         grey = torch.full((3,), 0.5) if backdrop is None else backdrop
         return self._render(surface.vertices, surface.faces, views, size, shading, grey.to(self.device))
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Colour field, surface, Adam moments, generators and counters; flat and ready for safetensors."""
+        """Return colour field, surface, Adam moments, generators and counters; flat and ready for safetensors."""
         state = {"step_index": torch.tensor(self.step_index), "generator": self.generator.get_state()}
         state |= {f"field.{k}": v.detach().clone() for k, v in self.field.state_dict().items()}
         state |= self.geometry.state_dict() | self.adam.state_dict()
         return state | guidance_state(self.guidance)
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Inverse of state_dict; the stage must be freshly constructed with the same settings."""
+        """Take over a state_dict; the stage must be freshly constructed with the same settings."""
         self.step_index = int(state["step_index"])
         self.generator.set_state(state["generator"].cpu())
         self.field.load_state_dict(under_prefix(state, "field"))
@@ -321,7 +333,7 @@ class FineStage:
 
     @torch.no_grad()
     def finish(self) -> Asset:
-        """Drop floaters, check that the surface bounds a body, and hand it on with its colours."""
+        """Return the mesh, without floaters, and its colours. Raises: UserError where either is broken."""
         mesh = self.geometry.mesh()
         albedo = without_gradient(self.field.albedo)
         mesh.colours = albedo(torch.from_numpy(mesh.vertices).to(self.device)).float().cpu().numpy()

@@ -34,17 +34,20 @@ def _default_recipe(start: str, settings: Mapping[str, Any]) -> str | None:
 class StageKind:
     """Everything that the rest of the toolkit knows of a stage.
 
-    settings: the pydantic model of its group in config.yaml; it has `steps`, `resolution` and `views_per_step`.
-    make: the stage from (settings, guidance, device, seed, previous asset); guidance is None where it only finishes.
-    guidance: its default guidance.
-    follows: the stage whose asset it takes; None for one that begins a run of its own.
-    begins_with: what it can begin a run with, of "nothing", "mesh" and "run"; of one that follows another "run" means
-        that other's asset, of one that does not its own, which is edited.
-    start: what it begins with where that is nothing, to complete "the run begins with ..., which starts from".
-    prior: its default source. prior_space: which pocket prior that is, a folder of stages/pocket/weights.
-    recipe: of a run that begins with it and names none, by what it begins with and the settings given for it; None
-        takes the other run's settings.
-    defining: settings, or groups of them, that its checkpoint depends on; their change is refused on resume.
+    Args:
+        settings: the pydantic model of its group in config.yaml; it has `steps`, `resolution` and `views_per_step`.
+        make: the stage from (settings, guidance, device, seed, previous asset); guidance is None where it only
+            finishes.
+        guidance: its default guidance.
+        follows: the stage whose asset it takes; None for one that begins a run of its own.
+        begins_with: what it can begin a run with, of "nothing", "mesh" and "run"; of one that follows another "run"
+            means that other's asset, of one that does not its own, which is edited.
+        start: what it begins with where that is nothing, to complete "the run begins with ..., which starts from".
+        prior: its default source.
+        prior_space: which pocket prior that is, a folder of stages/pocket/weights.
+        recipe: of a run that begins with it and names none, by what it begins with and the settings given for it; None
+            takes the other run's settings.
+        defining: settings, or groups of them, that its checkpoint depends on; their change is refused on resume.
     """
 
     settings: type[BaseModel]

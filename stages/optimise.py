@@ -41,9 +41,12 @@ class GroupedAdam:
     """Adam over groups of named parameters.
 
     Args:
-        groups: by name, one mapping for every learning rate. betas, eps: Adam's.
+        groups: by name, one mapping for every learning rate.
+        betas: Adam's decay rates.
+        eps: Adam's.
         patience: gradients in a row that are not finite after which `step` gives up.
-        stage, advice: what it then says: "The {stage} stage diverged", and what to do.
+        stage: whose name the error then gives.
+        advice: what the error says to do.
     """
 
     def __init__(
@@ -65,7 +68,8 @@ class GroupedAdam:
         """Move against the gradients and forget them.
 
         Args:
-            rates: of each group. at: the step's number, for the message.
+            rates: of each group.
+            at: the step's number, for the message.
         Returns: the gradients' norm; -1 for a step that was skipped because it is not finite (metrics are finite).
         Raises: UserError after `patience` skipped steps in a row.
         """

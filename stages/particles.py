@@ -101,7 +101,7 @@ class ParticleStage:
         return sum(member.step_index for member in self.members)
 
     def step(self) -> dict[str, float]:
-        """One step of the particle whose turn it is."""
+        """Take a step of the particle whose turn it is; returns its metrics and its number."""
         k = self.step_index % len(self.members)
         metrics = self.members[k].step()
         if "agreement_db" in metrics:
@@ -110,15 +110,15 @@ class ParticleStage:
         return metrics | {"particle": float(k)}
 
     def headline(self, metrics: dict[str, float]) -> str:
-        """The coarse stage's, and which particle it was."""
+        """Return the coarse stage's headline, and which particle it is of."""
         return f"particle {int(metrics['particle'])}: {self.members[0].headline(metrics)}"
 
     def preview(self) -> np.ndarray:
-        """The particles' contact sheets, one below the other."""
+        """Return the particles' contact sheets, one below the other."""
         return np.concatenate([member.preview() for member in self.members])
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The particles' states by number; the guidance they share once."""
+        """Return the particles' states by number, and once the guidance that they share."""
         state: dict[str, Tensor] = {"agreement": self.agreement.clone()}
         for k, member in enumerate(self.members):
             for key, value in member.state_dict().items():
@@ -126,14 +126,17 @@ class ParticleStage:
         return state
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Inverse of state_dict on a freshly constructed stage."""
+        """Take over a state_dict, on a freshly constructed stage."""
         self.agreement = state["agreement"].clone()
         shared = {key: value for key, value in state.items() if key.startswith("guidance.")}
         for k, member in enumerate(self.members):
             member.load_state_dict(under_prefix(state, f"particle{k}") | shared)
 
     def finish(self) -> Asset:
-        """The chosen particle's object, or that of the one the prior agrees with best among those that are objects."""
+        """Return the chosen particle's object, or the one that the prior agrees with best.
+
+        Raises: UserError where that, or where none, is an object.
+        """
         if self.settings.particle is not None:
             return self.members[self.settings.particle].finish()
         order = torch.nan_to_num(self.agreement, nan=float("-inf")).argsort(descending=True, stable=True).tolist()

@@ -86,8 +86,8 @@ _recorder: Recorder | None = None
 
 def recorder() -> Recorder | None:
     """Who listens to this thread's phases now."""
-    found = _recorder
-    return found if found is not None and found.thread == threading.get_ident() else None
+    listener = _recorder
+    return listener if listener is not None and listener.thread == threading.get_ident() else None
 
 
 @contextlib.contextmanager

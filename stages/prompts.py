@@ -112,7 +112,8 @@ def without_contradictions(prompt: str, view: str, more: dict[str, list[str]] | 
     Nothing is dropped if nothing would be left.
 
     Args:
-        view: a class of CLASSES. more: further words or phrases by class; those of "side" count for both sides.
+        view: a class of CLASSES.
+        more: further words or phrases by class; those of "side" count for both sides.
     """
     kinds = {view, "side"} if view.endswith("side") else {view}
     phrases = [p for kind in sorted(kinds) for p in [*CONTRADICTIONS.get(kind, []), *(more or {}).get(kind, [])]]
@@ -182,7 +183,8 @@ class ViewPrompts:
     """All texts a run can ask its prior for, and which of them each view needs.
 
     Args:
-        prompt: the user's words. negative: what to move away from; empty means the unconditional model.
+        prompt: the user's words.
+        negative: what to move away from; empty means the unconditional model.
         settings: how the view and the shading enter the words.
     """
 
@@ -193,7 +195,7 @@ class ViewPrompts:
         self.settings = settings or PromptSettings()
 
     def text(self, view: str | None, textureless: bool = False) -> str:
-        """The prompt of one view class; None for a prompt without view words."""
+        """Return the prompt of a view class; of None without view words."""
         s = self.settings
         text = self.prompt
         by_hand = _of_class(s.per_view, view)
@@ -208,32 +210,32 @@ class ViewPrompts:
         return text + s.textureless_suffix if textureless else text
 
     def negative_text(self, view: str) -> str:
-        """The negative prompt of one view class."""
+        """Return the negative prompt of a view class."""
         by_hand = _of_class(self.settings.per_view_negative, view)
         return self.negative if by_hand is None else by_hand
 
     def negatives(self) -> list[str]:
-        """The negative prompts of all classes, empty ones included, without repetition."""
+        """Return the negative prompts of all classes, empty ones included, without repetition."""
         views = ("front", "left side", "right side", "back", "overhead")
         return list(dict.fromkeys([self.negative, *(self.negative_text(view) for view in views)]))
 
     def classes(self, views: Views) -> list[str]:
-        """View class of each view."""
+        """Return the view class of each view."""
         pairs = zip(views.azimuth_deg.tolist(), views.elevation_deg.tolist(), strict=True)
         return [view_class(azimuth, elevation, self.settings) for azimuth, elevation in pairs]
 
     def texts(self, views: Views, textureless: bool = False) -> list[str]:
-        """The prompt of each view's class, whatever the blend."""
+        """Return the prompt of each view's class, whatever the blend."""
         return [self.text(view, textureless) for view in self.classes(views)]
 
     def asked(self, views: Views, textureless: bool = False) -> list[ViewText]:
-        """What each view asks for: its class's text, or the mixture that its azimuth gives it."""
+        """Return what each view asks for: its class's text, or the mixture that its azimuth gives it."""
         s = self.settings
-        found = []
+        texts = []
         for view, azimuth in zip(self.classes(views), views.azimuth_deg.tolist(), strict=True):
-            own, negative = self.text(view, textureless), self.negative_text(view)
+            prompt, negative = self.text(view, textureless), self.negative_text(view)
             if s.blend == "classes" or view == "overhead":
-                found.append(ViewText(own, own, 1.0, negative))
+                texts.append(ViewText(prompt, prompt, 1.0, negative))
                 continue
             first, second, share = azimuth_blend(azimuth, s.sides)
             ends = self.text(first, textureless), self.text(second, textureless)
@@ -242,11 +244,11 @@ class ViewPrompts:
                 pushed = ends if second != "back" else (ends[0], self.text("front", textureless))
                 weights = perp_neg_weights(azimuth)
                 against = tuple((text, s.perp_neg * w) for text, w in zip(pushed, weights, strict=True))
-            found.append(ViewText(*ends, share, negative, against))
-        return found
+            texts.append(ViewText(*ends, share, negative, against))
+        return texts
 
     def all_texts(self) -> list[str]:
-        """Every text any view can need, the negative first, without repetition."""
+        """Return every text that any view can need, the negatives first, without repetition."""
         sides = ("left side", "right side") if self.settings.sides else ("side",)
         views = ("front", *sides, "back", "overhead")
         texts = self.negatives()
@@ -266,7 +268,9 @@ def check_length(texts: list[str], count: Callable[[str], int], limit: int) -> N
     """Refuse texts that a text encoder would cut, since what it cuts first are the view words at the end.
 
     Args:
-        texts: prompts. count: tokens of a text, special tokens included. limit: what the encoder takes.
+        texts: prompts.
+        count: tokens of a text, special tokens included.
+        limit: what the encoder takes.
     Raises: UserError naming the longest text, its length and how much is too much.
     """
     lengths = [count(text) for text in texts]

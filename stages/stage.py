@@ -22,13 +22,14 @@ Albedo = Callable[[Tensor], Tensor]  # [N, 3] in [-1, 1]^3 -> [N, 3] linear RGB 
 class Asset:
     """What a stage hands to the next one or to export; a stage fills what it knows.
 
-    density: volume density at points, from a radiance field.
-    albedo: linear base colour at points, from any colour field.
-    field: the module behind them, for a next stage that inherits its weights.
-    mesh: a triangle surface in world coordinates, from a mesh stage or a file.
-    background: the module of the environment that the field was trained in front of.
-    placement: how a user's mesh came into the scene; what is made of it goes back to its place and size.
-    locked: the mesh is the user's own, to be painted and otherwise left as it came.
+    Args:
+        density: volume density at points, from a radiance field.
+        albedo: linear base colour at points, from any colour field.
+        field: the module behind them, for a next stage that inherits its weights.
+        mesh: a triangle surface in world coordinates, from a mesh stage or a file.
+        background: the module of the environment that the field was trained in front of.
+        placement: how a user's mesh came into the scene; what is made of it goes back to its place and size.
+        locked: the mesh is the user's own, to be painted and otherwise left as it came.
     """
 
     density: Density | None = None
@@ -49,19 +50,19 @@ class Stage(Protocol):
     times: dict[str, float]  # seconds by phase: render, guidance, backward, optimiser, ...
 
     def step(self) -> dict[str, float]:
-        """Take one optimisation step; returns metrics by name, finite floats."""
+        """Take one optimisation step and return its metrics by name, finite floats."""
 
     def headline(self, metrics: dict[str, float]) -> str:
-        """The number that means something, as the progress line shows it: 'cover 31 %'."""
+        """Return the metric that tells how the stage is doing, as the progress line shows it: 'cover 31 %'."""
 
     def preview(self) -> np.ndarray:
-        """A contact sheet of the present state, uint8 sRGB [H, W, 3]; takes no randomness from the run."""
+        """Return a contact sheet of the present state, uint8 sRGB [H, W, 3]; takes no randomness from the run."""
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Everything the next step depends on: parameters, moments, grids, generators, step_index. Flat."""
+        """Return everything the next step depends on: parameters, moments, grids, generators, step_index. Flat."""
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Inverse of state_dict on a freshly constructed stage."""
+        """Take over a state_dict, on a freshly constructed stage."""
 
     def finish(self) -> Asset:
         """Check that there is an object and hand it on; raises UserError with advice if there is none."""

@@ -15,7 +15,7 @@ def test_a_mesh_is_centred_on_its_box_and_scaled_to_the_radius():
         placed.vertices.max(0), [0.2, 0.4, 0.4]
     )
     assert placement.scale == pytest.approx(0.2) and placement.centre.tolist() == [10, 20, 30]
-    np.testing.assert_array_equal(placement.own, mesh.vertices)
+    np.testing.assert_array_equal(placement.original, mesh.vertices)
     np.testing.assert_allclose(placement.out_of_scene(placed.vertices), mesh.vertices, atol=1e-5)
 
 

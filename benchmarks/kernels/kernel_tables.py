@@ -48,8 +48,8 @@ def goals_markdown(lines: list[Line]) -> str:
 
 def _said(lines: list[Line]) -> list[str]:
     """Below a device's table: what was asked for, who is absent, and where it was measured."""
-    said = [*targets(lines), *on_moved_meshes(lines), *_absent(lines)]
-    points = ["\n".join(f"- {text}" for text in said)] if said else []
+    sentences = [*targets(lines), *on_moved_meshes(lines), *_absent(lines)]
+    points = ["\n".join(f"- {text}" for text in sentences)] if sentences else []
     return [*points, _footer([line for line in lines if "case" in line])]
 
 
@@ -76,10 +76,10 @@ def _table(lines: list[Line]) -> str:
         on = "on the GPU" if n is None else f"{n} thread{'s' if n > 1 else ''}"
         head += [f"ours, {on}", "torch twin", "others"]
     rows = []
-    for (case, work, label), found in rows_of(lines).items():
+    for (case, work, label), measurements in rows_of(lines).items():
         row = [f"{case} ({label})" if label else case, work]
         for n in threads:
-            here = [line for line in found if line["threads"] == n]
+            here = [line for line in measurements if line["threads"] == n]
             ours = next((line for line in here if line["contestant"] in OURS), None)
             twin = next((line for line in here if line["contestant"] == TWIN), None)
             others = [line for line in here if line not in (ours, twin)]
@@ -105,33 +105,34 @@ def _times(line: Line | None) -> str:
 
 def targets(lines: list[Line]) -> list[str]:
     """A sentence for every measured ratio that was asked for; bold where it is missed."""
-    said = []
+    sentences = []
     mine = [line for line in lines if "case" in line and line["device"] == "cpu" and line["threads"] == 1]
     rows = rows_of(mine)
     for target in TARGETS:
-        for (case, work, label), found in rows.items():
+        for (case, work, label), measurements in rows.items():
             if (case, work) != (target.case, target.work):
                 continue
-            others = [line for line in found if "times_ours" in line]
+            others = [line for line in measurements if "times_ours" in line]
             twins = [line for line in others if line["contestant"] == TWIN]
             peers = [line for line in others if line["contestant"] != TWIN]
             against = min(twins if target.against == TWIN else peers, key=lambda line: line["ms"], default=None)
             what = f"{target.meaning}, {work}{', ' + label if label else ''}, 1 thread, against "
             if against is None:
-                said.append(f"{what}{target.against}: **not measured**")
+                sentences.append(f"{what}{target.against}: **not measured**")
                 continue
             name = "the torch twin" if against["contestant"] == TWIN else f"{target.against}, {against['contestant']}"
             value, low, high = (against[k] for k in ("times_ours", "times_ours_low", "times_ours_high"))
             met = "" if value >= target.least else " **missed**"
             runs = f" in {against['runs']} runs" if against["runs"] < 5 else ""
-            said.append(f"{what}{name}: {value:.1f}x [{low:.1f}, {high:.1f}]{runs}; wanted >= {target.least:g}x{met}")
-    return said
+            ratio = f"{value:.1f}x [{low:.1f}, {high:.1f}]{runs}"
+            sentences.append(f"{what}{name}: {ratio}; wanted >= {target.least:g}x{met}")
+    return sentences
 
 
 def on_moved_meshes(lines: list[Line]) -> list[str]:
     """How the ray casters do where the mesh has moved, as in every step of a fine stage: building and casting."""
     mine = [line for line in lines if line.get("case") == "rasterise" and line["device"] == "cpu"]
-    said = []
+    sentences = []
     for threads in sorted({line["threads"] for line in mine}):
         here = [line for line in mine if line["threads"] == threads]
         build = {line["contestant"]: line["ms"] for line in here if line["work"] == "build"}
@@ -141,11 +142,11 @@ def on_moved_meshes(lines: list[Line]) -> list[str]:
         if ours is None or not both:
             continue
         name = min(both, key=both.get)
-        said.append(
+        sentences.append(
             f"rasterise, forward, {threads} thread{'s' if threads > 1 else ''}, on a mesh that has moved, as a fine "
             f"step's has: {both[name] / ours:.1f}x the fastest peer with its structure built anew, {name}"
         )
-    return said
+    return sentences
 
 
 def _absent(lines: list[Line]) -> list[str]:

@@ -47,9 +47,6 @@ FILE = "kernels.jsonl"
 Line = dict[str, Any]
 
 
-# --- one process, one number of threads --------------------------------------------------------------------------
-
-
 def backends(name: str, device: str) -> dict[str, str]:
     """The backend of every family when `name` runs an op: a package where it has the family, ours elsewhere."""
     from stages.kernels.backend import FAMILIES
@@ -74,20 +71,20 @@ def measure(args: argparse.Namespace, threads: int) -> Iterator[Line]:
     if device == "cpu":  # on a machine with a GPU too
         first["device"] = device
     for name in ADAPTORS_ON[device]:
-        found = probe_backend(name)
-        if found.state == "ok":
-            packages[name] = found.detail
+        package = probe_backend(name)
+        if package.state == "ok":
+            packages[name] = package.detail
         else:
-            yield first | {"contestant": name, "absent": found.detail}
-    told: dict[str, str] = {}
+            yield first | {"contestant": name, "absent": package.detail}
+    reasons: dict[str, str] = {}
     for case in cases(QUICK if args.quick else Sizes(), device):
         if args.only and case.name not in args.only:
             continue
         for line in measure_case(case, device, threads, args.budget, tuple(packages)):
             if "absent" in line:
-                if told.get(line["contestant"]) == line["absent"]:
+                if reasons.get(line["contestant"]) == line["absent"]:
                     continue
-                told[line["contestant"]] = line["absent"]
+                reasons[line["contestant"]] = line["absent"]
             if line["contestant"] in packages:
                 line["version"] = packages[line["contestant"]]
             yield first | line
@@ -134,9 +131,9 @@ def _line(name: str, timing: Any, ours: Any) -> Line:
     line = {"contestant": name, "ms": round(1e3 * timing.median_s, 4), "ms_low": round(1e3 * low, 4)}
     line |= {"ms_high": round(1e3 * high, 4), "runs": len(timing.runs_s), "busy_cores": round(timing.cores, 2)}
     if ours is not None:
-        found = ratio(timing, ours)
-        line |= {"times_ours": round(found.value, 3)}
-        line |= {"times_ours_low": round(found.low, 3), "times_ours_high": round(found.high, 3)}
+        times = ratio(timing, ours)
+        line |= {"times_ours": round(times.value, 3)}
+        line |= {"times_ours_low": round(times.low, 3), "times_ours_high": round(times.high, 3)}
     return line
 
 
@@ -146,9 +143,6 @@ def _agreement(cast: Any, rast: Any) -> float:
 
     ids = rast[0, ..., 3].reshape(-1).long().cpu().numpy() - 1
     return round(float(np.mean(cast.triangles(cast.run()) == ids)), 5)
-
-
-# --- all of them -------------------------------------------------------------------------------------------------
 
 
 def run(args: argparse.Namespace) -> tuple[list[Line], list[str]]:
@@ -205,14 +199,14 @@ def publish(lines: list[Line], path: Path) -> None:
     without a contestant that is absent, that one's old numbers of the case, whose ratios are to an older us.
     """
     new = {key_of(line) for line in lines}
-    told = {(line["device"], line["contestant"]) for line in lines}
+    contestants = {(line["device"], line["contestant"]) for line in lines}
     gone = {(line["device"], line["contestant"]) for line in lines if "absent" in line}
     cases = {(line["device"], line["threads"], line["case"]) for line in lines if "case" in line}
 
     def outdated(line: Line) -> bool:
         who = (line["device"], line["contestant"])
         if "absent" in line:
-            return who in told
+            return who in contestants
         return who in gone and (line["device"], line["threads"], line["case"]) in cases
 
     kept = [line for line in read_lines(path) if key_of(line) not in new and not outdated(line)]

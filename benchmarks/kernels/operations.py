@@ -362,8 +362,8 @@ def marching_cases(sizes: Sizes, device: str) -> Iterator[Case]:
     sdf = dmtet.sdf.detach().clone().requires_grad_()
     guard = 1e-3 * lattice.cell
     with torch.no_grad():
-        found, faces, _ = marching_tetrahedra(positions, sdf, edges, tets, tet_edges, guard=guard)
-    up = torch.rand(found.shape, generator=torch.Generator().manual_seed(0)).to(device)
+        vertices, faces, _ = marching_tetrahedra(positions, sdf, edges, tets, tet_edges, guard=guard)
+    up = torch.rand(vertices.shape, generator=torch.Generator().manual_seed(0)).to(device)
     shapes = {"cells": sizes.cells, "band vertices": len(sdf), "tetrahedra": len(tets), "triangles": len(faces)}
 
     def marched(backend: str) -> Tensor:
@@ -376,10 +376,10 @@ def marching_cases(sizes: Sizes, device: str) -> Iterator[Case]:
     )  # fmt: skip
     yield Case(
         "mesh_edges", FORWARD, marching, {"triangles": len(faces)},
-        lambda b: lambda: mesh_edges(faces, len(found), backend=b["marching"]),
+        lambda b: lambda: mesh_edges(faces, len(vertices), backend=b["marching"]),
     )  # fmt: skip
-    leaf = found.clone().requires_grad_()
-    closed = (faces, *mesh_edges(faces, len(found)))
+    leaf = vertices.clone().requires_grad_()
+    closed = (faces, *mesh_edges(faces, len(vertices)))
     yield Case(
         "smoothness", BOTH, marching, {"triangles": len(faces)},
         lambda b: gradients(lambda: sum(smoothness(leaf, *closed, backend=b["marching"])), [leaf]),

@@ -60,8 +60,8 @@ def probe(name: str) -> str:
         for module in MODULES[name]:
             importlib.import_module(module)
     except Exception as error:  # a broken build may raise anything; the reason is kept
-        said = str(error).strip().splitlines()
-        raise Absent(f"{type(error).__name__}: {said[0] if said else 'no message'}") from None
+        lines = str(error).strip().splitlines()
+        raise Absent(f"{type(error).__name__}: {lines[0] if lines else 'no message'}") from None
     try:
         return metadata.version(DISTRIBUTIONS.get(name, name))
     except metadata.PackageNotFoundError:
@@ -158,8 +158,8 @@ def _open3d(scene: Scene, _: Tensor, *, threads: int) -> Cast:
     made = build()
     nothing = open3d.t.geometry.RaycastingScene.INVALID_ID
 
-    def hit(found: Any) -> np.ndarray:
-        ids = found["primitive_ids"].numpy().astype(np.int64)
+    def hit(answer: Any) -> np.ndarray:
+        ids = answer["primitive_ids"].numpy().astype(np.int64)
         return np.where(ids == nothing, -1, ids)
 
     return Cast(lambda: made.cast_rays(both, nthreads=threads), hit, build)
@@ -191,13 +191,13 @@ def _mitsuba(scene: Scene, _: Tensor, *, threads: int) -> Cast:
     made = build()
 
     def run() -> Any:
-        found = made.ray_intersect_preliminary(cast, coherent=True)
-        dr.eval(found.prim_index, found.prim_uv, found.t)
+        intersection = made.ray_intersect_preliminary(cast, coherent=True)
+        dr.eval(intersection.prim_index, intersection.prim_uv, intersection.t)
         dr.sync_thread()
-        return found
+        return intersection
 
-    def hit(found: Any) -> np.ndarray:
-        return np.where(np.isfinite(np.array(found.t)), np.array(found.prim_index).astype(np.int64), -1)
+    def hit(intersection: Any) -> np.ndarray:
+        return np.where(np.isfinite(np.array(intersection.t)), np.array(intersection.prim_index).astype(np.int64), -1)
 
     run()
     return Cast(run, hit, build)
@@ -217,7 +217,7 @@ def _embree(scene: Scene, _: Tensor, *, threads: int) -> Cast:
         return made
 
     made = build()
-    return Cast(lambda: made.intersects_first(origins, directions), lambda found: np.asarray(found, np.int64), build)
+    return Cast(lambda: made.intersects_first(origins, directions), lambda hits: np.asarray(hits, np.int64), build)
 
 
 def _nerfacc_march(rays_o: Tensor, rays_d: Tensor, occupancy: Tensor, step_size: float, *, threads: int) -> Call:

@@ -59,7 +59,8 @@ def shots(count: int, size: int, cameras: CameraSettings, seed: int) -> list[Sho
     """Renders of held-out captions, the four kinds by turns, instances and cameras as in training.
 
     Args:
-        count: how many. size: pixels a side.
+        count: how many.
+        size: pixels a side.
     """
     made: list[Shot] = []
     for k in range(count):
@@ -185,7 +186,8 @@ def measure_fidelity(pixel, latent, out: Path, *, count: int = 96, large: int = 
     """All of the above for the two priors; writes out/pocket_layout.png.
 
     Args:
-        count: renders at 64x64. large: renders at 512x512.
+        count: renders at 64x64.
+        large: renders at 512x512.
     """
     small = shots(count, 64, data.COARSE_CAMERAS, seed)
     big = shots(large, 512, data.FINE_CAMERAS, seed + 1)

@@ -78,9 +78,6 @@ def with_distractors(captions: list[str], textureless: bool = False, seed: int =
     return metrics.candidates(captions, others, False, most=CANDIDATES)
 
 
-# --- the three measurements -------------------------------------------------------------------------------------
-
-
 def judge_truth(
     scorer: ClipScorer, captions: list[str], options: dict[str, list[str]], views: int = 8
 ) -> dict[str, Any]:
@@ -94,11 +91,11 @@ def judge_truth(
         bare, texts = name == "textureless", options[name]
         embedded, truth = scorer.embed_texts(texts), metrics.truth_of(captions, texts, bare)
         each, together, missed = [], [], []
-        for caption, own in zip(captions, truth, strict=True):
+        for caption, answer in zip(captions, truth, strict=True):
             images, _ = shoot(Subject.of(build(world.parse(caption))), cameras, SIZE, shading)
             seen = scorer.embed_images(images)
-            each.append(metrics.hits(seen @ embedded.T, [own] * views))
-            together.append(metrics.hits(metrics.mean_embedding(seen)[None] @ embedded.T, [own]))
+            each.append(metrics.hits(seen @ embedded.T, [answer] * views))
+            together.append(metrics.hits(metrics.mean_embedding(seen)[None] @ embedded.T, [answer]))
             if together[-1] < 1:
                 best = texts[int((metrics.mean_embedding(seen) @ embedded.T).argmax())]
                 missed.append([caption, best])

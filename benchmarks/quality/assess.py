@@ -66,14 +66,14 @@ def colour_facts(subject: Subject, truth: Subject | None) -> dict[str, float | N
     saturation_error, brightness_error: signed differences. colour_difference: of the mean colours, Delta E.
     detail_ratio: high-frequency energy over the truth's.
     """
-    own, lab = _looks(subject)
-    facts = dict(own)
+    looks, lab = _looks(subject)
+    facts = dict(looks)
     if truth is not None:
         theirs, their_lab = _looks(truth)
         facts["colour_difference"] = metrics.colour_difference(lab, their_lab)
-        facts["saturation_error"] = own["saturation"] - theirs["saturation"]
-        facts["brightness_error"] = own["brightness"] - theirs["brightness"]
-        facts["detail_ratio"] = own["detail"] / theirs["detail"] if theirs["detail"] > 1e-6 else math.nan
+        facts["saturation_error"] = looks["saturation"] - theirs["saturation"]
+        facts["brightness_error"] = looks["brightness"] - theirs["brightness"]
+        facts["detail_ratio"] = looks["detail"] / theirs["detail"] if theirs["detail"] > 1e-6 else math.nan
     return {k: _finite(v) for k, v in facts.items()}
 
 

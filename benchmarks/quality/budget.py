@@ -66,11 +66,11 @@ def read_budget(text: str) -> Budget:
 
 def own_steps(system: str, options: tuple[str, ...]) -> dict[str, int]:
     """A system's steps by stage as its recipe has them; empty for one that does not optimise."""
-    found = find_system(system)
-    if found.recipe is None:
+    chosen = find_system(system)
+    if chosen.recipe is None:
         return {}
-    config = load_config(found.recipe, list(options), {})
-    return {stage: getattr(config, stage).steps for stage in found.stages or config.stages}
+    config = load_config(chosen.recipe, list(options), {})
+    return {stage: getattr(config, stage).steps for stage in chosen.stages or config.stages}
 
 
 def cost_of(run: Path, wall_s: float) -> Cost:
@@ -91,7 +91,8 @@ def fitted_steps(system: str, steps: dict[str, int], budget: Budget, cost: Cost 
     """The steps by stage that use the budget up, in the recipe's proportions, at least one a stage.
 
     Args:
-        steps: of the recipe. cost: of a run, asked for where the budget is in seconds.
+        steps: of the recipe.
+        cost: of a run, asked for where the budget is in seconds.
     Raises: UserError where a run takes longer than its budget without a single step.
     """
     if budget.unit == "steps":
@@ -137,7 +138,9 @@ def options_by_system(
     """By system, the settings STAGE.steps=N that make it use up the budget; made once, then read from OUT/budget.json.
 
     Args:
-        options: by system, of its runs. prompt: what the trial run of a budget in seconds makes. threads: of every run.
+        options: by system, of its runs.
+        prompt: what the trial run of a budget in seconds makes.
+        threads: of every run.
     """
     path = out / "budget.json"
     kept: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}

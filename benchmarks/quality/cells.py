@@ -40,15 +40,15 @@ def _slug(text: str) -> str:
 def cells_of(suite: Suite, systems: list[str], seeds: int) -> list[Cell]:
     """All cells, systems innermost, so that an unfinished suite has whole prompts; a system goes before those that take
     over its stage."""
-    found = {name: find_system(name) for name in systems}
-    firsts = {name: [system.begins_as] for name, system in found.items() if system.begins_as in systems}
+    known = {name: find_system(name) for name in systems}
+    firsts = {name: [system.begins_as] for name, system in known.items() if system.begins_as in systems}
     ordered = dict.fromkeys(each for name in systems for each in [*firsts.get(name, []), name])
     return [
         Cell(system, prompt, seed)
         for seed in range(seeds)
         for prompt in suite.prompts
         for system in ordered
-        if seed == 0 or found[system].seeded
+        if seed == 0 or known[system].seeded
     ]
 
 

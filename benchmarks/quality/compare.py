@@ -45,9 +45,9 @@ def read_cells(source: str, suite: str | None = None) -> list[Line]:
         lines = read_lines(path)
     lines = [line for line in lines if suite in (None, line["suite"])]
     if not lines:
-        wanted = f"of the suite {suite}" if suite else "of a suite"
+        which = f"of the suite {suite}" if suite else "of a suite"
         fix = "name a suite's folder, a file of lines or git:REVISION"
-        raise UserError(f"no results in {source}", f"there are no lines {wanted}", fix)
+        raise UserError(f"no results in {source}", f"there are no lines {which}", fix)
     return lines
 
 
@@ -55,8 +55,8 @@ def _published(revision: str) -> list[Line]:
     name = f"{revision}:benchmarks/results/quality.jsonl"
     done = subprocess.run(["git", "show", name], cwd=RESULTS, capture_output=True, text=True)
     if done.returncode:
-        said = done.stderr.strip().splitlines()[-1:] or ["git said nothing"]
-        raise UserError(f"cannot read {name}", said[0], "name a revision that has it; git log -- benchmarks/results")
+        why = (done.stderr.strip().splitlines()[-1:] or ["git said nothing"])[0]
+        raise UserError(f"cannot read {name}", why, "name a revision that has it; git log -- benchmarks/results")
     return [json.loads(line) for line in done.stdout.splitlines() if line.strip()]
 
 
@@ -110,20 +110,20 @@ def _metrics(before: list[Line], after: list[Line]) -> dict[str, Any]:
     return rows
 
 
-def compare_markdown(found: dict[str, Any]) -> str:
+def compare_markdown(comparison: dict[str, Any]) -> str:
     """The table, and where its two sides come from."""
     rows = []
-    for system, facts in found["systems"].items():
+    for system, facts in comparison["systems"].items():
         for name, row in facts["metrics"].items():
             digits = METRICS[name].digits
             sides = [shown(row[side], digits) for side in ("before", "after", "difference")]
             rows.append([system, METRICS[name].label, *sides, f"{row['p_value']:.3f}"])
-    cells = ", ".join(f"{name} {facts['cells']}" for name, facts in found["systems"].items())
+    cells = ", ".join(f"{name} {facts['cells']}" for name, facts in comparison["systems"].items())
     head = ["system", "measure", "before", "after", "difference", "p"]
     return (
         f"{markdown_table(head, rows)}\n\nThe same cells on both sides ({cells}); differences are paired, with 95 % "
         "bootstrap intervals. The sides were run at different times: interval and p of times do not hold "
-        f"what else the machine did. Before: {found['before']}. After: {found['after']}."
+        f"what else the machine did. Before: {comparison['before']}. After: {comparison['after']}."
     )
 
 
@@ -138,15 +138,15 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     try:
         sides = _of_one_suite(*(read_cells(source, args.suite) for source in (args.before, args.after)))
-        found = compare_cells(*sides, args.systems.split(",") if args.systems else None)
-        if not found["systems"]:
+        comparison = compare_cells(*sides, args.systems.split(",") if args.systems else None)
+        if not comparison["systems"]:
             raise UserError("nothing to compare", "no cell is in both", "give two runs of the same prompts and seeds")
     except UserError as error:
         print(f"{error.what}\n{error.why}\n{error.fix}", file=sys.stderr)
         return 2
     if args.publish:
-        write_whole(RESULTS / f"compare_{args.publish}.json", (json.dumps(found, indent=1) + "\n").encode())
-    print(compare_markdown(found))
+        write_whole(RESULTS / f"compare_{args.publish}.json", (json.dumps(comparison, indent=1) + "\n").encode())
+    print(compare_markdown(comparison))
     return 0
 
 

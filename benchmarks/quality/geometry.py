@@ -25,9 +25,6 @@ YAWS = 24  # starting angles of the alignment
 _GENERIC = Rotation.from_euler("xyz", [0.3217, 0.5391, 0.7853]).as_matrix()  # no face of a made thing is parallel
 
 
-# --- inside and outside -----------------------------------------------------------------------------------------
-
-
 def winding_numbers(mesh: Mesh, points: np.ndarray) -> np.ndarray:
     """How many times the surface encloses each point [K], signed: crossings of a ray, out minus in.
 
@@ -83,9 +80,6 @@ def volume_iou(a: Mesh, b: Mesh, grid: int = GRID) -> float:
     return float((inside[0] & inside[1]).sum() / union) if union else math.nan
 
 
-# --- distances between surfaces ---------------------------------------------------------------------------------
-
-
 def surface_points(mesh: Mesh, count: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Points [N, 3] evenly over the outer surface, with their face normals [N, 3].
 
@@ -132,12 +126,12 @@ def align(points: np.ndarray, target: np.ndarray, steps: int = 30) -> Alignment:
     centre, other = points.mean(0), target.mean(0)
     scale = math.sqrt(((target - other) ** 2).sum(1).mean() / max(((points - centre) ** 2).sum(1).mean(), 1e-20))
     few, fewer = points[:: max(1, len(points) // 800)], target[:: max(1, len(target) // 800)]
-    found = []
+    fits = []
     for k in range(YAWS):
         start = _similarity(2 * math.pi * k / YAWS, scale, centre, other)
-        found.append(_icp(few, fewer, start, 6))
-    found.sort(key=lambda pair: pair[0])
-    best = min((_icp(points, target, start, steps) for _, start in found[:3]), key=lambda pair: pair[0])
+        fits.append(_icp(few, fewer, start, 6))
+    fits.sort(key=lambda pair: pair[0])
+    best = min((_icp(points, target, start, steps) for _, start in fits[:3]), key=lambda pair: pair[0])
     return best[1]
 
 
@@ -214,9 +208,6 @@ def compare(mesh: Mesh, truth: Mesh, *, aligned: bool = True, points: int = POIN
         "yaw_deg": (move.yaw_deg + 180) % 360 - 180,
         "scale": move.scale,
     }
-
-
-# --- facts of one mesh ------------------------------------------------------------------------------------------
 
 
 def self_intersections(mesh: Mesh) -> int:

@@ -127,15 +127,15 @@ def tabulate(cells: list[Cell], out: Path, suite: Suite, clip: Path) -> list[Lin
     """
     cells = [cell for cell in cells if load_result(cell, out) is not None]
     scores, lines = score_lines([load_result(cell, out) for cell in cells], suite, [clip]), []
-    found: dict[str, dict[tuple[str, int], dict[str, float]]] = {}
+    numbers_of: dict[str, dict[tuple[str, int], dict[str, float]]] = {}
     for system in dict.fromkeys(cell.system for cell in cells):
-        own = [cell for cell in cells if cell.system == system]
-        of = {cell: scores[key_of(load_result(cell, out))].get(clip.name, {}) for cell in own}
-        values = [(cell, values_of(cell, out, of[cell])) for cell in own]
-        found[system] = {(cell.prompt, cell.seed): numbers for cell, numbers in values}
-        line: Line = {"system": system, "meaning": find_system(system).meaning, "cells": len(own)}
-        line["seeds"], line["prompts"] = len({c.seed for c in own}), len({c.prompt for c in own})
-        line["failed"] = sum("failed" in load_result(cell, out) for cell in own)
+        its_cells = [cell for cell in cells if cell.system == system]
+        of = {cell: scores[key_of(load_result(cell, out))].get(clip.name, {}) for cell in its_cells}
+        values = [(cell, values_of(cell, out, of[cell])) for cell in its_cells]
+        numbers_of[system] = {(cell.prompt, cell.seed): numbers for cell, numbers in values}
+        line: Line = {"system": system, "meaning": find_system(system).meaning, "cells": len(its_cells)}
+        line["seeds"], line["prompts"] = len({c.seed for c in its_cells}), len({c.prompt for c in its_cells})
+        line["failed"] = sum("failed" in load_result(cell, out) for cell in its_cells)
         for name in COLUMNS:
             by_prompt: dict[str, list[float]] = {}
             for cell, numbers in values:
@@ -144,7 +144,8 @@ def tabulate(cells: list[Cell], out: Path, suite: Suite, clip: Path) -> list[Lin
             line[name] = {k: round(v, 4) for k, v in interval.as_dict().items()} if interval.prompts else None
         lines.append(line)
     for line in lines:
-        pairs = None if BASE not in found or line["system"] == BASE else paired(found[line["system"]], found[BASE])
+        system, base = line["system"], numbers_of.get(BASE)
+        pairs = None if base is None or system == BASE else paired(numbers_of[system], base)
         line["paired"], line["meets"] = pairs, None if pairs is None else meets(pairs)
     return lines
 

@@ -46,7 +46,8 @@ def check_judges(recipes: dict[str, str | None], clips: list[Path], options: dic
     """Raise UserError, before any work, for CLIPs of one name, and for a system that none of them may judge.
 
     Args:
-        recipes: by system, the recipe that it runs, or None for one without a run. options: by system, of its runs.
+        recipes: by system, the recipe that it runs, or None for one without a run.
+        options: by system, of its runs.
     """
     names = [clip.name for clip in clips]
     if len(set(names)) < len(names):

@@ -22,9 +22,6 @@ from stages.pocket import world
 LUMA = (0.2126, 0.7152, 0.0722)
 
 
-# --- CLIP -------------------------------------------------------------------------------------------------------
-
-
 def mean_embedding(embeddings: Tensor) -> Tensor:
     """The unit mean [D] of unit embeddings [V, D]."""
     return F.normalize(embeddings.mean(0), dim=0)
@@ -39,20 +36,21 @@ def hits(scores: Tensor, truth: Tensor | list[int]) -> Tensor:
     """R-Precision at 1 of each asset.
 
     Args:
-        scores: [A, C] similarities. truth: [A] index of each asset's own caption.
+        scores: [A, C] similarities.
+        truth: [A] index of each asset's own caption.
     Returns: [A] in [0, 1]: 1 where the own caption scores highest, 0 where another does, 1 / ties where it shares the
         first place, so that scores that say nothing are at chance.
     """
     truth = torch.as_tensor(truth)
-    own = scores.gather(1, truth[:, None])  # [A, 1]
-    best = (own >= scores.max(1, keepdim=True).values)[:, 0]
-    return best.float() / (scores == own).sum(1)
+    true_score = scores.gather(1, truth[:, None])  # [A, 1]
+    best = (true_score >= scores.max(1, keepdim=True).values)[:, 0]
+    return best.float() / (scores == true_score).sum(1)
 
 
 def ranks(scores: Tensor, truth: Tensor | list[int]) -> Tensor:
     """The place [A] of each asset's own caption among the candidates, 1 the best; ties take the middle place."""
-    own = scores.gather(1, torch.as_tensor(truth)[:, None])
-    return 1 + (scores > own).sum(1) + ((scores == own).sum(1) - 1) / 2
+    true_score = scores.gather(1, torch.as_tensor(truth)[:, None])
+    return 1 + (scores > true_score).sum(1) + ((scores == true_score).sum(1) - 1) / 2
 
 
 def geometry_text(caption: str) -> str:
@@ -83,9 +81,6 @@ def truth_of(prompts: list[str], texts: list[str], textureless: bool) -> list[in
     return [places[meaning(geometry_text(prompt) if textureless else prompt)] for prompt in prompts]
 
 
-# --- colour and detail ------------------------------------------------------------------------------------------
-
-
 def saturation_brightness(albedo: Tensor, coverage: Tensor) -> tuple[float, float]:
     """Mean chroma and mean brightness of an object's unshaded pictures.
 
@@ -93,7 +88,8 @@ def saturation_brightness(albedo: Tensor, coverage: Tensor) -> tuple[float, floa
     in [0, 1], and both are multiplied by k when unclipped sRGB colours are.
 
     Args:
-        albedo: linear [V, H, W, 3]. coverage: [V, H, W, 1]; only fully covered pixels count.
+        albedo: linear [V, H, W, 3].
+        coverage: [V, H, W, 1]; only fully covered pixels count.
     Returns: (nan, nan) where nothing is covered.
     """
     pixels = linear_to_srgb(albedo)[coverage[..., 0] >= 1]  # [N, 3]
@@ -109,7 +105,8 @@ def mean_lab(albedo: Tensor, coverage: Tensor) -> Tensor:
     Lab under D65, from linear sRGB (IEC 61966-2-1, CIE 15): L in [0, 100].
 
     Args:
-        albedo: linear [V, H, W, 3]. coverage: [V, H, W, 1]; only fully covered pixels count.
+        albedo: linear [V, H, W, 3].
+        coverage: [V, H, W, 1]; only fully covered pixels count.
     """
     xyz = albedo.clamp(0, 1).double() @ _XYZ.T / _XYZ.sum(1)  # white is (1, 1, 1)
     f = torch.where(xyz > (6 / 29) ** 3, xyz.clamp_min(1e-12) ** (1 / 3), xyz / (3 * (6 / 29) ** 2) + 4 / 29)
@@ -139,7 +136,9 @@ def detail(images: Tensor, coverage: Tensor, sigma: float = 1.5) -> float:
     The blur is normalised by the object's own coverage, so the silhouette, whatever its contrast, adds nothing.
 
     Args:
-        images: linear [V, H, W, 3]. coverage: [V, H, W, 1]. sigma: of the blur in pixels.
+        images: linear [V, H, W, 3].
+        coverage: [V, H, W, 1].
+        sigma: of the blur in pixels.
     Returns: in sRGB units; nan where nothing is covered.
     """
     inside = (coverage >= 1).float().permute(0, 3, 1, 2)
@@ -160,8 +159,6 @@ def _blur(images: Tensor, sigma: float) -> Tensor:
     images = F.conv2d(images, kernel.view(1, 1, 1, -1), padding=(0, radius))
     return F.conv2d(images, kernel.view(1, 1, -1, 1), padding=(radius, 0))
 
-
-# --- the Janus problem ------------------------------------------------------------------------------------------
 
 JANUS_STEP = 15.0  # degrees between the views around an object
 JANUS_FRONT = 45.0  # a view of the truth within this of azimuth 0 shows the front

@@ -193,11 +193,11 @@ def prior_words(system: str, prior: str | None) -> tuple[str, ...]:
 
 def _sources(system: str) -> dict[str, str]:
     """What guides each of a system's stages, by its recipe alone; nothing for a system without one."""
-    found = find_system(system)
-    if found.recipe is None:
+    chosen = find_system(system)
+    if chosen.recipe is None:
         return {}
-    config = load_config(found.recipe, [], {})
-    return {stage: getattr(config.prior, stage) for stage in found.stages or config.stages}
+    config = load_config(chosen.recipe, [], {})
+    return {stage: getattr(config.prior, stage) for stage in chosen.stages or config.stages}
 
 
 def _check_same(args: argparse.Namespace, suite: Suite, options: dict[str, tuple[str, ...]]) -> None:

@@ -80,7 +80,9 @@ def shoot(
     """Pictures of a subject.
 
     Args:
-        views: B views. size: pixels a side. background: sRGB grey.
+        views: B views.
+        size: pixels a side.
+        background: sRGB grey.
     Returns: linear images [B, size, size, 3] and coverage [B, size, size, 1] in [0, 1].
     """
     fine, batch = size * SUPERSAMPLE, len(views)

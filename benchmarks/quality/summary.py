@@ -42,10 +42,10 @@ def _score(look: str, name: str) -> Callable[[Line, dict], float | None]:
 
 def _at(*keys: str, scale: float = 1.0) -> Callable[[Line, dict], float | None]:
     def value(line: Line, scores: dict) -> float | None:
-        found: Any = line
+        entry: Any = line
         for key in keys:
-            found = None if found is None else found.get(key)
-        return None if found is None else scale * float(found)
+            entry = None if entry is None else entry.get(key)
+        return None if entry is None else scale * float(entry)
 
     return value
 
@@ -176,10 +176,10 @@ def paired_values(a: CellValues, b: CellValues) -> tuple[dict[str, list[float]],
 
 
 def _by_prompt(values: CellValues) -> dict[str, list[float]]:
-    found: dict[str, list[float]] = {}
+    by_prompt: dict[str, list[float]] = {}
     for (prompt, _), value in values.items():
-        found.setdefault(prompt, []).append(value)
-    return found
+        by_prompt.setdefault(prompt, []).append(value)
+    return by_prompt
 
 
 def summarise(lines: list[Line], suite: Suite, clips: list[Path]) -> dict[str, Any]:
@@ -190,7 +190,7 @@ def summarise(lines: list[Line], suite: Suite, clips: list[Path]) -> dict[str, A
     """
     by_clip = score_lines(lines, suite, clips)
     names = [clip.name for clip in clips]
-    first = {key: found.get(names[0], {}) for key, found in by_clip.items()}
+    first = {key: by_name.get(names[0], {}) for key, by_name in by_clip.items()}
     systems = list(dict.fromkeys(line["system"] for line in lines))
     of = {s: [line for line in lines if line["system"] == s] for s in systems}
     summary: dict[str, Any] = {
@@ -223,7 +223,7 @@ def summarise(lines: list[Line], suite: Suite, clips: list[Path]) -> dict[str, A
             facts[group] = {name: interval for name, interval in intervals.items() if interval is not None}
         summary["systems"][system] = facts
         for clip in names:
-            scores = {key: found.get(clip, {}) for key, found in by_clip.items()}
+            scores = {key: by_name.get(clip, {}) for key, by_name in by_clip.items()}
             summary["by_clip"].setdefault(clip, {})[system] = {
                 name: _interval(values_of(of[system], scores, name, clip)) for name in list(METRICS)[:4]
             }
@@ -251,19 +251,19 @@ def _times_of(lines: list[Line]) -> dict[str, dict[str, Any]]:
         if cost.get("export"):
             stages.setdefault("export", []).append({"phases": cost["export"]})
     times = {}
-    for name, found in stages.items():
-        phases = list(dict.fromkeys(phase for facts in found for phase in facts["phases"]))
+    for name, runs in stages.items():
+        phases = list(dict.fromkeys(phase for facts in runs for phase in facts["phases"]))
         times[name] = {
-            "seconds": _mean(facts.get("seconds", sum(facts["phases"].values())) for facts in found),
-            "steps_per_s": _mean(facts["steps_per_s"] for facts in found if facts.get("steps_per_s")),
-            "phases": {phase: _mean(facts["phases"].get(phase, 0.0) for facts in found) for phase in phases},
+            "seconds": _mean(facts.get("seconds", sum(facts["phases"].values())) for facts in runs),
+            "steps_per_s": _mean(facts["steps_per_s"] for facts in runs if facts.get("steps_per_s")),
+            "phases": {phase: _mean(facts["phases"].get(phase, 0.0) for facts in runs) for phase in phases},
         }
     return times
 
 
 def _mean(values: Iterable[float]) -> float | None:
-    found = list(values)
-    return round(sum(found) / len(found), 3) if found else None
+    numbers = list(values)
+    return round(sum(numbers) / len(numbers), 3) if numbers else None
 
 
 def _interval(values: dict[str, list[float]]) -> dict[str, float] | None:
@@ -276,15 +276,15 @@ def _compare(a: list[Line], b: list[Line], scores: dict, name: str, clip: str) -
     values = paired_values(*(cell_values(lines, scores, name, clip) for lines in (a, b)))
     sign = METRICS[name].better
     signed = [{p: [sign * v for v in row] for p, row in v.items()} for v in values]
-    found = compare(*signed)
-    if not found.difference.prompts:
+    comparison = compare(*signed)
+    if not comparison.difference.prompts:
         return None
-    facts = asdict(found)
-    d = found.difference
+    facts = asdict(comparison)
+    d = comparison.difference
     low, high = sorted((sign * d.low, sign * d.high))
     facts["difference"] = {"mean": round(sign * d.mean, 5), "low": round(low, 5), "high": round(high, 5)}
     facts["prompts"] = d.prompts
-    facts["p_value"], facts["p_sign"] = round(found.p_value, 5), round(found.p_sign, 5)
+    facts["p_value"], facts["p_sign"] = round(comparison.p_value, 5), round(comparison.p_sign, 5)
     return facts
 
 

@@ -106,9 +106,9 @@ def train(kind: str, seed: int = 0) -> ViewClassifier:
 
 def _tested(classifier: ViewClassifier, pictures: Tensor, fronts: Tensor) -> ViewClassifier:
     with torch.no_grad():
-        found = (classifier.net(_standardised(pictures)) > 0).float()
-    classifier.accuracy = round(float((found == fronts).float().mean()), 4)
-    classifier.false_fronts = round(float(found[fronts == 0].mean()), 4)
+        answers = (classifier.net(_standardised(pictures)) > 0).float()
+    classifier.accuracy = round(float((answers == fronts).float().mean()), 4)
+    classifier.false_fronts = round(float(answers[fronts == 0].mean()), 4)
     return classifier
 
 
@@ -181,12 +181,12 @@ def load_or_train(kind: str, folder: Path) -> ViewClassifier:
 
     weights, facts = folder / f"{kind}.safetensors", folder / f"{kind}.json"
     if facts.is_file():
-        found = json.loads(facts.read_text())
-        if found["version"] == VERSION:
+        saved = json.loads(facts.read_text())
+        if saved["version"] == VERSION:
             net = _Net()
             net.load_state_dict(load_file(weights))
             net.eval().requires_grad_(False)
-            return ViewClassifier(kind, net, found["accuracy"], found["false_fronts"])
+            return ViewClassifier(kind, net, saved["accuracy"], saved["false_fronts"])
     classifier = train(kind)
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(weights, save(classifier.net.state_dict()))

@@ -131,8 +131,8 @@ def run_cells(cells: list[Cell], args: argparse.Namespace) -> list[Cell]:
                 done.append(cell)
                 if not stopped.is_set():
                     left = (len(waiting) - len(done)) * (time.monotonic() - began) / len(done)
-                    said = f"{_headline(cell, args.out)}; about {left / 60:.0f} min left"
-                    print(f"{cell.system:>10}  {cell.prompt} (seed {cell.seed}): {said}", flush=True)
+                    progress = f"{_headline(cell, args.out)}; about {left / 60:.0f} min left"
+                    print(f"{cell.system:>10}  {cell.prompt} (seed {cell.seed}): {progress}", flush=True)
 
     threads = [threading.Thread(target=work, args=(worker,), daemon=True) for worker in workers]
     try:

@@ -49,8 +49,8 @@ def look(page: Path, *more: str, size: tuple[int, int] = (1400, 1800)) -> str:
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, check=True)
         except (subprocess.SubprocessError, OSError) as error:
-            said = (getattr(error, "stderr", None) or str(error)).strip().splitlines()[-1:]
-            raise UserError(f"{browser} cannot show {page}", " ".join(said), "open the page yourself") from None
+            last_line = (getattr(error, "stderr", None) or str(error)).strip().splitlines()[-1:]
+            raise UserError(f"{browser} cannot show {page}", " ".join(last_line), "open the page yourself") from None
     return done.stdout
 
 

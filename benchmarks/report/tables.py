@@ -41,21 +41,21 @@ def name_of(system: str) -> str:
 
 def answers(summary: dict[str, Any]) -> list[str]:
     """Does fine beat coarse, by how much, at what price; how far is each system from the ceiling? In sentences."""
-    found = {(c["a"], c["b"], c["metric"]): c for c in summary["comparisons"]}
-    compared = {name: _directed(found, "magic3d", "coarse", name) for name in ANSWERED}
+    comparisons = {(c["a"], c["b"], c["metric"]): c for c in summary["comparisons"]}
+    compared = {name: _directed(comparisons, "magic3d", "coarse", name) for name in ANSWERED}
     compared = {name: comparison for name, comparison in compared.items() if comparison is not None}
     sure = [name for name, comparison in compared.items() if comparison["p_value"] < SURE]
     sentences = [_sentence(compared[name], METRICS[name].label, METRICS[name].digits) for name in sure]
     if unsure := [_gap(compared[name]["difference"], name) for name in compared if name not in sure]:
         sentences.append(f"Coarse + fine against coarse alone, within chance: {'; '.join(unsure)}.")
-    time = _directed(found, "magic3d", "coarse", "wall_s")
+    time = _directed(comparisons, "magic3d", "coarse", "wall_s")
     if time is not None:
         d = time["difference"]
         sentences.append(f"The price of the fine stage: {d['mean']:.0f} s more [{d['low']:.0f}, {d['high']:.0f}].")
     for system in summary["systems"]:
         if system in ("truth", "floor"):
             continue
-        gaps = {name: _directed(found, system, "truth", name) for name in CEILINGS}
+        gaps = {name: _directed(comparisons, system, "truth", name) for name in CEILINGS}
         parts = [_gap(gap["difference"], name) for name, gap in gaps.items() if gap is not None]
         if parts:
             name = name_of(system)
@@ -68,11 +68,11 @@ def _gap(d: dict[str, float], name: str) -> str:
     return f"{label} {d['mean']:+z.{n}f} [{d['low']:+z.{n}f}, {d['high']:+z.{n}f}]"
 
 
-def _directed(found: dict, a: str, b: str, metric: str) -> dict[str, Any] | None:
+def _directed(comparisons: dict, a: str, b: str, metric: str) -> dict[str, Any] | None:
     """The comparison of a with b, whichever way round it was stored."""
-    if (a, b, metric) in found:
-        return found[a, b, metric]
-    back = found.get((b, a, metric))
+    if (a, b, metric) in comparisons:
+        return comparisons[a, b, metric]
+    back = comparisons.get((b, a, metric))
     if back is None:
         return None
     d = back["difference"]
@@ -88,9 +88,6 @@ def _sentence(c: dict[str, Any], label: str, digits: int) -> str:
         f"{d['high']:+z.{digits}f}], better on {c['wins']} and worse on {c['losses']} of {c['prompts']} prompts "
         f"({p})."
     )
-
-
-# --- Markdown ---------------------------------------------------------------------------------------------------
 
 
 def pocket_markdown(line: dict[str, Any]) -> str:
@@ -137,8 +134,8 @@ def reference_markdown(lines: list[dict[str, Any]]) -> str:
         seconds = [f"{line['seconds']:.0f} s" for line in (coarse, fine) if line is not None]
         rows.append([mesh, *pictures, _marked(fine, "chamfer"), _solid(fine), " + ".join(seconds)])
     targets = {stage: line["targets"] for (_, stage), line in latest.items()}
-    wanted = [_bound(targets.get(stage, {}), name) for stage in ("coarse", "fine") for name in ("iou", "psnr_db")]
-    rows.append(["wanted", *wanted, _bound(targets.get("fine", {}), "chamfer"), "closed, manifold, 1 part", ""])
+    bounds = [_bound(targets.get(stage, {}), name) for stage in ("coarse", "fine") for name in ("iou", "psnr_db")]
+    rows.append(["wanted", *bounds, _bound(targets.get("fine", {}), "chamfer"), "closed, manifold, 1 part", ""])
     head = ["mesh", "coarse IoU", "coarse PSNR", "fine IoU", "fine PSNR", "Chamfer", "surface", "time"]
     chosen = list(latest.values())
     floors = [line["chamfer_floor"] for line in chosen if "chamfer_floor" in line]
@@ -202,8 +199,8 @@ def quality_markdown(
         f"{prompts} prompts, {seeds} seed{'s' if seeds > 1 else ''}, pocket world; 95 % bootstrap intervals. "
         f"{origin(summary['dates'], summary['revisions'])}, {'; '.join(summary['machines'])}."
     )
-    said = "\n".join(f"- {text}" for text in answers(summary))
-    return f"{table}\n\n{note}\n\n{said}".rstrip()
+    sentences = "\n".join(f"- {text}" for text in answers(summary))
+    return f"{table}\n\n{note}\n\n{sentences}".rstrip()
 
 
 def guidance_markdown(lines: list[dict[str, Any]]) -> str:
@@ -246,16 +243,16 @@ def markdown_blocks(results: Path = RESULTS) -> dict[str, str]:
 
 def put_into(path: Path, blocks: dict[str, str]) -> list[str]:
     """Fill a file between <!-- benchmarks:NAME --> and <!-- /benchmarks -->; returns the names that were found."""
-    text, found = path.read_text(encoding="utf-8"), []
+    text, names = path.read_text(encoding="utf-8"), []
 
     def fill(match: re.Match) -> str:
         name = match[1]
         if name not in blocks:
             return match[0]
-        found.append(name)
+        names.append(name)
         return f"<!-- benchmarks:{name} -->\n{blocks[name]}\n<!-- /benchmarks -->"
 
     filled = re.sub(r"<!-- benchmarks:([\w-]+) -->.*?<!-- /benchmarks -->", fill, text, flags=re.S)
     if filled != text:
         write_whole(path, filled.encode())
-    return found
+    return names

@@ -21,7 +21,7 @@ LONGEST_S = 30.0  # between two readings of RAPL: its 32-bit counters may wrap a
 
 def packages(root: Path = RAPL) -> list[Path]:
     """The readable RAPL counters of whole packages; their parts (cores, memory controller) lie below and are left."""
-    found = []
+    folders = []
     for folder in sorted(root.glob("intel-rapl:*")):
         if folder.name.count(":") != 1:
             continue
@@ -29,8 +29,8 @@ def packages(root: Path = RAPL) -> list[Path]:
             _read(folder)
         except (OSError, ValueError):
             continue
-        found.append(folder)
-    return found
+        folders.append(folder)
+    return folders
 
 
 def _read(folder: Path) -> int:
@@ -45,13 +45,13 @@ def joules_between(before: int, after: int, most: int) -> float:
 @contextmanager
 def energy_j(root: Path = RAPL) -> Iterator[dict[str, float]]:
     """Joules taken inside the block, by "cpu" and "gpu", filled in at its end; without a key where nothing counts."""
-    counters, found, done = packages(root), {}, threading.Event()
+    counters, joules, done = packages(root), {}, threading.Event()
     gpu = shutil.which("nvidia-smi") is not None
     most = {c: int((c / "max_energy_range_uj").read_text()) for c in counters}
 
     began, began_s = {c: _read(c) for c in counters}, time.monotonic()
     watts_then = _gpu_watts() if gpu else None
-    found |= ({"cpu": 0.0} if counters else {}) | ({} if watts_then is None else {"gpu": 0.0})
+    joules |= ({"cpu": 0.0} if counters else {}) | ({} if watts_then is None else {"gpu": 0.0})
 
     def watch() -> None:
         last, last_s, read_s, watts = began, began_s, began_s, watts_then
@@ -60,20 +60,20 @@ def energy_j(root: Path = RAPL) -> Iterator[dict[str, float]]:
             ended = done.wait(INTERVAL_S if watts is not None else LONGEST_S)
             now = time.monotonic()
             if watts is not None:
-                found["gpu"] += watts * (now - last_s)
+                joules["gpu"] += watts * (now - last_s)
                 watts, last_s = _gpu_watts(), now
                 if watts is None:  # half a count is none
-                    del found["gpu"]
+                    del joules["gpu"]
             if counters and (ended or now - read_s >= LONGEST_S):
                 present = {c: _read(c) for c in counters}
-                found["cpu"] += sum(joules_between(last[c], present[c], most[c]) for c in counters)
+                joules["cpu"] += sum(joules_between(last[c], present[c], most[c]) for c in counters)
                 last, read_s = present, now
 
     thread = threading.Thread(target=watch, daemon=True)
-    if found:
+    if joules:
         thread.start()
     try:
-        yield found
+        yield joules
     finally:
         done.set()
         if thread.is_alive():

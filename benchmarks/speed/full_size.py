@@ -94,7 +94,9 @@ def parameters(parts: dict[str, Any]) -> dict[str, int]:
 def write_random_model(folder: Path, size: str, *, half: bool, seed: int = 0) -> dict[str, int]:
     """Write a diffusers folder in the layout of Stable Diffusion 2.1-base, epsilon prediction, random weights.
 
-    Args: size: a key of SIZES. half: store float16.
+    Args:
+        size: a key of SIZES.
+        half: store float16.
     Returns: parameters by part.
     """
     import torch

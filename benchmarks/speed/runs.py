@@ -61,13 +61,13 @@ def main_job(words: list[str], env: dict[str, str], *, profiled: bool) -> Facts:
 
 def profile_of(folder: Path) -> Facts:
     """What matters of a run's profile: shares of the networks, what happens once, and the split of a step in ms."""
-    found = json.loads((folder / "profile" / "profile.json").read_text())
+    profile = json.loads((folder / "profile" / "profile.json").read_text())
     steps: dict[str, dict[str, float]] = {}
-    for name, stage in found["stages"].items():
+    for name, stage in profile["stages"].items():
         kind = "step" if stage["steps"] else "traced step"
-        rows = [row for row in found["phases"] if row["path"][:2] == [name, kind] and len(row["path"]) == 3]
+        rows = [row for row in profile["phases"] if row["path"][:2] == [name, kind] and len(row["path"]) == 3]
         steps[name] = {row["path"][2]: round(1e3 * row["seconds"] / max(stage["steps"], 1), 3) for row in rows}
-    facts = {key: found[key] for key in ("total_s", "once", "networks_share", "stages")}
+    facts = {key: profile[key] for key in ("total_s", "once", "networks_share", "stages")}
     return facts | {"step_phases_ms": steps}
 
 
@@ -113,15 +113,15 @@ def _first_step_s(command: list[str], env: dict[str, str]) -> float:
     """Seconds until a run says that it has taken its first step; it is then stopped as Ctrl-C does. Raises Broken."""
     began = time.perf_counter()
     process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    said, seconds = [], None
+    lines, seconds = [], None
     for text in process.stdout:
-        said.append(text.rstrip())
+        lines.append(text.rstrip())
         if seconds is None and text.startswith("coarse  1/"):
             seconds = time.perf_counter() - began
             process.send_signal(signal.SIGINT)
     process.wait()
     if seconds is None:
-        raise Broken(f"{' '.join(command)} ended with {process.returncode}:\n" + "\n".join(said[-12:]))
+        raise Broken(f"{' '.join(command)} ended with {process.returncode}:\n" + "\n".join(lines[-12:]))
     return seconds
 
 
@@ -135,8 +135,8 @@ def full_size_run(words: list[str], size: str, threads: int, device: str) -> Fac
         sources = [f"prior.coarse={model}", f"prior.fine={model}"]
         folder = Path(scratch) / "run"
         with device_memory_mb(device) as memory:
-            wanted = ["--config", "stable-diffusion", "--device", device, "--force", "--profile"]
-            seconds = run(folder, [*wanted, *sources, *words], environment_of(threads))
+            options = ["--config", "stable-diffusion", "--device", device, "--force", "--profile"]
+            seconds = run(folder, [*options, *sources, *words], environment_of(threads))
         facts = {"size": size, "parameters": parameters, "wall_s": round(seconds, 2), "profile": profile_of(folder)}
         peak = json.loads((folder / "run.json").read_text())["peak_memory_mb"]
     return facts | {"peak_memory_mb": peak, "device_memory_mb": memory["peak"]}
@@ -145,7 +145,7 @@ def full_size_run(words: list[str], size: str, threads: int, device: str) -> Fac
 @contextmanager
 def device_memory_mb(device: str) -> Iterator[dict[str, float | None]]:
     """Highest use of the GPU's memory inside the block, by all processes, asked from nvidia-smi five times a second."""
-    found: dict[str, float | None] = {"peak": None}
+    highest: dict[str, float | None] = {"peak": None}
     done = threading.Event()
 
     def watch() -> None:
@@ -155,13 +155,13 @@ def device_memory_mb(device: str) -> Iterator[dict[str, float | None]]:
                 text = subprocess.run(query, capture_output=True, text=True, check=True).stdout
             except (OSError, subprocess.SubprocessError):
                 return
-            found["peak"] = max(found["peak"] or 0.0, float(text.split()[0]))
+            highest["peak"] = max(highest["peak"] or 0.0, float(text.split()[0]))
 
     thread = threading.Thread(target=watch, daemon=True)
     if device == "cuda":
         thread.start()
     try:
-        yield found
+        yield highest
     finally:
         done.set()
         if device == "cuda":

@@ -53,9 +53,9 @@ def growth(args: argparse.Namespace) -> Iterator[Line]:
         if args.sweeps and f"{sweep.stage}.{sweep.name}" not in args.sweeps:
             continue
         options = {"networks": args.networks, "runs": args.runs, "quick": args.quick}
-        for found in run_sweep(sweep, device=torch.device(args.device), **options):
+        for result in run_sweep(sweep, device=torch.device(args.device), **options):
             about = {"stage": sweep.stage, "sweep": sweep.name, "label": sweep.label, "linear": sweep.linear}
-            yield {"part": "growth", **about, "networks": args.networks, **found}
+            yield {"part": "growth", **about, "networks": args.networks, **result}
 
 
 def start(args: argparse.Namespace) -> Iterator[Line]:

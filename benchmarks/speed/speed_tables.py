@@ -43,29 +43,29 @@ def curve_of(lines: list[Line], label: str, ms: str | None = None) -> Curve:
 
 def sweeps_of(lines: list[Line]) -> dict[tuple, list[Line]]:
     """Growth lines by device, threads, networks, stage and sweep."""
-    found: dict[tuple, list[Line]] = {}
+    sweeps: dict[tuple, list[Line]] = {}
     for line in lines:
         if line["part"] == "growth":
             key = (line["device"], line["threads"], line["networks"], line["stage"], line["sweep"])
-            found.setdefault(key, []).append(line)
-    return found
+            sweeps.setdefault(key, []).append(line)
+    return sweeps
 
 
 def plots(lines: list[Line]) -> dict[str, str]:
     """SVG by file stem, a plot per stage and sweep: the whole step, and its phases where the growth is about them."""
     drawn: dict[str, list[Curve]] = {}
     about: dict[str, Line] = {}
-    for (device, threads, networks, stage, sweep), found in sweeps_of(lines).items():
+    for (device, threads, networks, stage, sweep), sizes in sweeps_of(lines).items():
         name = f"speed_{stage}_{sweep}"
         where = f"{threads} threads" if device == "cpu" else device
         label = f"step, {where}" + ("" if networks == "none" else f", {networks} prior")
         curves = drawn.setdefault(name, [])
-        curves.append(curve_of(found, label))
+        curves.append(curve_of(sizes, label))
         if (stage, sweep) == ("fine", "tets") and networks == "none":
             for phase in ("surface", "backward", "regularisers"):
-                curve = curve_of(found, f"{phase}, {where}", phase)
+                curve = curve_of(sizes, f"{phase}, {where}", phase)
                 curves += [curve] if curve.fit is not None else []
-        about[name] = found[0]
+        about[name] = sizes[0]
     return {
         name: growth_plot(
             curves, f"{about[name]['stage']} step", _axis(about[name]), "ms", log=not about[name]["linear"]
@@ -80,8 +80,8 @@ def _axis(line: Line) -> str:
 
 def speed_markdown(lines: list[Line]) -> str:
     """Everything there are lines for: what was asked for, the split of a step, growth."""
-    said = [*_main(lines), *_starts(lines), *_full(lines)]
-    parts = ["\n".join(f"- {text}" for text in said)] if said else []
+    sentences = [*_main(lines), *_starts(lines), *_full(lines)]
+    parts = ["\n".join(f"- {text}" for text in sentences)] if sentences else []
     parts += [table for table in (_split(lines), _growth(lines)) if table]
     last = lines[-1]
     machines = {f"{line['cores']} cores of {line['cpu']}" for line in lines if line["device"] == "cpu"}
@@ -99,7 +99,7 @@ def _where(line: Line) -> str:
 
 
 def _main(lines: list[Line]) -> list[str]:
-    said = []
+    sentences = []
     for line in lines:
         if line["part"] != "main":
             continue
@@ -107,45 +107,45 @@ def _main(lines: list[Line]) -> list[str]:
         if not line["profiled"]:
             stages = ", ".join(f"{name} {stage['seconds']:.0f} s" for name, stage in line["stages"].items())
             spread = f" [{line['low_s']:.0f}, {line['high_s']:.0f}]" if line.get("runs", 1) > 1 else ""
-            said.append(
+            sentences.append(
                 f"main job, from command to files, {_where(line)}: {seconds:.0f} s{spread} ({stages}, export "
                 f"{line['export_s']:.0f} s); wanted <= {MAIN_S} s{_met(seconds <= MAIN_S)}; peak memory "
                 f"{memory / 1024:.1f} GB; wanted <= {MEMORY_MB / 1024:.0f} GB{_met(memory <= MEMORY_MB)}"
             )
             continue
-        found = line["profile"]
-        share = found["networks_share"]
-        stages = ", ".join(f"{name} {100 * stage['networks_share']:.0f} %" for name, stage in found["stages"].items())
-        said.append(
+        profile = line["profile"]
+        share = profile["networks_share"]
+        stages = ", ".join(f"{name} {100 * stage['networks_share']:.0f} %" for name, stage in profile["stages"].items())
+        sentences.append(
             f"step time inside the prior's networks: {100 * share:.0f} % ({stages}); wanted >= "
             f"{100 * NETWORKS:.0f} %{_met(share >= NETWORKS)}"
         )
-    return said
+    return sentences
 
 
 def _starts(lines: list[Line]) -> list[str]:
-    said = []
+    sentences = []
     for line in lines:
         if line["part"] != "start":
             continue
         if line["which"] == "first":
             seconds = line["compilation_s"]
-            said.append(
+            sentences.append(
                 f"first run ever: {seconds:.0f} s of compiling kernels; wanted <= {COMPILE_S} s"
                 f"{_met(seconds <= COMPILE_S)}; loading them later takes {line['again_loading_s']:.1f} s"
             )
         else:
             seconds = line["to_first_step_s"]
-            said.append(
+            sentences.append(
                 f"later starts, from command to the first step: {seconds:.1f} s [{line['low_s']:.1f}, "
                 f"{line['high_s']:.1f}]; wanted <= {START_S} s{_met(seconds <= START_S)}; that step is done at "
                 f"{line['first_step_done_s']:.1f} s"
             )
-    return said
+    return sentences
 
 
 def _full(lines: list[Line]) -> list[str]:
-    said = []
+    sentences = []
     for line in lines:
         if line["part"] != "full":
             continue
@@ -155,16 +155,17 @@ def _full(lines: list[Line]) -> list[str]:
         )
         millions = ", ".join(f"{name} {count / 1e6:.0f} M" for name, count in line["parameters"].items())
         memory = f"; device memory {line['device_memory_mb'] / 1024:.1f} GB" if line["device_memory_mb"] else ""
-        said.append(f"a model of Stable Diffusion 2.1's size, random weights, time only ({millions}): {stages}{memory}")
-    return said
+        what = f"a model of Stable Diffusion 2.1's size, random weights, time only ({millions})"
+        sentences.append(f"{what}: {stages}{memory}")
+    return sentences
 
 
 def _split(lines: list[Line]) -> str:
     """The split of a step of the main job, by stage."""
-    found = [line for line in lines if line["part"] == "main" and line["profiled"]]
-    if not found:
+    jobs = [line for line in lines if line["part"] == "main" and line["profiled"]]
+    if not jobs:
         return ""
-    profile = found[-1]["profile"]
+    profile = jobs[-1]["profile"]
     steps = profile["step_phases_ms"]
     names = list(dict.fromkeys(name for split in steps.values() for name in split))
     rows = []
@@ -178,8 +179,8 @@ def _split(lines: list[Line]) -> str:
 
 def _growth(lines: list[Line]) -> str:
     rows = []
-    for (_, _, networks, stage, sweep), found in sweeps_of(lines).items():
-        curve = curve_of(found, "")
+    for (_, _, networks, stage, sweep), sizes in sweeps_of(lines).items():
+        curve = curve_of(sizes, "")
         first, last = curve.points[0], curve.points[-1]
         at = [f"{p[1]:.0f} ms at {p[0]:g}" for p in (first, last)]
         kind = "none" if curve.fit is None else curve.fit[0]
@@ -189,6 +190,6 @@ def _growth(lines: list[Line]) -> str:
             "power": f"power {curve.fit[2]:.2f} from {curve.fit[4]:g}" if curve.fit else "",
         }[kind]
         name = stage if networks == "none" else f"{stage}, {networks} prior"
-        rows.append([f"{name}: {MEANINGS[sweep]}", _where(found[0]), *at, grows])
+        rows.append([f"{name}: {MEANINGS[sweep]}", _where(sizes[0]), *at, grows])
     head = ["step time against", "on", "from", "to", "grows"]
     return markdown_table(head, rows) if rows else ""

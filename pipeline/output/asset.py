@@ -95,7 +95,7 @@ def in_own_place(mesh: Mesh, asset: Asset) -> Mesh:
     place = asset.placement
     if place is None:
         return mesh
-    vertices = place.own if asset.locked else place.out_of_scene(mesh.vertices)
+    vertices = place.original if asset.locked else place.out_of_scene(mesh.vertices)
     normals = None if mesh.normals is None else place.turned_back(mesh.normals)
     return replace(mesh, vertices=vertices, normals=normals)
 

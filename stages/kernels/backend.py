@@ -109,8 +109,8 @@ def probe(name: str) -> Probe:
 
             nvdiffrast.context(torch.device("cuda", torch.cuda.current_device()))
     except Exception as error:
-        said = str(error).strip().splitlines()
-        return Probe("broken", f"{type(error).__name__}: {said[0] if said else 'no message'}")
+        lines = str(error).strip().splitlines()
+        return Probe("broken", f"{type(error).__name__}: {lines[0] if lines else 'no message'}")
     try:
         return Probe("ok", importlib.metadata.version(package.distribution))
     except importlib.metadata.PackageNotFoundError:
@@ -172,18 +172,18 @@ def resolve(settings: KernelSettings, device: torch.device | str) -> Selection:
     kind = torch.device(device).type
     chosen = {}
     for family in FAMILIES:
-        wanted = getattr(settings, family)
-        if wanted in ("auto", "torch"):
-            chosen[family] = _auto(kind, True) if wanted == "auto" else wanted
+        asked = getattr(settings, family)
+        if asked in ("auto", "torch"):
+            chosen[family] = _auto(kind, True) if asked == "auto" else asked
             continue
-        what = f"kernels.{family}={wanted} cannot be used"
-        if kind not in _DEVICES.get(wanted, ("cuda",)):
-            why = f"it computes on {_where(wanted)}, and this run is on {kind}"
+        what = f"kernels.{family}={asked} cannot be used"
+        if kind not in _DEVICES.get(asked, ("cuda",)):
+            why = f"it computes on {_where(asked)}, and this run is on {kind}"
             raise UserError(what, why, f"kernels.{family}=auto")
-        why = _absent(wanted, kind)
+        why = _absent(asked, kind)
         if why:
             raise UserError(what, why, f"kernels.{family}=auto; `pipeline doctor` says what is installed")
-        chosen[family] = wanted
+        chosen[family] = asked
     return Selection(kind, chosen, tuple(_notices(settings, chosen, kind)))
 
 
@@ -220,8 +220,8 @@ def selected(selection: Selection) -> Iterator[None]:
 def check_alike(name: str, tensor: Tensor, other: Tensor) -> None:
     """Raise ValueError naming argument, wanted and got unless a tensor has the dtype and the device of another one."""
     if (tensor.dtype, tensor.device) != (other.dtype, other.device):
-        wanted, got = (f"{str(t.dtype).removeprefix('torch.')} on {t.device}" for t in (other, tensor))
-        raise ValueError(f"{name}: wanted {wanted}, got {got}")
+        expected, got = (f"{str(t.dtype).removeprefix('torch.')} on {t.device}" for t in (other, tensor))
+        raise ValueError(f"{name}: wanted {expected}, got {got}")
 
 
 def choose_backend(backend: str, *tensors: Tensor, family: str, adaptor: bool = False) -> str:
@@ -233,7 +233,8 @@ def choose_backend(backend: str, *tensors: Tensor, family: str, adaptor: bool = 
     Args:
         backend: a key of BACKENDS; of the packages, only the one that covers the family.
         tensors: the floating point arguments of the op; they must share one device and one dtype.
-        family: a key of FAMILIES. adaptor: whether this op has an adaptor for the family's package.
+        family: a key of FAMILIES.
+        adaptor: whether this op has an adaptor for the family's package.
     Returns: "torch", "numba", "warp" or, for an op with an adaptor, the package's name.
     Raises: ValueError for an unknown name, and where a backend is asked for what it does not compute; UserError where
         it is not installed.
@@ -246,10 +247,10 @@ def choose_backend(backend: str, *tensors: Tensor, family: str, adaptor: bool = 
     single = all(t.dtype == torch.float32 for t in tensors)
     kind = kinds.pop() if len(kinds) == 1 else "several devices"
     if backend == "auto":
-        wanted = _selection.backends.get(family)
-        if wanted is None or (wanted != "torch" and not (single and kind == _selection.device)):
+        selection = _selection.backends.get(family)
+        if selection is None or (selection != "torch" and not (single and kind == _selection.device)):
             return _auto(kind, single)
-        return wanted if wanted != package or adaptor else _auto(kind, single)
+        return selection if selection != package or adaptor else _auto(kind, single)
     if backend == package and not adaptor:
         return _auto(kind, single)
     if backend == "torch":

@@ -63,7 +63,9 @@ def hash_gradient(points: Tensor, table: Tensor, spec: HashGridSpec, g: Tensor, 
 
     It gives analytic normals of a field whose derivative by the features is g, with gradients that reach the table.
     Args:
-        points: [N, 3] in [0, 1], as in hash_encode. table: [T, F]. g: [N, L * F].
+        points: [N, 3] in [0, 1], as in hash_encode.
+        table: [T, F].
+        g: [N, L * F].
     Returns: [N, 3]. Differentiable in table and g. Not differentiable in: points.
     """
     backend = check_grid(points, table, spec, backend, g=g)

@@ -29,7 +29,10 @@ def lambert(
     """albedo (ambient + diffuse max(0, n . l)), l the unit vector from the point to the light.
 
     Args:
-        albedo: [N or 1, 3]. normals: [N, 3]. points: [N, 3]. light: [N or 1, 3], in the points' space.
+        albedo: [N or 1, 3].
+        normals: [N, 3].
+        points: [N, 3].
+        light: [N or 1, 3], in the points' space.
         shortest: n is the normal over its length, or over this where it is shorter, which bounds the gradient; 0 takes
             normals as they are.
     Returns: [N, 3]. Differentiable in albedo, normals, points and light, but not where n . l = 0.
@@ -61,8 +64,8 @@ class _Lambert(torch.autograd.Function):
     def backward(ctx, grad):
         albedo, normals, _, light = ctx.saved_tensors
         in_albedo, in_normals, in_points, in_light = ctx.needs_input_grad[:4]
-        wanted = (in_albedo, in_normals, in_points or in_light)
-        grads = [normals.new_empty(normals.shape if want else (0, 3)) for want in wanted]
+        needs = (in_albedo, in_normals, in_points or in_light)
+        grads = [normals.new_empty(normals.shape if want else (0, 3)) for want in needs]
         module(ctx.backend, "lambert").lambert_backward(*ctx.saved_tensors, *ctx.numbers, grad, *grads)
         return (
             _summed(grads[0], albedo) if in_albedo else None,

@@ -23,7 +23,8 @@ def diffuse(
     direction stays one.
 
     Args:
-        values: [N]. neighbours: [N, K] int32, -1 where there is none; if i lists j, then j lists i.
+        values: [N].
+        neighbours: [N, K] int32, -1 where there is none; if i lists j, then j lists i.
         strength: >= 0, the squared smoothing length over that of the lattice; 0 returns the values.
     Returns: [N]. Not differentiable.
     Raises: ValueError naming argument, wanted and got.

@@ -34,7 +34,8 @@ def marching_tetrahedra(
     Where the tetrahedra around every crossing edge are present, the surface is closed, manifold and oriented outwards.
 
     Args:
-        positions: [N, 3]. sdf: [N], finite, same unit as guard.
+        positions: [N, 3].
+        sdf: [N], finite, same unit as guard.
         edges: [E, 2], tets: [T, 4] positively oriented, tet_edges: [T, 6] in the order 01 02 03 12 13 23; all int32.
         guard: smallest distance a vertex counts for, > 0; a thousandth of a cell is far below what can be seen.
         backend: a key of stages.kernels.backend.BACKENDS.
@@ -78,10 +79,10 @@ def mesh_edges(faces: Tensor, vertices: int, *, backend: str = "auto") -> tuple[
     chosen = choose_backend(backend, torch.empty(0, device=faces.device), family="marching")
     if chosen == "torch":
         return twin.mesh_edges(faces, vertices)
-    found = untraced(_mesh_edges, chosen, faces.int(), vertices)
-    if found is None:
+    topology = untraced(_mesh_edges, chosen, faces.int(), vertices)
+    if topology is None:
         raise ValueError("faces: wanted a closed oriented surface, got an edge without exactly two opposite half edges")
-    return vouch(found[0], 0, vertices - 1), vouch(found[1], 0, len(faces) - 1)
+    return vouch(topology[0], 0, vertices - 1), vouch(topology[1], 0, len(faces) - 1)
 
 
 def _mesh_edges(backend: str, faces: Tensor, vertices: int) -> tuple[Tensor, Tensor] | None:

@@ -57,8 +57,8 @@ def _check(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, backend: s
     sizes = (x.shape[1], w2.shape[0])
     if chosen == "warp" and not all(1 <= size <= most for size, most in zip(sizes, MLP_MAX, strict=True)):
         if backend == "warp":
-            wanted = "{} inputs and {} outputs".format(*MLP_MAX)
-            raise ValueError(f"backend: 'warp' is written for 1 to {wanted}, got {sizes[0]} and {sizes[1]}")
+            widths = "{} inputs and {} outputs".format(*MLP_MAX)
+            raise ValueError(f"backend: 'warp' is written for 1 to {widths}, got {sizes[0]} and {sizes[1]}")
         return "torch"
     return chosen
 

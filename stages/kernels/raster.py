@@ -25,7 +25,10 @@ def rasterise(clip: Tensor, triangles: Tensor, height: int, width: int, *, backe
     """Visible triangle at every pixel centre, with perspective-correct barycentrics.
 
     Args:
-        clip: [B, V, 4] OpenGL clip coordinates. triangles: [F, 3] int32 into V. height, width: pixels.
+        clip: [B, V, 4] OpenGL clip coordinates.
+        triangles: [F, 3] int32 into V.
+        height: of the pictures, pixels.
+        width: of the pictures, pixels.
     Returns: [B, H, W, 4] = (u, v, z/w, triangle + 1), zeros where nothing is. u and v weigh vertices 0 and 1 of the
         triangle, vertex 2 has 1 - u - v. Both faces are drawn; of equal depths the lower triangle wins. Left out: a
         triangle with a vertex at w <= 1e-6 (behind the eye), projecting beyond 1e12 pixels or not finite, or with a
@@ -53,7 +56,9 @@ def interpolate(attributes: Tensor, rast: Tensor, triangles: Tensor, *, backend:
     """Attributes of the visible surface at every pixel.
 
     Args:
-        attributes: [V, C], or [B, V, C] for attributes per view. rast: [B, H, W, 4]. triangles: [F, 3] int32.
+        attributes: [V, C], or [B, V, C] for attributes per view.
+        rast: [B, H, W, 4].
+        triangles: [F, 3] int32.
     Returns: [B, H, W, C], zeros where no triangle is. Differentiable in attributes and in u, v of rast.
     Raises: ValueError naming argument, wanted and got.
     """
@@ -100,7 +105,10 @@ def antialias(
     the other to the rest, so the summed coverage of a straight edge, and its gradient, is that of the exact area.
 
     Args:
-        colour: [B, H, W, C]. rast: [B, H, W, 4] of these clip [B, V, 4] and triangles [F, 3] int32.
+        colour: [B, H, W, C].
+        rast: [B, H, W, 4] of these vertices and triangles.
+        clip: [B, V, 4] OpenGL clip coordinates.
+        triangles: [F, 3] int32 into V.
         topology: edge_topology(triangles, V).
     Returns: [B, H, W, C]. Differentiable in colour and in clip; this is where silhouette gradients come from.
         A silhouette is an edge with one triangle, with more than two, or between a front and a back face; surfaces
@@ -132,7 +140,8 @@ def texture(image: Tensor, uv: Tensor, *, backend: str = "auto") -> Tensor:
     """Bilinear texture look-up, clamped at the border.
 
     Args:
-        image: [TH, TW, C], row 0 at the top (v = 1). uv: [..., 2], u right and v up; not finite counts as the corner.
+        image: [TH, TW, C], row 0 at the top (v = 1).
+        uv: [..., 2], u right and v up; not finite counts as the corner.
     Returns: [..., C]. Differentiable in image and, inside the outermost texel centres, in uv.
     Raises: ValueError naming argument, wanted and got.
     """
@@ -156,7 +165,8 @@ def vertex_normals(vertices: Tensor, triangles: Tensor, *, backend: str = "auto"
     """Area-weighted unit vertex normals: the normalised sum of the cross products of a vertex's triangles.
 
     Args:
-        vertices: [V, 3]. triangles: [F, 3] int32, counter-clockwise seen from outside.
+        vertices: [V, 3].
+        triangles: [F, 3] int32, counter-clockwise seen from outside.
     Returns: [V, 3]; +y, without gradient, at a vertex whose triangles have no area or cancel.
     """
     check_shape("vertices", vertices, (None, 3))

@@ -31,7 +31,10 @@ def smoothness(
     spacing of the vertices would bend a flat surface.
 
     Args:
-        vertices: [V, 3]. faces: [F, 3] int32. edges: [M, 2] and sides: [M, 2] int32, of a closed oriented surface.
+        vertices: [V, 3].
+        faces: [F, 3] int32.
+        edges: [M, 2] int32 of a closed oriented surface.
+        sides: [M, 2] int32, the two faces at each edge.
     Returns: bend in [0, 2] and rough >= 0, scalars; 0 where there is no edge. Differentiable in vertices; a face
         without area has no normal, and neither bends nor turns.
     Raises: ValueError naming argument, wanted and got.

@@ -18,7 +18,9 @@ from stages.kernels.untraced import stepped_over, untraced
 def linear_to_srgb(linear: Tensor, *, backend: str = "auto") -> Tensor:
     """12.92 x up to KNEE, 1.055 x^(1 / 2.4) - 0.055 beyond; input clamped to [0, 1], finite gradient at 0.
 
-    Args: linear: of any shape. backend: torch or numba; others mean torch.
+    Args:
+        linear: of any shape.
+        backend: torch or numba; others mean torch.
     Returns: of the same shape. What is not a number stays so.
     """
     chosen = choose_backend(backend, linear, family="raster")

@@ -66,7 +66,8 @@ def march(
         rays_o, rays_d: [R, 3], unit directions. near and far are the ray's crossings of the box [-1, 1]^3 (near >= 0).
             A ray without a direction (shorter than 1e-6) or that is not finite has neither, and gets no samples.
         occupancy: [G, G, G] bool or uint8, indexed [x, y, z], over the box: 0 empty, 1 occupied, 2 thin.
-        step_size: world length of an interval. jitter: [R] in [0, 1).
+        step_size: world length of an interval.
+        jitter: [R] in [0, 1).
         thin_stride: at least 1; 1 treats thin as occupied.
     Returns: packed samples. Not differentiable in: anything.
     """

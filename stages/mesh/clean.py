@@ -121,8 +121,8 @@ def drop_floaters(mesh: Mesh, ratio: float = 0.02) -> Mesh:
     points = mesh.vertices.astype(np.float64)
     by_size = [c for c in np.argsort(-areas, kind="stable") if keep[c]]
     for small in by_size[1:]:
-        own = np.unique(mesh.faces[labels == small])
-        probes = points[own[np.linspace(0, len(own) - 1, 8).astype(int)]]
+        corners = np.unique(mesh.faces[labels == small])
+        probes = points[corners[np.linspace(0, len(corners) - 1, 8).astype(int)]]
         for large in by_size:
             if large != small and keep[large] and closed[large] and areas[large] > areas[small]:
                 box = points[np.unique(mesh.faces[labels == large])]

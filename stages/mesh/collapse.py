@@ -282,7 +282,9 @@ def collapse_edges(points, faces, attributes, border, target):
     """Collapse the cheapest allowed edges until `target` faces are left, in place.
 
     Args:
-        points: [V, 3] float64. faces: [F, 3] int64. attributes: [V, C] float64, interpolated along collapsed edges.
+        points: [V, 3] float64.
+        faces: [F, 3] int64.
+        attributes: [V, C] float64, interpolated along collapsed edges.
         border: [F, 3] bool, whether the half edge from corner k to k + 1 has no opposite.
         target: faces to stop at; more are left if no allowed collapse remains.
     Returns: alive [F] bool, the faces that remain.

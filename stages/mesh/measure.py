@@ -96,7 +96,8 @@ def label_components(nodes: int, links: np.ndarray) -> tuple[int, np.ndarray]:
     """Connected components of an undirected graph: how many, and the label [nodes] of each node.
 
     Args:
-        nodes: number of nodes. links: [L, 2] node indices.
+        nodes: number of nodes.
+        links: [L, 2] node indices.
     """
     graph = coo_matrix((np.ones(len(links), dtype=np.int8), (links[:, 0], links[:, 1])), shape=(nodes, nodes))
     count, labels = connected_components(graph, directed=False)

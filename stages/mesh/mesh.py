@@ -11,13 +11,16 @@ import numpy as np
 class Mesh:
     """An indexed triangle mesh, counter-clockwise faces seen from outside, y up, front towards +z.
 
-    vertices [V, 3] float32; faces [F, 3] int32.
-    colours [V, 3] float32 linear RGB in [0, 1], or None.
-    uv [T, 2] float32 in [0, 1], origin at the texture's lower left, with uv_faces [F, 3] int32 into uv, or None.
-    texture [H, W, 3] uint8 sRGB, row 0 at the top (v = 1), or None.
-    normals [V, 3] float32 unit, in place of those that follow from the faces, or None.
-    normal_map [H, W, 3] uint8, 127.5 (n + 1) of unit normals in the texture's own space: x along u, y along v, z
-        outwards; row 0 at the top, or None. It has no meaning without uv and texture.
+    Args:
+        vertices: [V, 3] float32.
+        faces: [F, 3] int32.
+        colours: [V, 3] float32 linear RGB in [0, 1], or None.
+        uv: [T, 2] float32 in [0, 1], origin at the texture's lower left, or None.
+        uv_faces: [F, 3] int32 into uv, or None.
+        texture: [H, W, 3] uint8 sRGB, row 0 at the top (v = 1), or None.
+        normals: [V, 3] float32 unit, in place of those that follow from the faces, or None.
+        normal_map: [H, W, 3] uint8, 127.5 (n + 1) of unit normals in the texture's own space: x along u, y along v, z
+            outwards; row 0 at the top, or None. It has no meaning without uv and texture.
     """
 
     vertices: np.ndarray
@@ -30,13 +33,13 @@ class Mesh:
     normal_map: np.ndarray | None = None
 
     def face_normals(self) -> np.ndarray:
-        """Unit normals [F, 3]; zero for a degenerate face."""
+        """Return unit normals [F, 3]; zero for a degenerate face."""
         a, b, c = (self.vertices[self.faces[:, k]] for k in range(3))
         n = np.cross(b - a, c - a)
         return n / np.maximum(np.linalg.norm(n, axis=1, keepdims=True), 1e-20)
 
     def vertex_normals(self) -> np.ndarray:
-        """The mesh's own unit normals [V, 3], else area-weighted ones; +y where no face gives one."""
+        """Return the mesh's own unit normals [V, 3], else area-weighted ones; +y where no face gives one."""
         if self.normals is not None:
             return self.normals
         a, b, c = (self.vertices[self.faces[:, k]].astype(np.float64) for k in range(3))
@@ -48,6 +51,6 @@ class Mesh:
         return np.where(length > 1e-20, total / np.maximum(length, 1e-20), [0.0, 1.0, 0.0]).astype(np.float32)
 
     def signed_volume(self) -> float:
-        """Volume by the divergence theorem; positive for a closed surface facing outwards."""
+        """Return the volume by the divergence theorem; positive for a closed surface facing outwards."""
         a, b, c = (self.vertices[self.faces[:, k]].astype(np.float64) for k in range(3))
         return float(np.einsum("ij,ij->", a, np.cross(b, c)) / 6)

@@ -127,9 +127,9 @@ def creased(mesh: Mesh, crease_deg: float = CREASE_DEG) -> Mesh:
     flat = faces.reshape(-1)
     links = []
     for end in (0, 1):  # the corner of the first face at this end of the edge, and the second face's at the same vertex
-        own = 3 * face[:, 0] + (k[:, 0] + end) % 3
+        here = 3 * face[:, 0] + (k[:, 0] + end) % 3
         near, far = 3 * face[:, 1] + k[:, 1], 3 * face[:, 1] + (k[:, 1] + 1) % 3
-        links.append(np.stack([own, np.where(flat[near] == flat[own], near, far)], -1))
+        links.append(np.stack([here, np.where(flat[near] == flat[here], near, far)], -1))
     _, group = label_components(len(flat), np.concatenate(links))
     _, first, corner_of = np.unique(group, return_index=True, return_inverse=True)
     source = np.where(over[:, None], mesh.faces[:, ::-1], mesh.faces).reshape(-1)[first]

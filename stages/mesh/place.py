@@ -50,10 +50,14 @@ class PlaceSettings(BaseModel):
 class Placement:
     """Where a mesh in the scene comes from.
 
-    own [V, 3] float32: the user's vertices, y up. centre [3], scale, yaw_deg: see the module's docstring.
+    Args:
+        original: [V, 3] float32, the user's vertices, y up.
+        centre: [3] of them, see the module's docstring.
+        scale: from there to the scene.
+        yaw_deg: about the vertical axis.
     """
 
-    own: np.ndarray
+    original: np.ndarray
     centre: np.ndarray
     scale: float
     yaw_deg: float
@@ -83,7 +87,8 @@ def place(mesh: Mesh, settings: PlaceSettings, up: str = "y") -> tuple[Mesh, Pla
     """The mesh in scene coordinates, faces, colours and texture kept, and how it came there.
 
     Args:
-        mesh: as read. up: its axis that points up, where the settings leave it to the file's format.
+        mesh: as read.
+        up: its axis that points up, where the settings leave it to the file's format.
     Raises: UserError where it has no size, or is to keep a place outside the scene.
     """
     mesh = upright(mesh, up if settings.up == "auto" else settings.up)

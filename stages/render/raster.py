@@ -81,7 +81,9 @@ class Material(Protocol):
         """Linear colours [N, 3] and unit normals [N, 3] of the covered pixels.
 
         Args:
-            rast: [B, H, W, 4]. covered: [N] flat indices of the pixels with a triangle. normals: [N, 3] interpolated.
+            rast: [B, H, W, 4].
+            covered: [N] flat indices of the pixels with a triangle.
+            normals: [N, 3] interpolated.
         """
 
 
@@ -101,11 +103,14 @@ def render_mesh(
     """Render one mesh from every view.
 
     Args:
-        vertices: [V, 3] world. triangles: [F, 3] int32, counter-clockwise seen from outside.
-        albedo: a function from world points [N, 3] to linear colours [N, 3], called once with the covered pixels
-            (not at all where there are none or the shading is textureless), one linear colour per vertex [V, 3], or a
+        vertices: [V, 3] world.
+        triangles: [F, 3] int32, counter-clockwise seen from outside.
+        albedo: a function from world points [N, 3] to linear colours [N, 3], called once with the covered pixels (not
+            at all where there are none or the shading is textureless), one linear colour per vertex [V, 3], or a
             Material, which sees more.
-        views: B views. height, width: pixels.
+        views: B views.
+        height: of the pictures, pixels.
+        width: of the pictures, pixels.
         background: linear, [3] or [B, H, W, 3]; None is black.
         topology: edge_topology(triangles, V) where it is known already.
     Returns: MeshImages; colour and mask are antialiased, the rest is that of the pixel centre. Differentiable in
@@ -164,7 +169,9 @@ def render_vertex_colours(
     """Pictures of a mesh with vertex colours, box-filtered from supersample^2 samples a pixel; no gradients.
 
     Args:
-        mesh: with colours (linear; light grey where it has none). views: B views. size: pixels a side.
+        mesh: with colours (linear; light grey where it has none).
+        views: B views.
+        size: pixels a side.
         background: linear, [3] or [B, size, size, 3]; None is black.
         smooth: shade with vertex normals (split the vertices where a crease should show), or with face normals.
     Returns: [B, size, size, 3] linear.

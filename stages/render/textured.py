@@ -22,9 +22,12 @@ class TextureMaterial:
     """A :class:`stages.render.raster.Material`.
 
     Args:
-        vertices: [V, 3], for the tangents. faces: [F, 3] int32. uv: [T, 2], v up. uv_faces: [F, 3] int32 into uv.
-        colour_map: [H, W, 3] sRGB in [0, 1]. normal_map: [H, W, 3], x along u, y along v, z outwards; need not be
-            unit; None: the surface's own normals.
+        vertices: [V, 3], for the tangents.
+        faces: [F, 3] int32.
+        uv: [T, 2], v up.
+        uv_faces: [F, 3] int32 into uv.
+        colour_map: [H, W, 3] sRGB in [0, 1].
+        normal_map: [H, W, 3], x along u, y along v, z outwards; need not be unit; None: the surface's own normals.
     """
 
     def __init__(

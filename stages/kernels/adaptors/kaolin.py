@@ -32,8 +32,8 @@ def march(
     if not len(chosen):
         return positions.new_zeros(0, 3), edges.new_zeros(0, 3, dtype=torch.int32), chosen.int()
     moved = torch.where(sdf < 0, sdf - guard, sdf + guard)  # not sign(): an exact zero is outside and has a gradient
-    found = marching_tetrahedra(positions[None], tets.long(), moved[None], return_tet_idx=True)
-    vertices, faces, owners = (batch[0] for batch in found)
+    surface = marching_tetrahedra(positions[None], tets.long(), moved[None], return_tet_idx=True)
+    vertices, faces, owners = (batch[0] for batch in surface)
     if len(vertices) != len(chosen):
         got = f"{len(chosen)} crossing edges, {len(vertices)} of them in a tetrahedron"
         raise ValueError(f"edges: wanted every crossing edge in a tetrahedron (the kaolin backend), got {got}")

@@ -70,5 +70,6 @@ def texture(image: Tensor, uv: Tensor) -> Tensor:
     if not image.numel() or not uv.numel():
         return twin.texture(image, uv)
     down = torch.stack([uv[..., 0], 1 - uv[..., 1]], -1).nan_to_num(0.0)  # what is not a number: the first texel
-    found = dr.texture(image[None].contiguous(), down.reshape(1, 1, -1, 2), filter_mode="linear", boundary_mode="clamp")
-    return found.reshape(*uv.shape[:-1], image.shape[-1])
+    places = down.reshape(1, 1, -1, 2)
+    values = dr.texture(image[None].contiguous(), places, filter_mode="linear", boundary_mode="clamp")
+    return values.reshape(*uv.shape[:-1], image.shape[-1])

@@ -59,7 +59,7 @@ def hash_gradient(points: Tensor, table: Tensor, spec: HashGridSpec, g: Tensor) 
     points = points.detach()
     if not len(points):
         return (_nothing(points, table) + g.sum()).reshape(0, 3)
-    wanted = torch.is_grad_enabled() and (table.requires_grad or g.requires_grad)
+    differentiable = torch.is_grad_enabled() and (table.requires_grad or g.requires_grad)
     inside = ((points >= 0) & (points <= 1)).to(points.dtype)
     total = torch.zeros_like(points)
     levels = zip(spec.resolutions, _split(table, spec), g.split(spec.features, 1))
@@ -67,7 +67,7 @@ def hash_gradient(points: Tensor, table: Tensor, spec: HashGridSpec, g: Tensor) 
         with torch.enable_grad():
             local = _local(points, resolution).requires_grad_()
             out = _call(_one_level(spec, level, table.device), local, _padded(rows))
-            (slope,) = torch.autograd.grad(out, local, up.contiguous(), create_graph=wanted)
+            (slope,) = torch.autograd.grad(out, local, up.contiguous(), create_graph=differentiable)
         total = total + inside * _contiguous_gradient(slope)
     return total
 

@@ -50,11 +50,11 @@ def forget_stale(source: Path, folder: Path) -> None:
         return
 
 
-def _imported(source: Path, found: set[Path]) -> set[Path]:
+def _imported(source: Path, files: set[Path]) -> set[Path]:
     """The files whose code or constants a kernel of this file can hold, beside its own."""
     for module in COMPILED_IN.findall(source.read_text()):
         path = ROOT.joinpath(*module.split(".")).with_suffix(".py")
-        if path not in found:
-            found.add(path)
-            _imported(path, found)
-    return found
+        if path not in files:
+            files.add(path)
+            _imported(path, files)
+    return files

@@ -20,7 +20,8 @@ _pool: ThreadPoolExecutor | None = None
 def each(tasks: int, kernel: Callable[..., object], *arguments: object) -> None:
     """kernel(task, *arguments) for every task in range(tasks), handed out one by one.
 
-    Args: kernel: compiled with nogil; its tasks do not depend on each other.
+    Args:
+        kernel: compiled with nogil; its tasks do not depend on each other.
     """
     helpers = min(torch.get_num_threads(), tasks) - 1
     numbers = itertools.count()  # next() is one step under Python's lock

@@ -48,7 +48,8 @@ def collect(shape: tuple[int, ...], terms: int, device: torch.device, run: Calla
     """Run a kernel that adds terms, and return the sums.
 
     Args:
-        shape: of the result. terms: no place gets more than this many.
+        shape: of the result.
+        terms: no place gets more than this many.
         run: launches the kernel on (peak, total, unit), which it hands to `add` with places of the flattened result;
             called twice, and the kernel must offer the same terms both times.
     Returns: float64 tensor of that shape.

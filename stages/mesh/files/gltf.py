@@ -166,24 +166,24 @@ class _File:
 
     def is_odd(self, accessor: int, colour: bool = False) -> bool:
         """Whether trimesh would misread it: sparse, or normalised where it is not a colour."""
-        found = self.document["accessors"][accessor]
-        return "sparse" in found or (found.get("normalized", False) and not colour)
+        facts = self.document["accessors"][accessor]
+        return "sparse" in facts or (facts.get("normalized", False) and not colour)
 
     def numbers(self, accessor: int) -> np.ndarray:
         """An accessor's values [count, columns], normalised ones as floats (specification, sec. 3.6.2 and 3.11)."""
-        found = self.document["accessors"][accessor]
-        dtype, columns = np.dtype(_TYPES[found["componentType"]]), _COLUMNS[found["type"]]
-        if "bufferView" in found:
-            values = self._view(found["bufferView"], found.get("byteOffset", 0), dtype, found["count"], columns).copy()
+        facts = self.document["accessors"][accessor]
+        dtype, columns = np.dtype(_TYPES[facts["componentType"]]), _COLUMNS[facts["type"]]
+        if "bufferView" in facts:
+            values = self._view(facts["bufferView"], facts.get("byteOffset", 0), dtype, facts["count"], columns).copy()
         else:
-            values = np.zeros((found["count"], columns), dtype)
-        if "sparse" in found:
-            sparse = found["sparse"]
+            values = np.zeros((facts["count"], columns), dtype)
+        if "sparse" in facts:
+            sparse = facts["sparse"]
             rows, other, count = sparse["indices"], sparse["values"], sparse["count"]
             kind = np.dtype(_TYPES[rows["componentType"]])
             which = self._view(rows["bufferView"], rows.get("byteOffset", 0), kind, count, 1)[:, 0]
             values[which] = self._view(other["bufferView"], other.get("byteOffset", 0), dtype, count, columns)
-        if found.get("normalized", False):
+        if facts.get("normalized", False):
             values = np.maximum(values / np.iinfo(dtype).max, -1).astype(np.float32)
         return values
 
@@ -210,10 +210,10 @@ class _File:
 
     def _view(self, view: int, start: int, dtype: np.dtype, count: int, columns: int) -> np.ndarray:
         """`count` rows [count, columns] of a buffer view, from byte `start` of it."""
-        found = self.document["bufferViews"][view]
-        buffer = self._buffer(found["buffer"])
-        begin, row = found.get("byteOffset", 0) + start, columns * dtype.itemsize
-        stride = found.get("byteStride", row)
+        facts = self.document["bufferViews"][view]
+        buffer = self._buffer(facts["buffer"])
+        begin, row = facts.get("byteOffset", 0) + start, columns * dtype.itemsize
+        stride = facts.get("byteStride", row)
         end = begin + (count - 1) * stride + row
         if min(begin, stride) < 0 or end > len(buffer):
             raise ValueError("its numbers end in the midst")

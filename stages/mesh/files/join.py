@@ -39,10 +39,10 @@ def join(parts: list[Mesh]) -> Mesh:
     texture, places = side_by_side(pictures)
     uv, uv_faces, begin = [], [], 0
     for part, (offset, scale) in zip(parts, places):
-        own = np.full((1, 2), 0.5) if part.texture is None else part.uv.astype(np.float64)
-        uv.append((own * scale + offset).astype(np.float32))
+        coordinates = np.full((1, 2), 0.5) if part.texture is None else part.uv.astype(np.float64)
+        uv.append((coordinates * scale + offset).astype(np.float32))
         uv_faces.append(np.zeros_like(part.faces) + begin if part.texture is None else part.uv_faces + begin)
-        begin += len(own)
+        begin += len(coordinates)
     uv = np.clip(np.concatenate(uv), 0, 1)
     return Mesh(vertices, faces, uv=uv, uv_faces=np.concatenate(uv_faces).astype(np.int32), texture=texture)
 

@@ -42,13 +42,13 @@ def plain_obj(path: Path) -> bytes | None:
     for library in libraries:
         _check_pictures(path.parent, library, used)
     changed = 0
-    for found in polygons.values():
-        found = [polygon for polygon in found if min(polygon[2]) >= 0 and max(polygon[2]) < len(points)]
-        if not found:
+    for group in polygons.values():
+        group = [polygon for polygon in group if min(polygon[2]) >= 0 and max(polygon[2]) < len(points)]
+        if not group:
             continue
-        flat = _flattened(points[np.array([vertices for _, _, vertices in found])])
+        flat = _flattened(points[np.array([vertices for _, _, vertices in group])])
         for polygon in np.flatnonzero(_concave(flat)):
-            number, corners, _ = found[polygon]
+            number, corners, _ = group[polygon]
             lines[number] = b"\n".join(b"f " + b" ".join(corners[k] for k in ear) for ear in ears(flat[polygon]))
             changed += 1
     if changed:
@@ -61,24 +61,24 @@ def ears(polygon: np.ndarray) -> list[tuple[int, int, int]]:
 
     What is left of one that crosses itself, when no ear can be found, becomes a fan.
     """
-    rest, found = list(range(len(polygon))), []
+    rest, triangles = list(range(len(polygon))), []
     while len(rest) > 3:
         ring = polygon[rest]
         before, after = np.roll(ring, 1, axis=0), np.roll(ring, -1, axis=0)
         turn = _cross(ring - before, after - ring)
         for k in np.argsort(-turn):  # the widest first: slivers come last
             if turn[k] <= 0:
-                return found + [(rest[0], rest[i], rest[i + 1]) for i in range(1, len(rest) - 1)]
+                return triangles + [(rest[0], rest[i], rest[i + 1]) for i in range(1, len(rest) - 1)]
             a, b, c = before[k], ring[k], after[k]
             inside = (_cross(b - a, ring - a) >= 0) & (_cross(c - b, ring - b) >= 0) & (_cross(a - c, ring - c) >= 0)
             corner = (ring == a).all(1) | (ring == b).all(1) | (ring == c).all(1)
             if not (inside & ~corner).any():
                 break
         else:
-            return found + [(rest[0], rest[i], rest[i + 1]) for i in range(1, len(rest) - 1)]
-        found.append((rest[k - 1], rest[k], rest[(k + 1) % len(rest)]))
+            return triangles + [(rest[0], rest[i], rest[i + 1]) for i in range(1, len(rest) - 1)]
+        triangles.append((rest[k - 1], rest[k], rest[(k + 1) % len(rest)]))
         del rest[k]
-    return [*found, tuple(rest)]
+    return [*triangles, tuple(rest)]
 
 
 def _flattened(corners: np.ndarray) -> np.ndarray:
@@ -111,14 +111,14 @@ def _check_pictures(folder: Path, library: str, used: set[bytes]) -> None:
     if not path.is_file():
         log.warning("the material library %s is not there: its colours are left out", library)
         return
-    own = False
+    in_use = False
     for line in path.read_bytes().split(b"\n"):
         words = line.strip().split(None, 1)
         if len(words) < 2:
             continue
         if words[0] == b"newmtl":
-            own = words[1].strip() in used
-        elif own and words[0].lower() == b"map_kd":
+            in_use = words[1].strip() in used
+        elif in_use and words[0].lower() == b"map_kd":
             names = [words[1].decode(errors="replace"), words[1].split()[-1].decode(errors="replace")]
             if not any((folder / name.replace("\\", "/")).is_file() for name in names):
                 log.warning("there is no picture %s: the material's plain colour is taken", names[1])

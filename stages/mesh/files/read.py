@@ -29,8 +29,10 @@ FINEST = 2**12  # steps of single precision that a mesh must have along its long
 
 
 def read_mesh(path: str | Path) -> Mesh:
-    """Read a mesh file, all its parts joined in world space, with a texture, vertex colours or plain grey.
+    """Return the mesh of a file, all its parts joined in world space, with a texture, vertex colours or plain grey.
 
+    Args:
+        path: of a GLB, glTF, OBJ, PLY or STL file.
     Raises: UserError for a missing or unreadable file, and for one that holds no surface: no triangles, triangles
         without area, indices out of range, coordinates that are not finite.
     """

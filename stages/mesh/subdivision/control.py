@@ -50,8 +50,10 @@ def control_mesh(
     """A user's mesh as a control mesh: welded, and thinned out if it must be.
 
     Args:
-        mesh: any triangle mesh with faces, in the scene. most_faces: more than these are decimated, and its texture
-            coordinates made anew. texture_size: side in texels. padding: texels between the charts of new coordinates.
+        mesh: any triangle mesh with faces, in the scene.
+        most_faces: more than these are decimated, and its texture coordinates made anew.
+        texture_size: side in texels.
+        padding: texels between the charts of new coordinates.
         method: how these are made, see stages.mesh.texture.uv.unwrap.
     Returns: with the mesh's own texture coordinates where they can carry a texture, and its own colours.
     Raises: UserError if the mesh cannot be used.

@@ -28,7 +28,8 @@ def limit_surface(faces: np.ndarray, vertices: int, levels: int) -> tuple[np.nda
     """The faces [F 4^levels, 3] of a subdivided surface, and the matrix [V', V] to its limit positions.
 
     Args:
-        faces: [F, 3] into `vertices` control vertices. levels: subdivisions; 0: the limit of the control vertices only.
+        faces: [F, 3] into `vertices` control vertices.
+        levels: subdivisions; 0: the limit of the control vertices only.
     """
     _check(faces, vertices)
     matrix = identity(vertices, format="csr")

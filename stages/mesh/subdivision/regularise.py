@@ -18,7 +18,8 @@ def laplacian(vertices: Tensor, edges: Tensor) -> Tensor:
     vertices. The edge length is held constant in the gradient.
 
     Args:
-        vertices: [V, 3]. edges: [M, 2], at least one.
+        vertices: [V, 3].
+        edges: [M, 2], at least one.
     Returns: a scalar >= 0. Differentiable in vertices.
     """
     check_shape("vertices", vertices, (None, 3))

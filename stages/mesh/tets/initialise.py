@@ -113,11 +113,11 @@ def _rendered_hits(grid: np.ndarray) -> list[np.ndarray]:
     return hits
 
 
-def _match(wanted: list[np.ndarray], found: list[np.ndarray], size: int) -> float:
+def _match(true_hits: list[np.ndarray], hits: list[np.ndarray], size: int) -> float:
     """Agreement of two sets of first hits in [0, 1]: 3/4 for the silhouettes' mean overlap (intersection over union),
     1/4 for depth where both hit, an error of an eighth of the box counting fully."""
     overlap, depth = [], []
-    for a, b in zip(wanted, found, strict=True):
+    for a, b in zip(true_hits, hits, strict=True):
         both, either = (a < size) & (b < size), (a < size) | (b < size)
         overlap.append(both.sum() / max(either.sum(), 1))
         gap = np.minimum(np.abs(a[both] - b[both]) * (8 / size), 1)
@@ -136,7 +136,7 @@ def _kept_parts(solid: np.ndarray, keep: float) -> tuple[np.ndarray, np.ndarray,
     return rank[labels], sizes[kept], count
 
 
-def examine(grid: np.ndarray, level: float, settings: InitialiseSettings, wanted: list[np.ndarray]) -> Level:
+def examine(grid: np.ndarray, level: float, settings: InitialiseSettings, true_hits: list[np.ndarray]) -> Level:
     """Measure the level set of a density grid; `wanted` is the grid's _rendered_hits."""
     solid = grid > level
     parts, sizes, count = _kept_parts(solid, settings.keep)
@@ -146,7 +146,7 @@ def examine(grid: np.ndarray, level: float, settings: InitialiseSettings, wanted
     cut = any(first.take(k, axis).any() for axis in range(3) for k in (0, -1))
     higher = int((grid > level * 1.25).sum())
     slope = abs(np.log(max(higher, 0.5) / max(total, 0.5)) / np.log(1.25))
-    match = _match(wanted, _first_hits(parts > 0), grid.shape[0])
+    match = _match(true_hits, _first_hits(parts > 0), grid.shape[0])
     rest = 1 - largest / max(total, 1)
     return Level(level, largest / grid.size, len(sizes), count - len(sizes), rest, match, float(slope), cut)
 
@@ -161,8 +161,8 @@ def find_level(grid: np.ndarray, settings: InitialiseSettings) -> Level:
     Raises: UserError with what was found where no level qualifies.
     """
     peak = float(grid.max())
-    wanted = _rendered_hits(grid)
-    if peak <= 0 or not any((hit < grid.shape[0]).any() for hit in wanted):
+    true_hits = _rendered_hits(grid)
+    if peak <= 0 or not any((hit < grid.shape[0]).any() for hit in true_hits):
         raise UserError(
             "There is nothing to make a mesh of",
             f"no ray through the density loses half of its light (densest point {peak:.2g})",
@@ -170,8 +170,8 @@ def find_level(grid: np.ndarray, settings: InitialiseSettings) -> Level:
         )
     low, high = settings.volume
 
-    def qualifies(found: Level) -> bool:
-        return low <= found.share <= high and found.rest <= 0.5
+    def qualifies(level: Level) -> bool:
+        return low <= level.share <= high and level.rest <= 0.5
 
     def best(levels: list[Level]) -> Level | None:
         fit = [x for x in levels if qualifies(x)]
@@ -182,25 +182,25 @@ def find_level(grid: np.ndarray, settings: InitialiseSettings) -> Level:
         return min((x for x in fit if x.match >= top - 0.01), key=lambda x: (x.slope, x.level), default=None)
 
     def tried(levels: np.ndarray) -> list[Level]:
-        return [examine(grid, float(x), settings, wanted) for x in levels]
+        return [examine(grid, float(x), settings, true_hits) for x in levels]
 
     if settings.level is not None:
         scale = np.array([settings.level])
     else:
         scale = np.geomspace(max(1e-4 * peak, 1e-2 * min(peak, 1)), 0.95 * peak, settings.candidates)
-    found = tried(scale)
-    chosen = best(found)
+    levels = tried(scale)
+    chosen = best(levels)
     if chosen is None:
-        raise _no_level(found, settings)
+        raise _no_level(levels, settings)
     if settings.level is None:
         ratio = scale[1] / scale[0]
-        chosen = best([*found, *tried(chosen.level * np.geomspace(1 / ratio, ratio, 7)[1:-1])])
+        chosen = best([*levels, *tried(chosen.level * np.geomspace(1 / ratio, ratio, 7)[1:-1])])
     return chosen
 
 
-def _no_level(found: list[Level], settings: InitialiseSettings) -> UserError:
+def _no_level(levels: list[Level], settings: InitialiseSettings) -> UserError:
     low, high = settings.volume
-    near = min(found, key=lambda x: abs(np.log(max(x.share, 1e-9) / np.sqrt(low * high))) + 4 * x.rest)
+    near = min(levels, key=lambda x: abs(np.log(max(x.share, 1e-9) / np.sqrt(low * high))) + 4 * x.rest)
     if near.share > high:
         why, fix = "fills the box", "raise coarse.opacity, or train the coarse stage longer"
     elif near.share < low:
@@ -209,7 +209,7 @@ def _no_level(found: list[Level], settings: InitialiseSettings) -> UserError:
         why, fix = "is in pieces", "train the coarse stage longer, or try another seed"
     return UserError(
         "No density level gives an object to refine",
-        f"of {len(found)} levels the most sensible, {near.level:.3g}, {why}: its largest part is "
+        f"of {len(levels)} levels the most sensible, {near.level:.3g}, {why}: its largest part is "
         f"{100 * near.share:.3f} % of the box and {100 * (1 - near.rest):.0f} % of all that is solid",
         fix + "; or set fine.initialise.level by hand",
     )
@@ -349,7 +349,9 @@ def distance_to_surface(points: np.ndarray, vertices: np.ndarray, faces: np.ndar
     Exact but for points whose nearest triangle does not touch the nearest vertex, which takes triangles much larger
     than their neighbours; marching tetrahedra makes none.
     Args:
-        points: [N, 3]. vertices: [V, 3], each used by a face. faces: [F, 3].
+        points: [N, 3].
+        vertices: [V, 3], each used by a face.
+        faces: [F, 3].
     """
     _, nearest = cKDTree(vertices).query(points)
     order = np.argsort(faces.reshape(-1), kind="stable")

@@ -46,7 +46,8 @@ class Body:
     """What a mesh encloses: `solid(points) > 0.5` inside.
 
     Args:
-        mesh: in the scene. shell: thickness in world units to either side of parts with open edges.
+        mesh: in the scene.
+        shell: thickness in world units to either side of parts with open edges.
         cell: length over which `solid` falls by one at the shell's surface.
     """
 

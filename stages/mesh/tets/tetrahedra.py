@@ -121,11 +121,11 @@ class Band:
         return len(self.ids)
 
 
-def lookup(ids: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+def lookup(ids: np.ndarray, queries: np.ndarray) -> np.ndarray:
     """Index into sorted `ids` of each wanted id, or -1; fastest where `wanted` is sorted."""
-    index = np.searchsorted(ids, wanted)
+    index = np.searchsorted(ids, queries)
     index[index == len(ids)] = 0
-    return np.where(ids[index] == wanted, index, -1)
+    return np.where(ids[index] == queries, index, -1)
 
 
 def dilate(lattice: Lattice, ids: np.ndarray, rings: int) -> np.ndarray:
@@ -145,9 +145,9 @@ def _moves() -> np.ndarray:
 
     def move(step: np.ndarray) -> tuple[int, int]:
         for sign in (1, -1):
-            found = np.flatnonzero((sign * step == DIRECTIONS).all(1))
-            if len(found):
-                return int(found[0]), sign
+            places = np.flatnonzero((sign * step == DIRECTIONS).all(1))
+            if len(places):
+                return int(places[0]), sign
         raise AssertionError(f"{step} is not an edge of the lattice")
 
     eye = np.eye(3, dtype=np.int64)

@@ -129,7 +129,9 @@ def bake(mesh: Mesh, albedo: Albedo, size: int, *, device: torch.device | str = 
     """Bake a colour field over a mesh's surface into its texture.
 
     Args:
-        mesh: with uv and uv_faces. albedo: [N, 3] world points -> [N, 3] linear RGB. size: texture side in texels.
+        mesh: with uv and uv_faces.
+        albedo: [N, 3] world points -> [N, 3] linear RGB.
+        size: texture side in texels.
         device: where `albedo` wants its points.
     Returns: texture [size, size, 3] uint8 sRGB, row 0 at the top.
     Raises: UserError if the field gives more than 1 % non-finite colours.

@@ -69,8 +69,8 @@ def _absorb_small(
             np.add.at(border, (charts[pairs[across, side]], other), weights[across])
         border[~fits] = 0
         target = border.argmax(axis=1)
-        own = np.zeros(count, dtype=labels.dtype)
-        own[charts] = labels
+        label_of = np.zeros(count, dtype=labels.dtype)
+        label_of[charts] = labels
         # Only local minima of size move, so two small neighbours do not swap places.
         least = np.full(count, np.inf)
         for side in (0, 1):
@@ -176,7 +176,9 @@ def unwrap_by_boxes(mesh: Mesh, size: int, padding: int) -> tuple[np.ndarray, np
     """UV coordinates without overlaps, area distortion bounded by the projection angle.
 
     Args:
-        mesh: any triangle mesh. size: texture side in texels. padding: least texels between charts.
+        mesh: any triangle mesh.
+        size: texture side in texels.
+        padding: least texels between charts.
     Returns: uv [T, 2] float32 in [0, 1], v up; uv_faces [F, 3] int32; the number of charts.
     Raises: ValueError if the charts with their padding do not fit into the texture.
     """

@@ -40,12 +40,15 @@ def finalise(
     device: torch.device | str = "cpu",
     notes: dict[str, object] | None = None,
 ) -> Mesh:
-    """Make a raw surface ready for export: floaters removed, under the face budget, unwrapped, colour baked.
+    """Return a raw surface ready for export: floaters removed, under the face budget, unwrapped, colour baked.
 
     Args:
-        mesh: a raw surface. albedo: linear colour at world points [N, 3] on `device`; None takes the mesh's vertex
-            colours, and mid grey where it has none. With a texture of its own and no albedo a mesh stays as it is,
-            above the face budget too: neither its texture coordinates nor what they show survive another surface.
+        mesh: a raw surface.
+        albedo: linear colour at world points [N, 3] on `device`; None takes the mesh's vertex colours, and mid grey
+            where it has none. With a texture of its own and no albedo a mesh stays as it is, above the face budget too:
+            neither its texture coordinates nor what they show survive another surface.
+        settings: face budget, texture size and how it is unwrapped.
+        device: where `albedo` computes.
         notes: filled with what was done: seconds by phase, the final MeshReport, how it was unwrapped and why.
     Returns: a mesh with uv, texture and vertex colours; closed and manifold if the input was.
     Raises: UserError if there is nothing to export, or the colour field is broken.

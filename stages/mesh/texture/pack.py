@@ -46,7 +46,8 @@ def pack(sizes: np.ndarray, side: int, padding: int) -> tuple[np.ndarray, float]
     """Positions and one common scale that put rectangles into a square of `side` texels.
 
     Args:
-        sizes: [N, 2] width and height >= 0, any unit. padding: least distance between rectangles, in texels.
+        sizes: [N, 2] width and height >= 0, any unit.
+        padding: least distance between rectangles, in texels.
     Returns: lower left corners [N, 2] in texels, and texels per unit; the largest scale found by bisection.
     Raises: ValueError if the rectangles do not fit at any scale (too many for `padding`).
     """
@@ -65,11 +66,11 @@ def pack(sizes: np.ndarray, side: int, padding: int) -> tuple[np.ndarray, float]
     high = side / np.sqrt(max(float(sizes.prod(axis=1).sum()), float(sizes.max()) ** 2, 1e-30))
     for _ in range(12):
         middle = (low + high) / 2
-        found = attempt(middle)
-        if found is None:
+        denser = attempt(middle)
+        if denser is None:
             high = middle
         else:
-            low, places = middle, found
+            low, places = middle, denser
         if low > 0 and high - low < 0.01 * low:
             break
     corners = np.empty((len(sizes), 2))

@@ -42,7 +42,9 @@ def repaint(
     """Bake a colour field over a mesh that stays as it is.
 
     Args:
-        mesh: in the scene. albedo: linear colour at scene points [N, 3] on `device`. size: texture side in texels.
+        mesh: in the scene.
+        albedo: linear colour at scene points [N, 3] on `device`.
+        size: texture side in texels.
         own_uv: whether the mesh's own texture coordinates are kept: where they can carry a texture, always, never.
         padding, method, time_limit_s: of a new layout, see stages.mesh.texture.uv.unwrap.
         notes: filled as by stages.mesh.texture.finalise.finalise.

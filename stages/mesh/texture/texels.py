@@ -88,7 +88,8 @@ def near_borders(
     """Texels whose centres lie within `reach` texels of border half edges.
 
     Args:
-        corners: [F, 3, 2] in texels. half_edges: [E] as 3 face + k, from corner k to k + 1.
+        corners: [F, 3, 2] in texels.
+        half_edges: [E] as 3 face + k, from corner k to k + 1.
     Yields: index into half_edges, row, column [N]; t [N] along the half edge of the closest point; distance [N].
     """
     face, k = half_edges // 3, half_edges % 3

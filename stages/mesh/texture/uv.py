@@ -133,8 +133,10 @@ def unwrap(mesh: Mesh, size: int, *, padding: int = 4, method: Unwrapper = "auto
     """Lay a mesh's faces out in texture space without overlaps.
 
     Args:
-        mesh: a triangle mesh with faces; best below about 40,000 of them. size: texture side in texels.
-        padding: least distance between charts in texels. method: `auto` tries xatlas and falls back to `boxes`.
+        mesh: a triangle mesh with faces; best below about 40,000 of them.
+        size: texture side in texels.
+        padding: least distance between charts in texels.
+        method: `auto` tries xatlas and falls back to `boxes`.
         time_limit_s: computing time for xatlas.
     Raises: UserError if the chosen method fails, or nothing fits into the texture.
     """
