@@ -50,8 +50,10 @@ class CoarseSettings(BaseModel):
     accumulate: int = Field(1, ge=1, description="parts that a step's views are rendered in, to bound memory")
     samples: int = Field(80, ge=16, le=2048, description="sampling steps along the diagonal of the box")
     early_stop: float = Field(1e-2, ge=0, lt=1, description="light below which the samples of a ray are left out")
-    stride: int = Field(4, ge=1, le=16, description="how many times more coarsely the halo of low density is sampled")
-    faint: float = Field(3e-4, ge=0, lt=1, description="optical depth below which a sample is left out")
+    thin_stride: int = Field(
+        4, ge=1, le=16, description="how many times more coarsely the halo of low density is sampled"
+    )
+    min_optical_depth: float = Field(3e-4, ge=0, lt=1, description="optical depth below which a sample is left out")
 
     cameras: CameraSettings = Field(default_factory=CameraSettings, description="distribution of views and lights")
     field: FieldSettings = Field(default_factory=FieldSettings, description="the radiance field")
@@ -121,7 +123,7 @@ class CoarseStage:
             self._set_progress(0.0)
         self.occupancy = OccupancyGrid(settings.occupancy).to(self.device)
         step_size = 2 * math.sqrt(3) / settings.samples
-        self.sampling = Sampling(step_size, settings.early_stop, settings.faint, settings.stride)
+        self.sampling = Sampling(step_size, settings.early_stop, settings.min_optical_depth, settings.thin_stride)
         self.occupancy.update(self.field.density, 0, 0.0, self.generator, step_size)  # previews before the first step
         self.adam = GroupedAdam(
             [{f"{m}.{k}": p for k, p in getattr(self, m).named_parameters()} for m in ("field", "background")],

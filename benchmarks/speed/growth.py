@@ -97,7 +97,7 @@ def _whole(value: float) -> int:
 SWEEPS = (
     Sweep(
         "coarse", "occupied", "occupied share of the box", (0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3), (0.05, 0.2),
-        lambda v: [*STEADY, "coarse.early_stop=0", "coarse.faint=0"], linear=True, prepare=fill_ball,
+        lambda v: [*STEADY, "coarse.early_stop=0", "coarse.min_optical_depth=0"], linear=True, prepare=fill_ball,
     ),
     Sweep(
         "coarse", "pixels", "pixels a side, one view", (64, 128, 256, 512), (16, 32),

@@ -25,8 +25,8 @@ STEP_SIZE = 2 * math.sqrt(3) / 128  # world length: 128 samples along the box's 
 class RadianceField(Protocol):
     """What the renderer asks of a field.
 
-    `features` and `density` serve the first look without gradients; the rows of those features that are kept come back
-    to the other two as `known`, which return sigma, (normal) and albedo with gradients all the same.
+    `features` and `density` serve the density pass, which has no gradients; the rows of those features that are kept
+    come back to the other two as `known`, which return sigma, (normal) and albedo with gradients all the same.
     """
 
     def features(self, points: Tensor) -> Tensor: ...
@@ -120,7 +120,7 @@ def render_field(
             rays_o, rays_d, occupancy, sampling.step_size, jitter.to(device), thin_stride=sampling.thin_stride
         )
         points = _points(rays_o, rays_d, samples)
-    with torch.no_grad(), phase("first look"):
+    with torch.no_grad(), phase("density pass"):
         features = field.features(points)
         keep, samples = visible(
             field.density(points, features), samples, sampling.early_stop, sampling.min_optical_depth
