@@ -242,10 +242,10 @@ class ClipMeshStage:
         self, vertices: Tensor, maps: tuple[Tensor, Tensor], views: Views, size: int, shading: Shading, backdrop: Tensor
     ) -> MeshImages:
         material = TextureMaterial(vertices, self.faces, self.uv, self.uv_faces, *maps)
-        background = backdrop.expand(len(views), size, size, 3)
+        backdrop = backdrop.expand(len(views), size, size, 3)
         return render_mesh(
             vertices, self.faces, material, views, size, size,
-            shading=shading, background=background, topology=self.topology,
+            shading=shading, backdrop=backdrop, topology=self.topology,
         )  # fmt: skip
 
     @torch.no_grad()

@@ -267,8 +267,8 @@ class FineStage:
         def albedo(points: Tensor) -> Tensor:
             return self.field.albedo(points if self.settings.colour_moves_surface else points.detach())
 
-        background = backdrop.expand(len(views), size, size, 3)
-        return render_mesh(vertices, faces, albedo, views, size, size, shading=shading, background=background)
+        backdrop = backdrop.expand(len(views), size, size, 3)
+        return render_mesh(vertices, faces, albedo, views, size, size, shading=shading, backdrop=backdrop)
 
     def _update(self, progress: float) -> float:
         """Take the optimiser step and return the gradient's norm; see GroupedAdam.step."""

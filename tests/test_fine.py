@@ -41,7 +41,7 @@ class Target:
         self.calls = []
 
     def render(self, views, size, shading, background):
-        return render_mesh(self.vertices, self.faces, colour, views, size, size, shading=shading, background=background)
+        return render_mesh(self.vertices, self.faces, colour, views, size, size, shading=shading, backdrop=background)
 
     def __call__(self, images, views, progress, textureless=False, *, background=None, shading=None):
         assert images.shape[:3] == background.shape[:3] and textureless == shading.textureless

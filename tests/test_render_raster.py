@@ -49,15 +49,15 @@ def test_a_sphere_has_its_normals_depths_colours_and_area(backend):
     assert images.mask.mean().item() == pytest.approx(share, rel=0.02)
 
 
-def test_background_shows_where_the_mesh_is_not_and_mixes_at_the_border():
+def test_backdrop_shows_where_the_mesh_is_not_and_mixes_at_the_border():
     vertices, triangles = ball(3)
     views = orbit_views([0.0, 90.0])
     paper = torch.tensor([0.2, 0.5, 0.9])
-    images = render_mesh(vertices, triangles, torch.zeros_like, views, 32, 32, background=paper)
+    images = render_mesh(vertices, triangles, torch.zeros_like, views, 32, 32, backdrop=paper)
     torch.testing.assert_close(images.colour, (1 - images.mask) * paper, atol=1e-6, rtol=0)
     assert ((images.mask > 0.05) & (images.mask < 0.95)).sum() > 50
     picture = torch.rand(2, 32, 32, 3)
-    images = render_mesh(vertices, triangles, torch.zeros_like, views, 32, 32, background=picture)
+    images = render_mesh(vertices, triangles, torch.zeros_like, views, 32, 32, backdrop=picture)
     outside = (images.mask == 0)[..., 0]
     assert torch.equal(images.colour[outside], picture[outside])
 
@@ -88,7 +88,7 @@ def test_vertex_colours_are_the_colour_function_at_the_vertices():
 
 @BOTH
 @pytest.mark.parametrize("triangles", [torch.zeros(0, 3), torch.tensor([[0, 1, 1]])])
-def test_nothing_in_view_is_the_background_and_still_has_a_graph(triangles, backend):
+def test_nothing_in_view_is_the_backdrop_and_still_has_a_graph(triangles, backend):
     vertices = torch.rand(3, 3, requires_grad=True)
     paper = torch.rand(1, 8, 8, 3)
 
@@ -96,7 +96,7 @@ def test_nothing_in_view_is_the_background_and_still_has_a_graph(triangles, back
         raise AssertionError("no pixel is covered")
 
     images = render_mesh(
-        vertices, triangles.int(), never, orbit_views([0.0]), 8, 8, background=paper, shading=LAMBERT, backend=backend
+        vertices, triangles.int(), never, orbit_views([0.0]), 8, 8, backdrop=paper, shading=LAMBERT, backend=backend
     )
     assert torch.equal(images.colour, paper) and (images.mask == 0).all()
     (images.colour.sum() + images.mask.sum()).backward()
@@ -146,11 +146,11 @@ def test_a_known_topology_changes_nothing():
     assert torch.equal(render_mesh(*args).colour, render_mesh(*args, topology=topology).colour)
 
 
-def test_gradients_reach_albedo_parameters_and_background():
+def test_gradients_reach_albedo_parameters_and_backdrop():
     vertices, triangles = ball(2)
     tint = torch.full((3,), 0.5, requires_grad=True)
     paper = torch.zeros(3, requires_grad=True)
-    images = render_mesh(vertices, triangles, lambda p: tint.expand_as(p), orbit_views([0.0]), 24, 24, background=paper)
+    images = render_mesh(vertices, triangles, lambda p: tint.expand_as(p), orbit_views([0.0]), 24, 24, backdrop=paper)
     images.colour.sum().backward()
     torch.testing.assert_close(tint.grad, images.mask.sum().expand(3))
     torch.testing.assert_close(paper.grad, (1 - images.mask).sum().expand(3))
@@ -198,7 +198,7 @@ def test_fast_pictures_agree_with_the_differentiable_renderer():
     mesh = Mesh(vertices.numpy(), triangles.numpy(), stripes(vertices).numpy())
     views, paper = orbit_views([10.0, 100.0], 30.0), torch.tensor([1.0, 0.9, 0.8])
     fast = render_vertex_colours(mesh, views, 64, LAMBERT, paper, 4)
-    slow = render_mesh(vertices, triangles, stripes(vertices), views, 64, 64, shading=LAMBERT, background=paper).colour
+    slow = render_mesh(vertices, triangles, stripes(vertices), views, 64, 64, shading=LAMBERT, backdrop=paper).colour
     assert (fast - slow).abs().mean() < 2e-3 and (fast - slow).abs().max() < 0.2
 
 
@@ -234,7 +234,7 @@ def test_wrong_shapes_are_refused_by_name():
     for name, change in {
         "vertices": {"vertices": vertices[:, :2]},
         "albedo": {"albedo": torch.rand(5, 3)},
-        "background": {"background": torch.rand(2, 8, 8, 3)},
+        "backdrop": {"backdrop": torch.rand(2, 8, 8, 3)},
         "topology": {"topology": torch.zeros(3, 3, dtype=torch.int32)},
     }.items():
         arguments = {"vertices": vertices, "triangles": triangles, "albedo": stripes, "views": view} | change

@@ -157,7 +157,7 @@ def render(mesh: Mesh, views: Views, size: int, shading: Shading, under: Tensor)
         image = render_vertex_colours(mesh, views, size, shading, under)[0]
     else:
         vertices, faces, colours = (torch.from_numpy(a) for a in (mesh.vertices, mesh.faces, mesh.colours))
-        image = render_mesh(vertices, faces, colours, views, size, size, shading=shading, background=under).colour[0]
+        image = render_mesh(vertices, faces, colours, views, size, size, shading=shading, backdrop=under).colour[0]
     return SRGB[(image * (len(SRGB) - 1)).round().clamp(0, len(SRGB) - 1).long()].numpy()
 
 

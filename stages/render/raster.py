@@ -40,7 +40,7 @@ class Seen:
 
 @dataclass(frozen=True)
 class MeshImages:
-    """What a mesh looks like; zeros where it is not, except colour, which shows the background there."""
+    """What a mesh looks like; zeros where it is not, except colour, which shows the backdrop there."""
 
     colour: Tensor  # [B, H, W, 3] linear
     mask: Tensor  # [B, H, W, 1] coverage in [0, 1], antialiased
@@ -96,7 +96,7 @@ def render_mesh(
     width: int,
     *,
     shading: Shading = ALBEDO,
-    background: Tensor | None = None,
+    backdrop: Tensor | None = None,
     topology: Tensor | None = None,
     backend: str = "auto",
 ) -> MeshImages:
@@ -111,18 +111,18 @@ def render_mesh(
         views: B views.
         height: of the pictures, pixels.
         width: of the pictures, pixels.
-        background: linear, [3] or [B, H, W, 3]; None is black.
+        backdrop: linear, [3] or [B, H, W, 3]; None is black.
         topology: edge_topology(triangles, V) where it is known already.
     Returns: MeshImages; colour and mask are antialiased, the rest is that of the pixel centre. Differentiable in
         vertices (inside through positions and normals, at silhouettes through colour and mask), in what `albedo`
-        depends on, and in background.
+        depends on, and in backdrop.
     """
     check_shape("vertices", vertices, (None, 3))
     views = views.to(vertices.device)
     batch = len(views)
-    if background is None:
-        background = vertices.new_zeros(3)
-    check_shape("background", background, (3,) if background.ndim == 1 else (batch, height, width, 3))
+    if backdrop is None:
+        backdrop = vertices.new_zeros(3)
+    check_shape("backdrop", backdrop, (3,) if backdrop.ndim == 1 else (batch, height, width, 3))
     if topology is None:
         topology = edge_topology(triangles, len(vertices), backend=backend)
     attributes = [vertices, vertex_normals(vertices, triangles, backend=backend)]
@@ -146,8 +146,8 @@ def render_mesh(
             colours = [albedo(points) if len(covered) and not shading.textureless else points]
     light = views.light if batch == 1 else views.light.index_select(0, covered // (height * width))
     shaded = shade(colours[0], normals, points, light, shading, shortest=NORMAL_MIN, backend=backend)
-    background = background.expand(batch, height, width, 3)
-    under = torch.cat([background, background.new_zeros(batch, height, width, 1)], -1)
+    backdrop = backdrop.expand(batch, height, width, 3)
+    under = torch.cat([backdrop, backdrop.new_zeros(batch, height, width, 1)], -1)
     hard = place(torch.cat([shaded, torch.ones_like(shaded[:, :1])], -1), covered, under)
     with phase("antialias"):
         colour, mask = antialias(hard, rast, clip, triangles, topology, backend=backend).split([3, 1], -1)
@@ -160,7 +160,7 @@ def render_vertex_colours(
     views: Views,
     size: int,
     shading: Shading = LAMBERT,
-    background: Tensor | None = None,
+    backdrop: Tensor | None = None,
     supersample: int = 2,
     *,
     smooth: bool = True,
@@ -172,7 +172,7 @@ def render_vertex_colours(
         mesh: with colours (linear; light grey where it has none).
         views: B views.
         size: pixels a side.
-        background: linear, [3] or [B, size, size, 3]; None is black.
+        backdrop: linear, [3] or [B, size, size, 3]; None is black.
         smooth: shade with vertex normals (split the vertices where a crease should show), or with face normals.
     Returns: [B, size, size, 3] linear.
     """
@@ -185,7 +185,7 @@ def render_vertex_colours(
         vertices, colours = vertices[corners], colours[corners]
         triangles = torch.arange(len(corners), dtype=torch.int32).view(-1, 3)
     normals = vertex_normals(vertices, triangles, backend=backend)
-    under = (torch.zeros(3) if background is None else background).expand(len(views), size, size, 3)
+    under = (torch.zeros(3) if backdrop is None else backdrop).expand(len(views), size, size, 3)
     fine = size * supersample
     rast = rasterise(to_clip(vertices, views), triangles, fine, fine, backend=backend)
     if choose_backend(backend, vertices, family="raster") == "numba":
