@@ -231,21 +231,18 @@ class FineStage:
         with phase("views", times):
             views = sample_views(s.cameras, s.views_per_step, self.generator).to(self.device)
             shading = sample_shading(s.shading, progress, self.generator)
-            bare = (
-                shading.textureless and geometry.moves
-            )  # a shape that stays learns nothing from a view without colour
-            shading = replace(shading, textureless=bare)
-            colours = random_background(s.background, s.views_per_step, self.generator)
-            backdrop = (torch.full((s.views_per_step, 1, 1, 3), 0.5) if colours is None else colours).to(self.device)
+            # a shape that stays learns nothing from a view without colours
+            shading = replace(shading, textureless=shading.textureless and geometry.moves)
+            backdrop = self._backdrop()
 
         totals, self.start = self.start, {}
         for chosen in equal_parts(s.views_per_step, s.accumulate):
+            seen, behind = views[chosen], backdrop[chosen]
             with phase("render", times):
-                images = self._render(leaf, surface.faces, views[chosen], s.resolution, shading, backdrop[chosen])
-            behind = backdrop[chosen].expand(-1, s.resolution, s.resolution, 3)
+                images = self._render(leaf, surface.faces, seen, s.resolution, shading, behind)
             with phase("guidance", times):
                 guided = self.guidance(
-                    images.colour, views[chosen], progress, shading.textureless, background=behind, shading=shading
+                    images.colour, seen, progress, shading.textureless, background=behind, shading=shading
                 )
             with phase("backward", times):
                 if guided.loss.requires_grad:  # a view that misses a locked mesh has nothing to learn from
@@ -260,6 +257,13 @@ class FineStage:
             totals["grad_norm"] = self._update(progress)
         self.step_index += 1
         return totals
+
+    def _backdrop(self) -> Tensor:
+        """Draw a flat colour for each of this step's views; linear [B, S, S, 3]."""
+        s = self.settings
+        colours = random_background(s.background, s.views_per_step, self.generator)
+        colours = torch.full((s.views_per_step, 1, 1, 3), 0.5) if colours is None else colours
+        return colours.to(self.device).expand(-1, s.resolution, s.resolution, 3)
 
     def _render(
         self, vertices: Tensor, faces: Tensor, views: Views, size: int, shading: Shading, backdrop: Tensor
