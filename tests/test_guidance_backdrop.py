@@ -65,13 +65,14 @@ def test_an_empty_picture_of_any_grey_is_left_alone_by_every_rule(rule):
         z_t, alpha_bar = found[0].z_t, guidance.prior.alphas_cumprod[700]
         return (z_t - (1 - alpha_bar).sqrt() * found[0].eps_hat) / alpha_bar.sqrt()
 
-    torch.testing.assert_close(x0_hat(backdrop=100.0), torch.full((2, 3, 16, 16), 0.6), atol=2e-3, rtol=0)
+    torch.testing.assert_close(x0_hat(backdrop_width=100.0), torch.full((2, 3, 16, 16), 0.6), atol=2e-3, rtol=0)
     assert (x0_hat() - 0.6).abs().max() > 0.1  # what the guess would have asked for
 
 
 def test_the_target_of_sds_is_the_backdrop_after_the_threshold():
     got, metrics = x0_of_gradient(
-        make(scale=30.0, threshold="static", backdrop=100.0, t_min=0.9, t_max=0.9), background=images(-0.4, batch=4)
+        make(scale=30.0, threshold="static", backdrop_width=100.0, t_min=0.9, t_max=0.9),
+        background=images(-0.4, batch=4),
     )
     torch.testing.assert_close(got, torch.full_like(got, -0.4), atol=1e-3, rtol=0)
     assert metrics["clamped"] > 0.3
@@ -79,4 +80,4 @@ def test_the_target_of_sds_is_the_backdrop_after_the_threshold():
 
 def test_a_stage_that_does_not_say_what_is_behind_is_told_so():
     with pytest.raises(ValueError, match="background: wanted what the images were composited on"):
-        make(backdrop=0.1)(images(batch=2), orbit_views([0.0, 90.0]), 0.0)
+        make(backdrop_width=0.1)(images(batch=2), orbit_views([0.0, 90.0]), 0.0)

@@ -105,25 +105,25 @@ class Guidance:
             eps = self.prior.predict_noise(
                 z.repeat(k, 1, 1, 1), t.repeat(k), conditions.embedding(*names), context.repeat(k)
             )
-            found = eps.to(z.dtype).chunk(k)
-            return [found[group] for group in groups]
+            chunks = eps.to(z.dtype).chunk(k)
+            return [chunks[group] for group in groups]
 
         def score(z: Tensor, t: Tensor) -> Tensor:
             return self._score.predict(z, t, conditions.embedding("prompt"), camera, context)
 
         with torch.no_grad(), phase("rule"):
-            problem = StepInputs(x.detach(), eps, t, alphas_cumprod, progress, predict)
-            problem.data_range, problem.against, problem.score = self._data_range, conditions.against, score
-            problem.backdrop = self._backdrop(background, images)
-            found = RULES[s.rule.name].residual(problem, s)
+            inputs = StepInputs(x.detach(), eps, t, alphas_cumprod, progress, predict)
+            inputs.data_range, inputs.against, inputs.score = self._data_range, conditions.against, score
+            inputs.backdrop = self._backdrop(background, images)
+            result = RULES[s.rule.name].residual(inputs, s)
             alpha_bar = alphas_cumprod[t]
             w_t = WEIGHTINGS[s.weighting](alpha_bar)
-            gradient, nonfinite = _finite(per_sample(w_t, x) * found.residual, self.prior.name)
+            gradient, nonfinite = _finite(per_sample(w_t, x) * result.residual, self.prior.name)
             metrics = {
-                "agreement_db": _agreement_db(x0_from_eps(found.eps_y, found.z_t, alpha_bar), x),
+                "agreement_db": _agreement_db(x0_from_eps(result.eps_y, result.z_t, alpha_bar), x),
                 "t": float(t.double().mean()) / alphas_cumprod.shape[0],
                 "t_max": low_high[1],
-            } | problem.metrics
+            } | inputs.metrics
             if s.grad_clip is not None:
                 limit = s.grad_clip.at(progress)
                 metrics["clipped"] = float((gradient.abs() > limit).double().mean())
@@ -131,7 +131,7 @@ class Guidance:
             metrics |= {"grad_rms": float(gradient.square().mean().sqrt()), "nonfinite": nonfinite}
         loss = rules.surrogate(x, gradient)
         if s.image_term > 0:
-            loss = loss + self._image_term(shown, found, s.image_term * w_t, alpha_bar)
+            loss = loss + self._image_term(shown, result, s.image_term * w_t, alpha_bar)
         if self._score is not None:
             with phase("score"):
                 embedding = conditions.embedding("prompt")
@@ -140,18 +140,18 @@ class Guidance:
 
     def _backdrop(self, background: Tensor | None, images: Tensor) -> Tensor | None:
         """What the images were composited on, in the prior's space, where the settings want x0_hat put on it."""
-        if self.settings.backdrop is None:
+        if self.settings.backdrop_width is None:
             return None
         if background is None:
-            raise ValueError("background: wanted what the images were composited on, for guidance.backdrop; got None")
+            raise ValueError("background: wanted what the images were composited on, for backdrop_width; got None")
         behind = background.detach().expand_as(images)
         return self.prior.encode(linear_to_srgb(behind) if self.settings.srgb else behind, self.generator)
 
-    def _image_term(self, shown: Tensor, found: Residual, weight: Tensor, alpha_bar: Tensor) -> Tensor:
+    def _image_term(self, shown: Tensor, result: Residual, weight: Tensor, alpha_bar: Tensor) -> Tensor:
         """HiFA's second half: sRGB renders [B, H, W, 3] against what the rule's x0_hat decodes to."""
         pixels = resized(shown.permute(0, 3, 1, 2), self.prior.resolution).permute(0, 2, 3, 1) * 2 - 1
         with torch.no_grad():
-            decoded = self.prior.decode(x0_from_eps(found.eps_hat, found.z_t, alpha_bar)).to(pixels) * 2 - 1
+            decoded = self.prior.decode(x0_from_eps(result.eps_hat, result.z_t, alpha_bar)).to(pixels) * 2 - 1
             residual = per_sample(weight, pixels) * rules.image_term(pixels.detach(), decoded, alpha_bar)
             residual, _ = _finite(residual, self.prior.name)
         return rules.surrogate(pixels, residual)

@@ -72,7 +72,7 @@ class SharedSettings(Protocol):
     rescale: float
     threshold: str
     threshold_quantile: float
-    backdrop: float | None
+    backdrop_width: float | None
     rule: Any
 
 
@@ -133,8 +133,8 @@ class StepInputs:
         reference, where views ask for that, and the references' own."""
         names = [f"against {k}" for k in range(len(self.against))]
         eps_y, *rest = self.predict(z, t, "prompt", *references, *names)
-        found, others = rest[: len(references)], rest[len(references) :]
-        return [eps_y, rules.perp_neg(eps_y, found[0], others, self.against) if others else eps_y, *found]
+        predictions, others = rest[: len(references)], rest[len(references) :]
+        return [eps_y, rules.perp_neg(eps_y, predictions[0], others, self.against) if others else eps_y, *predictions]
 
     def bounded(self, eps_hat: Tensor, z: Tensor, t: Tensor, settings: SharedSettings) -> Tensor:
         """eps_hat with its x0_hat brought back to the data range and put on the true backdrop, as the settings say."""
@@ -150,7 +150,7 @@ class StepInputs:
             else:
                 x0 = rules.dynamic_threshold(x0, self.data_range, settings.threshold_quantile)
         if self.backdrop is not None:
-            x0 = rules.on_backdrop(x0, self.backdrop, settings.backdrop)
+            x0 = rules.on_backdrop(x0, self.backdrop, settings.backdrop_width)
         return eps_from_x0(x0, z, alpha_bar)
 
     def invert(self, t_end: Tensor, steps: int, scale: float) -> Tensor:
@@ -310,5 +310,5 @@ def read_rule(value: Any, info: ValidationInfo) -> RuleSettings:
 
 def most_predictions(settings: SharedSettings, prompts: ViewPrompts) -> int:
     """Return the most predictions a view that a rule asks for in one batch: its own, and two of Perp-Neg."""
-    own = RULES[settings.rule.name].predictions(settings, prompts)
-    return own + (2 if prompts.settings.blend == "perp_neg" else 0)
+    of_rule = RULES[settings.rule.name].predictions(settings, prompts)
+    return of_rule + (2 if prompts.settings.blend == "perp_neg" else 0)

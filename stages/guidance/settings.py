@@ -44,7 +44,7 @@ class GuidanceSettings(BaseModel):
     threshold_range: tuple[float, float] | None = Field(
         None, description="range of the prior's data; none: its own, [-1, 1] for pixels, unknown for latents"
     )
-    backdrop: float | None = Field(
+    backdrop_width: float | None = Field(
         None, gt=0, description="width on [-1, 1] of the band about x0_hat's own backdrop that is put on the true one"
     )
     grad_clip: Ramp | None = Field(None, gt=0, description="clamp of the gradient's entries; none: they are left alone")

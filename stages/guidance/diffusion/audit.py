@@ -65,10 +65,10 @@ def _part(
     def look() -> str:
         files = check_component(folder, component, variant)
         if component.stem is not None:
-            own = read_configs(folder, family, {component.part: component.class_name})[component.part]
+            config = read_configs(folder, family, {component.part: component.class_name})[component.part]
             headers = read_headers(files)
-            _compare(component, own, headers)
-            configs[component.part] = own
+            _compare(component, config, headers)
+            configs[component.part] = config
             total = parameter_count(headers)
             kinds = "/".join(sorted({h.dtype for h in headers.values()} - {"I64", "I32"}))
             return f"{component.class_name}, {total / 1e6:.1f} M parameters in {kinds}"
@@ -86,17 +86,17 @@ def _finding(part: str, look: Callable[[], str]) -> Finding:
 
 def _compare(component: Component, config: Any, headers: dict[str, Header]) -> None:
     """That the files hold each tensor of the class with this config, in its shape."""
-    wanted = {_plain(name): tuple(tensor.shape) for name, tensor in _tensors(component, config).items()}
+    shapes = {_plain(name): tuple(tensor.shape) for name, tensor in _tensors(component, config).items()}
     got = {_plain(name): header.shape for name, header in headers.items()}
     what, fix = component.part, "weights and config.json are not of the same model: get both again"
-    absent = [name for name in wanted if name not in got]
+    absent = [name for name in shapes if name not in got]
     if absent:
         raise UserError(what, f"{len(absent)} tensors are missing from its weights, {absent[0]} first", fix)
     # some old autoencoders keep a linear layer as a convolution of one pixel, which loads all the same
-    wrong = [name for name in wanted if [n for n in got[name] if n != 1] != [n for n in wanted[name] if n != 1]]
+    wrong = [name for name in shapes if [n for n in got[name] if n != 1] != [n for n in shapes[name] if n != 1]]
     if wrong:
         name = wrong[0]
-        why = f"{len(wrong)} tensors have another shape than config.json says: {name} {got[name]}, not {wanted[name]}"
+        why = f"{len(wrong)} tensors have another shape than config.json says: {name} {got[name]}, not {shapes[name]}"
         raise UserError(what, why, fix)
 
 
@@ -128,16 +128,16 @@ def _whole(
     folder: Path, family: Family, classes: dict[str, str], configs: Configs, resolution: int | None
 ) -> list[Finding]:
     """What only shows when the parts are there: that they fit each other."""
-    found: list[Geometry] = []
+    geometries: list[Geometry] = []
 
     def fit() -> str:
         geometry = check_sizes(family, configs, folder, resolution)
-        found.append(geometry)
+        geometries.append(geometry)
         space = "latents" if "vae" in classes else "pixels"
         return f"{geometry.resolution}x{geometry.resolution}, {space} [{geometry.channels}, {geometry.latents}, ...]"
 
     def schedule() -> str:
-        noise = load_schedule(folder, classes["scheduler"], found[0].image_tokens if found else 0)
+        noise = load_schedule(folder, classes["scheduler"], geometries[0].image_tokens if geometries else 0)
         first, last = float(noise.alphas_cumprod[0]), float(noise.alphas_cumprod[-1])
         return f"{noise.prediction}, {len(noise.alphas_cumprod)} levels, alpha_bar {first:.4f} to {last:.4f}"
 

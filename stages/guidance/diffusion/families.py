@@ -178,21 +178,21 @@ def family_of(folder: Path) -> tuple[Family, dict[str, str]]:
         if classes["transformer"] not in networks:
             raise unsupported(what, "transformer", classes["transformer"], tuple(networks))
         family = networks[classes["transformer"]]
-    wanted = [family.part, "scheduler", *(["vae"] if family.vae_required or "vae" in classes else [])]
+    parts = [family.part, "scheduler", *(["vae"] if family.vae_required or "vae" in classes else [])]
     for spec in family.encoders:
         if not (spec.optional and spec.part not in classes):
-            wanted += [spec.part, spec.tokenizer]
-    for part in wanted:
+            parts += [spec.part, spec.tokenizer]
+    for part in parts:
         if part not in classes:
             raise UserError(
                 what, f"model_index.json lists no {part}, which {family.name} needs", "use a complete diffusers folder"
             )
     allowed = {family.part: (family.network,), "vae": AUTOENCODERS}
     allowed |= {spec.part: spec.classes for spec in family.encoders}
-    for part in wanted:
+    for part in parts:
         if classes[part] not in allowed.get(part, (classes[part],)):
             raise unsupported(what, part, classes[part], allowed[part])
-    return family, {part: classes[part] for part in wanted}
+    return family, {part: classes[part] for part in parts}
 
 
 def _unet_family(folder: Path, classes: dict[str, str]) -> Family:
@@ -263,10 +263,10 @@ def with_autoencoder(folder: Path, configs: Configs, classes: dict[str, str]) ->
             f"its latents have {config.latent_channels} channels, the model's {configs['vae'].latent_channels}",
             "take one made for this family: taesd for SD 1.x / 2.x, taesdxl, taesd3, taef1",
         )
-    own, other = (getattr(c, "scaling_factor", None) for c in (configs["vae"], config))
-    if classes["vae"] == name == "AutoencoderKL" and own != other:
+    scale, other = (getattr(c, "scaling_factor", None) for c in (configs["vae"], config))
+    if classes["vae"] == name == "AutoencoderKL" and scale != other:
         raise UserError(
-            what, f"its latents are scaled by {other:g}, the model's by {own:g}", "take one made for this family"
+            what, f"its latents are scaled by {other:g}, the model's by {scale:g}", "take one made for this family"
         )
     return configs | {"vae": config}, classes | {"vae": name}
 
@@ -288,8 +288,8 @@ def check_sizes(family: Family, configs: Configs, folder: Path, resolution: int 
     if family.part == "unet":
         _check_unet(network, what)
     texts = [configs[spec.part] for spec in family.encoders if spec.part in configs]
-    got, wanted = family.text_widths(texts, network), family.network_widths(network)
-    for numbers, asked, where in zip(got, wanted, ("a token", "in the pooled embedding"), strict=True):
+    got, expected = family.text_widths(texts, network), family.network_widths(network)
+    for numbers, asked, where in zip(got, expected, ("a token", "in the pooled embedding"), strict=True):
         if numbers != asked:
             why = f"its text encoder gives {numbers} numbers {where} and its {family.part} wants {asked}"
             raise UserError(what, why, "use the parts of one model (SDXL's refiner is none for this)")
@@ -308,7 +308,7 @@ def check_sizes(family: Family, configs: Configs, folder: Path, resolution: int 
             f"it cannot work at {side} pixels a side",
             f"set prior.diffusion.resolution to a multiple of {step}{limit}; it was trained at {trained}",
         )
-    return Geometry(side, side // factor, channels, unshuffled, (side // step) ** 2, wanted[1])
+    return Geometry(side, side // factor, channels, unshuffled, (side // step) ** 2, expected[1])
 
 
 def _patch(family: Family, network: Any, channels: int, what: str) -> int:
@@ -342,6 +342,6 @@ def _check_unet(config: Any, what: str) -> None:
         raise UserError(what, "unet/config.json gives no sample_size", "write the side the UNet was trained at there")
 
 
-def unsupported(what: str, part: str, got: str, wanted: tuple[str, ...]) -> UserError:
+def unsupported(what: str, part: str, got: str, supported: tuple[str, ...]) -> UserError:
     """The error for a part whose class no family here has."""
-    return UserError(what, f"its {part} is a {got}, which is not supported", f"supported: {', '.join(wanted)}")
+    return UserError(what, f"its {part} is a {got}, which is not supported", f"supported: {', '.join(supported)}")

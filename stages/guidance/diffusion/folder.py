@@ -151,9 +151,9 @@ def _snapshot(repo_id: str, revision: str | None, patterns: list[str], what: str
         ) from error
     except LocalEntryNotFoundError as error:
         if constants.HF_HUB_OFFLINE:
-            found = _partial(error)
-            if found is not None:
-                return found  # what it lacks is named when it is checked, part by part
+            partial = _partial(error)
+            if partial is not None:
+                return partial  # what it lacks is named when it is checked, part by part
             raise _offline(what) from error
         raise UserError(
             what, "the hub cannot be reached", "give a local folder, or download it once while online"

@@ -145,15 +145,15 @@ class Lora:
         self._read(plan.family, plan.configs)
         stems = plan.stems()
         for part in {**self._changes, **self._whole}:
-            own = plan.family.part if part == DENOISER else part
-            if own not in stems:
+            subfolder = plan.family.part if part == DENOISER else part
+            if subfolder not in stems:
                 self._refuse(self._keys(part), f"for a {part} that {plan.family.name} does not have")
-            shapes = {name: header.shape for name, header in plan.headers(own, stems[own]).items()}
+            shapes = {name: header.shape for name, header in plan.headers(subfolder, stems[subfolder]).items()}
             if self.low_rank:
                 layers = {_flat(name.removesuffix(".weight"), part): shape for name, shape in shapes.items()}
                 self._check_low_rank(part, layers)
             else:
-                self._check_whole(own, self._whole[part], {_plain(name): shape for name, shape in shapes.items()})
+                self._check_whole(subfolder, self._whole[part], {_plain(name): shape for name, shape in shapes.items()})
         if self._folder:
             self._check_meaning(plan)
 
@@ -205,13 +205,13 @@ class Lora:
             weight = modules[flat].weight
             delta = change.delta(weight.shape).to(weight.device)
             weight.data = (weight.data.float() + self.scale * delta).to(weight.dtype)
-        own = {_plain(name): tensor for name, tensor in network.state_dict().items()}
+        tensors = {_plain(name): tensor for name, tensor in network.state_dict().items()}
         whole = self._whole.get(part, {})
         for path in dict.fromkeys(kept.path for kept in whole.values()):
             with safe_open(path, "pt") as file:
                 for name, kept in whole.items():
                     if kept.path == path:
-                        self._replace(own[name], file.get_tensor(kept.key))
+                        self._replace(tensors[name], file.get_tensor(kept.key))
         return len(self._changes.get(part, {})) + len(self._whole.get(part, {}))
 
     def _replace(self, weight: Tensor, new: Tensor) -> None:
@@ -267,11 +267,11 @@ class Lora:
 
         with safe_open(self.path, "pt") as file:
             text = (file.metadata() or {}).get("lora_adapter_metadata")
-        found: dict[str, dict[str, Any]] = {}
+        adapters: dict[str, dict[str, Any]] = {}
         for key, value in (json.loads(text) if text else {}).items():
             part, rest = _split(key)
-            found.setdefault(part, {})[rest] = value
-        return found
+            adapters.setdefault(part, {})[rest] = value
+        return adapters
 
     def _keys(self, part: str) -> list[str]:
         return [change.key for change in self._changes.get(part, {}).values()] or list(self._whole.get(part, {}))

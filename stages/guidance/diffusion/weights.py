@@ -41,7 +41,7 @@ def weight_files(directory: Path, stem: str, variant: str | None = None) -> list
 def check_files(directory: Path, stem: str, variant: str | None, what: str) -> list[Path]:
     """The files of :func:`weight_files`, or a UserError that says what lies there in their place."""
     files = weight_files(directory, stem, variant)
-    wanted = directory / f"{stem}{'.' + variant if variant else ''}.safetensors"
+    expected = directory / f"{stem}{'.' + variant if variant else ''}.safetensors"
     if files:
         _check_shards(files, what)
         return files
@@ -50,7 +50,7 @@ def check_files(directory: Path, stem: str, variant: str | None, what: str) -> l
     if others:
         raise UserError(
             what,
-            f"{wanted} is missing; there is {', '.join(others)}",
+            f"{expected} is missing; there is {', '.join(others)}",
             "set prior.diffusion.variant to match (fp16 for model.fp16.safetensors)",
         )
     if pickled:
@@ -59,7 +59,7 @@ def check_files(directory: Path, stem: str, variant: str | None, what: str) -> l
             f"{directory} has only pickled weights ({', '.join(pickled)}), which can run code when read",
             "convert them to safetensors (huggingface.co/docs/safetensors) or get the model's safetensors files",
         )
-    raise UserError(what, f"{wanted} is missing", "use a complete diffusers folder")
+    raise UserError(what, f"{expected} is missing", "use a complete diffusers folder")
 
 
 def _check_shards(files: list[Path], what: str) -> None:
