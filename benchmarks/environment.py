@@ -19,7 +19,7 @@ PACKAGES = ("torch", "numpy", "numba", "diffusers", "transformers", "trimesh")
 
 
 def environment() -> dict[str, Any]:
-    """Date (UTC), git revision, machine and package versions; no host or user names."""
+    """Return the date (UTC), git revision, machine and package versions; no host or user names."""
     return {
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "git": git_revision(),

@@ -6,7 +6,7 @@ from typing import Any
 
 
 def markdown_table(head: list[str], rows: list[list[str]]) -> str:
-    """A table with its first column to the left and the others to the right."""
+    """Return a table with its first column to the left and the others to the right."""
     lines = [head, ["---", *("---:" for _ in head[1:])], *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 

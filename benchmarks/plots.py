@@ -25,7 +25,7 @@ class Point:
 
 
 def ticks(low: float, high: float, log: bool = False, count: int = 6) -> list[float]:
-    """Round numbers within [low, high]: 1, 2, 5 times powers of ten."""
+    """Return round numbers within [low, high]: 1, 2, 5 times powers of ten."""
     if log:
         powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
         return [m * 10.0**k for k in powers for m in (1, 2, 5) if low <= m * 10.0**k <= high]

@@ -55,7 +55,7 @@ def unseen_views() -> Views:
 
 
 def missed(stage: str, scores: dict[str, Any]) -> list[str]:
-    """The targets of a stage that its scores do not reach."""
+    """Return the targets of a stage that its scores do not reach."""
 
     def reached(name: str, bound: Any) -> bool:
         if name == "chamfer":
@@ -66,7 +66,7 @@ def missed(stage: str, scores: dict[str, Any]) -> list[str]:
 
 
 def compare(images: Tensor, coverage: Tensor, target: Tensor, target_coverage: Tensor) -> dict[str, float]:
-    """Silhouette IoU and PSNR of linear pictures [V, H, W, 3] with coverage [V, H, W, 1]."""
+    """Return silhouette IoU and PSNR of linear pictures [V, H, W, 3] with coverage [V, H, W, 1]."""
     inside, target_inside = coverage > 0.5, target_coverage > 0.5
     square = (linear_to_srgb(images) - linear_to_srgb(target)) ** 2
     either = (inside | target_inside)[..., 0]
@@ -78,7 +78,7 @@ def compare(images: Tensor, coverage: Tensor, target: Tensor, target_coverage: T
 
 
 def surface_points(mesh: Mesh, count: int, seed: int) -> np.ndarray:
-    """Points [count, 3] uniform in area."""
+    """Return points [count, 3] uniform in area."""
     rng = np.random.default_rng(seed)
     areas = face_areas(mesh.vertices, mesh.faces)
     face = rng.choice(len(areas), count, p=areas / areas.sum())
@@ -88,7 +88,7 @@ def surface_points(mesh: Mesh, count: int, seed: int) -> np.ndarray:
 
 
 def chamfer(mesh: Mesh, target: Mesh, count: int = 200_000) -> float:
-    """Symmetric mean point distance over the diagonal of the target's box."""
+    """Return the symmetric mean point distance over the diagonal of the target's box."""
     p, q = surface_points(mesh, count, 0), surface_points(target, count, 1)
     there, back = cKDTree(q).query(p)[0].mean(), cKDTree(p).query(q)[0].mean()
     return float((there + back) / 2 / np.linalg.norm(np.ptp(target.vertices, axis=0)))
@@ -108,7 +108,7 @@ class Judge:
         return compare(images.cpu(), coverage.cpu(), self.images, self.coverage)
 
     def of_field(self, stage: CoarseStage) -> tuple[dict[str, float], Tensor]:
-        """Scores and pictures of a coarse stage, rendered as volume six views at a time."""
+        """Return scores and pictures of a coarse stage, rendered as volume six views at a time."""
         grey = srgb_to_linear(torch.full((3,), GREY)).to(stage.device)
         groups = [self.views[k : k + 6].to(stage.device) for k in range(0, len(self.views), 6)]
         parts = [stage.render(group, SIZE, backdrop=grey) for group in groups]
@@ -116,7 +116,7 @@ class Judge:
         return self.of_pictures(images, torch.cat([part.opacity for part in parts])), images
 
     def of_mesh(self, mesh: Mesh) -> tuple[dict[str, Any], Tensor]:
-        """Scores and pictures of a finished mesh with its texture, and its topology."""
+        """Return scores and pictures of a finished mesh with its texture, and its topology."""
         images, coverage = albedo_of(Subject.of(mesh), self.views, SIZE)
         report = measure(mesh)
         topology = {k: getattr(report, k) for k in ("watertight", "manifold", "oriented", "components", "faces")}
@@ -124,7 +124,7 @@ class Judge:
         return scores | {"chamfer": chamfer(mesh, self.mesh), "chamfer_floor": self.floor()} | topology, images
 
     def floor(self) -> float:
-        """What the Chamfer distance reads for the mesh itself."""
+        """Return what the Chamfer distance reads for the mesh itself."""
         return chamfer(self.mesh, self.mesh)
 
 

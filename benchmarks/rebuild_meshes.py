@@ -37,7 +37,7 @@ def knot(around: int = 320, across: int = 28) -> Mesh:
 
 
 def bowl(around: int = 128) -> Mesh:
-    """A footed bowl, blue outside with a white band, orange inside: one sees into a deep concavity."""
+    """Return a footed bowl, blue outside with a white band, orange inside: one sees into a deep concavity."""
     angle = np.linspace(0, np.pi / 2, 25)
     outer = np.stack([0.75 * np.sin(angle), -0.6 * np.cos(angle)], -1)
     outer = outer[outer[:, 0] > 0.28]

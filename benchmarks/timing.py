@@ -51,13 +51,13 @@ class Ratio:
 
 
 def ratio(other: Timing, ours: Timing) -> Ratio:
-    """The ratio of the medians; its bounds set the fast quarter of one against the slow quarter of the other."""
+    """Return the ratio of the medians; its bounds set the fast quarter of one against the slow quarter of the other."""
     low, high = other.quartiles_s[0] / ours.quartiles_s[1], other.quartiles_s[1] / ours.quartiles_s[0]
     return Ratio(other.median_s / ours.median_s, low, high)
 
 
 def schedule(counts: dict[str, int]) -> list[str]:
-    """The order of the runs: run k of n at the time (k + 1/2) / n, ties in the order given."""
+    """Return the order of the runs: run k of n at the time (k + 1/2) / n, ties in the order given."""
     at = [((k + 0.5) / n, rank, name) for rank, (name, n) in enumerate(counts.items()) for k in range(n)]
     return [name for _, _, name in sorted(at)]
 

@@ -70,13 +70,13 @@ class Views:
 
 
 def direction(azimuth_deg: Tensor, elevation_deg: Tensor) -> Tensor:
-    """Unit vectors [B, 3] from the origin towards the given azimuth and elevation."""
+    """Return unit vectors [B, 3] from the origin towards the given azimuth and elevation."""
     az, el = torch.deg2rad(azimuth_deg), torch.deg2rad(elevation_deg)
     return torch.stack([el.cos() * az.sin(), el.sin(), el.cos() * az.cos()], -1)
 
 
 def look_at(position: Tensor, target: Tensor, up: Tensor) -> Tensor:
-    """Camera-to-world matrices [B, 4, 4] of cameras at `position` [B, 3] looking at `target` [B, 3]."""
+    """Return camera-to-world matrices [B, 4, 4] of cameras at `position` [B, 3] looking at `target` [B, 3]."""
     back = torch.nn.functional.normalize(position - target, dim=-1)
     right = torch.nn.functional.normalize(torch.cross(up, back, dim=-1), dim=-1)
     true_up = torch.cross(back, right, dim=-1)
@@ -92,7 +92,7 @@ def orbit_views(
     distance: float = 3.0,
     fov_deg: float = 36.0,
 ) -> Views:
-    """Fixed views around the origin, the light at the camera shifted up and to its right.
+    """Return fixed views around the origin, the light at the camera shifted up and to its right.
 
     Args:
         azimuth_deg: [B] degrees.
@@ -110,7 +110,7 @@ def orbit_views(
 
 
 def sample_views(settings: CameraSettings, batch: int, generator: torch.Generator) -> Views:
-    """Random training views: azimuth stratified over the batch, elevation mixed between angle- and area-uniform.
+    """Return random training views: azimuth stratified over the batch, elevation mixed between angle- and area-uniform.
 
     Source: DreamFusion sec. 3.2.1 and app. A.2; the light is a normalised sample around the camera direction.
     Returns: `batch` views on the CPU, a function of the generator alone.
@@ -143,7 +143,7 @@ def sample_views(settings: CameraSettings, batch: int, generator: torch.Generato
 
 
 def rays(views: Views, height: int, width: int) -> tuple[Tensor, Tensor]:
-    """Pixel-centre rays of every view.
+    """Return the pixel-centre rays of every view.
 
     Returns: rays_o and unit rays_d, both [B, H, W, 3].
     """
@@ -171,7 +171,7 @@ def projection(fov_deg: Tensor, aspect: float = 1.0) -> Tensor:
 
 
 def to_clip(vertices: Tensor, views: Views, aspect: float = 1.0) -> Tensor:
-    """World vertices [V, 3] to clip coordinates [B, V, 4] of every view; differentiable in the vertices."""
+    """Return clip coordinates [B, V, 4] of world vertices [V, 3] in every view; differentiable in the vertices."""
     w2c = torch.linalg.inv(views.c2w)
     matrix = projection(views.fov_deg, aspect) @ w2c  # [B, 4, 4]
     homogeneous = torch.nn.functional.pad(vertices, (0, 1), value=1.0)  # [V, 4]

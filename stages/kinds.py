@@ -119,7 +119,7 @@ STAGES: dict[str, StageKind] = {
 
 
 def chains() -> list[list[str]]:
-    """The orders that stages can be run in, each from a stage that follows none."""
+    """Return the orders that stages can be run in, each from a stage that follows none."""
     orders = [[name] for name, kind in STAGES.items() if kind.follows is None]
     for chain in orders:
         while (after := next((name for name, kind in STAGES.items() if kind.follows == chain[-1]), None)) is not None:
@@ -128,5 +128,5 @@ def chains() -> list[list[str]]:
 
 
 def beginners(start: str) -> list[str]:
-    """The stages that can begin a run with "nothing", a "mesh" or another "run"."""
+    """Return the stages that can begin a run with "nothing", a "mesh" or another "run"."""
     return [name for name, kind in STAGES.items() if start in kind.begins_with]

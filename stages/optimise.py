@@ -33,7 +33,7 @@ def equal_parts(views: int, parts: int) -> Iterator[slice]:
 
 
 def under_prefix(state: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
-    """The entries NAME.KEY of a flat state, by KEY."""
+    """Return the entries NAME.KEY of a flat state, by KEY."""
     return {key.removeprefix(f"{name}."): value for key, value in state.items() if key.startswith(f"{name}.")}
 
 
@@ -99,7 +99,7 @@ class GroupedAdam:
             yield from ((state, key) for key in MOMENTS if key in state)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The count of skipped steps, and Adam's state as adam.NAME.KEY."""
+        """Return the count of skipped steps, and Adam's state as adam.NAME.KEY."""
         state = {"skipped": torch.tensor(self.skipped)}
         for name, parameter in self.parameters.items():
             for key, value in self.optimiser.state.get(parameter, {}).items():

@@ -85,7 +85,7 @@ _recorder: Recorder | None = None
 
 
 def recorder() -> Recorder | None:
-    """Who listens to this thread's phases now."""
+    """Return the recorder that listens to this thread's phases now, or None."""
     listener = _recorder
     return listener if listener is not None and listener.thread == threading.get_ident() else None
 

@@ -91,7 +91,7 @@ class PromptSettings(BaseModel):
 
 
 def view_class(azimuth_deg: float, elevation_deg: float, settings: PromptSettings | None = None) -> str:
-    """The class of a camera: front, side (or left side / right side), back or overhead."""
+    """Return the class of a camera: front, side (or left side / right side), back or overhead."""
     settings = settings or PromptSettings()
     if elevation_deg > settings.overhead_deg:
         return "overhead"
@@ -148,7 +148,7 @@ def azimuth_blend(azimuth_deg: float, sides: bool = False) -> tuple[str, str, fl
 
 
 def perp_neg_weights(azimuth_deg: float) -> tuple[float, float]:
-    """Perp-Neg's weights (<= 0) of the two classes of :func:`azimuth_blend` as negatives (arXiv 2304.04968).
+    """Return Perp-Neg's weights (<= 0) of the two classes of :func:`azimuth_blend` as negatives (arXiv 2304.04968).
 
     f(r; a, b, c) = a exp(-b r) + c with threestudio's constants. From the front the side is pushed away and from the
     side the front, each at 1.57; from behind the side is pushed away at 0.39 and the front, which takes the second

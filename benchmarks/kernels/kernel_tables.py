@@ -32,7 +32,7 @@ TARGETS = (
 
 
 def kernels_markdown(lines: list[Line]) -> str:
-    """A table for every device, what was asked for, and who is absent."""
+    """Return a table for every device, what was asked for, and who is absent."""
     parts = []
     for device in dict.fromkeys(line["device"] for line in lines if "case" in line):
         chosen = [line for line in lines if line["device"] == device]
@@ -104,7 +104,7 @@ def _times(line: Line | None) -> str:
 
 
 def targets(lines: list[Line]) -> list[str]:
-    """A sentence for every measured ratio that was asked for; bold where it is missed."""
+    """Return a sentence for every measured ratio that was asked for; bold where it is missed."""
     sentences = []
     mine = [line for line in lines if "case" in line and line["device"] == "cpu" and line["threads"] == 1]
     rows = rows_of(mine)

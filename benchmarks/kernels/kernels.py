@@ -48,7 +48,7 @@ Line = dict[str, Any]
 
 
 def backends(name: str, device: str) -> dict[str, str]:
-    """The backend of every family when `name` runs an op: a package where it has the family, ours elsewhere."""
+    """Return the backend of every family when `name` runs an op: a package where it has the family, ours elsewhere."""
     from stages.kernels.backend import FAMILIES
 
     has = FAMILY_OF.get(name, tuple(FAMILIES))
@@ -146,7 +146,7 @@ def _agreement(cast: Any, rast: Any) -> float:
 
 
 def run(args: argparse.Namespace) -> tuple[list[Line], list[str]]:
-    """The lines of a worker process per number of threads, and what went wrong in any."""
+    """Return the lines of a worker process per number of threads, and what went wrong in any."""
     lines: list[Line] = []
     broken = []
     for threads in args.threads if args.device == "cpu" else args.threads[:1]:
@@ -174,7 +174,7 @@ def _worker_words(args: argparse.Namespace, threads: int) -> list[str]:
 
 
 def shown(line: Line) -> str:
-    """A line for a person."""
+    """Return a result line as the terminal shows it."""
     threads = f"{line['threads']} threads" if line["threads"] else line["device"]
     if "absent" in line:
         return f"{threads:>9}  {line['contestant']} is not here: {line['absent']}"
@@ -187,7 +187,7 @@ def shown(line: Line) -> str:
 
 
 def key_of(line: Line) -> tuple:
-    """What a published line is a measurement of; a new one replaces it."""
+    """Return what a published line is a measurement of; a new one replaces it."""
     shapes = json.dumps(line.get("shapes"), sort_keys=True)
     return line["device"], line["threads"], line["contestant"], line.get("case"), line.get("work"), shapes
 

@@ -68,7 +68,7 @@ class Case:
 
 
 def gradients(outputs: Callable[[], Tensor], leaves: list[Tensor]) -> Call:
-    """Forward and backward of a loss, with fresh gradients every time."""
+    """Return forward and backward of a loss, with fresh gradients every time."""
     return lambda: torch.autograd.grad(outputs(), leaves)
 
 
@@ -237,7 +237,7 @@ def _composite_cases(v: Volume) -> Iterator[Case]:
 def nerf_loss(
     v: Volume, table: Tensor, spec: HashGridSpec, density: list[Tensor], colour: list[Tensor], up: Tensor, names: Names
 ) -> Tensor:
-    """What the coarse stage does between its samples and its picture, summed against `up` [R, 3]."""
+    """Return what the coarse stage does between its samples and its picture, summed against `up` [R, 3]."""
     features = hash_encode(v.points, table, spec, backend=names["hash"])
     sigmas = torch.nn.functional.softplus(mlp(features, *density, backend=names["mlp"])[:, 0])
     albedo = torch.sigmoid(mlp(features, *colour, backend=names["mlp"]))

@@ -55,7 +55,7 @@ class Cast:
 
 
 def probe(name: str) -> str:
-    """The version of a peer that imports. Raises Absent with the reason."""
+    """Return the version of a peer that imports. Raises Absent with the reason."""
     try:
         for module in MODULES[name]:
             importlib.import_module(module)
@@ -69,7 +69,7 @@ def probe(name: str) -> str:
 
 
 def peers_of(kind: str | None, device: str) -> tuple[str, ...]:
-    """Who has an op of this kind on this device."""
+    """Return who has an op of this kind on this device."""
     return tuple(name for name in HAVE.get(kind or "", ()) if name in ON[device])
 
 

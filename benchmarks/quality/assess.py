@@ -49,7 +49,7 @@ def assess(mesh: Mesh, prompt: str, scorers: list[ClipScorer]) -> dict[str, Any]
 
 
 def clip_facts(subject: Subject, scorers: list[ClipScorer]) -> dict[str, Any]:
-    """The mean unit embedding of each look under each CLIP; scores against texts are made from them later."""
+    """Return the mean unit embedding of each look under each CLIP; scores against texts are made from them later."""
     cameras, facts = ring(VIEWS, ELEVATION), {scorer.name: {} for scorer in scorers}
     for look, shading in LOOKS.items():
         images, _ = shoot(subject, cameras, PICTURE, shading)
@@ -61,7 +61,7 @@ def clip_facts(subject: Subject, scorers: list[ClipScorer]) -> dict[str, Any]:
 
 
 def colour_facts(subject: Subject, truth: Subject | None) -> dict[str, float | None]:
-    """Saturation, brightness and detail, and where there is a truth their errors against it.
+    """Return saturation, brightness and detail, and where there is a truth their errors against it.
 
     saturation_error, brightness_error: signed differences. colour_difference: of the mean colours, Delta E.
     detail_ratio: high-frequency energy over the truth's.
@@ -87,7 +87,7 @@ def _looks(subject: Subject) -> tuple[dict[str, float], torch.Tensor]:
 
 
 def janus_facts(subject: Subject, truth: Subject) -> dict[str, Any]:
-    """Share of front-like views from behind, and the verdict."""
+    """Return the share of front-like views from behind, and the verdict."""
     cameras = orbit_views(metrics.janus_azimuths(), JANUS_ELEVATION)
     images = [shoot(s, cameras, JANUS_PICTURE)[0] for s in (subject, truth)]
     features = [metrics.picture_features(i) for i in (*images, images[1].flip(2))]
@@ -121,7 +121,7 @@ def mesh_facts(mesh: Mesh) -> dict[str, Any]:
 
 
 def welded(mesh: Mesh) -> Mesh:
-    """The mesh with equal positions made one vertex."""
+    """Return the mesh with equal positions made one vertex."""
     if len(mesh.faces) == 0:
         return Mesh(mesh.vertices, mesh.faces)
     vertices, place = np.unique(mesh.vertices, axis=0, return_inverse=True)

@@ -51,7 +51,7 @@ class Cost:
 
 
 def read_budget(text: str) -> Budget:
-    """A budget as typed. Raises UserError for anything but steps=N and seconds=S of positive numbers."""
+    """Return a budget as typed. Raises UserError for anything but steps=N and seconds=S of positive numbers."""
     unit, _, amount = text.partition("=")
     try:
         number = float(amount)
@@ -65,7 +65,7 @@ def read_budget(text: str) -> Budget:
 
 
 def own_steps(system: str, options: tuple[str, ...]) -> dict[str, int]:
-    """A system's steps by stage as its recipe has them; empty for one that does not optimise."""
+    """Return a system's steps by stage as its recipe has them; empty for one that does not optimise."""
     chosen = find_system(system)
     if chosen.recipe is None:
         return {}
@@ -88,7 +88,7 @@ def cost_of(run: Path, wall_s: float) -> Cost:
 
 
 def fitted_steps(system: str, steps: dict[str, int], budget: Budget, cost: Cost | None) -> dict[str, int]:
-    """The steps by stage that use the budget up, in the recipe's proportions, at least one a stage.
+    """Return the steps by stage that use the budget up, in the recipe's proportions, at least one a stage.
 
     Args:
         steps: of the recipe.
@@ -109,12 +109,12 @@ def fitted_steps(system: str, steps: dict[str, int], budget: Budget, cost: Cost 
 
 
 def shortened(steps: dict[str, int], factor: float) -> dict[str, int]:
-    """Steps by stage times a factor, at least one a stage."""
+    """Return steps by stage times a factor, at least one a stage."""
     return {stage: max(1, round(n * factor)) for stage, n in steps.items()}
 
 
 def as_options(steps: dict[str, int]) -> tuple[str, ...]:
-    """Steps by stage as words for `pipeline run`."""
+    """Return steps by stage as words for `pipeline run`."""
     return tuple(f"{stage}.steps={n}" for stage, n in steps.items())
 
 

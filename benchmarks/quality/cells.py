@@ -53,7 +53,7 @@ def cells_of(suite: Suite, systems: list[str], seeds: int) -> list[Cell]:
 
 
 def load_result(cell: Cell, out: Path) -> dict[str, Any] | None:
-    """A finished cell's result, None for one that is not."""
+    """Return a finished cell's result, None for one that is not."""
     path = cell.folder(out) / "result.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 

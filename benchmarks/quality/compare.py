@@ -33,7 +33,7 @@ Line = dict[str, Any]
 
 
 def read_cells(source: str, suite: str | None = None) -> list[Line]:
-    """Result lines with their `scores`. Raises UserError where there are none."""
+    """Return result lines with their `scores`. Raises UserError where there are none."""
     path = Path(source)
     if source.startswith("git:"):
         lines = _published(source.removeprefix("git:"))
@@ -111,7 +111,7 @@ def _metrics(before: list[Line], after: list[Line]) -> dict[str, Any]:
 
 
 def compare_markdown(comparison: dict[str, Any]) -> str:
-    """The table, and where its two sides come from."""
+    """Return the table, and where its two sides come from."""
     rows = []
     for system, facts in comparison["systems"].items():
         for name, row in facts["metrics"].items():

@@ -26,7 +26,7 @@ _GENERIC = Rotation.from_euler("xyz", [0.3217, 0.5391, 0.7853]).as_matrix()  # n
 
 
 def winding_numbers(mesh: Mesh, points: np.ndarray) -> np.ndarray:
-    """How many times the surface encloses each point [K], signed: crossings of a ray, out minus in.
+    """Return how many times the surface encloses each point [K], signed: crossings of a ray, out minus in.
 
     The ray's direction is generic, so that it meets no edge of an axis-aligned mesh; exact for closed meshes.
     """
@@ -81,7 +81,7 @@ def volume_iou(a: Mesh, b: Mesh, grid: int = GRID) -> float:
 
 
 def surface_points(mesh: Mesh, count: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Points [N, 3] evenly over the outer surface, with their face normals [N, 3].
+    """Return points [N, 3] evenly over the outer surface, with their face normals [N, 3].
 
     Returns: about `count` points: those of 2 x `count` that are not inside the solid, thinned; none of an empty mesh.
     """
@@ -118,7 +118,7 @@ class Alignment:
 
 
 def align(points: np.ndarray, target: np.ndarray, steps: int = 30) -> Alignment:
-    """The turn about the vertical axis, scale and shift that lay `points` [N, 3] best on `target` [M, 3].
+    """Return the turn about the vertical axis, scale and shift that lay `points` [N, 3] best on `target` [M, 3].
 
     Iterated closest points (Besl & McKay 1992) with matches in both directions, so that the scale cannot collapse;
     from YAWS starting angles on a tenth of the points, then from the best three on all.
@@ -174,7 +174,7 @@ def _icp(points: np.ndarray, target: np.ndarray, start: Alignment, steps: int) -
 
 
 def compare(mesh: Mesh, truth: Mesh, *, aligned: bool = True, points: int = POINTS, seed: int = 0) -> dict[str, float]:
-    """Geometry metrics of a mesh against its ground truth.
+    """Return geometry metrics of a mesh against its ground truth.
 
     Returns, lengths over the truth's diagonal:
         chamfer: mean of the two mean nearest distances. normal_consistency: mean |cos| between nearest points'
@@ -211,7 +211,7 @@ def compare(mesh: Mesh, truth: Mesh, *, aligned: bool = True, points: int = POIN
 
 
 def self_intersections(mesh: Mesh) -> int:
-    """Pairs of faces without a common corner of which an edge of one passes through the inside of the other."""
+    """Return pairs of faces without a common corner of which an edge of one passes through the inside of the other."""
     corners = mesh.vertices.astype(np.float64)[mesh.faces] @ _GENERIC.T
     if len(corners) == 0:
         return 0
@@ -268,7 +268,7 @@ def _pierces(p, q, triangle):
 
 
 def uv_stretch(mesh: Mesh) -> float:
-    """L2 texture stretch (Sander et al. 2001, sec. 3): root mean square length of texture steps on the surface.
+    """Return the L2 texture stretch (Sander et al. 2001, sec. 3): the RMS length of texture steps on the surface.
 
     Normalised by the total areas: 1 is a map that is isometric up to one scale. Faces without an area in the texture
     are left to `uv_collapsed`. nan without UVs, and where every face has collapsed.

@@ -96,7 +96,7 @@ def step_seconds(run: Path) -> dict[str, float]:
 
 
 def values_of(cell: Cell, out: Path, scores: dict[str, Any]) -> dict[str, float]:
-    """A finished cell's numbers by column; nan for what it does not have. A run without an object hits nothing.
+    """Return a finished cell's numbers by column; nan for what it does not have. A run without an object hits nothing.
 
     scores: of the cell by look, as summary.score_lines makes them.
     """
@@ -178,7 +178,7 @@ def meets(pairs: dict[str, dict[str, float]]) -> bool | None:
 
 
 def as_markdown(lines: list[Line]) -> str:
-    """The table: mean [95 % interval] of every column."""
+    """Return the table: mean [95 % interval] of every column."""
     rows = []
     for line in lines:
         cells = f"{line['cells']}" + (f" ({line['failed']} failed)" if line["failed"] else "")
@@ -235,7 +235,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def report(args: argparse.Namespace) -> list[Line]:
-    """The lines of what is finished in OUT, written there and, when published, to benchmarks/results."""
+    """Return the lines of what is finished in OUT, written there and, when published, to benchmarks/results."""
     suite = load_suite(str(args.prompts))
     prompts = suite.prompts[: args.limit] if args.limit else suite.prompts
     systems = args.systems.split(",")

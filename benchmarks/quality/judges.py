@@ -16,7 +16,7 @@ from stages.errors import UserError
 
 @functools.cache
 def fingerprint(folder: Path) -> str:
-    """SHA-256 of a CLIP's weights."""
+    """Return the SHA-256 of a CLIP's weights."""
     digest = hashlib.sha256()
     for path in sorted(folder.glob("*.safetensors")):
         with open(path, "rb") as file:
@@ -26,19 +26,19 @@ def fingerprint(folder: Path) -> str:
 
 
 def guides_of(config: Config) -> list[Path]:
-    """Folders of the CLIPs that guide the stages of a run."""
+    """Return the folders of the CLIPs that guide the stages of a run."""
     folders = [clip_folder(getattr(config.prior, stage)) for stage in config.stages]
     return list(dict.fromkeys(folder for folder in folders if folder is not None))
 
 
 def judges_among(clips: list[Path], guides: list[Path]) -> list[Path]:
-    """Those of the CLIPs that did not guide."""
+    """Return those of the CLIPs that did not guide."""
     guilty = {fingerprint(folder) for folder in guides}
     return [clip for clip in clips if fingerprint(clip) not in guilty]
 
 
 def judges_of_run(clips: list[Path], run: Path) -> list[Path]:
-    """Those of the CLIPs that did not guide the run in a folder; all of them where there was no run."""
+    """Return those of the CLIPs that did not guide the run in a folder; all of them where there was no run."""
     return judges_among(clips, guides_of(read_config(run)) if (run / "config.yaml").is_file() else [])
 
 

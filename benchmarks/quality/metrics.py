@@ -23,17 +23,17 @@ LUMA = (0.2126, 0.7152, 0.0722)
 
 
 def mean_embedding(embeddings: Tensor) -> Tensor:
-    """The unit mean [D] of unit embeddings [V, D]."""
+    """Return the unit mean [D] of unit embeddings [V, D]."""
     return F.normalize(embeddings.mean(0), dim=0)
 
 
 def clip_score(image: Tensor, text: Tensor) -> float:
-    """CLIP score: 100 times the cosine of two unit embeddings [D]; not clipped at zero."""
+    """Return the CLIP score: 100 times the cosine of two unit embeddings [D]; not clipped at zero."""
     return 100 * float(image @ text)
 
 
 def hits(scores: Tensor, truth: Tensor | list[int]) -> Tensor:
-    """R-Precision at 1 of each asset.
+    """Return R-Precision at 1 of each asset.
 
     Args:
         scores: [A, C] similarities.
@@ -48,13 +48,13 @@ def hits(scores: Tensor, truth: Tensor | list[int]) -> Tensor:
 
 
 def ranks(scores: Tensor, truth: Tensor | list[int]) -> Tensor:
-    """The place [A] of each asset's own caption among the candidates, 1 the best; ties take the middle place."""
+    """Return the place [A] of each asset's own caption among the candidates, 1 the best; ties take the middle place."""
     true_score = scores.gather(1, torch.as_tensor(truth)[:, None])
     return 1 + (scores > true_score).sum(1) + ((scores == true_score).sum(1) - 1) / 2
 
 
 def geometry_text(caption: str) -> str:
-    """The caption without colour and pattern words where the pocket world's grammar reads it, else unchanged."""
+    """Return the caption without colour and pattern words where the pocket world's grammar reads it, else unchanged."""
     try:
         return world.geometry_caption(world.parse(caption))
     except ValueError:
@@ -82,7 +82,7 @@ def truth_of(prompts: list[str], texts: list[str], textureless: bool) -> list[in
 
 
 def saturation_brightness(albedo: Tensor, coverage: Tensor) -> tuple[float, float]:
-    """Mean chroma and mean brightness of an object's unshaded pictures.
+    """Return mean chroma and mean brightness of an object's unshaded pictures.
 
     Chroma is max - min and brightness (max + min) / 2 of a pixel's sRGB channels, the hexcone's and HSL's: both are
     in [0, 1], and both are multiplied by k when unclipped sRGB colours are.
@@ -123,7 +123,7 @@ _XYZ = torch.tensor(
 
 
 def colour_difference(asset: Tensor, truth: Tensor) -> float:
-    """The mean distance (CIE76 Delta E; 2.3 is just seen) of two assets' mean colours [V, 3] in the same views.
+    """Return the mean distance (CIE76 Delta E; 2.3 is just seen) of two assets' mean colours [V, 3] in the same views.
 
     A wrong hue shows here, of which saturation and brightness know nothing. nan where an asset covers nothing.
     """
@@ -131,7 +131,7 @@ def colour_difference(asset: Tensor, truth: Tensor) -> float:
 
 
 def detail(images: Tensor, coverage: Tensor, sigma: float = 1.5) -> float:
-    """High-frequency energy inside the silhouette: root mean square of luma minus its Gaussian blur.
+    """Return high-frequency energy inside the silhouette: root mean square of luma minus its Gaussian blur.
 
     The blur is normalised by the object's own coverage, so the silhouette, whatever its contrast, adds nothing.
 
@@ -169,7 +169,7 @@ JANUS_SHARE = (
 
 
 def janus_azimuths() -> list[float]:
-    """The azimuths in [0, 360) at which asset and truth are compared."""
+    """Return the azimuths in [0, 360) at which asset and truth are compared."""
     return [JANUS_STEP * k for k in range(round(360 / JANUS_STEP))]
 
 
@@ -192,12 +192,12 @@ def front_share(asset: Tensor, truth: Tensor, mirrored: Tensor) -> float:
 
 
 def two_faced(share: float) -> bool:
-    """Whether a share of front-like views from behind makes a Janus."""
+    """Return whether a share of front-like views from behind makes a Janus."""
     return share >= JANUS_SHARE
 
 
 def picture_features(images: Tensor, side: int = 24) -> Tensor:
-    """Unit features [K, D] of linear pictures [K, H, W, 3] that need no network: small sRGB copies, centred."""
+    """Return unit features [K, D] of linear pictures [K, H, W, 3] that need no network: small sRGB copies, centred."""
     small = F.interpolate(linear_to_srgb(images).permute(0, 3, 1, 2), (side, side), mode="bilinear", antialias=True)
     flat = small.flatten(1)
     return F.normalize(flat - flat.mean(1, keepdim=True), dim=1)

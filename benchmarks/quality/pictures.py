@@ -51,7 +51,7 @@ def psnr(made: Tensor, truth: Tensor, mask: Tensor) -> float:
 
 
 def gradient_similarity(made: Tensor, truth: Tensor, mask: Tensor) -> float:
-    """Mean gradient magnitude similarity of pictures [B, S, S, 3] over a mask [B, S, S].
+    """Return the mean gradient magnitude similarity of pictures [B, S, S, 3] over a mask [B, S, S].
 
     Prewitt gradients of the luma at half the size, as in the paper; 1 for equal pictures, less where an edge is
     missing or too much. The mean, not the paper's deviation, which judges the evenness of a distortion.
@@ -73,7 +73,7 @@ def _gradient(pictures: Tensor) -> Tensor:
 
 
 def normals_of(subject: Subject, views: Views) -> Tensor:
-    """World normals [B, S, S, 3], of unit length where a pixel is covered whole."""
+    """Return world normals [B, S, S, 3], of unit length where a pixel is covered whole."""
     painted = replace(subject, colours=subject.normals / 2 + 0.5, uv=None, texture=None)
     seen, _ = shoot(painted, views, SIDE, ALBEDO)
     return F.normalize(2 * seen - 1, dim=-1)

@@ -59,7 +59,7 @@ class Subject:
         )
 
     def colour_of(self, attributes: Tensor) -> Tensor:
-        """Linear colours [N, 3] from interpolated colours or uv."""
+        """Return linear colours [N, 3] from interpolated colours or uv."""
         if self.texture is None:
             return attributes
         grid = torch.stack([2 * attributes[:, 0] - 1, 1 - 2 * attributes[:, 1]], -1)[None, None]  # row 0 is v = 1
@@ -105,5 +105,5 @@ def ring(count: int, elevation_deg: float = 30.0, start_deg: float = 0.0) -> Vie
 
 
 def albedo_of(subject: Subject, views: Views, size: int) -> tuple[Tensor, Tensor]:
-    """Unshaded pictures and coverage."""
+    """Return unshaded pictures and coverage."""
     return shoot(subject, views, size, ALBEDO)

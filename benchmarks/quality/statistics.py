@@ -44,7 +44,7 @@ class Comparison:
 
 
 def bootstrap(values: Mapping[str, Sequence[float]], confidence: float = 0.95, seed: int = 0) -> Interval:
-    """Percentile interval of the mean by the two-level bootstrap (Davison & Hinkley 1997, sec. 3.8).
+    """Return the percentile interval of the mean by the two-level bootstrap (Davison & Hinkley 1997, sec. 3.8).
 
     Prompts are drawn with replacement, then as many seeds of each drawn prompt as it has, with replacement; the mean
     weighs prompts equally. Non-finite values count as absent. With two seeds of mere noise the interval is a fifth too
@@ -79,7 +79,7 @@ def bootstrap(values: Mapping[str, Sequence[float]], confidence: float = 0.95, s
 
 
 def compare(a: Mapping[str, Sequence[float]], b: Mapping[str, Sequence[float]], seed: int = 0) -> Comparison:
-    """Paired comparison of two systems over their common prompts.
+    """Return the paired comparison of two systems over their common prompts.
 
     Args:
         a, b: by prompt, one number a seed.
@@ -100,7 +100,7 @@ def compare(a: Mapping[str, Sequence[float]], b: Mapping[str, Sequence[float]], 
 
 
 def sign_flip_p(differences: np.ndarray, seed: int = 0) -> float:
-    """Two-sided p of the sign-flip permutation test (Fisher): how often random signs give as large a mean.
+    """Return the two-sided p of the sign-flip permutation test (Fisher): how often random signs give as large a mean.
 
     Exact for fewer than EXACT_BELOW differences, else from RESAMPLES random flips, the observed one counted among them.
     """
@@ -116,7 +116,7 @@ def sign_flip_p(differences: np.ndarray, seed: int = 0) -> float:
 
 
 def sign_test_p(wins: int, losses: int) -> float:
-    """Two-sided exact binomial p of `wins` against `losses`; ties are left out."""
+    """Return the two-sided exact binomial p of `wins` against `losses`; ties are left out."""
     n = wins + losses
     if n == 0:
         return 1.0

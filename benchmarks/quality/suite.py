@@ -38,13 +38,13 @@ class Suite:
         return next(name for name, group in self.groups.items() if prompt in group)
 
     def candidates(self, look: str) -> list[str]:
-        """The candidate captions of "colour" or "textureless" renders, every prompt's own among them."""
+        """Return the candidate captions of "colour" or "textureless" renders, every prompt's own among them."""
         bare = look == "textureless"
         return metrics.candidates(self.prompts, self.distractors + bare * self.distractors_textureless, bare)
 
 
 def pocket_suite(quick: bool = False) -> Suite:
-    """The fixed suite of the pocket world; `quick` keeps its four quick prompts and all its candidates."""
+    """Return the fixed suite of the pocket world; `quick` keeps its four quick prompts and all its candidates."""
     data = json.loads(POCKET_SUITE.read_text(encoding="utf-8"))
     groups, distractors = data["prompts"], data["distractors"]
     if quick:
@@ -56,7 +56,7 @@ def pocket_suite(quick: bool = False) -> Suite:
 
 
 def read_captions(path: Path) -> list[str]:
-    """The captions of a text file. UserError where it is missing or empty."""
+    """Return the captions of a text file. UserError where it is missing or empty."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError as error:
@@ -69,7 +69,7 @@ def read_captions(path: Path) -> list[str]:
 
 
 def load_suite(prompts: str, distractors: Path | None = None, quick: bool = False) -> Suite:
-    """The suite named on the command line: pocket, or a file of captions.
+    """Return the suite named on the command line: pocket, or a file of captions.
 
     Captions of the pocket world get its own distractors, up to a hundred candidates; others only each other and those
     of the `distractors` file.
@@ -103,7 +103,7 @@ def _group(caption: str) -> str:
 
 
 def spec_of(caption: str) -> world.Spec | None:
-    """The pocket world's reading of a caption, None outside it."""
+    """Return the pocket world's reading of a caption, None outside it."""
     try:
         return world.parse(caption)
     except ValueError:

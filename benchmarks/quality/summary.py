@@ -162,7 +162,7 @@ def cell_values(lines: list[Line], scores: dict[str, dict], name: str, clip: str
 
 
 def values_of(lines: list[Line], scores: dict[str, dict], name: str, clip: str = "") -> dict[str, list[float]]:
-    """The same by prompt, a number a seed."""
+    """Return one metric of one system's lines by prompt, a number a seed."""
     return _by_prompt(cell_values(lines, scores, name, clip))
 
 
@@ -183,7 +183,7 @@ def _by_prompt(values: CellValues) -> dict[str, list[float]]:
 
 
 def summarise(lines: list[Line], suite: Suite, clips: list[Path]) -> dict[str, Any]:
-    """The whole summary, JSON-ready.
+    """Return the whole summary, JSON-ready.
 
     Returns: suite facts, where it ran, `systems` with an interval for every metric and group of prompts, `clips` with
         R-Precision under every CLIP, `comparisons` of every pair of systems, and `scores` by cell.
@@ -297,7 +297,7 @@ def shown(interval: dict[str, float] | None, digits: int) -> str:
 
 
 def as_text(summary: dict[str, Any], chosen: tuple[str, ...] = (*tuple(METRICS)[:4], "chamfer", "wall_s")) -> str:
-    """A small table for the terminal."""
+    """Return a small table for the terminal."""
     rows = [["system", "cells", *(METRICS[name].label for name in chosen)]]
     for system, facts in summary["systems"].items():
         cells = f"{facts['cells']}" + (f" ({facts['failed']} failed)" if facts["failed"] else "")

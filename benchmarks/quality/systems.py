@@ -221,7 +221,7 @@ def _floor(job: Job) -> tuple[Mesh, dict[str, Any]]:
 
 
 def random_blob(rng: np.random.Generator, waves: int = 12) -> Mesh:
-    """A closed random shape of radius about 0.6: a sphere moved by random waves, coloured by others."""
+    """Return a closed random shape of radius about 0.6: a sphere moved by random waves, coloured by others."""
     import trimesh
 
     ball = trimesh.creation.icosphere(5, 1.0)
@@ -281,7 +281,7 @@ CURES = FOLDER / "cures"  # plain SDS with one rule or cure each: sds+NAME
 
 
 def cures() -> list[str]:
-    """The systems sds+NAME, for the recipes of benchmarks/cures."""
+    """Return the systems sds+NAME, for the recipes of benchmarks/cures."""
     return [f"sds+{path.stem}" for path in sorted(CURES.glob("*.yaml"))]
 
 

@@ -63,12 +63,12 @@ class ViewClassifier:
 
     @torch.no_grad()
     def fronts(self, images: Tensor) -> Tensor:
-        """Which of the linear pictures [K, H, W, 3], of any size, show a front: bool [K]."""
+        """Return which of the linear pictures [K, H, W, 3], of any size, show a front: bool [K]."""
         return self.net(_pictures(images)) > 0
 
 
 def away_from_front(azimuth_deg: Tensor) -> Tensor:
-    """Degrees in [0, 180] between azimuths and the front."""
+    """Return degrees in [0, 180] between azimuths and the front."""
     return ((azimuth_deg + 180) % 360 - 180).abs()
 
 
@@ -82,7 +82,7 @@ def janus_views(classifier: ViewClassifier, asset: Subject, truth: Subject) -> d
 
 
 def train(kind: str, seed: int = 0) -> ViewClassifier:
-    """The classifier of one kind, a function of kind and seed. ValueError for a kind without a front."""
+    """Return the classifier of one kind, a function of kind and seed. ValueError for a kind without a front."""
     if not world.true_front(kind):
         raise ValueError(f"kind: wanted one with a true front, got {kind!r}")
     rng, generator = np.random.default_rng([seed, *kind.encode()]), torch.Generator().manual_seed(seed)
@@ -176,7 +176,7 @@ def _pictures(images: Tensor) -> Tensor:
 
 
 def load_or_train(kind: str, folder: Path) -> ViewClassifier:
-    """The classifier of a kind from `folder`, trained and saved there the first time."""
+    """Return the classifier of a kind from `folder`, trained and saved there the first time."""
     from safetensors.torch import load_file, save
 
     weights, facts = folder / f"{kind}.safetensors", folder / f"{kind}.json"

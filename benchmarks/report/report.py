@@ -36,7 +36,7 @@ VIEWER_FACES = 5000  # of a mesh in the page
 
 
 def plots(summary: dict[str, Any]) -> list[str]:
-    """Quality against time for the systems that took any, with intervals."""
+    """Return quality against time for the systems that took any, with intervals."""
     drawn = []
     for name in ("r_precision_colour", "clip_colour", "volume_iou"):
         points = []
@@ -53,7 +53,7 @@ def plots(summary: dict[str, Any]) -> list[str]:
 
 
 def facts_of(summary: dict[str, Any]) -> list[str]:
-    """What was run, where and when, in a few lines."""
+    """Return what was run, where and when, in a few lines."""
     prompts = sum(summary["prompts"].values())
     groups = ", ".join(f"{n} {name}" for name, n in summary["prompts"].items())
     looks = ", ".join(f"{n} {look}" for look, n in summary["candidates"].items())
@@ -69,7 +69,7 @@ def facts_of(summary: dict[str, Any]) -> list[str]:
 
 
 def html_table(head: list[str], rows: list[list[str]]) -> str:
-    """A table of ready HTML cells; a cell that starts with * is the best of its column."""
+    """Return a table of ready HTML cells; a cell that starts with * is the best of its column."""
 
     def cell(text: str) -> str:
         return f'<td class="best">{text[1:]}</td>' if text.startswith("*") else f"<td>{text}</td>"
@@ -79,7 +79,7 @@ def html_table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def systems_table(summary: dict[str, Any], group: str) -> str:
-    """Systems by metrics, with intervals; the best of the real systems in bold."""
+    """Return systems by metrics, with intervals; the best of the real systems in bold."""
     names = [n for n in METRICS if any(n in facts.get(group, {}) for facts in summary["systems"].values())]
     best = {}
     for name in names:
@@ -124,7 +124,7 @@ def times_table(summary: dict[str, Any]) -> str:
 
 
 def clips_table(summary: dict[str, Any]) -> str:
-    """R-Precision and score of every system under every CLIP."""
+    """Return R-Precision and score of every system under every CLIP."""
     names = list(METRICS)[:4]
     rows = [
         [escape(clip), escape(name_of(system)), *(shown(facts.get(n), METRICS[n].digits) for n in names)]
@@ -185,7 +185,7 @@ def gallery(summary: dict[str, Any], lines: list[dict[str, Any]], out: Path) -> 
 
 
 def load_mesh(folder: Path) -> Mesh:
-    """The mesh of a finished cell."""
+    """Return the mesh of a finished cell."""
     from stages.mesh.files.read import read_mesh
 
     if (folder / "run" / "mesh.glb").is_file():
@@ -195,7 +195,7 @@ def load_mesh(folder: Path) -> Mesh:
 
 
 def simplified(mesh: Mesh, faces: int = VIEWER_FACES) -> Mesh:
-    """A copy with vertex colours and at most about `faces` faces, for the page."""
+    """Return a copy with vertex colours and at most about `faces` faces, for the page."""
     from scipy.spatial import cKDTree
 
     from benchmarks.quality.assess import welded
@@ -212,7 +212,7 @@ def simplified(mesh: Mesh, faces: int = VIEWER_FACES) -> Mesh:
 
 
 def pack(mesh: Mesh) -> str:
-    """A mesh with vertex colours as the viewer's base64: see viewer.js."""
+    """Return a mesh with vertex colours as the viewer's base64: see viewer.js."""
     import torch
 
     from stages.kernels.srgb import linear_to_srgb

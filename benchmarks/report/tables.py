@@ -91,7 +91,7 @@ def _sentence(c: dict[str, Any], label: str, digits: int) -> str:
 
 
 def pocket_markdown(line: dict[str, Any]) -> str:
-    """The pocket models' table from one line of pocket.jsonl."""
+    """Return the pocket models' table from one line of pocket.jsonl."""
     rows = []
     if "truth" in line:
         for look, facts in line["truth"].items():
@@ -124,7 +124,7 @@ def pocket_markdown(line: dict[str, Any]) -> str:
 
 
 def reference_markdown(lines: list[dict[str, Any]]) -> str:
-    """The table of the reference benchmark: the latest line of each mesh and stage, below them the targets."""
+    """Return the table of the reference benchmark: the latest line of each mesh and stage, below them the targets."""
     latest = {(line["mesh"], line["stage"]): line for line in lines}
     meshes = list(dict.fromkeys(mesh for mesh, _ in latest))
     rows = []
@@ -187,7 +187,7 @@ def quality_markdown(
         "wall_s",
     ),
 ) -> str:
-    """A suite's table from its summary, and what it answers."""
+    """Return a suite's table from its summary, and what it answers."""
     names = [n for n in chosen if any(n in facts["all"] for facts in summary["systems"].values())]
     rows = []
     for system, facts in summary["systems"].items():
@@ -204,7 +204,7 @@ def quality_markdown(
 
 
 def guidance_markdown(lines: list[dict[str, Any]]) -> str:
-    """The table of rules and cures against plain SDS, and where it was made."""
+    """Return the table of rules and cures against plain SDS, and where it was made."""
     prompts, seeds = max(line["prompts"] for line in lines), max(line["seeds"] for line in lines)
     note = (
         f"{prompts} prompts with a true front, up to {seeds} seed{'s' if seeds > 1 else ''}, coarse + fine, pocket "

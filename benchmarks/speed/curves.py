@@ -20,19 +20,19 @@ class Curve:
     fit: tuple[str, float, float, float, float] | None = None
 
     def at(self, x: float) -> float:
-        """The fitted curve at x."""
+        """Return the fitted curve at x."""
         kind, a, b, _, _ = self.fit
         return a * x**b if kind == "power" else a + b * x
 
 
 def fit_label(fit: tuple[str, float, float, float, float]) -> str:
-    """The fit in words."""
+    """Return the fit in words."""
     kind, a, b, r2, _ = fit
     return f"x^{b:.2f} (R2 {r2:.3f})" if kind == "power" else f"{a:.0f} + {b:.0f} x (R2 {r2:.4f})"
 
 
 def growth_plot(curves: list[Curve], title: str, x_label: str, y_label: str, *, log: bool = True) -> str:
-    """A stand-alone SVG, on logarithmic axes or on linear ones from zero.
+    """Return a stand-alone SVG, on logarithmic axes or on linear ones from zero.
 
     Raises: ValueError for a point that a logarithmic axis cannot show.
     """

@@ -38,7 +38,7 @@ def _read(folder: Path) -> int:
 
 
 def joules_between(before: int, after: int, most: int) -> float:
-    """Joules from one reading to the next of a counter in microjoules that starts again at zero after `most`."""
+    """Return joules from one reading to the next of a counter in microjoules that starts again at zero after `most`."""
     return ((after - before) if after >= before else (after - before + most)) * 1e-6
 
 

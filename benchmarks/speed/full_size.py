@@ -46,7 +46,7 @@ SIZES = {
 
 
 def networks(size: str) -> dict[str, Any]:
-    """The three networks by their folder's names, from torch's global generator."""
+    """Return the three networks by their folder's names, from torch's global generator."""
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -87,7 +87,7 @@ def networks(size: str) -> dict[str, Any]:
 
 
 def parameters(parts: dict[str, Any]) -> dict[str, int]:
-    """How many each network has."""
+    """Return how many parameters each network has."""
     return {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
 
 

@@ -198,7 +198,7 @@ def _result(steps: list[tuple[float, dict[str, float]]]) -> dict[str, Any]:
 
 
 def facts_of(stage: Stage, metrics: dict[str, float]) -> dict[str, float]:
-    """What a step worked on."""
+    """Return what a step worked on: rays, samples, faces and the like."""
     s = stage.settings
     facts = {"rays": s.views_per_step * s.resolution**2}
     if isinstance(stage, CoarseStage):

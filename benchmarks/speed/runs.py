@@ -27,7 +27,7 @@ class Broken(Exception):
 
 
 def environment_of(threads: int, **more: str) -> dict[str, str]:
-    """This process's environment with every thread pool at `threads`."""
+    """Return this process's environment with every thread pool at `threads`."""
     return os.environ | {name: str(threads) for name in POOLS} | more
 
 
@@ -72,7 +72,7 @@ def profile_of(folder: Path) -> Facts:
 
 
 def first_start(words: list[str], threads: int) -> Facts:
-    """A run of two steps a stage on a machine without compiled kernels: how long the compiling takes."""
+    """Run two steps a stage without compiled kernels, then with them; returns how long the compiling takes."""
     with tempfile.TemporaryDirectory() as scratch:
         env = environment_of(threads, NUMBA_CACHE_DIR=str(Path(scratch) / "numba"))
         seconds = run(Path(scratch) / "first", [*SHORT, *words, "--profile"], env)

@@ -120,7 +120,7 @@ def measure(args: argparse.Namespace) -> Iterator[Line]:
 
 
 def shown(line: Line) -> str:
-    """A line for a person."""
+    """Return a result line as the terminal shows it."""
     if line["part"] == "growth":
         spread = f"[{line['ms_low']:.1f}, {line['ms_high']:.1f}]"
         facts = ", ".join(f"{name} {value:g}" for name, value in line["facts"].items())
@@ -131,7 +131,7 @@ def shown(line: Line) -> str:
 
 
 def key_of(line: Line) -> tuple:
-    """What a published line is a measurement of; a new one replaces it."""
+    """Return what a published line is a measurement of; a new one replaces it."""
     names = ("device", "threads", "part", "stage", "sweep", "value", "networks", "which", "profiled", "size")
     return tuple(line.get(name) for name in names)
 

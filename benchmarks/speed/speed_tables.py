@@ -42,7 +42,7 @@ def curve_of(lines: list[Line], label: str, ms: str | None = None) -> Curve:
 
 
 def sweeps_of(lines: list[Line]) -> dict[tuple, list[Line]]:
-    """Growth lines by device, threads, networks, stage and sweep."""
+    """Return growth lines by device, threads, networks, stage and sweep."""
     sweeps: dict[tuple, list[Line]] = {}
     for line in lines:
         if line["part"] == "growth":

@@ -88,7 +88,7 @@ def _draw(kind: str, settings: BackdropSettings, count: int, size: int, generato
 
 
 def checkerboards(count: int, size: int, squares: int, generator: torch.Generator) -> Tensor:
-    """Checkerboards [count, size, size, 3] of `squares` squares a side, each in two random sRGB colours."""
+    """Return checkerboards [count, size, size, 3] of `squares` squares a side, each in two random sRGB colours."""
     colours = torch.rand(count, 2, 3, generator=generator)
     column = torch.arange(size) * squares // size
     odd = (column[:, None] + column[None, :]) % 2  # [size, size]
@@ -129,7 +129,7 @@ def blurred(pictures: Tensor, deviation: Tensor) -> Tensor:
 
 
 def show_on(colour: Tensor, opacity: Tensor, pictures: Tensor) -> Tensor:
-    """Renders over black [B, H, W, 3] with opacity [B, H, W, 1], each on n of the pictures [B n, H, W, 3].
+    """Return renders over black [B, H, W, 3] with opacity [B, H, W, 1], each on n of the pictures [B n, H, W, 3].
 
     Returns: [B n, H, W, 3], the n copies of a view beside each other. Differentiable in all three.
     """

@@ -61,13 +61,13 @@ class Background(nn.Module):
             self.head.w2.mul_(0.1)  # the harmonics' first look would otherwise be coloured stripes
 
     def forward(self, directions: Tensor) -> Tensor:
-        """Linear colour [N, 3] of unit directions [N, 3]."""
+        """Return linear colour [N, 3] of unit directions [N, 3]."""
         check_shape("directions", directions, (None, 3))
         return torch.sigmoid(mlp(harmonics(directions), *self.head.weights()))
 
 
 def random_background(settings: BackgroundSettings, batch: int, generator: torch.Generator) -> Tensor | None:
-    """Flat linear colours [B, 1, 1, 3], one per view, or None for a step that shows the learned environment.
+    """Return flat linear colours [B, 1, 1, 3], one per view, or None for a step that shows the learned environment.
 
     Always takes the same count of numbers from the generator.
     """

@@ -33,5 +33,5 @@ def clamped(raw: Tensor) -> Tensor:
 
 
 def before_clamping(value: Tensor) -> Tensor:
-    """The raw values that `clamped` makes these of."""
+    """Return the raw values that `clamped` makes these of."""
     return 4 * (value - 0.5)

@@ -86,11 +86,11 @@ class Head(nn.Module):
         self.w2, self.b2 = uniform(outputs, hidden, fan_in=hidden), nn.Parameter(torch.zeros(outputs))
 
     def weights(self, mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Arguments of the mlp op; a mask [I] switches inputs off by scaling the first layer's columns."""
+        """Return arguments of the mlp op; a mask [I] switches inputs off by scaling the first layer's columns."""
         return (self.w1 if mask is None else self.w1 * mask), self.b1, self.w2, self.b2
 
     def widened(self, inputs: int) -> Head:
-        """The same function with `inputs` more inputs, which it ignores until trained (zero columns)."""
+        """Return the same function with `inputs` more inputs, which it ignores until trained (zero columns)."""
         wide = Head(1, 1, 1, torch.Generator())
         wide.w1 = nn.Parameter(torch.nn.functional.pad(self.w1.detach(), (0, inputs)))
         wide.b1, wide.w2, wide.b2 = (nn.Parameter(v.detach().clone()) for v in (self.b1, self.w2, self.b2))
@@ -136,7 +136,7 @@ class HashField(nn.Module):
         return self.bands if self._annealed else None
 
     def features(self, points: Tensor, known: Tensor | None = None) -> Tensor:
-        """Hash features [N, W]; `known` are those of a pass without gradients over the same points."""
+        """Return hash features [N, W]; `known` are those of a pass without gradients over the same points."""
         check_shape("points", points, (None, 3))
         return hash_encode(0.5 * (points + 1), self.table, self.spec, known=known)
 
@@ -154,7 +154,7 @@ class HashField(nn.Module):
         return self._activated(raw, points)
 
     def albedo(self, points: Tensor, features: Tensor | None = None) -> Tensor:
-        """Linear albedo [N, 3]; does not evaluate the density."""
+        """Return linear albedo [N, 3]; does not evaluate the density."""
         mask = self._mask
         if self.detail is None:
             features = self.features(points) if features is None else features

@@ -74,7 +74,7 @@ class Edges:
 
 
 def edges_of(faces: np.ndarray) -> Edges:
-    """Edges of `faces` [F, 3] with their face counts and orientation balance."""
+    """Return edges of `faces` [F, 3] with their face counts and orientation balance."""
     start, end = faces.reshape(-1).astype(np.int64), np.roll(faces, -1, axis=1).reshape(-1).astype(np.int64)
     low, high = np.minimum(start, end), np.maximum(start, end)
     base = int(high.max()) + 1 if len(high) else 1
@@ -85,7 +85,7 @@ def edges_of(faces: np.ndarray) -> Edges:
 
 
 def adjacent_faces(edges: Edges) -> tuple[np.ndarray, np.ndarray]:
-    """Pairs of half edges [P, 2] that share a two-face edge, and the edge [P] between them, in edge order."""
+    """Return pairs of half edges [P, 2] that share a two-face edge, and the edge [P] between them, in edge order."""
     inner = np.flatnonzero(edges.count == 2)
     order = np.argsort(edges.of_half_edge, kind="stable")
     first = np.concatenate([[0], np.cumsum(edges.count)])[inner]
@@ -93,7 +93,7 @@ def adjacent_faces(edges: Edges) -> tuple[np.ndarray, np.ndarray]:
 
 
 def label_components(nodes: int, links: np.ndarray) -> tuple[int, np.ndarray]:
-    """Connected components of an undirected graph: how many, and the label [nodes] of each node.
+    """Return connected components of an undirected graph: how many, and the label [nodes] of each node.
 
     Args:
         nodes: number of nodes.
@@ -105,7 +105,7 @@ def label_components(nodes: int, links: np.ndarray) -> tuple[int, np.ndarray]:
 
 
 def face_components(faces: np.ndarray, vertices: int) -> np.ndarray:
-    """The component label [F] of each face, 0.. by first appearance; connected through shared vertices."""
+    """Return the component label [F] of each face, 0.. by first appearance; connected through shared vertices."""
     links = np.concatenate([faces[:, [0, 1]], faces[:, [1, 2]]])
     _, labels = label_components(vertices, links)
     _, first, inverse = np.unique(labels[faces[:, 0]], return_index=True, return_inverse=True)
@@ -115,7 +115,7 @@ def face_components(faces: np.ndarray, vertices: int) -> np.ndarray:
 
 
 def face_areas(vertices: np.ndarray, faces: np.ndarray) -> np.ndarray:
-    """Areas [F] in float64."""
+    """Return areas [F] in float64."""
     a, b, c = (vertices[faces[:, k]].astype(np.float64) for k in range(3))
     return np.linalg.norm(np.cross(b - a, c - a), axis=1) / 2
 

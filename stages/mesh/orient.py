@@ -21,13 +21,13 @@ CREASE_DEG = 40.0  # edges bent by more than this are sharp
 
 
 def welded_faces(mesh: Mesh) -> tuple[np.ndarray, np.ndarray]:
-    """Distinct positions [V, 3] in sorted order and the faces [F, 3] int64 among them."""
+    """Return distinct positions [V, 3] in sorted order and the faces [F, 3] int64 among them."""
     positions, place = np.unique(mesh.vertices, axis=0, return_inverse=True)
     return positions, place.reshape(-1)[mesh.faces]
 
 
 def turned(vertices: np.ndarray, faces: np.ndarray) -> np.ndarray:
-    """Which faces [F] bool must be turned over so that neighbours agree and bodies face outwards.
+    """Return which faces [F] bool must be turned over so that neighbours agree and bodies face outwards.
 
     Neighbours are faces with a common edge of two faces. Each connected piece that is not consistent is made so, where
     it can be (a Moebius strip cannot), and faced outwards by its volume about its own middle. Then everything is turned
@@ -90,7 +90,7 @@ def _enclosed(vertices: np.ndarray, faces: np.ndarray, piece: np.ndarray, inward
 
 
 def one_sided(faces: np.ndarray) -> np.ndarray:
-    """Which faces [F] bool of welded faces to keep so that no part lies there twice, once facing each way.
+    """Return which faces [F] bool of welded faces to keep so that no part lies there twice, once facing each way.
 
     Such parts are surfaces that a program wrote for both sides; they would enclose nothing. A wall between two rooms
     is there twice, too, but not the rest of its part.
@@ -137,7 +137,7 @@ def creased(mesh: Mesh, crease_deg: float = CREASE_DEG) -> Mesh:
 
 
 def smooth_normals(mesh: Mesh, crease_deg: float = CREASE_DEG) -> np.ndarray:
-    """Unit normals [V, 3] float32 of a file's own vertices: outwards, smooth across seams, sharp where split."""
+    """Return unit normals [V, 3] float32 of a file's own vertices: outwards, smooth across seams, sharp where split."""
     shaded = creased(mesh, crease_deg)
     normals = shaded.vertex_normals().astype(np.float64)[shaded.faces]  # [F, 3, 3] by corner
     normals *= face_areas(mesh.vertices, mesh.faces)[:, None, None]

@@ -63,20 +63,20 @@ class Placement:
     yaw_deg: float
 
     def into_scene(self, points: np.ndarray) -> np.ndarray:
-        """Scene coordinates [N, 3] float32 of points in the user's own."""
+        """Return scene coordinates [N, 3] float32 of points in the user's own."""
         return (self.scale * (points.astype(np.float64) - self.centre) @ _yaw(self.yaw_deg).T).astype(np.float32)
 
     def out_of_scene(self, points: np.ndarray) -> np.ndarray:
-        """The user's own coordinates [N, 3] float32 of points in the scene."""
+        """Return the user's own coordinates [N, 3] float32 of points in the scene."""
         return (points.astype(np.float64) @ _yaw(self.yaw_deg) / self.scale + self.centre).astype(np.float32)
 
     def turned_back(self, directions: np.ndarray) -> np.ndarray:
-        """Directions [N, 3] float32 of the scene, such as normals, in the user's own coordinates."""
+        """Return directions [N, 3] float32 of the scene, such as normals, in the user's own coordinates."""
         return (directions.astype(np.float64) @ _yaw(self.yaw_deg)).astype(np.float32)
 
 
 def upright(mesh: Mesh, up: str) -> Mesh:
-    """The mesh with its axis `up` turned to +y, to the bit."""
+    """Return the mesh with its axis `up` turned to +y, to the bit."""
     if up == "y":
         return mesh
     columns = [mesh.vertices[:, axis] * np.float32(sign) for axis, sign in _TURNS[up]]
@@ -84,7 +84,7 @@ def upright(mesh: Mesh, up: str) -> Mesh:
 
 
 def place(mesh: Mesh, settings: PlaceSettings, up: str = "y") -> tuple[Mesh, Placement]:
-    """The mesh in scene coordinates, faces, colours and texture kept, and how it came there.
+    """Return the mesh in scene coordinates, faces, colours and texture kept, and how it came there.
 
     Args:
         mesh: as read.

@@ -14,7 +14,7 @@ from stages.mesh.mesh import Mesh
 
 
 def surface_samples(mesh: Mesh, count: int, generator: torch.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Random places spread evenly over the area: face [N] int64 and barycentric weights [N, 3] float64.
+    """Return random places spread evenly over the area: face [N] int64 and barycentric weights [N, 3] float64.
 
     One draw falls into each N-th of the area, faces taken in their order.
     """
@@ -37,12 +37,12 @@ def painted_samples(mesh: Mesh, generator: torch.Generator) -> Callable[[int], t
 
 
 def points_at(mesh: Mesh, face: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Positions [N, 3] float64 of barycentric places."""
+    """Return positions [N, 3] float64 of barycentric places."""
     return np.einsum("nc,nck->nk", weights, mesh.vertices[mesh.faces[face]].astype(np.float64))
 
 
 def colours_at(mesh: Mesh, face: np.ndarray, weights: np.ndarray) -> Tensor:
-    """The mesh's own linear colours [N, 3] float32 at barycentric places; mid grey where it has none."""
+    """Return the mesh's own linear colours [N, 3] float32 at barycentric places; mid grey where it has none."""
     if mesh.texture is not None and mesh.uv is not None:
         uv = np.einsum("nc,nck->nk", weights, mesh.uv[mesh.uv_faces[face]].astype(np.float64))
         return _looked_up(mesh.texture, uv)

@@ -59,7 +59,7 @@ class TriangleTree:
         self._vectors, self._balls = vector, np.concatenate([centre, radius], 1)
 
     def distances(self, points: np.ndarray) -> np.ndarray:
-        """Distance [N] float64 of points [N, 3] to the nearest triangle, exact."""
+        """Return the distance [N] float64 of points [N, 3] to the nearest triangle, exact."""
         points = np.ascontiguousarray(points, np.float64)
         return np.sqrt(_square_distances(points, self._boxes, self.starts, self.triangles))
 
@@ -72,7 +72,7 @@ class TriangleTree:
         return _segment_hits(start, end, self._boxes, self.starts, self.triangles)
 
     def winding_numbers(self, points: np.ndarray) -> np.ndarray:
-        """Generalised winding numbers [N] float64 of points [N, 3]."""
+        """Return generalised winding numbers [N] float64 of points [N, 3]."""
         points = np.ascontiguousarray(points, np.float64)
         return _winding_numbers(points, self._balls, self._vectors, self.starts, self.triangles)
 

@@ -78,7 +78,7 @@ class Material(Protocol):
     """A surface whose colour depends on more than the place: on the triangle and where in it, as a texture's does."""
 
     def at(self, rast: Tensor, covered: Tensor, normals: Tensor) -> tuple[Tensor, Tensor]:
-        """Linear colours [N, 3] and unit normals [N, 3] of the covered pixels.
+        """Return linear colours [N, 3] and unit normals [N, 3] of the covered pixels.
 
         Args:
             rast: [B, H, W, 4].

@@ -88,7 +88,7 @@ def shade(
     shortest: float = 0.0,
     backend: str = "auto",
 ) -> Tensor:
-    """Lambertian colour of surface points under a point light without falloff (DreamFusion sec. 3.1).
+    """Return the Lambertian colour of surface points under a point light without falloff (DreamFusion sec. 3.1).
 
     Args:
         albedo, normals, positions: [..., 3], of one shape: linear colour, unit normal (zero: no diffuse part), world.

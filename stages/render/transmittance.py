@@ -36,13 +36,13 @@ class TransmittanceSettings(BaseModel):
 
 
 def target_opacity(views: Views, progress: float, settings: TransmittanceSettings) -> Tensor:
-    """Target mean opacity [B] of each view in (0, 1] at a share of the stage done."""
+    """Return the target mean opacity [B] of each view in (0, 1] at a share of the stage done."""
     half = views.position.norm(dim=-1) * torch.deg2rad(views.fov_deg / 2).tan()  # of the frame at the origin
     return (settings.opacity.at(progress) * FRAME / half.square()).clamp_max(1.0)
 
 
 def transmittance_loss(opacity: Tensor, views: Views, progress: float, settings: TransmittanceSettings) -> Tensor:
-    """The weighted term, a scalar <= 0; differentiable in the opacities [B, H, W, 1] of B views."""
+    """Return the weighted term, a scalar <= 0; differentiable in the opacities [B, H, W, 1] of B views."""
     check_shape("opacity", opacity, (len(views), None, None, 1))
     mean = 1 - opacity.mean((1, 2, 3))  # [B]
     tau = 1 - target_opacity(views, progress, settings).to(mean)

@@ -165,7 +165,7 @@ class _File:
         self.buffers: dict[int, bytes] = {}
 
     def is_odd(self, accessor: int, colour: bool = False) -> bool:
-        """Whether trimesh would misread it: sparse, or normalised where it is not a colour."""
+        """Return whether trimesh would misread it: sparse, or normalised where it is not a colour."""
         facts = self.document["accessors"][accessor]
         return "sparse" in facts or (facts.get("normalized", False) and not colour)
 
@@ -188,7 +188,7 @@ class _File:
         return values
 
     def add(self, values: np.ndarray) -> int:
-        """The number of a new accessor of values [count, columns]."""
+        """Return the number of a new accessor of values [count, columns]."""
         data = np.ascontiguousarray(values).tobytes()
         uri = "data:application/octet-stream;base64," + base64.b64encode(data).decode()
         self.document["buffers"].append({"uri": uri, "byteLength": len(data)})
@@ -200,7 +200,7 @@ class _File:
         return len(self.document["accessors"]) - 1
 
     def content(self) -> tuple[bytes, str]:
-        """The whole file as it is now, and its format."""
+        """Return the whole file as it is now, and its format."""
         text = json.dumps(self.document).encode()
         if not self.binary:
             return text, "gltf"

@@ -57,7 +57,7 @@ def plain_obj(path: Path) -> bytes | None:
 
 
 def ears(polygon: np.ndarray) -> list[tuple[int, int, int]]:
-    """The triangles of a simple counter-clockwise polygon [N, 2] as corners, by ear clipping (Meisters 1975).
+    """Return the triangles of a simple counter-clockwise polygon [N, 2] as corners, by ear clipping (Meisters 1975).
 
     What is left of one that crosses itself, when no ear can be found, becomes a fan.
     """

@@ -37,7 +37,7 @@ class ControlMesh:
 
 
 def control_sphere(radius: float, levels: int, texture_size: int, padding: int) -> ControlMesh:
-    """A sphere of 10 * 4^levels + 2 control vertices, in charts of its own; the same wherever it is made."""
+    """Return a sphere of 10 * 4^levels + 2 control vertices, in charts of its own; the same wherever it is made."""
     points, faces = icosphere(levels)
     mesh = Mesh((radius * points).astype(np.float32), faces)
     atlas = unwrap(mesh, texture_size, padding=padding, method="boxes")
@@ -47,7 +47,7 @@ def control_sphere(radius: float, levels: int, texture_size: int, padding: int) 
 def control_mesh(
     mesh: Mesh, most_faces: int, texture_size: int, padding: int, method: Unwrapper = "auto"
 ) -> ControlMesh:
-    """A user's mesh as a control mesh: welded, and thinned out if it must be.
+    """Return a user's mesh as a control mesh: welded, and thinned out if it must be.
 
     Args:
         mesh: any triangle mesh with faces, in the scene.

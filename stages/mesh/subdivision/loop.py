@@ -25,7 +25,7 @@ CREASE = 2  # creases at a vertex on a crease curve
 
 
 def limit_surface(faces: np.ndarray, vertices: int, levels: int) -> tuple[np.ndarray, csr_matrix]:
-    """The faces [F 4^levels, 3] of a subdivided surface, and the matrix [V', V] to its limit positions.
+    """Return the faces [F 4^levels, 3] of a subdivided surface, and the matrix [V', V] to its limit positions.
 
     Args:
         faces: [F, 3] into `vertices` control vertices.
@@ -51,7 +51,7 @@ def subdivide_linearly(values: np.ndarray, faces: np.ndarray, levels: int) -> tu
 
 
 def children(faces: np.ndarray, edges: Edges, vertices: int) -> np.ndarray:
-    """Four faces for each, wound the same: those at corners 0, 1 and 2, then the middle; [4 F, 3].
+    """Return four faces for each, wound the same: those at corners 0, 1 and 2, then the middle; [4 F, 3].
 
     The new vertex of edge e is `vertices` + e.
     """
@@ -63,7 +63,7 @@ def children(faces: np.ndarray, edges: Edges, vertices: int) -> np.ndarray:
 
 
 def limit_matrix(faces: np.ndarray, vertices: int) -> csr_matrix:
-    """The matrix [V, V] from the vertices of a mesh to their places on its limit surface."""
+    """Return the matrix [V, V] from the vertices of a mesh to their places on its limit surface."""
     edges = edges_of(faces)
     valence = np.bincount(edges.pairs.reshape(-1), minlength=vertices)
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -109,7 +109,7 @@ def _vertex_rule(edges: Edges, vertices: int, valence: np.ndarray, weight: np.nd
 
 
 def control_of(faces: np.ndarray, positions: np.ndarray) -> np.ndarray:
-    """Control vertices [V, 3] float64 whose limit surface passes through the given positions [V, 3]."""
+    """Return control vertices [V, 3] float64 whose limit surface passes through the given positions [V, 3]."""
     _check(faces, len(positions))
     control = spsolve(limit_matrix(faces, len(positions)).tocsc(), positions.astype(np.float64))
     return np.ascontiguousarray(control.reshape(-1, 3))
@@ -124,7 +124,7 @@ def as_torch(matrix: csr_matrix, dtype: torch.dtype = torch.float32, device: tor
 
 
 def icosphere(levels: int) -> tuple[np.ndarray, np.ndarray]:
-    """Unit sphere of 10 * 4^levels + 2 vertices [V, 3] float64 and faces [F, 3] int32, facing outwards."""
+    """Return a unit sphere of 10 * 4^levels + 2 vertices [V, 3] float64 and faces [F, 3] int32, facing outwards."""
     ratio = (1 + 5**0.5) / 2
     corners = [(0, s, t * ratio) for s in (-1, 1) for t in (-1, 1)]
     points = np.array([np.roll(corner, k) for k in range(3) for corner in corners], np.float64)

@@ -12,7 +12,7 @@ from stages.kernels.reference.smoothness import umbrella
 
 
 def laplacian(vertices: Tensor, edges: Tensor) -> Tensor:
-    """Mean squared distance of the vertices from the mean of their neighbours, in units of the mean edge length.
+    """Return the mean squared distance of the vertices from the mean of their neighbours, in mean edge lengths.
 
     The uniform Laplacian (Desbrun et al. 1999, umbrella operator); its tangential part evens out the spacing of the
     vertices. The edge length is held constant in the gradient.

@@ -90,13 +90,13 @@ class DMTet:
             self._rim_sign = torch.where(outside, 1.0, -1.0)
 
     def positions(self) -> Tensor:
-        """Lattice vertices moved by deformation * cell * offset / sqrt(1 + |offset|^2), [N, 3]."""
+        """Return lattice vertices moved by deformation * cell * offset / sqrt(1 + |offset|^2), [N, 3]."""
         bound = self.deformation * self.lattice.cell
         scale = bound * torch.rsqrt(1 + (self.offset * self.offset).sum(-1, keepdim=True))
         return self._base + self.offset * scale
 
     def surface(self) -> Surface:
-        """The zero level set. Raises UserError where it is empty or not finite."""
+        """Return the zero level set. Raises UserError where it is empty or not finite."""
         if not bool(torch.isfinite(self.sdf).all() & torch.isfinite(self.offset).all()):
             raise UserError(
                 "the mesh broke", "its signed distances are not finite", "lower fine.lr_sdf, or the guidance scale"
@@ -122,7 +122,7 @@ class DMTet:
             self.sdf.grad = diffuse(self.sdf.grad, self._neighbours, strength)
 
     def crossing_ends(self) -> tuple[Tensor, Tensor]:
-        """The two lattice vertices [K] of every edge that changes sign."""
+        """Return the two lattice vertices [K] of every edge that changes sign."""
         inside = self.sdf.detach() < 0
         a, b = self._edges[:, 0], self._edges[:, 1]
         crossing = inside[a] != inside[b]
@@ -212,7 +212,7 @@ def extend(lattice: Lattice, ids: np.ndarray, sdf: np.ndarray, known: np.ndarray
 
 
 def from_function(lattice: Lattice, sdf, *, deformation: float = 0.24, device="cpu") -> DMTet:
-    """A DMTet of a signed distance function that is 1-Lipschitz, such as a sphere's.
+    """Return a DMTet of a signed distance function that is 1-Lipschitz, such as a sphere's.
 
     Args:
         sdf: points [N, 3] float32 Tensor in [-1, 1]^3 to [N].
@@ -234,7 +234,7 @@ def from_function(lattice: Lattice, sdf, *, deformation: float = 0.24, device="c
 
 
 def ids_near(lattice: Lattice, distance, reach: float) -> np.ndarray:
-    """Sorted lattice vertices that hold all those within `reach` of the zeros of a 1-Lipschitz function.
+    """Return sorted lattice vertices that hold all those within `reach` of the zeros of a 1-Lipschitz function.
 
     Found coarse to fine: a box can hold such a vertex only where |distance| at its centre is at most half its diagonal
     and the reach, so the work is proportional to the surface.

@@ -75,7 +75,7 @@ class Level:
 
 
 def sample_density(density: Density, samples: int, device: torch.device | str = "cpu") -> np.ndarray:
-    """The density on the regular grid, [G, G, G] float32. Raises UserError where it is not finite."""
+    """Return the density on the regular grid, [G, G, G] float32. Raises UserError where it is not finite."""
     axis = (torch.arange(samples, device=device) + 0.5) * (2 / samples) - 1
     grid = _evaluate(density, torch.cartesian_prod(axis, axis, axis)).reshape(samples, samples, samples)
     broken = 1 - float(np.isfinite(grid).mean())
@@ -152,7 +152,7 @@ def examine(grid: np.ndarray, level: float, settings: InitialiseSettings, true_h
 
 
 def find_level(grid: np.ndarray, settings: InitialiseSettings) -> Level:
-    """The density level whose largest parts look most like the volume render of the grid.
+    """Return the density level whose largest parts look most like the volume render of the grid.
 
     Levels are tried on a geometric scale, then between the neighbours of the best. A level qualifies if its largest
     part has a sensible volume and holds at least half of all that is solid. One that reaches the border of the box,
@@ -223,7 +223,7 @@ def dmtet_from_density(
     deformation: float = 0.24,
     device: torch.device | str = "cpu",
 ) -> tuple[DMTet, Level]:
-    """The DMTet of the best level set of a density: see the module's docstring.
+    """Return the DMTet of the best level set of a density: see the module's docstring.
 
     Args:
         density: points [N, 3] on `device` in [-1, 1]^3 to [N] >= 0.
@@ -315,7 +315,7 @@ def _bisected_surface(
 
 
 def crossing_edges(band: Band, inside: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The edges of a band that the surface of `inside` [N] crosses, and the triangles between the crossings.
+    """Return the edges of a band that the surface of `inside` [N] crosses, and the triangles between the crossings.
 
     Returns: ends [V, 2], indices into the band, the inside end first; faces [F, 3] into ends.
     Raises: UserError where there is no triangle.
@@ -344,7 +344,7 @@ def bisect(a: Tensor, b: Tensor, density: Density, level: float, device: torch.d
 
 
 def distance_to_surface(points: np.ndarray, vertices: np.ndarray, faces: np.ndarray) -> np.ndarray:
-    """Unsigned distance [N] float32 from points to the triangles that touch their nearest vertex.
+    """Return the unsigned distance [N] float32 from points to the triangles that touch their nearest vertex.
 
     Exact but for points whose nearest triangle does not touch the nearest vertex, which takes triangles much larger
     than their neighbours; marching tetrahedra makes none.

@@ -90,7 +90,7 @@ def dmtet_from_mesh(
     deformation: float = 0.24,
     device: torch.device | str = "cpu",
 ) -> tuple[DMTet, dict[str, float]]:
-    """The DMTet of the body that a mesh encloses, and facts about it.
+    """Return the DMTet of the body that a mesh encloses, and facts about it.
 
     Args:
         mesh: in the scene's box; open, overlapping, inconsistent as it may be.

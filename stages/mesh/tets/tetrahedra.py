@@ -52,33 +52,33 @@ class Lattice:
         return 2 * self.resolution + 4
 
     def ids(self, coordinates: np.ndarray) -> np.ndarray:
-        """Ids [N] int64 of doubled coordinates [N, 3]; the caller keeps them inside the lattice."""
+        """Return ids [N] int64 of doubled coordinates [N, 3]; the caller keeps them inside the lattice."""
         x, y, z = (coordinates[..., k].astype(np.int64) for k in range(3))
         return (x * self.side + y) * self.side + z
 
     def coordinates(self, ids: np.ndarray) -> np.ndarray:
-        """Doubled coordinates [N, 3] int64 of ids [N]."""
+        """Return doubled coordinates [N, 3] int64 of ids [N]."""
         rest, z = np.divmod(ids, self.side)
         x, y = np.divmod(rest, self.side)
         return np.stack([x, y, z], -1)
 
     def contains(self, coordinates: np.ndarray) -> np.ndarray:
-        """Which doubled coordinates [N, 3] are lattice vertices, [N] bool."""
+        """Return which doubled coordinates [N, 3] are lattice vertices, [N] bool."""
         inside = ((coordinates >= 0) & (coordinates <= 2 * self.resolution)).all(-1)
         parity = coordinates & 1
         return inside & (parity[..., 0] == parity[..., 1]) & (parity[..., 1] == parity[..., 2])
 
     def border(self, ids: np.ndarray) -> np.ndarray:
-        """Vertices [N] bool with fewer than 14 neighbours in the lattice: they must stay outside the surface."""
+        """Return vertices [N] bool with fewer than 14 neighbours in the lattice: they must stay outside the surface."""
         coordinates = self.coordinates(ids)
         return ((coordinates < 2) | (coordinates > 2 * self.resolution - 2)).any(-1)
 
     def positions(self, ids: np.ndarray) -> np.ndarray:
-        """World positions [N, 3] float32 of ids [N]."""
+        """Return world positions [N, 3] float32 of ids [N]."""
         return (self.coordinates(ids) / self.resolution - 1.0).astype(np.float32)
 
     def ids_in_boxes(self, low: np.ndarray, high: np.ndarray) -> np.ndarray:
-        """Sorted ids of the vertices in a union of half-open world boxes.
+        """Return sorted ids of the vertices in a union of half-open world boxes.
 
         Args:
             low, high: [M, 3] corners; a vertex p belongs to a box where low <= p < high in every axis.
@@ -122,14 +122,14 @@ class Band:
 
 
 def lookup(ids: np.ndarray, queries: np.ndarray) -> np.ndarray:
-    """Index into sorted `ids` of each wanted id, or -1; fastest where `wanted` is sorted."""
+    """Return the index into sorted `ids` of each of `queries`, or -1; fastest where those are sorted."""
     index = np.searchsorted(ids, queries)
     index[index == len(ids)] = 0
     return np.where(ids[index] == queries, index, -1)
 
 
 def dilate(lattice: Lattice, ids: np.ndarray, rings: int) -> np.ndarray:
-    """Sorted ids within `rings` lattice edges of any of `ids`, cut at the lattice."""
+    """Return sorted ids within `rings` lattice edges of any of `ids`, cut at the lattice."""
     from stages.kernels.cpu import lattice as cpu_lattice
 
     shifts = np.concatenate([lattice.ids(DIRECTIONS), -lattice.ids(DIRECTIONS)])
@@ -162,7 +162,7 @@ def _moves() -> np.ndarray:
 
 
 def build_band(lattice: Lattice, ids: np.ndarray) -> Band:
-    """Edges and tetrahedra among the given vertices, from neighbour offsets alone.
+    """Return edges and tetrahedra among the given vertices, from neighbour offsets alone.
 
     Args:
         ids: [N] sorted, unique.

@@ -32,7 +32,7 @@ BLEMISHES = 0.01
 
 
 def texel_points(uv: np.ndarray, uv_faces: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The surface point that each texel shows.
+    """Return the surface point that each texel shows.
 
     Returns: texel [N] int64 as row * size + column (row 0 at the top), face [N] int64, weights [N, 3] float32
         barycentric; each texel once, in texel order.
@@ -90,7 +90,7 @@ def push_pull(image: np.ndarray, filled: np.ndarray) -> np.ndarray:
 
 
 def evaluate(albedo: Albedo, points: np.ndarray, device: torch.device | str = "cpu") -> np.ndarray:
-    """Linear colours [N, 3] float32 of a colour field at points [N, 3], in chunks, without gradients."""
+    """Return linear colours [N, 3] float32 of a colour field at points [N, 3], in chunks, without gradients."""
     result = np.empty((len(points), 3), dtype=np.float32)
     with torch.no_grad():
         for start in range(0, len(points), POINTS_PER_CALL):

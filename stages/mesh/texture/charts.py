@@ -173,7 +173,7 @@ def _conflicts(corners: np.ndarray, charts: np.ndarray, sizes: np.ndarray, suspe
 
 
 def unwrap_by_boxes(mesh: Mesh, size: int, padding: int) -> tuple[np.ndarray, np.ndarray, int]:
-    """UV coordinates without overlaps, area distortion bounded by the projection angle.
+    """Return UV coordinates without overlaps, area distortion bounded by the projection angle.
 
     Args:
         mesh: any triangle mesh.

@@ -43,7 +43,7 @@ def _place(sizes: list[tuple[int, int]], side: int) -> list[tuple[int, int]] | N
 
 
 def pack(sizes: np.ndarray, side: int, padding: int) -> tuple[np.ndarray, float]:
-    """Positions and one common scale that put rectangles into a square of `side` texels.
+    """Return positions and one common scale that put rectangles into a square of `side` texels.
 
     Args:
         sizes: [N, 2] width and height >= 0, any unit.

@@ -68,7 +68,7 @@ def scan(corners: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarr
 
 
 def barycentrics(corners: np.ndarray, points: np.ndarray) -> np.ndarray:
-    """Barycentric weights [N, 3] of points [N, 2] in triangles [N, 3, 2], clamped to the triangle."""
+    """Return barycentric weights [N, 3] of points [N, 2] in triangles [N, 3, 2], clamped to the triangle."""
     a, b, c = corners[:, 0], corners[:, 1], corners[:, 2]
 
     def area(p, q, r):

@@ -56,7 +56,7 @@ class LayoutError(Exception):
 
 
 def texel_corners(uv: np.ndarray, uv_faces: np.ndarray, size: int) -> np.ndarray:
-    """Corners [F, 3, 2] of a layout's faces in texels, float64, y up."""
+    """Return corners [F, 3, 2] of a layout's faces in texels, float64, y up."""
     return (uv.astype(np.float64) * size)[uv_faces]
 
 
@@ -89,7 +89,7 @@ def check_layout(
 
 
 def unwrap_by_xatlas(mesh: Mesh, size: int, padding: int, time_limit_s: float) -> tuple[np.ndarray, np.ndarray, int]:
-    """UV coordinates by xatlas in a child process.
+    """Return UV coordinates by xatlas in a child process.
 
     The limit is on computing time, so the result does not depend on how busy the machine is; ten times as long on the
     clock is the backstop (and the only limit on Windows).
