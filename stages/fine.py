@@ -15,7 +15,6 @@ terms at 64x64x4). The smoothness terms are means over the mesh; their weights a
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import Any, Literal
 
@@ -29,6 +28,7 @@ from stages.errors import UserError
 from stages.fields.background import BackgroundSettings, random_background
 from stages.fields.colour_fit import FitSettings, fit_albedo
 from stages.fields.hashfield import DetailSettings, FieldSettings, HashField, without_gradient
+from stages.guidance.guide import Guide
 from stages.kernels.smoothness import smoothness
 from stages.kernels.srgb import linear_to_srgb
 from stages.mesh.clean import drop_floaters
@@ -47,8 +47,6 @@ from stages.ramp import Ramp
 from stages.render.raster import MeshImages, render_mesh
 from stages.render.shade import ALBEDO, LAMBERT, Shading, ShadingSettings, sample_shading
 from stages.stage import Asset
-
-Guide = Callable[..., Any]  # see stages/guidance/guidance.py
 
 
 class FineSettings(BaseModel):
@@ -120,7 +118,12 @@ class FineStage:
     name = "fine"
 
     def __init__(
-        self, settings: FineSettings, guidance: Guide, device: torch.device, seed: int, previous: Asset | None = None
+        self,
+        settings: FineSettings,
+        guidance: Guide | None,
+        device: torch.device,
+        seed: int,
+        previous: Asset | None = None,
     ) -> None:
         check_accumulate("fine", settings.views_per_step, settings.accumulate)
         self.settings, self.guidance, self.device = settings, guidance, torch.device(device)

@@ -18,6 +18,7 @@ from pydantic import BaseModel
 from stages.clip_mesh import ClipMeshSettings, ClipMeshStage
 from stages.coarse import CoarseSettings
 from stages.fine import FineSettings, FineStage
+from stages.guidance.guide import Guide
 from stages.guidance.settings import GuidanceSettings
 from stages.particles import make_coarse
 from stages.ramp import constant
@@ -49,7 +50,7 @@ class StageKind:
     """
 
     settings: type[BaseModel]
-    make: Callable[[Any, Any, torch.device, int, Asset | None], Stage]
+    make: Callable[[Any, Guide | None, torch.device, int, Asset | None], Stage]
     guidance: Callable[[], GuidanceSettings] = GuidanceSettings
     follows: str | None = None
     begins_with: frozenset[str] = frozenset({"nothing"})

@@ -6,15 +6,13 @@ distribution and not of one scene; each step takes one of them. With another rul
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import numpy as np
 import torch
 from torch import Tensor
 
 from stages.coarse import CoarseSettings, CoarseStage
 from stages.errors import UserError
+from stages.guidance.guide import Guide
 from stages.optimise import under_prefix
 from stages.stage import Asset
 
@@ -23,7 +21,7 @@ SMOOTHING = 0.9  # of the running agreement by which a particle is chosen
 
 def make_coarse(
     settings: CoarseSettings,
-    guidance: Callable[..., Any],
+    guidance: Guide | None,
     device: torch.device,
     seed: int,
     previous: Asset | None = None,
@@ -45,7 +43,7 @@ class ParticleStage:
     def __init__(
         self,
         settings: CoarseSettings,
-        guidance: Callable[..., Any],
+        guidance: Guide | None,
         device: torch.device,
         seed: int,
         previous: Asset | None = None,

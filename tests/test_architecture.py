@@ -18,7 +18,7 @@ HELP_S = 0.4
 # all rooms within it. A module that others of its folder build on is a room of its own.
 _BASE = {"stages.errors", "stages.cameras", "stages.phases", "stages.ramp"}
 _SURFACE = _BASE | {"stages.kernels.*", "stages.mesh.*"}
-_STAGE = _SURFACE | {"stages.optimise", "stages.stage", "stages.fields", "stages.render"}
+_STAGE = _SURFACE | {"stages.optimise", "stages.stage", "stages.fields", "stages.render", "stages.guidance.guide"}
 _GUIDED = _STAGE | {"stages.guidance.*", "stages.prompts"}
 _MESH = _BASE | {"stages.kernels.*", "stages.mesh"}
 _TWINS = {"stages.kernels.grid", "stages.kernels.reference"}
@@ -45,6 +45,7 @@ ALLOWED = {
     "stages.fields": _BASE | {"stages.kernels.*"},
     "stages.render": _SURFACE,
     "stages.stage": {"stages.mesh"},
+    "stages.guidance.guide": _BASE | {"stages.render"},
     "stages.guidance.prior": _BASE | {"stages.render"},
     "stages.guidance.vsd": _BASE | {"stages.guidance.prior"},
     "stages.guidance.diffusion": _BASE | {"stages.kernels.*", "stages.prompts", "stages.render"}
@@ -53,7 +54,7 @@ ALLOWED = {
     "stages.coarse": _GUIDED,
     "stages.fine": _GUIDED,
     "stages.clip_mesh": _STAGE,
-    "stages.particles": _BASE | {"stages.coarse", "stages.optimise", "stages.stage"},
+    "stages.particles": _BASE | {"stages.coarse", "stages.guidance.guide", "stages.optimise", "stages.stage"},
     "stages.kinds": _GUIDED | {"stages.coarse", "stages.fine", "stages.clip_mesh", "stages.particles"},
     "stages.pocket": _SURFACE | {"stages.render", "stages.guidance.*", "stages.prompts"},
     "pipeline": {"pipeline.cli"},

@@ -49,6 +49,7 @@ class StandIn:
     """A prior without networks: images shrunk to the size of latents, and noise that is half of what it is shown."""
 
     name = "stand-in"
+    prediction = "epsilon"
     reads_prompts = False
     data_range = (-1.0, 1.0)
 

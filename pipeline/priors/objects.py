@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.config.model import PYTHON_PREFIX
 from stages.errors import UserError
+from stages.guidance.prior import Prior
 
 if TYPE_CHECKING:
     from pipeline.config.model import Config
-    from stages.guidance.prior import Prior
 
-_PROTOCOL = ("name", "resolution", "alphas_cumprod", "data_range", "embed", "encode", "decode", "predict_noise")
+_PROTOCOL = (*Prior.__annotations__, *(name for name in vars(Prior) if not name.startswith("_")))
 
 
 def is_object_source(source: str) -> bool:

@@ -186,10 +186,9 @@ def _check_reference(mesh: str) -> None:
 
 def _check_rule(config: Config, stage: str) -> None:
     """What has no meaning with the reference prior."""
-    from stages.guidance.compatibility import Described, check_wordless
+    from stages.guidance.compatibility import Described
 
-    check_wordless(getattr(config.guidance, stage), _view_prompts(config), "reference")
-    _check_guidance(config, stage, Described("reference"))
+    _check_guidance(config, stage, Described("reference", reads_prompts=False))
 
 
 def _check_autoencoder(config: Config, made_for: dict[str, str]) -> None:

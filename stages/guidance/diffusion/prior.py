@@ -34,11 +34,12 @@ if TYPE_CHECKING:
 
 
 class DiffusionPrior:
-    """A diffusers folder behind the Prior protocol; made by :func:`load_prior`.
+    """A diffusers folder behind the protocols Prior, FreesText and TrainablePrior; made by :func:`load_prior`.
 
-    Beyond the protocol: `unknown_words`, `known_words`, `release_text_encoder`, `noise`, `conditions`, `latent`,
-    `family`.
+    Beyond them: `unknown_words`, `known_words`, `latent`, `family`.
     """
+
+    reads_prompts = True
 
     def __init__(
         self,
@@ -59,7 +60,7 @@ class DiffusionPrior:
         self.latent = vae is not None
         self.data_range = None if self.latent else (-1.0, 1.0)
         self.channels = vae.channels if self.latent else 3
-        self.device, self.dtype = denoiser.device, denoiser.dtype
+        self.device, self.dtype, self.offload = denoiser.device, denoiser.dtype, settings.offload
 
     @property
     def unet(self) -> torch.nn.Module:
