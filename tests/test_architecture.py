@@ -60,8 +60,8 @@ ALLOWED = {
     "pipeline": {"pipeline.cli"},
     "pipeline.errors": {"stages.*"},
     "pipeline.output": {"stages.*"},
-    "pipeline.config": {"stages.*", "pipeline.output"},
-    "pipeline.priors": {"stages.*", "pipeline.errors", "pipeline.config"},
+    "pipeline.priors": {"stages.*", "pipeline.errors"},
+    "pipeline.config": {"stages.*", "pipeline.output", "pipeline.priors"},
     "pipeline.profile": {"stages.*", "pipeline.config", "pipeline.output"},
     "pipeline.runs": {"stages.*", "pipeline", "pipeline.errors", "pipeline.config", "pipeline.priors"}
     | {"pipeline.output", "pipeline.profile"},
@@ -181,7 +181,7 @@ def test_the_import_walk_sees_a_circle_inside_a_folder():
     graph["pipeline.runs.lineage"].add("pipeline.runs.run")
     (new,) = circles(graph)
     assert {"pipeline.runs.lineage", "pipeline.runs.loop", "pipeline.runs.run"} <= new
-    assert "stages.guidance.diffusion.prior" in graph["pipeline.priors.sources"]  # imported where it is needed
+    assert "stages.guidance.diffusion.prior" in graph["pipeline.priors.folders"]  # imported where it is needed
 
 
 def test_no_folder_is_too_full_to_see_anything_in():

@@ -306,8 +306,13 @@ def test_damaged_text_files_are_named(in_process, uninterrupted, tmp_path, name,
 
 
 def test_a_resumed_run_is_checked_for_the_stages_that_are_left(in_process, uninterrupted, tmp_path, monkeypatch):
-    checked = []
-    monkeypatch.setattr(in_process, "check_priors", lambda config, stages, priors: checked.append(stages))
+    checked, check = [], in_process.check_priors
+
+    def listen(config, stages, priors):
+        checked.append(stages)
+        return check(config, stages, priors)
+
+    monkeypatch.setattr(in_process, "check_priors", listen)
     folder = shutil.copytree(uninterrupted, tmp_path / "run")
     text = (folder / "config.yaml").read_text()
     (folder / "config.yaml").write_text(text.replace("  steps: 9", "  steps: 11"))

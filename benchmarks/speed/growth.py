@@ -18,13 +18,13 @@ from torch import Tensor
 
 from benchmarks.timing import Timing
 from pipeline.config.model import Config, load_config
-from pipeline.priors.sources import build_guidance
+from pipeline.priors.sources import make_prompts, stage_prior
 from stages.coarse import CoarseStage
 from stages.fine import FineStage
 from stages.guidance.guidance import Guidance
+from stages.guidance.guide import Guide
 from stages.guidance.prior import ViewContext, resized, scaled_linear_alphas_cumprod
 from stages.phases import Recorder, phase, recording
-from stages.prompts import ViewPrompts
 
 Stage = CoarseStage | FineStage
 STAGES = {"coarse": CoarseStage, "fine": FineStage}
@@ -150,11 +150,11 @@ def make(sweep: Sweep, value: float, device: torch.device, networks: str, quick:
     return stage
 
 
-def guidance_of(config: Config, stage: str, device: torch.device, networks: str) -> Any:
+def guidance_of(config: Config, stage: str, device: torch.device, networks: str) -> Guide:
     """The recipe's guidance under the stand-in or the pocket prior."""
     if networks == "pocket":
-        return build_guidance(config, stage, device)
-    prompts = ViewPrompts(config.prompt, config.negative, config.prompts)
+        return stage_prior(config, stage).build(device)
+    prompts = make_prompts(config)
     generator = torch.Generator().manual_seed(config.seed)
     return Guidance(StandIn(*STAND_INS[stage]), getattr(config.guidance, stage), prompts, generator)
 

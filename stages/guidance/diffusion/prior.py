@@ -160,6 +160,7 @@ def load_prior(
     settings: DiffusionSettings | None = None,
     prompts: list[str] | None = None,
     lora: Lora | None = None,
+    plan: Plan | None = None,
 ) -> DiffusionPrior:
     """Load a diffusers folder (local first, hub id second) as a prior with frozen weights.
 
@@ -169,11 +170,15 @@ def load_prior(
         prompts: embedded before the denoiser is loaded, each text encoder freed before the next, so that the memory
             needed is that of the largest part; None keeps the encoders until release_text_encoder.
         lora: weights merged into the networks as they are loaded.
+        plan: of that folder for these settings and prompts, where it was made before; None makes it.
     Raises: UserError for anything missing, damaged or unsupported.
     """
     settings, device = settings or DiffusionSettings(), torch.device(device)
-    folder = locate(str(path_or_id), settings.revision, settings.variant)
-    plan = make_plan(folder, settings, prompts, lora)
+    if plan is None:
+        plan = make_plan(locate(str(path_or_id), settings.revision, settings.variant), settings, prompts, lora)
+    elif lora is not None:
+        lora.check(plan)  # which reads its tensors: a plan that is kept through a stage holds none
+    folder = plan.folder
     family, dtype = plan.family, dtype or network_dtype(settings, plan.family, device)
 
     loader = _Loader(plan, settings, lora)
