@@ -221,7 +221,7 @@ def _priors_again(prior: Prior | Mapping[str, Prior] | None, folder: Path) -> di
         objects = dict(prior)
     else:
         config = run.read_run(folder)
-        sources = {stage: parse_source(getattr(config.prior, stage)) for stage in STAGES}
+        sources = {stage: parse_source(getattr(config.prior, stage)) for stage in config.stages}
         stages = [stage for stage, source in sources.items() if isinstance(source, ObjectSource)]
         if not stages:
             raise UserError(

@@ -76,7 +76,8 @@ class StageLoop:
         (self._folder / "previews").mkdir(parents=True, exist_ok=True)
         self._opened = time.perf_counter()
         state, meta = load_checkpoint(self._path) if self._path.exists() else (None, {"step": 0})
-        check_upstream(run.folder, run.config, name, meta)  # a stage before it may have been made again just now
+        if state is not None:
+            check_upstream(run.folder, run.config, name, meta)  # a stage before may have been made again just now
         self._lineage = lineage(run.folder, run.config, name)
         self._phases, self._seconds = meta.get("phases", {}), meta.get("seconds", 0.0)
         run.metrics.rewind(name, meta["step"], tuple(STAGES)[tuple(STAGES).index(name) + 1 :])

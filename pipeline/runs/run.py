@@ -14,8 +14,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from pipeline.config.layers import dump
 from pipeline.config.model import Config, read_config
+from pipeline.config.written import dump_read, read_part
 from pipeline.errors import Interrupted
 from pipeline.output.files import write_whole
 from pipeline.priors.memory import explain_shortage
@@ -59,6 +59,7 @@ def start_run(
 def _start(
     config: Config, out: Path | None, progress: Progress, profile: Profile | None, caller: Caller, device: torch.device
 ) -> Path:
+    config = read_part(config)  # the very values that a resumed run reads
     resolve(config.kernels, device)  # refuses what is not there
     priors = check_priors(config, None, caller.priors)
     inputs = check_inputs(config)
@@ -68,7 +69,7 @@ def _start(
         progress.note(notice)
     with Lock(folder):
         inputs.write(folder)
-        write_whole(folder / "config.yaml", dump(config).encode())
+        write_whole(folder / "config.yaml", dump_read(config).encode())
         with profile.of_run(folder, config, device, progress.note) if profile else contextlib.nullcontext():
             Run(folder, config, device, progress, caller, priors).go()
     return folder
@@ -85,7 +86,7 @@ def resume_run(folder: Path, progress: Progress | None = None, caller: Caller | 
         check_run(folder, config)
         wanted = _export_settings(config)
         whole = record.data.get("status") == "finished" and not missing
-        whole = whole and record.data.get("exported_with", wanted) == wanted
+        whole = whole and record.data.get("exported_with") == wanted
         if whole and all(_finished(folder, config, name) for name in config.stages):
             progress.note(f"{folder} is finished: {', '.join(record.data['outputs'])}")
             return
