@@ -138,7 +138,7 @@ def _composed(name: str, last: type[BaseModel], fields: dict[str, Any], *first: 
     return create_model(name, __base__=(last, middle, *first), __module__=__name__, __doc__=last.__doc__)
 
 
-# Everything a run depends on; written to the run folder as config.yaml, which can be given to --config.
+# Everything a run depends on; what it reads of it is written to its folder (see written.py).
 Config = config_model()
 
 

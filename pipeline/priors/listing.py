@@ -26,11 +26,9 @@ def print_presets(as_json: bool) -> None:
     table = _table("id, for prior.coarse or prior.fine", "family", "stage", "pixels", "memory GB", "licence", "status")
     colours = {"here": "green", "open": "green", "gated": "yellow", "withdrawn": "red"}
     for offer in [offer for source in SOURCES.values() for offer in source.offers()]:
-        status = f"[{colours[offer.status]}]{offer.status}[/]" + (f": use {offer.instead}" if offer.instead else "")
-        table.add_row(
-            *(offer.text, offer.family, offer.stages, offer.pixels, offer.memory, offer.licence),
-            status,
-        )
+        colour = colours.get(offer.status, "yellow")
+        status = f"[{colour}]{offer.status}[/]" + (f": use {offer.instead}" if offer.instead else "")
+        table.add_row(offer.text, offer.family, offer.stages, offer.pixels, offer.memory, offer.licence, status)
     _show(table)
     print("memory: weights in half precision; denoiser and autoencoder + the largest text encoder, which is freed")
     print("before they are loaded. A step's images and gradients come on top: `pipeline models check` estimates them.")
