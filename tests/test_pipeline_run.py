@@ -16,6 +16,7 @@ if os.name != "posix":
 
 from pipeline.cli import main
 from pipeline.config.model import load_config, read_config
+from pipeline.config.written import read_part
 from pipeline.runs.checkpoint import load_checkpoint, read_meta, save_checkpoint
 from stages.errors import UserError
 from tests import toy_pipeline
@@ -473,5 +474,5 @@ def test_full_disk_before_a_run_is_refused(in_process, monkeypatch, tmp_path):
 def test_resolved_config_of_a_run_is_the_config(in_process, tmp_path):
     config = load("prior.fine=reference", "reference.mesh=some/mesh.glb", seed=5)
     folder = in_process.start_run(config, tmp_path / "run")
-    assert read_config(folder) == config
+    assert read_config(folder) == read_part(config) and read_config(folder).reference == config.reference
     assert config.reference.mesh == str(tmp_path / "some/mesh.glb")

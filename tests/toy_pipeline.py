@@ -78,6 +78,9 @@ class NoPrior(PriorSource):
 
     form = "pocket"
 
+    def reads(self, stage) -> list[str]:
+        return [f"guidance.{stage}", "reference"]
+
     def facts(self, ask) -> Facts:
         return Facts()
 
@@ -94,6 +97,6 @@ def install(put: Callable[[object, str, object], None] = setattr) -> None:
     def make_toy(name, settings, guidance, device, seed, previous) -> ToyStage:
         return ToyStage(name, settings.steps, seed, previous)
 
-    put(sources, "SOURCES", sources.SOURCES | {"pocket": NoPrior})
+    put(sources, "SOURCES", sources.SOURCES | {"pocket": NoPrior, "reference": NoPrior})
     put(stages, "make_stage", make_toy)
     put(asset, "finished_mesh", lambda asset, settings, initialise, facts: asset.mesh)
