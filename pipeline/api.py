@@ -10,8 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.config.model import Config, load_config
-from pipeline.priors.objects import check_protocol, is_object_source, source_of
+from pipeline.config.model import Config, config_model, load_config
+from pipeline.priors.objects import ObjectSource, check_protocol, source_of
+from pipeline.priors.sources import parse_source, stage_prior
 from pipeline.runs import run
 from pipeline.runs.caller import Caller
 from pipeline.runs.progress import Progress
@@ -168,19 +169,13 @@ def load_prior(
         >>> prior = load_prior("pocket")
         >>> mugs = [generate("a red mug", stages="coarse", seed=seed, prior=prior) for seed in range(3)]
     """
-    if source == "reference":
-        from stages.guidance.exact import ReferenceSettings, load_reference
-
-        if mesh is None:
-            raise UserError(
-                "the reference prior has no mesh", "mesh is None", 'load_prior("reference", mesh="mug.glb")'
-            )
-        return load_reference(ReferenceSettings(mesh=str(mesh)))
-    from pipeline.priors.sources import pocket_folder
-    from stages.guidance.diffusion.prior import load_prior as load_folder
+    import torch
 
     _check_stages([stage])
-    return load_folder(pocket_folder(stage) if source == "pocket" else source, device, settings=settings)
+    chosen: dict[str, Any] = {f"prior.{stage}": str(source), "reference.resolution": 64}
+    chosen |= {"reference.mesh": mesh} if mesh is not None else {}
+    chosen |= {"prior.diffusion": settings} if settings is not None else {}
+    return stage_prior(load_config(config_model()(), chosen), stage).load(torch.device(device), keep_text=True)
 
 
 def _config(
@@ -225,12 +220,13 @@ def _priors_again(prior: Prior | Mapping[str, Prior] | None, folder: Path) -> di
         _check_stages(prior)
         objects = dict(prior)
     else:
-        prior_settings = run.read_run(folder).prior
-        stages = [stage for stage in STAGES if is_object_source(getattr(prior_settings, stage))]
+        config = run.read_run(folder)
+        sources = {stage: parse_source(getattr(config.prior, stage)) for stage in config.stages}
+        stages = [stage for stage, source in sources.items() if isinstance(source, ObjectSource)]
         if not stages:
             raise UserError(
                 f"a prior was handed in and {folder} listens to none",
-                f"its config.yaml names {', '.join(getattr(prior_settings, stage) for stage in STAGES)}",
+                f"its config.yaml names {', '.join(source.text for source in sources.values())}",
                 "leave it out",
             )
         objects = dict.fromkeys(stages, prior)

@@ -64,29 +64,19 @@ def _cuda() -> tuple[str, str]:
     return "missing", "torch finds no device" if torch.version.cuda else f"torch {torch.__version__} is a CPU build"
 
 
-def _pocket(stage: str) -> Callable[[], tuple[str, str]]:
-    def check() -> tuple[str, str]:
-        from pipeline.priors.sources import pocket_folder, pocket_words
-
-        folder = pocket_folder(stage)
-        if not folder.is_dir():
-            return "missing", f"no folder {folder}"
-        files = list(folder.rglob("*.safetensors"))
-        size = sum(path.stat().st_size for path in files) / 2**20
-        return ("ok" if files else "broken"), f"{size:.1f} MB, {len(pocket_words(folder))} words"
-
-    return check
-
-
-def _pocket_checks() -> list[tuple[str, bool, Callable[[], tuple[str, str]], str]]:
-    """A line for each stage whose default prior is a pocket one."""
+def _prior_checks() -> list[tuple[str, bool, Callable[[], tuple[str, str]], str]]:
+    """A line for each prior that should be on this machine, by the table of prior sources."""
     try:
-        from stages.kinds import STAGES
+        from pipeline.priors.sources import SOURCES
     except Exception as error:  # without torch, of which another line tells
         reason = _reason(error)
-        return [("pocket priors", True, lambda: ("broken", reason), "no default prior")]
-    stages = [name for name, kind in STAGES.items() if kind.prior == "pocket"]
-    return [(f"pocket prior, {name}", True, _pocket(name), f"no default prior for {name}") for name in stages]
+        return [("priors", True, lambda: ("broken", reason), "no default prior")]
+    offers = [offer for source in SOURCES.values() for offer in source.offers()]
+    return [
+        (f"{offer.text} prior, {offer.stages}", True, offer.check, offer.cost)
+        for offer in offers
+        if offer.check is not None
+    ]
 
 
 def _gltf_validator() -> tuple[str, str]:
@@ -152,7 +142,7 @@ _CHECKS: list[tuple[str, bool, Callable[[], tuple[str, str]], str]] = [
 def examine() -> list[Finding]:
     """Run every check; one that fails in an unforeseen way is reported as broken, with its reason."""
     findings = []
-    for name, required, check, cost in [*_CHECKS, *_pocket_checks()]:
+    for name, required, check, cost in [*_CHECKS, *_prior_checks()]:
         try:
             state, detail = check()
         except Exception as error:

@@ -15,9 +15,6 @@ Loss convention: for a CLIP's mean cosine. Under a diffusion prior, whose loss i
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field, field_validator
@@ -26,6 +23,7 @@ from torch import Tensor
 from stages.cameras import CameraSettings, Views, orbit_views, sample_views
 from stages.errors import UserError
 from stages.fields.backdrops import BackdropSettings, random_backdrops
+from stages.guidance.guide import Guide
 from stages.kernels.raster import edge_topology
 from stages.kernels.srgb import linear_to_srgb
 from stages.mesh.measure import edges_of
@@ -129,7 +127,7 @@ class ClipMeshStage:
     def __init__(
         self,
         settings: ClipMeshSettings,
-        guidance: Callable[..., Any],
+        guidance: Guide | None,
         device: torch.device,
         seed: int,
         previous: Asset | None = None,

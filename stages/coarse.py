@@ -14,8 +14,6 @@ Never mix them with weights for averaged losses, which are about 1e4 smaller.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import torch
@@ -29,6 +27,7 @@ from stages.fields.background import Background, BackgroundSettings, random_back
 from stages.fields.check import check_object
 from stages.fields.hashfield import FieldSettings, HashField, without_gradient
 from stages.fields.occupancy import OccupancyGrid, OccupancySettings
+from stages.guidance.guide import Guide
 from stages.kernels.srgb import linear_to_srgb
 from stages.optimise import GroupedAdam, check_accumulate, equal_parts, under_prefix
 from stages.phases import phase
@@ -104,7 +103,7 @@ class CoarseStage:
     def __init__(
         self,
         settings: CoarseSettings,
-        guidance: Callable[..., Any],
+        guidance: Guide | None,
         device: torch.device,
         seed: int,
         previous: Asset | None = None,

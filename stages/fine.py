@@ -15,10 +15,9 @@ terms at 64x64x4). The smoothness terms are means over the mesh; their weights a
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -32,6 +31,7 @@ from stages.fields.background import BackgroundSettings, random_background
 from stages.fields.colour_fit import FitSettings, fit_albedo
 from stages.fields.hashfield import DetailSettings, FieldSettings, HashField, without_gradient
 from stages.geometry import DMTetGeometry, Geometry, LockedGeometry
+from stages.guidance.guide import Guide
 from stages.kernels.srgb import linear_to_srgb
 from stages.mesh.orient import creased
 from stages.mesh.place import SPECK
@@ -46,8 +46,6 @@ from stages.ramp import Ramp
 from stages.render.raster import MeshImages, render_mesh
 from stages.render.shade import ALBEDO, LAMBERT, Shading, ShadingSettings, sample_shading
 from stages.stage import Asset, add_metrics, contact_sheet, guidance_state, load_guidance_state
-
-Guide = Callable[..., Any]  # see stages/guidance/guidance.py
 
 
 class FineSettings(BaseModel):
@@ -124,7 +122,12 @@ class FineStage:
     name = "fine"
 
     def __init__(
-        self, settings: FineSettings, guidance: Guide, device: torch.device, seed: int, previous: Asset | None = None
+        self,
+        settings: FineSettings,
+        guidance: Guide | None,
+        device: torch.device,
+        seed: int,
+        previous: Asset | None = None,
     ) -> None:
         check_accumulate("fine", settings.views_per_step, settings.accumulate)
         self.settings, self.guidance, self.device = settings, guidance, torch.device(device)

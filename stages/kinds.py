@@ -17,6 +17,7 @@ from pydantic import BaseModel
 
 from stages.clip_mesh import ClipMeshSettings, ClipMeshStage
 from stages.fine import FineSettings, FineStage
+from stages.guidance.guide import Guide
 from stages.guidance.settings import GuidanceSettings
 from stages.particles import ParticleSettings, make_coarse
 from stages.ramp import constant
@@ -48,10 +49,13 @@ class StageKind:
         recipe: of a run that begins with it and names none, by what it begins with and the settings given for it; None
             takes the other run's settings.
         defining: settings, or groups of them, that its checkpoint depends on; their change is refused on resume.
+        unread: its settings, or groups of them, that it does not read as the others stand, from (settings, what it
+            starts from: as in begins_with, or the "stage" that it follows); a run does not write them to its
+            config.yaml.
     """
 
     settings: type[BaseModel]
-    make: Callable[[Any, Any, torch.device, int, Asset | None], Stage]
+    make: Callable[[Any, Guide | None, torch.device, int, Asset | None], Stage]
     guidance: Callable[[], GuidanceSettings] = GuidanceSettings
     follows: str | None = None
     begins_with: frozenset[str] = frozenset({"nothing"})
@@ -60,6 +64,7 @@ class StageKind:
     prior_space: str = "pixel"
     recipe: Recipe = _default_recipe
     defining: tuple[str, ...] = ()
+    unread: Callable[[Any, str], set[str]] = lambda settings, start: set()
 
 
 def _coarse_recipe(start: str, settings: Mapping[str, Any]) -> str | None:
@@ -76,6 +81,20 @@ def _clipmesh_recipe(start: str, settings: Mapping[str, Any]) -> str | None:
     return None if start == "run" else "clip-mesh"
 
 
+def _coarse_unread(settings: ParticleSettings, start: str) -> set[str]:
+    off = {"particle": settings.particles == 1, "backdrops": settings.backdrops.copies == 0}
+    off["transmittance"] = settings.transmittance.weight == 0
+    return {name for name, unread in off.items() if unread}
+
+
+def _fine_unread(settings: FineSettings, start: str) -> set[str]:
+    return {
+        "stage": {"sphere", "solidify", "fit", "field"},  # the colour field is the coarse stage's
+        "mesh": {"sphere", "initialise"},
+        "nothing": {"initialise", "solidify", "fit"},
+    }.get(start, set())
+
+
 def _polishing() -> GuidanceSettings:
     """A finished shape needs no large t: it would be made anew (Magic3D sec. 4.2)."""
     return GuidanceSettings(t_max=constant(0.5))
@@ -87,6 +106,7 @@ STAGES: dict[str, StageKind] = {
         make_coarse,
         begins_with=frozenset({"nothing", "run"}),
         recipe=_coarse_recipe,
+        unread=_coarse_unread,
         defining=("coarse.particles", "coarse.field", "coarse.background.hidden", "coarse.occupancy.resolution"),
     ),
     "fine": StageKind(  # fine.resolution, as clipmesh.resolution, is the renders' and may change
@@ -98,6 +118,7 @@ STAGES: dict[str, StageKind] = {
         start="a sphere, a mesh or a coarse stage",
         prior_space="latent",
         recipe=_fine_recipe,
+        unread=_fine_unread,
         defining=(
             *("fine.geometry", "fine.tets", "fine.deformation", "fine.field", "fine.detail"),
             *("fine.initialise", "fine.sphere", "fine.solidify", "fine.fit", "place"),

@@ -6,9 +6,6 @@ distribution and not of one scene; each step takes one of them. With another rul
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import numpy as np
 import torch
 from pydantic import Field
@@ -16,6 +13,7 @@ from torch import Tensor
 
 from stages.coarse import CoarseSettings, CoarseStage
 from stages.errors import UserError
+from stages.guidance.guide import Guide
 from stages.optimise import under_prefix
 from stages.stage import Asset
 
@@ -33,7 +31,7 @@ class ParticleSettings(CoarseSettings):
 
 def make_coarse(
     settings: ParticleSettings,
-    guidance: Callable[..., Any],
+    guidance: Guide | None,
     device: torch.device,
     seed: int,
     previous: Asset | None = None,
@@ -69,7 +67,7 @@ class ParticleStage:
     def __init__(
         self,
         settings: ParticleSettings,
-        guidance: Callable[..., Any],
+        guidance: Guide | None,
         device: torch.device,
         seed: int,
         previous: Asset | None = None,

@@ -66,6 +66,11 @@ class PromptSettings(BaseModel):
     )
     perp_neg: float = Field(1.0, ge=0, le=10, description="perp_neg: factor on the published negative weights")
 
+    def unread(self) -> set[str]:
+        """Return the settings that nothing reads as the others stand."""
+        off = {"contradictions": not self.debias, "perp_neg": self.blend != "perp_neg"}
+        return {name for name, unread in off.items() if unread}
+
     @field_validator("per_view", "per_view_negative", "contradictions")
     @classmethod
     def _known_classes(cls, value: dict[str, str] | dict[str, list[str]]) -> dict[str, str] | dict[str, list[str]]:

@@ -21,7 +21,7 @@ class GaussianPrior:
     """The exact denoiser of N(mean, std^2 I), mean and std by prompt; counts the samples of each call."""
 
     name, resolution, alphas_cumprod = "gaussian", 8, scaled_linear_alphas_cumprod()
-    data_range = (-1.0, 1.0)
+    data_range, prediction, reads_prompts = (-1.0, 1.0), "epsilon", True
 
     def __init__(self):
         self.calls = []

@@ -18,7 +18,7 @@ HELP_S = 0.4
 # all rooms within it. A module that others of its folder build on is a room of its own.
 _BASE = {"stages.errors", "stages.cameras", "stages.phases", "stages.ramp"}
 _SURFACE = _BASE | {"stages.kernels.*", "stages.mesh.*"}
-_STAGE = _SURFACE | {"stages.optimise", "stages.stage", "stages.fields", "stages.render"}
+_STAGE = _SURFACE | {"stages.optimise", "stages.stage", "stages.fields", "stages.render", "stages.guidance.guide"}
 _GUIDED = _STAGE | {"stages.guidance.*", "stages.prompts"}
 _MESH = _BASE | {"stages.kernels.*", "stages.mesh"}
 _TWINS = {"stages.kernels.grid", "stages.kernels.reference"}
@@ -45,6 +45,7 @@ ALLOWED = {
     "stages.fields": _BASE | {"stages.kernels.*"},
     "stages.render": _SURFACE,
     "stages.stage": {"stages.mesh", "stages.optimise"},
+    "stages.guidance.guide": _BASE | {"stages.render"},
     "stages.guidance.prior": _BASE | {"stages.render"},
     "stages.guidance.vsd": _BASE | {"stages.guidance.prior"},
     "stages.guidance.diffusion": _BASE | {"stages.kernels.*", "stages.prompts", "stages.render"}
@@ -55,14 +56,14 @@ ALLOWED = {
     "stages.geometry": _STAGE,
     "stages.fine": _GUIDED | {"stages.geometry"},
     "stages.clip_mesh": _STAGE,
-    "stages.particles": _BASE | {"stages.coarse", "stages.optimise", "stages.stage"},
+    "stages.particles": _BASE | {"stages.coarse", "stages.guidance.guide", "stages.optimise", "stages.stage"},
     "stages.kinds": _GUIDED | {"stages.coarse", "stages.fine", "stages.clip_mesh", "stages.particles"},
     "stages.pocket": _SURFACE | {"stages.render", "stages.guidance.*", "stages.prompts"},
     "pipeline": {"pipeline.cli"},
     "pipeline.errors": {"stages.*"},
     "pipeline.output": {"stages.*"},
-    "pipeline.config": {"stages.*", "pipeline.output"},
-    "pipeline.priors": {"stages.*", "pipeline.errors", "pipeline.config"},
+    "pipeline.priors": {"stages.*", "pipeline.errors"},
+    "pipeline.config": {"stages.*", "pipeline.output", "pipeline.priors"},
     "pipeline.profile": {"stages.*", "pipeline.config", "pipeline.output"},
     "pipeline.runs": {"stages.*", "pipeline", "pipeline.errors", "pipeline.config", "pipeline.priors"}
     | {"pipeline.output", "pipeline.profile"},
@@ -182,7 +183,7 @@ def test_the_import_walk_sees_a_circle_inside_a_folder():
     graph["pipeline.runs.lineage"].add("pipeline.runs.run")
     (new,) = circles(graph)
     assert {"pipeline.runs.lineage", "pipeline.runs.loop", "pipeline.runs.run"} <= new
-    assert "stages.guidance.diffusion.prior" in graph["pipeline.priors.sources"]  # imported where it is needed
+    assert "stages.guidance.diffusion.prior" in graph["pipeline.priors.folders"]  # imported where it is needed
 
 
 def test_no_folder_is_too_full_to_see_anything_in():

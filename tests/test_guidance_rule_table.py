@@ -6,6 +6,7 @@ import pytest
 import torch
 from pydantic import Field
 
+from pipeline.cli import main
 from pipeline.config.listing import print_settings
 from pipeline.config.model import load_config, read_config
 from pipeline.output.glb import write_glb
@@ -40,6 +41,12 @@ def pull(inputs, settings):
     z_t = inputs.noisy(inputs.eps)
     eps_hat, eps_y = inputs.guided(z_t, inputs.t, settings)
     return Residual(settings.rule.strength.at(inputs.progress) * (eps_hat - inputs.eps), eps_hat, eps_y, z_t)
+
+
+def command(*words):
+    with pytest.raises(SystemExit) as stopped:
+        main(list(words))
+    return stopped.value.code or 0
 
 
 @pytest.fixture
@@ -79,6 +86,22 @@ def test_rule_of_the_table_runs_from_the_command_to_the_files_and_is_listed(toy,
     lines = capsys.readouterr().out.splitlines()
     assert [line.partition(" = ")[0].rpartition(".")[2] for line in lines] == ["name", "strength", "floor"]
     assert lines[2] == "guidance.fine.rule.floor = 0.0  # float, >= 0; least pull"
+
+
+def test_rule_of_the_table_is_taken_by_the_command_from_a_recipe_of_its_own(toy, tmp_path, capsys):
+    write_glb(sphere(), tmp_path / "ball.glb")
+    rule = "guidance: {fine: {scale: 1, t_min: 0.28, t_max: 0.28, rule: {name: pull, floor: 0.25}}}"
+    own = [rule if line.startswith("guidance") else line for line in TINY.splitlines()]
+    (tmp_path / "mine.yaml").write_text("\n".join(own))
+    mesh = f"reference.mesh={tmp_path / 'ball.glb'}"
+    run, again = str(tmp_path / "run"), str(tmp_path / "again")
+    assert command("run", "--config", str(tmp_path / "mine.yaml"), "--prompt", "a ball", "--out", run, mesh) == 0
+    assert command("run", "--config", run, "--out", again) == 0
+    for name in ("config.yaml", "mesh.glb"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "run" / name).read_bytes()
+    capsys.readouterr()
+    assert command("settings", "guidance.fine.rule", "--config", run) == 0
+    assert "guidance.fine.rule.floor = 0.25" in capsys.readouterr().out
 
 
 def test_strength_of_the_toy_rule_reaches_the_gradient(toy):

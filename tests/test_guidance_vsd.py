@@ -212,8 +212,9 @@ def test_a_step_that_is_not_finite_is_not_taken(folders):
 
 
 def test_a_prior_without_attention_is_refused():
-    class Plain:
-        name, unet, noise = "plain", torch.nn.Sequential(torch.nn.Linear(2, 2)), None
+    class Plain(GaussianPrior):
+        name, unet, device = "plain", torch.nn.Sequential(torch.nn.Linear(2, 2)), torch.device("cpu")
+        offload, noise, conditions = "none", len, len
 
     with pytest.raises(UserError, match="rule=vsd does not fit the prior plain.*Sequential lacks a time embedding"):
         RenderScore(Plain(), VsdSettings(), torch.Generator())

@@ -205,7 +205,7 @@ def test_the_doctor_gives_state_reason_cost_and_licence_of_every_package(monkeyp
         lambda name: Probe("ok", "0.4.0") if name == "nvdiffrast" else Probe("broken", "OSError: no libcuda"),
     )
     monkeypatch.setattr(doctor, "_CHECKS", [check for check in doctor._CHECKS if check[0] in (*PACKAGES, "warp-lang")])
-    monkeypatch.setattr(doctor, "_pocket_checks", list)
+    monkeypatch.setattr(doctor, "_prior_checks", list)
     found = {finding.name: finding for finding in doctor.examine()}
     assert set(found) == {"warp-lang", "tinycudann", "nvdiffrast", "kaolin"}
     for name, finding in found.items():

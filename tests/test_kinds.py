@@ -7,6 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 import pipeline.doctor as doctor
 from pipeline import UserError, cli, generate, load_config, resume
+from pipeline.config.layers import from_file
 from pipeline.config.model import Config, config_model
 from stages.kinds import STAGES, StageKind, beginners, chains
 from tests.gaussian_prior import GaussianPrior
@@ -31,6 +32,19 @@ def walker(name):
         return ToyStage(name, settings.steps, seed, previous)
 
     return make
+
+
+@pytest.fixture
+def pocket_walk():
+    """A stage under its default prior, put into the table and nowhere else."""
+
+    def make(settings, guidance, device, seed, previous):
+        assert guidance is None or guidance.prior.name == "pixel"
+        return ToyStage("walk", settings.steps, seed, previous)
+
+    STAGES["walk"] = StageKind(WalkSettings, make, defining=("walk.stride",))
+    yield
+    del STAGES["walk"]
 
 
 @pytest.fixture
@@ -85,16 +99,33 @@ def test_a_new_stage_runs_is_resumed_and_continued(walks, tmp_path):
         resume(tmp_path / "run", prior=prior, quiet=True)
 
 
+def command(*words):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(list(words))
+    return stopped.value.code or 0
+
+
+def test_a_new_stage_runs_from_the_command_under_its_default_prior_and_writes_its_own_settings(pocket_walk, tmp_path):
+    words = [f"export.{key}={value}" for key, value in EXPORT["export"].items()]
+    assert command("run", "--stages", "walk", "--out", str(tmp_path / "run"), "walk.stride=2", *words) == 0
+    assert (tmp_path / "run" / "mesh.glb").is_file()
+    written = from_file(tmp_path / "run" / "config.yaml").values
+    assert written["walk"] == {"steps": 5, "views_per_step": 1, "stride": 2.0} and written["prior"]["walk"] == "pocket"
+    assert not {"coarse", "fine", "clipmesh", "stroll"} & written.keys()
+    assert command("run", "--config", str(tmp_path / "run"), "--out", str(tmp_path / "again")) == 0
+    for name in ("config.yaml", "mesh.glb"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "run" / name).read_bytes()
+
+
 def test_a_new_stage_is_known_wherever_stages_are_named(walks, capsys):
-    cli_code = None
-    try:
-        cli.main(["settings", "walk"])
-    except SystemExit as stop:
-        cli_code = stop.code
+    assert command("settings", "walk") == 0
     listing = capsys.readouterr().out
-    assert cli_code == 0 and "walk.steps = 5  # int, >= 1; steps of the walk" in listing
+    assert "walk.steps = 5  # int, >= 1; steps of the walk" in listing
     names = [finding.name for finding in doctor.examine()]
     assert "pocket prior, walk" in names and "pocket prior, clipmesh" not in names
+    assert command("models", "list") == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("pocket ")]
+    assert "walk" in {word for row in rows for word in row}
     with pytest.raises(UserError, match=r"coarse,fine; or clipmesh; or walk,stroll"):
         load_config(None, [], {"stages": "fine,walk"})
     with pytest.raises(UserError) as unknown:

@@ -11,8 +11,8 @@ import torch
 
 from pipeline.config.model import load_config, read_config
 from pipeline.output.glb import write_glb
-from pipeline.priors.clips import POCKET_CLIP, clip_folder, clip_words
-from pipeline.priors.sources import build_guidance, check_priors
+from pipeline.priors.clips import POCKET_CLIP, ClipSource, clip_words
+from pipeline.priors.sources import check_priors, parse_source, stage_prior
 from pipeline.runs.run import resume_run, start_run
 from pipeline.runs.stages import make_stage
 from stages.errors import UserError
@@ -40,8 +40,9 @@ def config(recipe=None, *overrides: str, **flags):
 
 def test_names_of_clips_and_of_other_priors(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert clip_folder("pocket") is None and clip_folder("some/model") is None
-    assert clip_folder("clip:pocket") == POCKET_CLIP and clip_folder("clip: here/it") == tmp_path / "here/it"
+    assert not any(isinstance(parse_source(text), ClipSource) for text in ("pocket", "some/model", "C:/clip"))
+    assert parse_source("clip:pocket").folder == POCKET_CLIP
+    assert parse_source("clip: here/it").folder == tmp_path / "here/it"
     chosen = config(None, "prior.coarse=clip:here/it", "prior.fine=clip:pocket")
     assert chosen.prior.coarse == f"clip:{tmp_path}/here/it" and chosen.prior.fine == "clip:pocket"
 
@@ -128,7 +129,7 @@ def test_clipmesh_alone_takes_its_own_recipe():
 
 def test_guidance_of_a_clip_has_its_own_settings_and_words(tiny):
     chosen = config("clip-mesh", f"prior.clipmesh=clip:{tiny}", prompt="a blue car")
-    guidance = build_guidance(chosen, "clipmesh", torch.device("cpu"))
+    guidance = stage_prior(chosen, "clipmesh").build(torch.device("cpu"))
     assert isinstance(guidance, ClipGuidance) and guidance.settings.crop == (1.0, 1.0)
     assert guidance.prompts.prompt == "a blue car" and guidance.scorer.name == "tiny"
     assert "blue" in guidance.settings.textureless_without
@@ -159,7 +160,7 @@ def test_clipmesh_has_no_use_for_another_run(tiny, tmp_path):
 def test_dream_fields_recipe_takes_finite_steps_under_a_clip(tiny):
     chosen = config("dreamfields", f"prior.coarse=clip:{tiny}", *SMALL_DREAM)
     assert chosen.coarse.transmittance.weight == 0.5 and chosen.coarse.backdrops.copies > 1
-    guidance = build_guidance(chosen, "coarse", torch.device("cpu"))
+    guidance = stage_prior(chosen, "coarse").build(torch.device("cpu"))
     results = []
     for _ in range(2):
         guidance.generator.manual_seed(0)

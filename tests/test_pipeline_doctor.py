@@ -28,7 +28,7 @@ def test_report_lists_every_check_as_json(monkeypatch, capsys):
         ("extra", False, lambda: ("missing", "not installed"), "speed"),
     ]
     monkeypatch.setattr(doctor, "_CHECKS", checks)
-    monkeypatch.setattr(doctor, "_pocket_checks", list)
+    monkeypatch.setattr(doctor, "_prior_checks", list)
     doctor.print_report(as_json=True)
     report = json.loads(capsys.readouterr().out)
     assert report["fit"] and [f["name"] for f in report["findings"]] == ["fine", "extra"]
@@ -40,7 +40,7 @@ def test_something_required_that_is_broken_ends_with_code_2(monkeypatch, capsys)
         raise OSError("no driver")
 
     monkeypatch.setattr(doctor, "_CHECKS", [("core", True, explode, "nothing runs")])
-    monkeypatch.setattr(doctor, "_pocket_checks", list)
+    monkeypatch.setattr(doctor, "_prior_checks", list)
     with pytest.raises(SystemExit) as stopped:
         doctor.print_report(as_json=False)
     out = capsys.readouterr().out

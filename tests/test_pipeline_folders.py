@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from pipeline.config.model import load_config
-from pipeline.priors.sources import build_prior, check_priors
+from pipeline.priors.sources import check_priors, stage_prior
 from stages.errors import UserError
 from tests import tiny_families, tiny_folders
 
@@ -46,13 +46,13 @@ def test_prior_lora_changes_the_prior_of_its_stages(folder, lora, monkeypatch):
     check_priors(chosen)
     weights = {}
     for stage in ("coarse", "fine"):
-        unet = build_prior(chosen, stage, torch.device("cpu")).unet
+        unet = check_priors(chosen)[stage].load(torch.device("cpu")).unet
         weights[stage] = unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_q.weight
     torch.testing.assert_close(weights["fine"], weights["coarse"] + 0.5)
 
 
 def test_prior_loaded_for_a_run_has_embedded_its_prompts_and_freed_its_encoder(folder):
-    prior = build_prior(config(f"prior.coarse={folder}", prompt="a red mug"), "coarse", torch.device("cpu"))
+    prior = stage_prior(config(f"prior.coarse={folder}", prompt="a red mug"), "coarse").load(torch.device("cpu"))
     assert prior.text.encoders[0]._model is None
     prior.embed(["a red mug, front view", "a red mug, overhead view", ""])
     assert prior.text.encoders[0]._model is None
@@ -121,7 +121,7 @@ def test_a_hub_id_in_the_cache_is_checked_and_loaded_offline(folder, monkeypatch
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     chosen = config("prior.coarse=owner/name", stages="coarse", prompt="a mug")
     check_priors(chosen)
-    assert build_prior(chosen, "coarse", torch.device("cpu")).resolution == 64
+    assert check_priors(chosen)["coarse"].load(torch.device("cpu")).resolution == 64
     refused("encoder reads 40", "prior.coarse=owner/name", prompt="a very very very red mug of clay and tin")
     pytest.importorskip("huggingface_hub._tree_cache")  # newer hubs keep a repository's listing, and call a snapshot
     listing = {"README.md": {"size": 1, "blob_id": "0" * 40}}  # without every file of it incomplete
@@ -129,11 +129,11 @@ def test_a_hub_id_in_the_cache_is_checked_and_loaded_offline(folder, monkeypatch
     text = json.dumps({"format_version": 1, "files": listing})
     (tmp_path / "models--owner--name" / "trees" / f"{'0' * 40}.json").write_text(text)
     refused("encoder reads 40", "prior.coarse=owner/name", prompt="a very very very red mug of clay and tin")
-    assert build_prior(chosen, "coarse", torch.device("cpu")).resolution == 64
+    assert check_priors(chosen)["coarse"].load(torch.device("cpu")).resolution == 64
     shutil.rmtree(snapshot / "unet")  # a download that was broken off
     refused("HF_HUB_OFFLINE is set", "prior.coarse=owner/name")
     with pytest.raises(UserError, match="unet/ is missing"):
-        build_prior(chosen, "coarse", torch.device("cpu"))
+        stage_prior(chosen, "coarse").load(torch.device("cpu"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     check_priors(chosen)  # the rest will be fetched
 

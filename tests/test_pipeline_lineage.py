@@ -40,12 +40,6 @@ def save(folder: Path, config, stage: str, step: int, value: float = 0.0, **chan
     save_checkpoint(folder / stage / CHECKPOINT, {"x": torch.full((1,), value)}, meta)
 
 
-def without_lineage(path: Path) -> None:
-    """As an earlier version wrote it."""
-    state, meta = load_checkpoint(path)
-    save_checkpoint(path, state, {k: v for k, v in meta.items() if k not in ("settings", "upstream")})
-
-
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> Path:
     """A run with a finished coarse stage and a fine stage at step 4, to be looked at only."""
@@ -130,23 +124,34 @@ def test_learning_of_a_rule_with_a_state_may_change_and_its_shape_may_not(run):
     assert "prior.fine differs" in refused(run, *vsd, "prior.fine=some/model").what
 
 
-def test_checkpoints_from_before_the_keys_are_taken_as_they_are(run):
-    for stage in ("coarse", "fine"):
-        without_lineage(run / stage / CHECKPOINT)
-    check_run(run, config_of("fine.tets=96", "coarse.field.levels=12"))
-    check_upstream(run, config_of(), "fine", read_meta(run / "fine" / CHECKPOINT))
+@pytest.mark.parametrize("key", ["settings", "upstream"])
+def test_a_checkpoint_that_does_not_say_what_it_was_made_with_is_refused(run, key):
+    path = run / "fine" / CHECKPOINT
+    state, meta = load_checkpoint(path)
+    save_checkpoint(path, state, {k: v for k, v in meta.items() if k != key})
+    error = refused(run)
+    assert error.what == f"{path} does not say what it was made with" and "another version" in error.why
 
 
-def test_a_setting_that_one_side_does_not_know_is_not_compared(run):
-    settings = {"fine.gone": 1} | {k: v for k, v in made_with(config_of(), "fine").items() if k != "fine.tets"}
-    save(run, config_of(), "fine", 4, settings=settings)
-    check_run(run, config_of("fine.tets=96"))
+def test_a_setting_that_one_side_does_not_know_is_named(run):
+    settings = made_with(config_of(), "fine")
+    save(run, config_of(), "fine", 4, settings=settings | {"fine.gone": 1})
+    assert "the checkpoint has the setting fine.gone, of which this version" in refused(run).why
+    save(run, config_of(), "fine", 4, settings={k: v for k, v in settings.items() if k != "fine.tets"})
+    assert "this version has the setting fine.tets, of which the checkpoint" in refused(run).why
 
 
-@pytest.mark.parametrize("old", [False, True])
-def test_more_coarse_steps_are_refused_once_fine_has_begun(run, old):
-    if old:
-        without_lineage(run / "fine" / CHECKPOINT)
+@pytest.mark.parametrize("rules", [("vsd", "sds"), ("sds", "vsd"), ("gone", "sds")])
+def test_a_rule_with_a_state_or_unknown_does_not_give_way_to_another(run, rules):
+    was, now = rules
+    rest = ["guidance.fine.rescale=0"]
+    made = made_with(config_of(f"guidance.fine.rule={'sds' if was == 'gone' else was}", *rest), "fine")
+    save(run, config_of(), "fine", 4, settings=made | {"guidance.fine.rule": was})
+    error = refused(run, f"guidance.fine.rule={now}", *rest)
+    assert error.what.startswith("guidance.fine.rule differs") and f'is "{now}", was "{was}"' in error.why
+
+
+def test_more_coarse_steps_are_refused_once_fine_has_begun(run):
     error = refused(run, "coarse.steps=20")
     assert error.what.startswith("coarse.steps = 20") and "object of 12 steps" in error.what
     assert "set coarse.steps=12 again" in error.fix and f"remove {run / 'fine' / CHECKPOINT}" in error.fix

@@ -12,6 +12,7 @@ import torch
 import pipeline.priors.memory as memory
 from pipeline.cli import main
 from pipeline.config.model import load_config
+from pipeline.priors.sources import stage_prior
 from stages.errors import out_of_memory
 from stages.guidance.residuals import VsdRuleSettings
 from tests import tiny_folders
@@ -32,9 +33,13 @@ def config(*overrides):
     return load_config(None, list(overrides), {})
 
 
+def forecast(chosen):
+    return memory.forecast(stage_prior(chosen, "coarse").fetched(), torch.device("cpu"))
+
+
 def test_our_own_priors_need_no_forecast():
     for source in ("pocket", "reference", "clip:pocket"):
-        assert memory.forecast(config(f"prior.coarse={source}"), "coarse", torch.device("cpu")) is None
+        assert forecast(config(f"prior.coarse={source}")) is None
 
 
 def test_the_forecast_counts_what_goes_through_the_prior_at_once(folder, monkeypatch):
@@ -51,32 +56,32 @@ def test_the_forecast_counts_what_goes_through_the_prior_at_once(folder, monkeyp
     chosen = config(
         f"prior.coarse={folder}", "coarse.views_per_step=5", "coarse.accumulate=2", "guidance.coarse.rule=csd"
     )
-    line = memory.forecast(chosen, "coarse", torch.device("cpu"))
+    line = forecast(chosen)
     assert line.startswith("memory: float32: unet 0.00 + vae 0.00 GB stay") and "GB free" in line
     assert seen == {"images": 3, "predictions": 6, "vsd": None, "decodes": False}
     pushed = ["negative=blurry", "prompts.blend=perp_neg", "guidance.coarse.rule=vsd", "coarse.views_per_step=1"]
     pushed += ["guidance.coarse.image_term=0.01", "guidance.coarse.scale=2"]
-    memory.forecast(config(f"prior.coarse={folder}", *pushed), "coarse", torch.device("cpu"))
+    forecast(config(f"prior.coarse={folder}", *pushed))
     assert seen == {"images": 1, "predictions": 4, "vsd": VsdRuleSettings(name="vsd"), "decodes": True}
 
 
 def test_a_device_with_too_little_is_warned_of(folder, monkeypatch):
     monkeypatch.setattr(memory, "free_bytes", lambda device: 1000)
-    line = memory.forecast(config(f"prior.coarse={folder}"), "coarse", torch.device("cpu"))
+    line = forecast(config(f"prior.coarse={folder}"))
     assert "may not fit; what helps: coarse.accumulate=4, prior.diffusion.vae_checkpointing=true, prior.d" in line
 
 
 def test_advice_leaves_out_what_is_set_already(folder):
     chosen = config(f"prior.fine={folder}", "prior.diffusion.offload=blocks", "prior.diffusion.max_batch=1")
-    assert memory.advice(chosen, "fine") == [
+    assert memory.advice(stage_prior(chosen, "fine")) == [
         "prior.diffusion.vae_checkpointing=true",
         "prior.diffusion.dtype=bfloat16",
         "fine.resolution=256",
     ]
     (folder / "vae").rename(folder / "moved")  # a pixel model has no autoencoder to save on
-    assert memory.advice(chosen, "fine")[0] == "prior.diffusion.dtype=bfloat16"
+    assert memory.advice(stage_prior(chosen, "fine"))[0] == "prior.diffusion.dtype=bfloat16"
     (folder / "moved").rename(folder / "vae")
-    own = memory.advice(config(), "coarse")
+    own = memory.advice(stage_prior(config(), "coarse"))
     assert own == ["coarse.accumulate=4", "coarse.views_per_step=2", "coarse.samples=40"]
 
 

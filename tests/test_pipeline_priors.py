@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+import pipeline.priors.pocket as pocket_source
 import pipeline.priors.sources as priors
 from pipeline.config.model import load_config
 from stages.errors import UserError
@@ -29,7 +30,7 @@ def pocket(tmp_path, monkeypatch):
         (folder / "scheduler" / "scheduler_config.json").write_text(prediction)
         vocabulary = [*WORDS, *"front side left right back overhead view ,".split()]
         word_tokenizer(vocabulary, length=20).save_pretrained(folder / "tokenizer")
-    monkeypatch.setattr(priors, "POCKET", tmp_path)
+    monkeypatch.setattr(pocket_source, "POCKET", tmp_path)
     return folders["coarse"]
 
 
@@ -82,7 +83,7 @@ def refused(pattern, *overrides: str, **flags) -> UserError:
 def test_guidance_that_no_latent_fits_is_refused_for_the_pocket_prior_before_the_coarse_stage(pocket):
     refused("threshold=static does not fit the prior pocket: its data are latents", "guidance.fine.threshold=static")
     priors.check_priors(config("guidance.coarse.threshold=static"))  # pixels have a range
-    path = priors.pocket_folder("fine") / "scheduler" / "scheduler_config.json"
+    path = pocket_source.pocket_folder("fine") / "scheduler" / "scheduler_config.json"
     path.write_text(json.dumps({"prediction_type": "sample"}))
     refused("rule=ism does not fit the prior pocket", "guidance.fine.rule=ism")
     path.unlink()
@@ -135,6 +136,10 @@ def test_a_threshold_is_refused_for_a_latent_model_that_is_not_here_yet(pocket, 
     refused("its data are latents", "prior.coarse=some/model", cure)
 
 
+def noticed(*overrides):
+    return priors.notices(config(*overrides), priors.check_priors(config(*overrides)))
+
+
 def test_a_negative_prompt_that_no_stage_uses_is_refused_and_one_that_a_stage_does_not_use_is_said(pocket):
     one = ["guidance.coarse.scale=1", "negative=blurry"]
     error = refused("negative prompt.* has no use", *one, "guidance.fine.scale=1")
@@ -143,10 +148,10 @@ def test_a_negative_prompt_that_no_stage_uses_is_refused_and_one_that_a_stage_do
     refused("negative prompt.* has no use", *one[:1], "prompts.per_view_negative.back=blurry", stages="coarse")
     one.append("guidance.fine.scale=4")
     priors.check_priors(config(*one))
-    assert priors.notices(config(*one)) == ["coarse: the negative prompt is not used at guidance.coarse.scale=1"]
+    assert noticed(*one) == ["coarse: the negative prompt is not used at guidance.coarse.scale=1"]
     both = ["negative=blurry", "guidance.coarse.scale=2", "guidance.fine.scale=4"]
     for settings in (both, one[:1], [*one, "guidance.coarse.rule=csd"]):
-        assert priors.notices(config(*settings)) == []
+        assert noticed(*settings) == []
 
 
 def test_a_run_says_at_its_start_what_a_stage_leaves_aside(pocket, tmp_path, monkeypatch):
@@ -231,9 +236,9 @@ def test_reference_prior_has_the_size_of_its_stage(tmp_path):
     write_glb(Mesh(corners, faces), tmp_path / "mesh.glb")
     overrides = ["prior.coarse=reference", "prior.fine=reference", f"reference.mesh={tmp_path / 'mesh.glb'}"]
     chosen = config(*overrides, "fine.resolution=96")
-    assert priors.build_prior(chosen, "coarse", "cpu").resolution == 64
-    assert priors.build_prior(chosen, "fine", "cpu").resolution == 96
-    assert priors.build_prior(config(*overrides, "reference.resolution=32"), "fine", "cpu").resolution == 32
+    assert priors.stage_prior(chosen, "coarse").load("cpu").resolution == 64
+    assert priors.stage_prior(chosen, "fine").load("cpu").resolution == 96
+    assert priors.stage_prior(config(*overrides, "reference.resolution=32"), "fine").load("cpu").resolution == 32
 
 
 def test_guidance_is_that_of_the_stage(tmp_path, monkeypatch):
@@ -241,8 +246,8 @@ def test_guidance_is_that_of_the_stage(tmp_path, monkeypatch):
     from tests.toy_pipeline import octahedron
 
     prior = ReferencePrior(octahedron(), config().reference)
-    monkeypatch.setattr(priors, "build_prior", lambda config, stage, device: prior)
+    monkeypatch.setattr(pocket_source.PocketSource, "load", lambda *_: prior)
     chosen = config("guidance.fine.scale=3", "negative=ugly", prompt="a red mug")
-    guidance = priors.build_guidance(chosen, "fine", "cpu")
+    guidance = priors.stage_prior(chosen, "fine").build("cpu")
     assert guidance.settings.scale == 3 and guidance.settings.t_max == constant(0.75)
     assert guidance.prompts.prompt == "a red mug" and guidance.prompts.negative == "ugly"

@@ -16,6 +16,7 @@ if os.name != "posix":
 
 from pipeline.cli import main
 from pipeline.config.model import load_config, read_config
+from pipeline.config.written import read_part
 from pipeline.runs.checkpoint import load_checkpoint, read_meta, save_checkpoint
 from stages.errors import UserError
 from tests import toy_pipeline
@@ -306,8 +307,13 @@ def test_damaged_text_files_are_named(in_process, uninterrupted, tmp_path, name,
 
 
 def test_a_resumed_run_is_checked_for_the_stages_that_are_left(in_process, uninterrupted, tmp_path, monkeypatch):
-    checked = []
-    monkeypatch.setattr(in_process, "check_priors", lambda config, stages, priors: checked.append(stages))
+    checked, check = [], in_process.check_priors
+
+    def listen(config, stages, priors):
+        checked.append(stages)
+        return check(config, stages, priors)
+
+    monkeypatch.setattr(in_process, "check_priors", listen)
     folder = shutil.copytree(uninterrupted, tmp_path / "run")
     text = (folder / "config.yaml").read_text()
     (folder / "config.yaml").write_text(text.replace("  steps: 9", "  steps: 11"))
@@ -402,16 +408,17 @@ def test_a_setting_that_a_checkpoint_was_made_with_cannot_be_edited(in_process, 
     assert (folder / "mesh.glb").read_bytes() == (uninterrupted / "mesh.glb").read_bytes()
 
 
-def test_checkpoints_of_before_they_said_what_they_were_made_with_are_gone_on_with(in_process, uninterrupted, tmp_path):
+def test_a_checkpoint_that_does_not_say_what_it_was_made_with_is_not_gone_on_with(in_process, uninterrupted, tmp_path):
     folder = shutil.copytree(uninterrupted, tmp_path / "run")
     (folder / "mesh.glb").unlink()
-    for stage in ("coarse", "fine"):
-        state, meta = load_checkpoint(folder / stage / "checkpoint.safetensors")
-        assert meta.pop("settings") and {"upstream", "step", "steps", "seconds", "phases"} <= set(meta)
-        del meta["upstream"]
-        save_checkpoint(folder / stage / "checkpoint.safetensors", state, meta)
-    in_process.resume_run(folder)
-    assert (folder / "mesh.glb").read_bytes() == (uninterrupted / "mesh.glb").read_bytes()
+    path = folder / "coarse" / "checkpoint.safetensors"
+    state, meta = load_checkpoint(path)
+    assert meta.pop("settings") and {"upstream", "step", "steps", "seconds", "phases"} <= set(meta)
+    save_checkpoint(path, state, meta)
+    with pytest.raises(UserError, match="coarse/checkpoint.safetensors does not say what it was made with"):
+        in_process.resume_run(folder)
+    with pytest.raises(UserError, match="does not say what it was made with"):
+        in_process.start_run(load(stages="fine", from_run=str(folder)))
 
 
 @pytest.mark.parametrize("damage", ["flip", "gone"])
@@ -467,5 +474,5 @@ def test_full_disk_before_a_run_is_refused(in_process, monkeypatch, tmp_path):
 def test_resolved_config_of_a_run_is_the_config(in_process, tmp_path):
     config = load("prior.fine=reference", "reference.mesh=some/mesh.glb", seed=5)
     folder = in_process.start_run(config, tmp_path / "run")
-    assert read_config(folder) == config
+    assert read_config(folder) == read_part(config) and read_config(folder).reference == config.reference
     assert config.reference.mesh == str(tmp_path / "some/mesh.glb")

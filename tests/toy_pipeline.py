@@ -12,6 +12,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from pipeline.priors.source import Facts, PriorSource
 from stages.errors import UserError
 from stages.mesh.mesh import Mesh
 from stages.stage import Asset
@@ -72,15 +73,30 @@ class ToyStage:
         return Asset(mesh=mesh)
 
 
+class NoPrior(PriorSource):
+    """A source without a prior, for stages that listen to none."""
+
+    form = "pocket"
+
+    def reads(self, stage) -> list[str]:
+        return [f"guidance.{stage}", "reference"]
+
+    def facts(self, ask) -> Facts:
+        return Facts()
+
+    def build(self, ask, facts, device) -> None:
+        return None
+
+
 def install(put: Callable[[object, str, object], None] = setattr) -> None:
     """Put the toys where the real stages, priors and mesh cleaning are called; `put` may be monkeypatch.setattr."""
     from pipeline.output import asset
-    from pipeline.runs import loop, run, stages
+    from pipeline.priors import sources
+    from pipeline.runs import stages
 
     def make_toy(name, settings, guidance, device, seed, previous) -> ToyStage:
         return ToyStage(name, settings.steps, seed, previous)
 
-    put(run, "check_priors", lambda config, stages, priors: None)
-    put(loop, "build_guidance", lambda config, stage, device, prior: None)
+    put(sources, "SOURCES", sources.SOURCES | {"pocket": NoPrior, "reference": NoPrior})
     put(stages, "make_stage", make_toy)
     put(asset, "finished_mesh", lambda asset, settings, initialise, facts: asset.mesh)

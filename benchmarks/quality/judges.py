@@ -10,7 +10,8 @@ import hashlib
 from pathlib import Path
 
 from pipeline.config.model import Config, load_config, read_config
-from pipeline.priors.clips import clip_folder
+from pipeline.priors.clips import ClipSource
+from pipeline.priors.sources import parse_source
 from stages.errors import UserError
 
 
@@ -27,8 +28,8 @@ def fingerprint(folder: Path) -> str:
 
 def guides_of(config: Config) -> list[Path]:
     """Return the folders of the CLIPs that guide the stages of a run."""
-    folders = [clip_folder(getattr(config.prior, stage)) for stage in config.stages]
-    return list(dict.fromkeys(folder for folder in folders if folder is not None))
+    sources = [parse_source(getattr(config.prior, stage)) for stage in config.stages]
+    return list(dict.fromkeys(source.folder for source in sources if isinstance(source, ClipSource)))
 
 
 def judges_among(clips: list[Path], guides: list[Path]) -> list[Path]:

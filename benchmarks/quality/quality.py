@@ -31,7 +31,7 @@ from benchmarks.quality.systems import SYSTEMS, find_system
 from benchmarks.quality.workers import run_cells
 from pipeline.config.model import load_config
 from pipeline.output.files import write_whole
-from pipeline.priors.clips import clip_folder
+from pipeline.priors.sources import parse_source
 from stages.errors import UserError
 from stages.pocket import world
 
@@ -178,8 +178,8 @@ def choose_systems(asked: str | None, suite: Suite, foreign: bool) -> list[str]:
 
 
 def prior_words(system: str, prior: str | None) -> tuple[str, ...]:
-    """--prior as settings of a system's runs: of the stages whose recipe asks a diffusion model. The exact prior of the
-    upper bound stays, and so does a CLIP that guides."""
+    """--prior as settings of a system's runs: of the stages whose recipe asks a diffusion model, which a LoRA could
+    change. The exact prior of the upper bound stays, and so does a CLIP that guides."""
     if prior is None:
         return ()
     coarse, _, fine = prior.partition(",")
@@ -187,7 +187,7 @@ def prior_words(system: str, prior: str | None) -> tuple[str, ...]:
     return tuple(
         f"prior.{stage}={chosen[stage]}"
         for stage, source in _sources(system).items()
-        if source != "reference" and clip_folder(source) is None
+        if parse_source(source).takes_lora
     )
 
 

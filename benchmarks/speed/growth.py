@@ -18,7 +18,9 @@ from torch import Tensor
 
 from benchmarks.timing import Timing
 from pipeline import Config, load_config, load_prior
-from stages import STAGES, CoarseStage, FineStage, Guidance, ViewPrompts
+from pipeline.priors.sources import make_prompts
+from stages import STAGES, CoarseStage, FineStage, Guidance
+from stages.guidance.guide import Guide
 from stages.guidance.prior import ViewContext, resized, scaled_linear_alphas_cumprod
 from stages.phases import Recorder, phase, recording
 
@@ -44,6 +46,7 @@ class StandIn:
     """A prior without networks: images shrunk to the size of latents, and noise that is half of what it is shown."""
 
     name = "stand-in"
+    prediction = "epsilon"
     reads_prompts = False
     data_range = (-1.0, 1.0)
 
@@ -148,11 +151,11 @@ def make(sweep: Sweep, value: float, device: torch.device, networks: str, quick:
     return stage
 
 
-def guidance_of(config: Config, stage: str, device: torch.device, networks: str) -> Guidance:
+def guidance_of(config: Config, stage: str, device: torch.device, networks: str) -> Guide:
     """Return the recipe's guidance under the stand-in or the pocket prior; `networks` as for make."""
     stand_in = networks == "none"
     prior = StandIn(*STAND_INS[stage]) if stand_in else load_prior("pocket", stage=stage, device=device)
-    prompts = ViewPrompts(config.prompt, config.negative, config.prompts)
+    prompts = make_prompts(config)
     generator = torch.Generator().manual_seed(config.seed)
     return Guidance(prior, getattr(config.guidance, stage), prompts, generator)
 

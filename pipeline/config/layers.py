@@ -12,7 +12,7 @@ import json
 import math
 import re
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -373,17 +373,25 @@ def _default_at(model: type[BaseModel], key: Key) -> Any:
     return default
 
 
-def dump(settings: BaseModel) -> str:
-    """The settings as YAML, each line with its meaning; reads back to an equal model."""
-    return "\n".join(_lines(settings, settings.model_dump(mode="json"), "")) + "\n"
+def dump(settings: BaseModel, without: Collection[str] = ()) -> str:
+    """Return the settings as YAML, each line with its meaning; it reads back to an equal model.
+
+    Args:
+        settings: any model of settings.
+        without: dotted keys of settings and of whole groups to leave out, which read back as their defaults.
+    """
+    return "\n".join(_lines(settings, settings.model_dump(mode="json"), (), without)) + "\n"
 
 
-def _lines(settings: BaseModel, values: dict[str, Any], indent: str) -> Iterator[str]:
+def _lines(settings: BaseModel, values: dict[str, Any], above: Key, without: Collection[str]) -> Iterator[str]:
+    indent = "  " * len(above)
     for name, info in type(settings).model_fields.items():
-        value = getattr(settings, name)
+        value, key = getattr(settings, name), (*above, name)
+        if _dotted(key) in without:
+            continue
         if isinstance(value, BaseModel) and type(value).model_fields:
-            yield f"{indent}{name}:"
-            yield from _lines(value, values[name], indent + "  ")
+            lines = list(_lines(value, values[name], key, without))
+            yield from [f"{indent}{name}:", *lines] if lines else []
             continue
         text = yaml.dump(values[name], Dumper=_Dumper, default_flow_style=True, width=math.inf, allow_unicode=True)
         comment = " ".join((info.description or "").split())

@@ -28,6 +28,7 @@ from pipeline.config.layers import (
 )
 from pipeline.config.recipes import find_recipe
 from pipeline.output.settings import ExportSettings, split_commas
+from pipeline.priors.sources import forms, parse_source
 from stages.errors import UserError
 from stages.guidance.clip_guidance import ClipGuidanceSettings
 from stages.guidance.diffusion.settings import DiffusionSettings
@@ -37,10 +38,6 @@ from stages.kernels.backend import KernelSettings
 from stages.kinds import STAGES, StageKind, chains
 from stages.mesh.place import PlaceSettings
 from stages.prompts import PromptSettings
-
-CLIP_PREFIX = "clip:"  # of a prior's source that names a CLIP
-PYTHON_PREFIX = "python:"  # of one that stands for an object of a Python program
-_SOURCES = "pocket, reference, a diffusers folder or a hub id"
 
 
 def _known_stages(names: list[str]) -> list[str]:
@@ -118,14 +115,16 @@ class _OutputSettings(BaseModel):
 
 
 def config_model() -> type[Config]:
-    """The configuration with a group, a prior and a guidance for each stage of the table as it now stands."""
-    return _model_of(tuple(STAGES.items()))
+    """The configuration with a group, a prior and a guidance for each stage, by the tables as they now stand."""
+    return _model_of(tuple(STAGES.items()), forms())
 
 
 @lru_cache
-def _model_of(kinds: tuple[tuple[str, StageKind], ...]) -> type[BaseModel]:
+def _model_of(kinds: tuple[tuple[str, StageKind], ...], sources: tuple[str, ...]) -> type[BaseModel]:
     # Fields come in the order of the last base first.
-    prior = _composed("PriorSettings", _PriorSettings, {name: (str, _source_field(kind.prior)) for name, kind in kinds})
+    about = f"{', '.join(sources[:-1])}, {sources[-1]}"
+    fields = {name: (str, Field(kind.prior, min_length=1, description=about)) for name, kind in kinds}
+    prior = _composed("PriorSettings", _PriorSettings, fields)
     guidances = {name: (GuidanceSettings, Field(default_factory=kind.guidance)) for name, kind in kinds}
     guidance = _composed("StageGuidance", _StageGuidance, guidances)
     shared = {"prior": prior, "reference": ReferenceSettings, "guidance": guidance, "prompts": PromptSettings}
@@ -139,13 +138,7 @@ def _composed(name: str, last: type[BaseModel], fields: dict[str, Any], *first: 
     return create_model(name, __base__=(last, middle, *first), __module__=__name__, __doc__=last.__doc__)
 
 
-def _source_field(prior: str) -> Any:
-    clip = prior.startswith(CLIP_PREFIX)
-    text = f"clip:pocket, clip:FOLDER; or {_SOURCES}" if clip else f"{_SOURCES}; or a CLIP: clip:pocket, clip:FOLDER"
-    return Field(prior, min_length=1, description=text)
-
-
-# Everything a run depends on; written to the run folder as config.yaml, which can be given to --config.
+# Everything a run depends on; what it reads of it is written to its folder (see written.py).
 Config = config_model()
 
 
@@ -219,20 +212,9 @@ def _inherited(folder: Path) -> Layer:
     return layer
 
 
-def _anchored_clip(source: str) -> str:
-    """The source of a CLIP with its folder made absolute; other sources as they are."""
-    name = source.removeprefix(CLIP_PREFIX).strip()
-    if not source.startswith(CLIP_PREFIX) or name == "pocket":
-        return source
-    return f"{CLIP_PREFIX}{Path(name).expanduser().absolute()}"
-
-
 def _anchored(config: Config) -> Config:
     """Paths made absolute, so that the run can be resumed and its config.yaml fed back from anywhere."""
-    sources = {k: getattr(config.prior, k) for k in STAGES}
-    folders = {k: str(Path(v).expanduser().absolute()) for k, v in sources.items() if Path(v).expanduser().is_dir()}
-    folders = {k: v for k, v in folders.items() if sources[k] not in ("pocket", "reference")}
-    folders |= {k: _anchored_clip(v) for k, v in sources.items() if k not in folders}
+    folders: dict[str, Any] = {name: parse_source(getattr(config.prior, name)).anchored() for name in STAGES}
     if config.prior.lora is not None:
         folders["lora"] = str(Path(config.prior.lora).expanduser().absolute())
     vae = config.prior.diffusion.autoencoder

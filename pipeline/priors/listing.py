@@ -16,28 +16,19 @@ if TYPE_CHECKING:
     from stages.guidance.diffusion.audit import Finding
 
 
-_PIXELS = {"pixel": "64", "latent": "512"}  # of the pocket priors
-
-
 def print_presets(as_json: bool) -> None:
     """The built-in priors and the models worth naming: id, family, stage, size, memory, licence, whether to be had."""
     if as_json:
         print(json.dumps([asdict(preset) for preset in PRESETS], indent=2))
         return
-    from stages.kinds import STAGES
+    from pipeline.priors.sources import SOURCES
 
     table = _table("id, for prior.coarse or prior.fine", "family", "stage", "pixels", "memory GB", "licence", "status")
-    pocket = [(name, kind.prior_space) for name, kind in STAGES.items() if kind.prior == "pocket"]
-    for stage, space in pocket:
-        pixels = _PIXELS.get(space, space)
-        table.add_row("pocket", "comes with the toolkit", stage, pixels, "< 0.1", "Apache-2.0", "[green]here[/]")
-    stages = ", ".join(stage for stage, _ in pocket)
-    table.add_row("reference", "the exact prior of a given mesh", stages, "any", "< 0.1", "-", "[green]here[/]")
-    colours = {"open": "green", "gated": "yellow", "withdrawn": "red"}
-    for p in PRESETS:
-        status = f"[{colours[p.status]}]{p.status}[/]" + (f": use {p.instead}" if p.instead else "")
-        memory = f"{p.stay_gb:g} + {p.text_gb:g}"
-        table.add_row(p.id, p.family, p.stages, str(p.resolution), memory, p.licence, status)
+    colours = {"here": "green", "open": "green", "gated": "yellow", "withdrawn": "red"}
+    for offer in [offer for source in SOURCES.values() for offer in source.offers()]:
+        colour = colours.get(offer.status, "yellow")
+        status = f"[{colour}]{offer.status}[/]" + (f": use {offer.instead}" if offer.instead else "")
+        table.add_row(offer.text, offer.family, offer.stages, offer.pixels, offer.memory, offer.licence, status)
     _show(table)
     print("memory: weights in half precision; denoiser and autoencoder + the largest text encoder, which is freed")
     print("before they are loaded. A step's images and gradients come on top: `pipeline models check` estimates them.")

@@ -12,10 +12,10 @@ from stages.errors import UserError
 if TYPE_CHECKING:
     import torch
 
-    from pipeline.config.model import Config
+    from pipeline.priors.source import Ask
+    from pipeline.priors.sources import StagePrior
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
-OWN_PRIORS = ("pocket", "reference")
 
 
 def keep_freed_memory(most: int = 512 << 20) -> bool:
@@ -32,30 +32,20 @@ def keep_freed_memory(most: int = 512 << 20) -> bool:
     return bool(mallopt(M_MMAP_THRESHOLD, 32 << 20) and mallopt(M_TRIM_THRESHOLD, most))
 
 
-def is_folder(source: str) -> bool:
-    """Whether a prior's source is a diffusers folder or a hub id."""
-    from pipeline.config.model import CLIP_PREFIX, PYTHON_PREFIX
-
-    return source not in OWN_PRIORS and not source.startswith((CLIP_PREFIX, PYTHON_PREFIX))
-
-
-def forecast(config: Config, stage: str, device: torch.device) -> str | None:
-    """A line on the memory that a stage's prior takes, with a warning where the device has less; None for our own.
+def forecast(prior: StagePrior, device: torch.device) -> str | None:
+    """Return a line on the memory that a fetched prior takes, with a warning where the device has less; None for one
+    without a plan, as our own are.
 
     Raises: UserError for a folder that cannot be loaded.
     """
-    source = getattr(config.prior, stage)
-    if not is_folder(source):
+    ask, plan = prior.ask, prior.facts.plan
+    if plan is None:
         return None
-    from stages.guidance.diffusion.folder import locate
     from stages.guidance.diffusion.footprint import GB, footprint
-    from stages.guidance.diffusion.plan import make_plan
     from stages.guidance.residuals import RULES, most_predictions
-    from stages.prompts import ViewPrompts
 
-    settings, guidance, views = config.prior.diffusion, getattr(config.guidance, stage), images_at_once(config, stage)
-    plan = make_plan(locate(source, settings.revision, settings.variant), settings)
-    predictions = views * most_predictions(guidance, ViewPrompts(config.prompt, config.negative, config.prompts))
+    settings, guidance, views = ask.config.prior.diffusion, ask.guidance, images_at_once(ask)
+    predictions = views * most_predictions(guidance, ask.prompts)
     vsd = guidance.rule if "trainable" in RULES[guidance.rule.name].needs else None
     try:
         decodes = guidance.image_term > 0
@@ -67,13 +57,13 @@ def forecast(config: Config, stage: str, device: torch.device) -> str | None:
     free = free_bytes(device)
     line = f"memory: {found.describe()}" + ("" if free is None else f", {free / GB:.2f} GB free")
     if free is not None and found.peak > free:
-        line += "\nthis may not fit; what helps: " + ", ".join(advice(config, stage))
+        line += "\nthis may not fit; what helps: " + ", ".join(advice(prior))
     return line
 
 
-def images_at_once(config: Config, stage: str) -> int:
-    """Views of a step that go through the prior together."""
-    settings = getattr(config, stage)
+def images_at_once(ask: Ask) -> int:
+    """Return how many views of a step go through the prior together."""
+    settings = ask.settings
     return -(-settings.views_per_step // getattr(settings, "accumulate", 1))
 
 
@@ -92,35 +82,18 @@ def free_bytes(device: torch.device) -> int | None:
     return None if found is None else int(found) * 1024
 
 
-def advice(config: Config, stage: str) -> list[str]:
-    """The three settings that save most and are not set yet, as one writes them on the command line.
+def advice(prior: StagePrior) -> list[str]:
+    """Return the three settings that save most and are not set yet, as one writes them on the command line.
 
     In the order of what they save on the known models, by stages.guidance.diffusion.footprint: views one by one (a
     512-pixel view takes 1.5 GB of the autoencoder in half precision), the autoencoder's blocks repeated (a third of
     that), the denoiser's weights in main memory (1.7 GB to 24 GB); then what costs quality.
     """
-    from stages.guidance.residuals import RULES
-
-    settings, prior, source = getattr(config, stage), config.prior.diffusion, getattr(config.prior, stage)
-    guidance = getattr(config.guidance, stage, None)
-    needs = RULES[guidance.rule.name].needs if guidance is not None else ()
-    trained = "trainable" in needs  # it trains the prior, or a copy of it
-    copied = trained and guidance.rule.model == "copy"
+    settings, stage = prior.ask.settings, prior.ask.stage
     named: list[str] = []
-    if images_at_once(config, stage) > 1 and hasattr(settings, "accumulate"):
+    if images_at_once(prior.ask) > 1 and hasattr(settings, "accumulate"):
         named.append(f"{stage}.accumulate={settings.views_per_step}")
-    if is_folder(source):
-        latent = not Path(source).is_dir() or (Path(source) / "vae").is_dir()
-        named += [
-            f"prior.diffusion.{name}={value}"
-            for name, value, useful in (
-                ("vae_checkpointing", "true", latent and not prior.vae_checkpointing),
-                ("offload", "blocks", prior.offload != "blocks" and not trained),
-                ("max_batch", "1", prior.max_batch != 1),
-                ("dtype", "bfloat16", prior.dtype not in ("float16", "bfloat16") and not copied),
-            )
-            if useful
-        ]
+    named += prior.source.savings(prior.ask)
     resolution = getattr(settings, "resolution", 0)
     if resolution > 64:
         named.append(f"{stage}.resolution={resolution // 2}")
@@ -131,9 +104,9 @@ def advice(config: Config, stage: str) -> list[str]:
     return named[:3]
 
 
-def explain_shortage(error: BaseException, config: Config, stage: str, folder: Path) -> UserError:
-    """The UserError for memory that ran out in a stage: three settings that help, and how the run goes on."""
+def explain_shortage(error: BaseException, prior: StagePrior, folder: Path) -> UserError:
+    """Return the UserError for memory that ran out in a stage: three settings that help, and how the run goes on."""
     reason = str(error).strip().partition("\n")[0] or "the machine refused an allocation"
-    fix = f"set one or more of these in {folder / 'config.yaml'}: {', '.join(advice(config, stage))}"
+    fix = f"set one or more of these in {folder / 'config.yaml'}: {', '.join(advice(prior))}"
     again = f"then go on from the last checkpoint: pipeline resume {folder}"
-    return UserError(f"{stage} ran out of memory", reason, f"{fix}\n{again}")
+    return UserError(f"{prior.ask.stage} ran out of memory", reason, f"{fix}\n{again}")

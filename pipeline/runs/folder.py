@@ -1,6 +1,6 @@
 """The folder of a run: made, found again, locked, on a disk with room.
 
-RUN/config.yaml   every setting, can be given to --config        RUN/run.json      machine, versions, times, status
+RUN/config.yaml   what the run reads, can be given to --config   RUN/run.json      machine, versions, times, status
 RUN/metrics.jsonl one line per step                              RUN/<stage>/      checkpoint.safetensors, previews/
 """
 

@@ -18,7 +18,7 @@ from pipeline.output.surface import GENERATOR
 from pipeline.runs import stages
 from pipeline.runs.checkpoint import load_checkpoint, read_meta, save_checkpoint
 from pipeline.runs.folder import open_folder
-from pipeline.runs.lineage import EDITED, GIVEN, afresh, check_settings, checkpoint_of, made_with, remedy, upstream_of
+from pipeline.runs.lineage import EDITED, GIVEN, afresh, check_settings, checkpoint_of, remedy, upstream_of
 from stages.errors import UserError
 from stages.kinds import STAGES, beginners, chains
 
@@ -95,10 +95,8 @@ def check_inputs(config: Config) -> Inputs:
                 f"its config.yaml asks for {steps}, it stands at step {meta['step']}",
                 f"set {base}.steps={meta['step']} there, or go on with it first: pipeline resume {source}",
             )
-    # A checkpoint that does not say what it was made with is taken at its config.yaml's word.
-    made, back = meta.get("settings") or made_with(theirs, base), f"as when {source / 'config.yaml'} was written"
     file = checkpoint_of(base)
-    check_settings(source / file, made, config, base, back)
+    check_settings(source / file, meta, config, base, f"as when {source / 'config.yaml'} was written")
     if kind.follows is not None:
         return Inputs({file: source / file})
     note = f'{base} goes on from step {meta["step"]} of {source}, "{theirs.prompt}", as "{config.prompt}"'

@@ -8,8 +8,7 @@ of what the stage started from, and a checkpoint that they do not go with is ref
     meta["settings"]   {"fine.tets": 64, ...}, the leaves of what stages/kinds.py calls defining
     meta["upstream"]   {"file": "coarse/checkpoint.safetensors", "crc32": 1}, or null where it started from nothing
 
-Checkpoints written before these keys existed have neither; they are taken as they are, unchecked, and so is a setting
-that one of the two does not know.
+A checkpoint without these entries, or with settings of another version of the toolkit, is refused.
 """
 
 from __future__ import annotations
@@ -20,14 +19,16 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.runs.checkpoint import CHECKPOINT, read_meta
 from stages.errors import UserError
+from stages.guidance.residuals import RULES
 from stages.kinds import STAGES
 
 if TYPE_CHECKING:
     from pipeline.config.model import Config
-    from stages.guidance.residuals import Rule
 
 EDITED = f"start/{CHECKPOINT}"  # the stage of another run that this run's first stage edits
 GIVEN = "start/mesh.safetensors"  # the mesh of --init-mesh as it was read
+_ANOTHER_VERSION = "it was written by another version of the toolkit"
+_START_ANEW = "go on with the version that wrote it, or start a new run"
 
 
 def checkpoint_of(stage: str) -> str:
@@ -45,25 +46,27 @@ def made_with(config: Config, stage: str) -> dict[str, Any]:
             value = value[part]
         found |= _leaves(name, value)
     chosen = values["guidance"][stage]["rule"]
-    rule = _rule(chosen["name"])
+    rule = RULES[chosen["name"]]
     found[f"guidance.{stage}.rule"] = chosen["name"]
-    if rule is not None and rule.stateful:  # weights shaped as the prior's are
+    if rule.stateful:  # weights shaped as the prior's are
         found |= {f"guidance.{stage}.rule.{name}": chosen[name] for name in rule.shaping}
         found[f"prior.{stage}"] = values["prior"][stage]
     return found
 
 
-def _rule(name: str) -> Rule | None:
-    """The entry of a rule; None for one that is no longer known."""
-    from stages.guidance.residuals import RULES
-
-    return RULES.get(name)
+def _shared(stage: str, settings: dict[str, Any]) -> set[str]:
+    """The names in an answer of :func:`made_with` that do not come from a rule with a state."""
+    return {k for k in settings if not k.startswith(f"guidance.{stage}.rule.") and k != f"prior.{stage}"}
 
 
-def _differ(name: str, was: Any, now: Any) -> bool:
-    if name.endswith(".rule"):  # rules without a state may take over from each other
-        return was != now and any(rule is None or rule.stateful for rule in (_rule(was), _rule(now)))
-    return was != now
+def _changed(stage: str, made: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """The names of what two answers of :func:`made_with` do not agree on; rules without a state may take over from each
+    other."""
+    changed = [name for name in made if name in now and made[name] != now[name]]
+    rules = made[f"guidance.{stage}.rule"], now[f"guidance.{stage}.rule"]
+    if all(name in RULES and not RULES[name].stateful for name in rules):
+        changed = [name for name in changed if name != f"guidance.{stage}.rule"]
+    return changed
 
 
 def _leaves(name: str, value: Any) -> dict[str, Any]:
@@ -125,7 +128,7 @@ def check_run(folder: Path, config: Config) -> None:
             continue
         meta = read_meta(path, remedy(folder, config, stage))
         back = f"in {folder / 'config.yaml'}, or {afresh(folder, config)}"
-        check_settings(path, meta.get("settings", {}), config, stage, back)
+        check_settings(path, meta, config, stage, back)
         if stage not in config.stages:
             continue
         before = refined(config, stage)
@@ -133,14 +136,25 @@ def check_run(folder: Path, config: Config) -> None:
             check_upstream(folder, config, stage, meta)
 
 
-def check_settings(path: Path, made: dict[str, Any], config: Config, stage: str, back: str) -> None:
+def check_settings(path: Path, meta: dict[str, Any], config: Config, stage: str, back: str) -> None:
     """Raise UserError where a setting that defines a state is another than the one its checkpoint was made with.
 
     Args:
-        path: of the checkpoint. made: its meta's settings. back: where to set them back, to end the advice with.
+        path: of the checkpoint.
+        meta: its meta.
+        config: of the run that is to go on with it.
+        stage: its stage.
+        back: where to set the settings back, to end the advice with.
     """
-    now = made_with(config, stage)
-    changed = [name for name in made if name in now and _differ(name, made[name], now[name])]
+    if not {"settings", "upstream"} <= meta.keys():
+        raise UserError(f"{path} does not say what it was made with", _ANOTHER_VERSION, _START_ANEW)
+    made, now = meta["settings"], made_with(config, stage)
+    unknown = sorted(_shared(stage, made) ^ _shared(stage, now))
+    if unknown:
+        known, side = ("the checkpoint", "this version") if unknown[0] in made else ("this version", "the checkpoint")
+        why = f"{known} has the setting {unknown[0]}, of which {side} does not know: {_ANOTHER_VERSION}"
+        raise UserError(f"{path} is of other settings than these", why, _START_ANEW)
+    changed = _changed(stage, made, now)
     if not changed:
         return
     values = ", ".join(f"{name} is {json.dumps(now[name])}, was {json.dumps(made[name])}" for name in changed)
@@ -175,8 +189,6 @@ def _stands(folder: Path, config: Config, before: str, later: Path) -> bool:
 
 def check_upstream(folder: Path, config: Config, stage: str, meta: dict[str, Any]) -> None:
     """Raise UserError where a checkpoint goes on from something else than what now lies before its stage."""
-    if "upstream" not in meta:  # written before the key existed
-        return
     was, now = meta["upstream"], _upstream(folder, config, stage)
     if was == now:
         return

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,6 @@ from pipeline.errors import Interrupted
 from pipeline.output.files import write_whole
 from pipeline.output.surface import png_bytes
 from pipeline.priors.memory import forecast
-from pipeline.priors.sources import build_guidance
 from pipeline.runs import stages
 from pipeline.runs.checkpoint import CHECKPOINT, load_checkpoint, save_checkpoint
 from pipeline.runs.interrupt import StopRequest
@@ -31,6 +30,7 @@ if TYPE_CHECKING:
     import torch
 
     from pipeline.config.model import Config
+    from pipeline.priors.sources import StagePrior
     from pipeline.runs.caller import Caller
     from pipeline.runs.log import Metrics, Record
     from pipeline.runs.progress import Progress
@@ -44,6 +44,7 @@ class Host(Protocol):
     config: Config
     device: torch.device
     caller: Caller
+    priors: Mapping[str, StagePrior]
     progress: Progress
     record: Record
     metrics: Metrics
@@ -75,21 +76,22 @@ class StageLoop:
         (self._folder / "previews").mkdir(parents=True, exist_ok=True)
         self._opened = time.perf_counter()
         state, meta = load_checkpoint(self._path) if self._path.exists() else (None, {"step": 0})
-        check_upstream(run.folder, run.config, name, meta)  # a stage before it may have been made again just now
+        if state is not None:
+            check_upstream(run.folder, run.config, name, meta)  # a stage before may have been made again just now
         self._lineage = lineage(run.folder, run.config, name)
         self._phases, self._seconds = meta.get("phases", {}), meta.get("seconds", 0.0)
         run.metrics.rewind(name, meta["step"], tuple(STAGES)[tuple(STAGES).index(name) + 1 :])
         run.progress.note(f"{name}: loading the prior {getattr(run.config.prior, name)}")
-        expected = forecast(run.config, name, run.device)
+        prior = self._timed("load_prior", run.priors[name].fetched)
+        expected = forecast(prior, run.device)
         if expected is not None:
             run.progress.note(f"{name}: {expected}")
-        prior = run.caller.priors.get(name)
-        guidance = self._timed("load_prior", lambda: build_guidance(run.config, name, run.device, prior))
-        self._leave = getattr(guidance, "close", None) if prior is not None else None
+        guidance = self._timed("load_prior", partial(prior.build, run.device))
+        self._leave = guidance.close if prior.ask.given is not None else None
         settings = getattr(run.config, name)
         make = partial(stages.make_stage, name, settings, guidance, run.device, run.config.seed, previous)
         stage = self._timed("construct", make)
-        del make, guidance, previous
+        del make, guidance, previous, prior
         if state is not None:
             stage.load_state_dict(state)
         self._optimise(stage)

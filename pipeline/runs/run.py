@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import contextlib
 import gc
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from pipeline.config.layers import dump
 from pipeline.config.model import Config, read_config
+from pipeline.config.written import dump_read, read_part
 from pipeline.errors import Interrupted
 from pipeline.output.files import write_whole
 from pipeline.priors.memory import explain_shortage
-from pipeline.priors.sources import check_priors, notices
+from pipeline.priors.sources import StagePrior, check_priors, notices
 from pipeline.runs import stages
 from pipeline.runs.caller import Caller, deterministic
 from pipeline.runs.checkpoint import CHECKPOINT, load_checkpoint, read_meta
@@ -58,18 +59,19 @@ def start_run(
 def _start(
     config: Config, out: Path | None, progress: Progress, profile: Profile | None, caller: Caller, device: torch.device
 ) -> Path:
+    config = read_part(config)  # the very values that a resumed run reads
     resolve(config.kernels, device)  # refuses what is not there
-    check_priors(config, None, caller.priors)
+    priors = check_priors(config, None, caller.priors)
     inputs = check_inputs(config)
     folder = new_folder(out, config.prompt, config.seed)
     progress.note(f"run folder {folder}" + (f"; {inputs.note}" if inputs.note else ""))
-    for notice in notices(config):
+    for notice in notices(config, priors):
         progress.note(notice)
     with Lock(folder):
         inputs.write(folder)
-        write_whole(folder / "config.yaml", dump(config).encode())
+        write_whole(folder / "config.yaml", dump_read(config).encode())
         with profile.of_run(folder, config, device, progress.note) if profile else contextlib.nullcontext():
-            Run(folder, config, device, progress, caller).go()
+            Run(folder, config, device, progress, caller, priors).go()
     return folder
 
 
@@ -84,14 +86,14 @@ def resume_run(folder: Path, progress: Progress | None = None, caller: Caller | 
         check_run(folder, config)
         wanted = _export_settings(config)
         whole = record.data.get("status") == "finished" and not missing
-        whole = whole and record.data.get("exported_with", wanted) == wanted
+        whole = whole and record.data.get("exported_with") == wanted
         if whole and all(_finished(folder, config, name) for name in config.stages):
             progress.note(f"{folder} is finished: {', '.join(record.data['outputs'])}")
             return
         device = choose_device(config.device)
         with deterministic(device):
             run = Run(folder, config, device, progress, caller)
-            check_priors(config, [name for name in config.stages if not run.finished(name)], caller.priors)
+            run.priors = check_priors(config, [s for s in config.stages if not run.finished(s)], caller.priors)
             progress.note(f"resuming {folder}")
             run.go()
 
@@ -186,10 +188,22 @@ def choose_device(name: str) -> torch.device:
 
 
 class Run:
-    """One process's work in a run folder, whose lock it holds."""
+    """One process's work in a run folder, whose lock it holds.
 
-    def __init__(self, folder: Path, config: Config, device: torch.device, progress: Progress, caller: Caller) -> None:
+    priors: of the stages to be taken, checked; empty where none is taken.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        config: Config,
+        device: torch.device,
+        progress: Progress,
+        caller: Caller,
+        priors: Mapping[str, StagePrior] = MappingProxyType({}),
+    ) -> None:
         self.folder, self.config, self.device, self.progress, self.caller = folder, config, device, progress, caller
+        self.priors = priors
         self.record, self.metrics = Record(folder), Metrics(folder)
         self.kernels = resolve(config.kernels, device)
         self._stuck = False  # a stage took all its steps and made nothing to hand on: resuming would end there again
@@ -296,7 +310,7 @@ class Run:
             return loop.take(previous)
         except Exception as error:
             if out_of_memory(error):
-                raise explain_shortage(error, self.config, name, self.folder) from error
+                raise explain_shortage(error, self.priors[name], self.folder) from error
             raise
         finally:
             loop.close()

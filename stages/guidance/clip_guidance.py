@@ -1,7 +1,7 @@
 """Guidance by CLIP: the cosine of a render and its words, as the systems before diffusion used it.
 
-Called as stages/guidance/guidance.py's Guidance is, so every stage takes either. Dream Fields (arXiv 2112.01455 eq. 6)
-and CLIP-Mesh (arXiv 2203.13333 eq. 3) minimise
+A Guide (guide.py), as stages/guidance/guidance.py's Guidance is, so every stage takes either. Dream Fields (arXiv
+2112.01455 eq. 6) and CLIP-Mesh (arXiv 2203.13333 eq. 3) minimise
     loss = -weight * mean over images of cos(CLIP(random crop of the image), CLIP(words))
 Loss convention: a mean of cosines, about 0.3, not the sum over pixels of the diffusion priors' losses. A stage's other
 weights must be of that size: the recipes of both systems set them.
@@ -10,7 +10,7 @@ A CLIP that guides a run has been optimised against and cannot judge it; benchma
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, field_validator
@@ -19,9 +19,12 @@ from torch import Tensor
 from stages.cameras import Views
 from stages.errors import UserError, check_shape
 from stages.guidance.clip import ClipScorer
-from stages.guidance.guidance import GuidanceOutput
+from stages.guidance.guide import GuidanceOutput
 from stages.phases import backward_phase, phase
 from stages.prompts import ViewPrompts, without_contradictions
+
+if TYPE_CHECKING:
+    from stages.render.shade import Shading
 
 TEXTURELESS = "textureless"  # what without_contradictions knows these words by; no view class has that name
 
@@ -71,7 +74,7 @@ class ClipGuidance:
         textureless: bool = False,
         *,
         background: Tensor | None = None,
-        shading: Any = None,
+        shading: Shading | None = None,
     ) -> GuidanceOutput:
         """The loss of linear images [B, H, W, 3] in [0, 1] seen from B views, and `clip`, 100 times the mean cosine.
 
@@ -99,6 +102,9 @@ class ClipGuidance:
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Inverse of state_dict."""
         self.generator.set_state(state["generator"].cpu())
+
+    def close(self) -> None:
+        """Nothing of the CLIP was changed."""
 
 
 def bare(text: str, settings: ClipGuidanceSettings) -> str:

@@ -32,9 +32,10 @@ class Described:
     name: str
     prediction: str = "epsilon"
     data_range: tuple[float, float] | None = PIXELS
+    reads_prompts: bool = True
 
 
-def check_wordless(settings: GuidanceSettings, prompts: ViewPrompts, name: str) -> None:
+def _check_wordless(settings: GuidanceSettings, prompts: ViewPrompts, name: str) -> None:
     """Refuse what has no meaning with a prior that reads no prompts, such as the reference prior called `name`."""
     for need, why in WORDLESS.items():
         if need in RULES[settings.rule.name].needs:
@@ -54,17 +55,17 @@ def check_wordless(settings: GuidanceSettings, prompts: ViewPrompts, name: str) 
 
 def check_fit(prior: Prior, settings: GuidanceSettings, prompts: ViewPrompts) -> None:
     """Raise UserError for a rule or cure that cannot work with this loaded prior or these prompts."""
-    if not getattr(prior, "reads_prompts", True):
-        check_wordless(settings, prompts, prior.name)
+    check_described(prior, settings, prompts)
     if "trainable" in RULES[settings.rule.name].needs:
         check_trainable(prior, settings.rule)
-    check_described(prior, settings, prompts)
 
 
 def check_described(prior: Prior | Described, settings: GuidanceSettings, prompts: ViewPrompts) -> None:
-    """As :func:`check_fit`, as far as a prior's name, prediction type and data range and the settings say."""
+    """As :func:`check_fit`, as far as the settings and what :class:`Described` holds say."""
     name, rule = settings.rule.name, RULES[settings.rule.name]
-    if "invertible" in rule.needs and getattr(prior, "prediction", "epsilon") == "sample":
+    if not prior.reads_prompts:
+        _check_wordless(settings, prompts, prior.name)
+    if "invertible" in rule.needs and prior.prediction == "sample":
         raise UserError(
             f"rule={name} does not fit the prior {prior.name}",
             "its inversion starts at the clean image, where noise cannot be read off the clean image that this prior "
@@ -96,7 +97,7 @@ def data_range(prior: Prior | Described, settings: GuidanceSettings) -> tuple[fl
     """The range x0_hat is brought back to, None without a threshold; UserError where the prior's range is not known."""
     if settings.threshold == "none":
         return None
-    found = settings.threshold_range or getattr(prior, "data_range", None)
+    found = settings.threshold_range or prior.data_range
     if found is None:
         raise UserError(
             f"threshold={settings.threshold} does not fit the prior {prior.name}",

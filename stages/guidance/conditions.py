@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from stages.cameras import Views
-from stages.guidance.prior import Prior
+from stages.guidance.prior import FreesText, Prior
 from stages.prompts import ViewPrompts
 
 
@@ -68,9 +68,8 @@ class Conditions:
         texts = list(dict.fromkeys([*prompts.all_texts(), ""]))
         self._index = {text: i for i, text in enumerate(texts)}
         self._embeddings: Any = prior.embed(texts)
-        release = getattr(prior, "release_text_encoder", None)
-        if release is not None and release_text:
-            release()
+        if release_text and isinstance(prior, FreesText):
+            prior.release_text_encoder()
 
     def _rows(self, texts: list[str]) -> Tensor:
         return torch.tensor([self._index[text] for text in texts])

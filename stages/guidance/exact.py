@@ -79,6 +79,7 @@ class ReferencePrior:
 
     name = "reference"
     data_range = (-1.0, 1.0)
+    prediction = "epsilon"
     reads_prompts = False
 
     def __init__(self, mesh: Mesh, settings: ReferenceSettings, prompts: PromptSettings | None = None) -> None:

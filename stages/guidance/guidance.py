@@ -7,8 +7,7 @@ convention). `scale` is s = 1 + w in eps_0 + s (eps_y - eps_0).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -18,6 +17,7 @@ from stages.errors import UserError, check_shape
 from stages.guidance import rules
 from stages.guidance.compatibility import check_fit, data_range
 from stages.guidance.conditions import Conditions
+from stages.guidance.guide import GuidanceOutput
 from stages.guidance.prior import Prior, ViewContext, per_sample, resized, x0_from_eps
 from stages.guidance.residuals import RULES, Residual, StepInputs
 from stages.guidance.schedules import TIMESTEPS, WEIGHTINGS, stratified, to_index
@@ -27,27 +27,22 @@ from stages.kernels.srgb import linear_to_srgb
 from stages.phases import phase
 from stages.prompts import ViewPrompts
 
+if TYPE_CHECKING:
+    from stages.render.shade import Shading
+
 __all__ = ["Guidance", "GuidanceOutput", "GuidanceSettings"]
 
 
-@dataclass
-class GuidanceOutput:
-    """loss: a surrogate whose gradient matters, not its value. metrics: finite floats that do mean something.
+class Guidance:
+    """A Guide (guide.py): a prior asked under the prompts of the views.
 
+    Its metrics:
     agreement_db: PSNR in dB between x and the prior's own denoised x0 (conditional branch), data range 2; higher is
         closer to what the prior would draw. t: mean timestep as a fraction. grad_rms: root mean square of the gradient
         on x. nonfinite: share of gradient entries that the prior returned as NaN or infinity and that were dropped.
     clamped: with a threshold, the share of the guided x0_hat's entries that lay outside the data range.
     clipped: with grad_clip, the share of the gradient's entries that it held back.
     score_error: with vsd, the mean squared error of the score of the renders; -1 marks a step it did not take.
-    """
-
-    loss: Tensor
-    metrics: dict[str, float]
-
-
-class Guidance:
-    """A prior asked under the prompts of the views, with all its randomness in one generator.
 
     Args:
         prior: any :class:`stages.guidance.prior.Prior`; prompts are embedded here.
@@ -80,7 +75,7 @@ class Guidance:
         textureless: bool = False,
         *,
         background: Tensor | None = None,
-        shading: Any = None,
+        shading: Shading | None = None,
     ) -> GuidanceOutput:
         """The distillation loss of linear images [B, H, W, 3] in [0, 1] seen from B views.
 

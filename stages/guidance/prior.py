@@ -14,11 +14,11 @@ velocity into eps; a DDIM step between two noise levels is then the same as the 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from stages.cameras import Views
 
@@ -63,12 +63,17 @@ def is_flat(background: Tensor) -> bool:
 
 
 class Prior(Protocol):
-    """Something that predicts the noise in a noisy image of the prompt."""
+    """Something that predicts the noise in a noisy image of the prompt.
+
+    What only some priors can do has protocols of its own: :class:`FreesText`, :class:`TrainablePrior`.
+    """
 
     name: str
     resolution: int  # side in pixels of the images that `encode` works at
     alphas_cumprod: Tensor  # [T] on the CPU, decreasing; float32, or float64 where 1 - alphas_cumprod gets small
     data_range: tuple[float, float] | None  # of x; None where it is not known, as for most latents
+    prediction: str  # of PREDICTIONS: what its predictions of the noise are made from
+    reads_prompts: bool  # whether its predictions depend on the embeddings
 
     def embed(self, prompts: list[str]) -> Any:
         """Embeddings of prompts: a tensor, or anything that a [N] long tensor indexes along its prompts."""
@@ -81,6 +86,32 @@ class Prior(Protocol):
 
     def predict_noise(self, z_t: Tensor, t: Tensor, embedding: Any, context: ViewContext) -> Tensor:
         """eps [B, C, h, w] for noisy z_t at timesteps t [B] long under B embeddings; no gradient."""
+
+
+@runtime_checkable
+class FreesText(Protocol):
+    """A prior whose text encoder takes memory and can go once the prompts are embedded."""
+
+    def release_text_encoder(self) -> None:
+        """Free the text encoder's memory; what was embedded stays."""
+
+
+@runtime_checkable
+class TrainablePrior(Protocol):
+    """A prior on whose network the score of the renders can be learned, and all that vsd.py asks of it."""
+
+    name: str
+    prediction: str  # of PREDICTIONS
+    alphas_cumprod: Tensor  # as Prior has it
+    unet: nn.Module  # the denoising network, UNet or transformer
+    device: torch.device  # where it computes
+    offload: str  # "none": its weights stay on the device
+
+    def noise(self, network: nn.Module, z_t: Tensor, t: Tensor, embedding: Any, **conditions: Any) -> Tensor:
+        """eps [B, C, h, w] by this network or one like it, with gradients in those of its weights that ask for them."""
+
+    def conditions(self, embedding: Any, context: ViewContext | None) -> dict[str, Any]:
+        """What the network is given beyond the embedding for these views; nothing where they are not known."""
 
 
 def resized(images: Tensor, side: int) -> Tensor:

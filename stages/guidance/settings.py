@@ -53,6 +53,11 @@ class GuidanceSettings(BaseModel):
     )
     srgb: bool = Field(True, description="convert linear renders to sRGB, which priors were trained on")
 
+    def unread(self) -> set[str]:
+        """Return the settings that nothing reads as the others stand."""
+        off = {"threshold_quantile": self.threshold != "dynamic", "threshold_range": self.threshold == "none"}
+        return {name for name, unread in off.items() if unread}
+
     @model_validator(mode="after")
     def _ordered(self) -> GuidanceSettings:
         for share in (k / 100 for k in range(101)):

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from stages.cameras import Views
 from stages.errors import UserError
-from stages.guidance.prior import ViewContext, add_noise
+from stages.guidance.prior import Prior, TrainablePrior, ViewContext, add_noise
 
 # diffusers' names: what LoRA changes, and where the time is embedded, with the layer that gives the embedding's width
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
@@ -47,15 +47,14 @@ class RenderScore:
     """eps_phi: predicts the noise on renders and learns from them. Its whole state is in state_dict().
 
     Args:
-        prior: a prior with `unet`, its network, `noise(network, z_t, t, embedding, **conditions)`,
-            `conditions(embedding, context)`, `device` and `prediction`.
+        prior: one that is a TrainablePrior.
         settings: kind and learning. generator: a CPU generator, read for the first weights only.
     Raises: UserError for a prior whose network cannot learn.
     """
 
-    def __init__(self, prior: Any, settings: VsdSettings, generator: torch.Generator) -> None:
-        check_trainable(prior, settings)
-        self.prior, self.settings, self.device = prior, settings, prior.device
+    def __init__(self, prior: Prior | TrainablePrior, settings: VsdSettings, generator: torch.Generator) -> None:
+        self.prior = prior = check_trainable(prior, settings)
+        self.settings, self.device = settings, prior.device
         self._camera: Tensor | None = None  # of the samples that a running call has not seen yet
         self._active = False
         self._hooks: list[Any] = []  # in the prior's network, where it is not a copy
@@ -220,17 +219,17 @@ def time_module(network: nn.Module) -> tuple[nn.Module, int] | None:
     return None
 
 
-def check_trainable(prior: Any, settings: VsdSettings) -> None:
-    """Raise UserError unless VSD can learn a score from this prior."""
+def check_trainable(prior: Prior | TrainablePrior, settings: VsdSettings) -> TrainablePrior:
+    """Return the prior itself. Raises: UserError unless VSD can learn a score from it."""
     what = f"rule=vsd does not fit the prior {prior.name}"
     fix = "use a diffusers folder, or another rule (csd and ism work at the same low scale)"
-    network = getattr(prior, "unet", None)
-    if not isinstance(network, nn.Module) or not hasattr(prior, "noise"):
+    if not isinstance(prior, TrainablePrior):
         raise UserError(what, "it has no network that could learn the score of the renders", fix)
+    network = prior.unet
     if time_module(network) is None or not attention_layers(network):
         raise UserError(what, f"its {type(network).__name__} lacks a time embedding or attention to change", fix)
-    offload = getattr(getattr(prior, "settings", None), "offload", "none")
-    check_loading(prior.name, settings, offload, next(network.parameters()).dtype)
+    check_loading(prior.name, settings, prior.offload, next(network.parameters()).dtype)
+    return prior
 
 
 def check_loading(name: str, settings: VsdSettings, offload: str, dtype: torch.dtype) -> None:

@@ -195,8 +195,11 @@ def _lesson(plan: Plan, dtype: torch.dtype, batch: int, settings: VsdSettings) -
     denoiser, inputs = _denoiser(plan, dtype, batch)
     prior = SimpleNamespace(
         name=plan.folder.name,
+        prediction=plan.schedule.prediction,
+        alphas_cumprod=plan.schedule.alphas_cumprod,
         unet=denoiser.network,
         device=denoiser.device,
+        offload="none",
         noise=lambda network, z, t, embedding: denoiser(z, t, embedding, network=network),
         conditions=lambda embedding, context: {},
     )

@@ -1,7 +1,7 @@
 """Everything about a diffusers folder that is known before a weight is loaded, and every refusal that needs no weight.
 
-A plan is made twice: when a run is checked, so that a wrong folder or a prompt too long is answered before any work,
-and when its prior is loaded.
+A plan is made when a run is checked, so that a wrong folder or a prompt too long is answered before any work, and
+handed on to whoever loads its prior.
 """
 
 from __future__ import annotations

@@ -34,11 +34,12 @@ if TYPE_CHECKING:
 
 
 class DiffusionPrior:
-    """A diffusers folder behind the Prior protocol; made by :func:`load_prior`.
+    """A diffusers folder behind the protocols Prior, FreesText and TrainablePrior; made by :func:`load_prior`.
 
-    Beyond the protocol: `unknown_words`, `known_words`, `release_text_encoder`, `noise`, `conditions`, `latent`,
-    `family`.
+    Beyond them: `unknown_words`, `known_words`, `latent`, `family`.
     """
+
+    reads_prompts = True
 
     def __init__(
         self,
@@ -59,7 +60,7 @@ class DiffusionPrior:
         self.latent = vae is not None
         self.data_range = None if self.latent else (-1.0, 1.0)
         self.channels = vae.channels if self.latent else 3
-        self.device, self.dtype = denoiser.device, denoiser.dtype
+        self.device, self.dtype, self.offload = denoiser.device, denoiser.dtype, settings.offload
 
     @property
     def unet(self) -> torch.nn.Module:
@@ -159,6 +160,7 @@ def load_prior(
     settings: DiffusionSettings | None = None,
     prompts: list[str] | None = None,
     lora: Lora | None = None,
+    plan: Plan | None = None,
 ) -> DiffusionPrior:
     """Load a diffusers folder (local first, hub id second) as a prior with frozen weights.
 
@@ -168,11 +170,15 @@ def load_prior(
         prompts: embedded before the denoiser is loaded, each text encoder freed before the next, so that the memory
             needed is that of the largest part; None keeps the encoders until release_text_encoder.
         lora: weights merged into the networks as they are loaded.
+        plan: of that folder for these settings and prompts, where it was made before; None makes it.
     Raises: UserError for anything missing, damaged or unsupported.
     """
     settings, device = settings or DiffusionSettings(), torch.device(device)
-    folder = locate(str(path_or_id), settings.revision, settings.variant)
-    plan = make_plan(folder, settings, prompts, lora)
+    if plan is None:
+        plan = make_plan(locate(str(path_or_id), settings.revision, settings.variant), settings, prompts, lora)
+    elif lora is not None:
+        lora.check(plan)  # which reads its tensors: a plan that is kept through a stage holds none
+    folder = plan.folder
     family, dtype = plan.family, dtype or network_dtype(settings, plan.family, device)
 
     loader = _Loader(plan, settings, lora)

@@ -1,0 +1,92 @@
+"""The configuration that a run writes: all that it can read of the settings, and nothing else.
+
+RUN/config.yaml can be given to --config and is what resuming reads. Left out is what no part of the run asks for: the
+settings of stages that neither run nor go on from one that does, what the prior sources and the kinds of its stages do
+not read, and what another setting has switched off. `pipeline settings` lists all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from typing import Any
+
+from pydantic import BaseModel
+
+from pipeline.config.layers import Layer, dump, validate
+from pipeline.config.model import Config, config_model
+from pipeline.priors.sources import parse_source
+from stages.kinds import STAGES
+
+_OF_SOURCES = ("reference", "prior.diffusion", "guidance")  # groups of which sources say what they read
+
+
+def read_part(config: Config) -> Config:
+    """Return the configuration with all that the run cannot read at its default, as its config.yaml reads back."""
+    return validate(config_model(), [Layer(_without(config.model_dump(mode="json"), unread(config)))])
+
+
+def dump_read(config: Config) -> str:
+    """Return what a run writes of its configuration as YAML; reads back to :func:`read_part` of it."""
+    return dump(config, unread(config))
+
+
+def unread(config: Config) -> set[str]:
+    """Return the dotted keys of settings, and of whole groups, that a run of this configuration cannot read."""
+    stages = stages_read(config)
+    others = [stage for stage in STAGES if stage not in stages]
+    keys = {*others, *(f"prior.{stage}" for stage in others)}
+    asked = {key for stage in stages for key in parse_source(getattr(config.prior, stage)).reads(stage)}
+    for group in _OF_SOURCES:
+        keys |= set(_outside(config_model(), group, asked))
+    for stage in stages:
+        switched_off = STAGES[stage].unread(getattr(config, stage), _start(config, stage, stages))
+        keys |= {f"{stage}.{name}" for name in switched_off}
+        keys |= {f"guidance.{stage}.{name}" for name in getattr(config.guidance, stage).unread()}
+    keys |= {f"prompts.{name}" for name in config.prompts.unread()}
+    keys |= set() if config.init_mesh is not None else {"place"}
+    return keys | (set() if config.prior.lora is not None else {"prior.lora_scale", "prior.lora_stages"})
+
+
+def stages_read(config: Config) -> list[str]:
+    """Return the stages whose settings a run can read: its own, one of another run that it goes on from, and those that
+    another run may take after it, whose `--from` finds their settings here."""
+    stages = list(config.stages)
+    while config.from_run is not None and (before := STAGES[stages[0]].follows) is not None:
+        stages.insert(0, before)
+    return [*stages, *_after(stages[-1])]
+
+
+def _after(stage: str) -> Iterator[str]:
+    for name, kind in STAGES.items():
+        if kind.follows == stage:
+            yield name
+            yield from _after(name)
+
+
+def _start(config: Config, stage: str, stages: list[str]) -> str:
+    """What a stage starts from: "stage" for the one that it follows, else as StageKind.begins_with has it."""
+    if STAGES[stage].follows in stages:
+        return "stage"
+    return "mesh" if config.init_mesh is not None else "run" if config.from_run is not None else "nothing"
+
+
+def _outside(model: type[BaseModel], key: str, asked: set[str]) -> Iterator[str]:
+    """What of the group at `key` is in none of the keys asked for; the whole group where that is all of it."""
+    if key in asked:
+        return
+    if not any(other.startswith(f"{key}.") for other in asked):
+        yield key
+        return
+    group = model
+    for part in key.split("."):
+        group = group.model_fields[part].annotation
+    for name in group.model_fields:
+        yield from _outside(model, f"{key}.{name}", asked)
+
+
+def _without(values: dict[str, Any], keys: Collection[str], above: str = "") -> dict[str, Any]:
+    return {
+        name: _without(value, keys, f"{above}{name}.") if isinstance(value, dict) else value
+        for name, value in values.items()
+        if f"{above}{name}" not in keys
+    }

@@ -1,0 +1,210 @@
+"""What a text in `prior.coarse` or `prior.fine` stands for: the interface of the sources in the table of sources.py.
+
+A source is asked twice for each stage of a run. `facts` checks it before any work, loading nothing; what it learnt is
+kept, and handed to `build` when the stage begins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+from stages.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+    from stages.guidance.compatibility import Described
+    from stages.guidance.diffusion.lora import Lora
+    from stages.guidance.diffusion.plan import Plan
+    from stages.guidance.guide import Guide
+    from stages.guidance.prior import Prior
+    from stages.prompts import ViewPrompts
+
+
+class RunSettings(Protocol):
+    """What a source reads of a run's configuration; the groups have an entry for each stage."""
+
+    prompt: str
+    negative: str
+    seed: int
+    device: str
+    force: bool
+    stages: list[str]
+    prior: Any
+    guidance: Any
+    reference: Any
+    prompts: Any
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What one stage of a run asks of its prior's source.
+
+    Args:
+        stage: its name.
+        config: the run's configuration.
+        prompts: the words by view, made once for all stages of a run.
+        given: the object that the calling program handed in for the stage; None for none.
+        forms: how the sources of the table are written, for the answer to a text that is none of them.
+    """
+
+    stage: str
+    config: RunSettings
+    prompts: ViewPrompts
+    given: Prior | None = None
+    forms: tuple[str, ...] = ()
+
+    @property
+    def settings(self) -> Any:
+        """The settings of the stage itself."""
+        return getattr(self.config, self.stage)
+
+    @property
+    def guidance(self) -> Any:
+        """How the stage is guided."""
+        return getattr(self.config.guidance, self.stage)
+
+    @property
+    def source(self) -> str:
+        """The source as the configuration writes it."""
+        return getattr(self.config.prior, self.stage)
+
+    @property
+    def lora(self) -> Lora | None:
+        """The LoRA that the stage's prior is loaded with. Raises: UserError for a file that is none."""
+        chosen = self.config.prior
+        if chosen.lora is None or self.stage not in chosen.lora_stages:
+            return None
+        from stages.guidance.diffusion.lora import Lora
+
+        return Lora(chosen.lora, chosen.lora_scale)
+
+    @property
+    def texts(self) -> list[str]:
+        """Every text that the run asks its priors about, the empty one included."""
+        return list(dict.fromkeys([*self.prompts.all_texts(), ""]))
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of a source once it is checked, before anything of it is loaded.
+
+    Args:
+        described: of a diffusion prior, what rules and cures ask of it; None for another kind of guidance.
+        latents: the kind of model whose latents it has; empty for pixels and where it is not known.
+        plan: how its folder will be loaded; None where it is not here yet, or is no folder.
+    """
+
+    described: Described | None = None
+    latents: str = ""
+    plan: Plan | None = None
+
+
+@dataclass(frozen=True)
+class Offer:
+    """A prior that can be named, a row of `pipeline models list`; with a check, of `pipeline doctor` as well.
+
+    Args:
+        text: what to write as prior.STAGE.
+        family: what it is.
+        stages: those it is for, by commas.
+        pixels: side of the images it works at.
+        memory: GB of its weights.
+        licence: of the weights.
+        status: here, or how it is to be had.
+        instead: the text of another that took its place.
+        check: state and detail for the doctor (see doctor.py); None where nothing of it has to be installed.
+        cost: what its absence costs.
+    """
+
+    text: str
+    family: str
+    stages: str
+    pixels: str
+    memory: str
+    licence: str
+    status: str = "here"
+    instead: str = ""
+    check: Callable[[], tuple[str, str]] | None = None
+    cost: str = ""
+
+
+class PriorSource:
+    """A source; those of the table say what they do otherwise.
+
+    Args:
+        text: as the configuration has it, paths from where the user stands or absolute.
+    """
+
+    form: ClassVar[str] = ""  # how it is written, for help and errors; empty where no user writes it
+    takes_lora: ClassVar[bool] = False  # whether a LoRA can change its networks
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    def anchored(self) -> str:
+        """Return the text with its path absolute, so that a run can be resumed from anywhere."""
+        return self.text
+
+    def reads(self, stage: str) -> list[str]:
+        """Return the settings that it reads for a stage and others may not, or groups of them, by dotted key."""
+        return [f"guidance.{stage}"]
+
+    def facts(self, ask: Ask) -> Facts:
+        """Return what is known of it, having loaded nothing. Raises: UserError where the stage cannot use it."""
+        raise NotImplementedError
+
+    def fetch(self, ask: Ask, facts: Facts) -> Facts:
+        """Return the facts once all its files are on this machine. Raises: UserError where they cannot be had."""
+        return facts
+
+    def load(self, ask: Ask, facts: Facts, device: torch.device, *, keep_text: bool = False) -> Prior:
+        """Return its diffusion prior, loaded.
+
+        Args:
+            ask: the stage's.
+            facts: what `facts` returned for it.
+            device: where the networks live.
+            keep_text: whether texts beyond the run's may be asked of it later.
+        Raises: UserError for a source that has no diffusion prior.
+        """
+        raise UserError(
+            f"{self.text} is no diffusion prior", "it guides a stage in another way", "name a prior, such as pocket"
+        )
+
+    def build(self, ask: Ask, facts: Facts, device: torch.device) -> Guide:
+        """Return the stage's guidance, loaded; its generator is the stage's own, seeded from the run's seed."""
+        import torch
+
+        from stages.guidance.guidance import Guidance
+
+        prior = ask.given or self.load(ask, facts, device)
+        generator = torch.Generator().manual_seed(ask.config.seed)
+        return Guidance(prior, ask.guidance, ask.prompts, generator, release_text=ask.given is None)
+
+    def savings(self, ask: Ask) -> list[str]:
+        """Return the settings of its own that would save memory, most first, as one writes them."""
+        return []
+
+    @classmethod
+    def offers(cls) -> list[Offer]:
+        """Return the priors that can be named so."""
+        return []
+
+
+def check_guidance(ask: Ask, described: Described) -> None:
+    """Raise UserError for what a stage's guidance asks of a prior and cannot have, as far as is known of it."""
+    import torch
+
+    from stages.guidance.compatibility import check_described
+    from stages.guidance.diffusion.plan import network_dtype
+    from stages.guidance.residuals import RULES
+    from stages.guidance.vsd import check_loading
+
+    settings, loading = ask.guidance, ask.config.prior.diffusion
+    check_described(described, settings, ask.prompts)
+    if "trainable" in RULES[settings.rule.name].needs:  # the network itself is looked at once it is there
+        device = torch.device("cuda" if ask.config.device != "cpu" and torch.cuda.is_available() else "cpu")
+        check_loading(described.name, settings.rule, loading.offload, network_dtype(loading, None, device))

@@ -1,0 +1,60 @@
+"""What a stage asks of its guidance, whichever it is: diffusion (guidance.py), a CLIP (clip_guidance.py), a toy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from torch import Tensor
+
+from stages.cameras import Views
+
+if TYPE_CHECKING:
+    from stages.render.shade import Shading
+
+
+@dataclass
+class GuidanceOutput:
+    """What a step is told of its images.
+
+    Args:
+        loss: a surrogate whose gradient on the images matters, not its value.
+        metrics: finite floats that do mean something, by name.
+    """
+
+    loss: Tensor
+    metrics: dict[str, float]
+
+
+class Guide(Protocol):
+    """A loss on the renders of a stage, with all its randomness in one generator."""
+
+    def __call__(
+        self,
+        images: Tensor,
+        views: Views,
+        progress: float,
+        textureless: bool = False,
+        *,
+        background: Tensor | None = None,
+        shading: Shading | None = None,
+    ) -> GuidanceOutput:
+        """Return the loss of linear images [B, H, W, 3] in [0, 1] seen from B views.
+
+        Args:
+            images: linear colour, differentiable.
+            views: their cameras and lights.
+            progress: share of the stage done, in [0, 1].
+            textureless: whether the images show no colours, which chooses the words.
+            background: what the images were composited on, linear [B, H, W, 3].
+            shading: what all of them were shaded with; None means plain albedo.
+        """
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return all that makes a resumed guidance equal to an uninterrupted one."""
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take over what state_dict returned."""
+
+    def close(self) -> None:
+        """Leave the prior, which may be its caller's, as it was before."""
