@@ -27,7 +27,8 @@ from stages.fields.background import Background, BackgroundSettings, random_back
 from stages.fields.check import check_object
 from stages.fields.hashfield import FieldSettings, HashField, without_gradient
 from stages.fields.occupancy import OccupancyGrid, OccupancySettings
-from stages.guidance.guide import Guide
+from stages.fields.start import StartSettings, fit_start
+from stages.guidance.guide import Guide, ShapeGuide
 from stages.kernels.srgb import linear_to_srgb
 from stages.optimise import GroupedAdam, check_accumulate, equal_parts, under_prefix
 from stages.phases import phase
@@ -56,6 +57,7 @@ class CoarseSettings(BaseModel):
 
     cameras: CameraSettings = Field(default_factory=CameraSettings, description="distribution of views and lights")
     field: FieldSettings = Field(default_factory=FieldSettings, description="the radiance field")
+    start: StartSettings = Field(default_factory=StartSettings, description="what the field begins from")
     occupancy: OccupancySettings = Field(default_factory=OccupancySettings, description="empty-space skipping")
     shading: ShadingSettings = Field(default_factory=ShadingSettings, description="mix of shadings")
     background: BackgroundSettings = Field(default_factory=BackgroundSettings, description="what is behind the object")
@@ -93,7 +95,7 @@ class CoarseStage:
         device: where field and renders live.
         seed: of all that is drawn.
         previous: what an edit goes on from (Magic3D sec. 5): the field of a finished coarse stage and its environment,
-            whose settings must be those of these ones. None starts from a blob.
+            whose settings must be those of these ones. None begins as `settings.start` says.
     Raises: UserError for views that cannot be rendered in equal parts.
     Source: DreamFusion (arXiv 2209.14988), Magic3D (arXiv 2211.10440) sec. 4.1.
     """
@@ -112,9 +114,9 @@ class CoarseStage:
         self.settings, self.guidance, self.device = settings, guidance, torch.device(device)
         self.steps, self.step_index, self.times = settings.steps, 0, {}
         self.generator = torch.Generator().manual_seed(seed)
+        self.edits = previous is not None and previous.field is not None
         self.field = HashField(settings.field, self.generator).to(self.device)
         self.background = Background(settings.background, self.generator).to(self.device)
-        self.edits = previous is not None and previous.field is not None
         if self.edits:
             self.field.load_state_dict(previous.field.state_dict())
             if previous.background is not None:
@@ -136,6 +138,10 @@ class CoarseStage:
     def step(self) -> dict[str, float]:
         """Take one optimisation step over `views_per_step` views; returns metrics."""
         s, progress, times = self.settings, self.step_index / self.steps, self.times
+        totals: dict[str, float] = {}
+        if self.step_index == 0 and s.start.source == "prior" and not self.edits:
+            with phase("start", times):
+                totals |= self._begin()
         self._set_progress(progress)
         with phase("occupancy", times):
             step_size = self.sampling.step_size
@@ -145,7 +151,6 @@ class CoarseStage:
             shading = sample_shading(s.shading, progress, self.generator)
             backdrop = self._backdrop()
 
-        totals: dict[str, float] = {}
         for chosen in equal_parts(s.views_per_step, s.accumulate):
             seen, behind = views[chosen], backdrop.part(chosen)
             with phase("render", times):
@@ -181,6 +186,15 @@ class CoarseStage:
             totals["grad_norm"] = self._update(progress)
         self.step_index += 1
         return totals
+
+    def _begin(self) -> dict[str, float]:
+        """Teach the field the object that the prior knows in 3D, if it knows one; returns what metrics say of it."""
+        radiance = self.guidance.shape() if isinstance(self.guidance, ShapeGuide) else None
+        if radiance is None:
+            return {}
+        self.field.set_progress(1.0)
+        start = self.settings.start
+        return {"start_rms": fit_start(self.field, radiance, start, self.generator, self.sampling.step_size)}
 
     def _backdrop(self) -> Backdrop:
         """Draw what is behind this step's views: pictures, a flat colour each, or the learned environment."""

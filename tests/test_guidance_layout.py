@@ -11,7 +11,7 @@ import torch
 
 from stages.cameras import CameraSettings, orbit_views, sample_views, to_clip
 from stages.errors import UserError
-from stages.guidance.diffusion.layout import CLASSES, Layout, Objects, Setting, look
+from stages.guidance.diffusion.layout import CLASSES, Layout, Objects, Setting, look, radiance, radiance_at
 from stages.guidance.diffusion.layout_condition import KEPT, LayoutCondition
 from stages.guidance.diffusion.prior import load_prior
 from stages.guidance.diffusion.settings import DiffusionSettings
@@ -66,6 +66,21 @@ def test_light_backdrop_and_clay_are_those_of_the_shading_module():
         albedo = torch.full((3,), TEXTURELESS_ALBEDO) if bare else torch.tensor([1.0, 0, 0])
         wanted = albedo * (ambient + (1 - ambient) * towards[2])
         assert torch.allclose(picture[:3, 16, 16], linear_to_srgb(wanted), atol=0.02)
+
+
+def test_density_at_points_is_what_a_ray_through_them_meets():
+    thing = speck(0.2, -0.1, 0.3, half=0.2)
+    thing = Objects(thing.grids, thing.index, torch.tensor([[[0.8, 0.1, 0.05, -0.1], [1.0, 0, 0, 0]]]))
+    origins = torch.tensor([[[0.1, -0.03, 3.0], [0.26, -0.03, 3.0], [0.6, 0.5, 3.0]]])
+    directions = torch.tensor([0.0, 0.0, -1.0]).expand_as(origins).contiguous()
+    views = orbit_views([0.0], 0.0)
+    seen = radiance(thing, torch.zeros(1, dtype=torch.long), setting(views), origins, directions)[0, :, 3]
+    depth = torch.linspace(-1.5, 1.5, 3001)
+    for ray in range(3):
+        points = torch.stack([*(origins[0, ray, k].expand_as(depth) for k in (0, 1)), depth], -1)
+        density, _ = radiance_at(thing, points)
+        opacity = 1 - torch.exp(-density.sum() * 3.0 / 3000)
+        torch.testing.assert_close(seen[ray], opacity, atol=0.02, rtol=0)
 
 
 def test_supersampling_averages_in_linear_light_and_keeps_the_backdrops_pixels():

@@ -120,6 +120,7 @@ class HashField(nn.Module):
         self.density_head = Head(self.spec.width, settings.hidden, 1, generator)
         self.albedo_head = Head(self.spec.width, settings.hidden, 3, generator)
         self.register_buffer("bands", torch.ones(self.spec.width))
+        self.register_buffer("ball", torch.tensor(settings.blob_scale))  # zero once another shape is begun with
         self.detail_spec: HashGridSpec | None = None
         self.detail: nn.Parameter | None = None
         self.set_progress(0.0)
@@ -194,13 +195,13 @@ class HashField(nn.Module):
         features, raw, gradient = hash_density(0.5 * (points + 1), self.table, self.spec, weights, known=known)
         gradient = 0.5 * gradient  # [N, 3] per world length
         radius = points.norm(dim=-1, keepdim=True).clamp_min(1e-6)
-        gradient = gradient - (self.settings.blob_scale / self.settings.blob_radius) * points / radius
+        gradient = gradient - (self.ball / self.settings.blob_radius) * points / radius
         normal = -gradient * torch.rsqrt(gradient.square().sum(-1, keepdim=True) + 1e-6)
         return self._activated(raw, points), normal, self.albedo(points, features)
 
     def _activated(self, raw: Tensor, points: Tensor) -> Tensor:
         s = self.settings
-        blob = s.blob_scale * (1 - points.norm(dim=-1) / s.blob_radius)
+        blob = self.ball * (1 - points.norm(dim=-1) / s.blob_radius)
         return s.density_scale * nn.functional.softplus(raw + blob)
 
     def albedo_parameters(self) -> list[nn.Parameter]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stages.cameras import Views
+from stages.cameras import Views, orbit_views
 from stages.guidance.prior import FreesText, Prior
 from stages.prompts import ViewPrompts
 
@@ -70,6 +70,11 @@ class Conditions:
         self._embeddings: Any = prior.embed(texts)
         if release_text and isinstance(prior, FreesText):
             prior.release_text_encoder()
+
+    @property
+    def plain(self) -> Any:
+        """The embedding [1, ...] of the prompt as a front view asks for it."""
+        return self.of(orbit_views([0.0], 0.0)).embedding("prompt")
 
     def _rows(self, texts: list[str]) -> Tensor:
         return torch.tensor([self._index[text] for text in texts])

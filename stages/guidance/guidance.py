@@ -18,7 +18,7 @@ from stages.guidance import rules
 from stages.guidance.compatibility import check_fit, data_range
 from stages.guidance.conditions import Conditions
 from stages.guidance.guide import GuidanceOutput
-from stages.guidance.prior import Prior, ViewContext, per_sample, resized, x0_from_eps
+from stages.guidance.prior import Prior, ShapePrior, ViewContext, per_sample, resized, x0_from_eps
 from stages.guidance.residuals import RULES, Residual, StepInputs
 from stages.guidance.schedules import TIMESTEPS, WEIGHTINGS, stratified, to_index
 from stages.guidance.settings import GuidanceSettings
@@ -29,6 +29,7 @@ from stages.prompts import ViewPrompts
 
 if TYPE_CHECKING:
     from stages.render.shade import Shading
+    from stages.stage import Radiance
 
 __all__ = ["Guidance", "GuidanceOutput", "GuidanceSettings"]
 
@@ -132,6 +133,10 @@ class Guidance:
                 embedding = conditions.embedding("prompt")
                 metrics["score_error"] = self._score.train(x.detach(), embedding, camera, self.generator, context)
         return GuidanceOutput(loss, metrics)
+
+    def shape(self) -> Radiance | None:
+        """The object of the prompt as density and colour at points, where the prior knows it in 3D; else None."""
+        return self.prior.shape(self._conditions.plain) if isinstance(self.prior, ShapePrior) else None
 
     def _backdrop(self, background: Tensor | None, images: Tensor) -> Tensor | None:
         """What the images were composited on, in the prior's space, where the settings want x0_hat put on it."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -11,6 +11,7 @@ from stages.cameras import Views
 
 if TYPE_CHECKING:
     from stages.render.shade import Shading
+    from stages.stage import Radiance
 
 
 @dataclass
@@ -58,3 +59,11 @@ class Guide(Protocol):
 
     def close(self) -> None:
         """Leave the prior, which may be its caller's, as it was before."""
+
+
+@runtime_checkable
+class ShapeGuide(Protocol):
+    """A Guide that may also know the object of the prompt in 3D."""
+
+    def shape(self) -> Radiance | None:
+        """Return the object as density and colour at points; None where it is known in pictures only."""

@@ -24,6 +24,7 @@ from stages.cameras import Views
 
 if TYPE_CHECKING:
     from stages.render.shade import Shading
+    from stages.stage import Radiance
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample", "flow_prediction")
 
@@ -65,7 +66,8 @@ def is_flat(background: Tensor) -> bool:
 class Prior(Protocol):
     """Something that predicts the noise in a noisy image of the prompt.
 
-    What only some priors can do has protocols of its own: :class:`FreesText`, :class:`TrainablePrior`.
+    What only some priors can do has protocols of its own: :class:`FreesText`, :class:`TrainablePrior`,
+    :class:`ShapePrior`.
     """
 
     name: str
@@ -112,6 +114,13 @@ class TrainablePrior(Protocol):
 
     def conditions(self, embedding: Any, context: ViewContext | None) -> dict[str, Any]:
         """What the network is given beyond the embedding for these views; nothing where they are not known."""
+
+
+class ShapePrior(Protocol):
+    """A prior that may also know in 3D what it draws, as one with a layout does."""
+
+    def shape(self, embedding: Any) -> Radiance | None:
+        """The object that one embedding [1, ...] names, as density and colour at points; None if it knows none."""
 
 
 def resized(images: Tensor, side: int) -> Tensor:

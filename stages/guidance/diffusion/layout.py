@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from stages.cameras import Views, rays
 from stages.kernels.grids import composite_grids
-from stages.kernels.reference.grids import EXTENT
+from stages.kernels.reference.grids import DENSITY, EXTENT, activated
 from stages.kernels.srgb import linear_to_srgb
 from stages.render.shade import TEXTURELESS_ALBEDO
 
@@ -258,6 +258,25 @@ def look(objects: Objects, rows: Tensor, setting: Setting, side: int, supersampl
     seen = radiance(objects, rows, setting, origins, directions).transpose(1, 2).unflatten(2, (many, many))
     seen = F.avg_pool2d(seen, supersample) if supersample > 1 else seen
     return torch.cat([linear_to_srgb(seen[:, :3]), seen[:, 3:]], 1)
+
+
+def radiance_at(objects: Objects, points: Tensor) -> tuple[Tensor, Tensor]:
+    """Density [N] per world length and linear albedo [N, 3] of the first text's objects at world points [N, 3].
+
+    As stages/kernels/grids.py composites them: where two objects meet, the denser one colours more.
+    """
+    total, paint = points.new_zeros(len(points)), points.new_zeros(len(points), 3)
+    for grid, placement in zip(objects.index[0].tolist(), objects.placement[0], strict=True):
+        if grid < 0:
+            continue
+        near = (points - placement[1:]) / placement[0]
+        cells = objects.grids[grid].permute(3, 0, 1, 2)[None]
+        where = (near.flip(-1) / EXTENT)[None, None, None]
+        raw = F.grid_sample(cells, where, align_corners=False, padding_mode="border")[0, :, 0, 0].T  # [N, 8]
+        inside = (near.abs() < EXTENT).all(-1) & (near.norm(dim=-1) < EXTENT)
+        density = torch.where(inside, DENSITY * activated(raw[:, 0]) / placement[0], 0.0)
+        total, paint = total + density, paint + density[:, None] * raw[:, 1:4]
+    return total, (paint / total.clamp_min(1e-6)[:, None]).clamp(0, 1)
 
 
 def radiance(

@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import json
 from collections import OrderedDict
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -22,8 +23,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from stages.errors import UserError
-from stages.guidance.diffusion.layout import Layout, Objects, Reading, Setting, look
+from stages.guidance.diffusion.layout import Layout, Objects, Reading, Setting, look, radiance_at
 from stages.guidance.prior import ViewContext, is_flat
+
+if TYPE_CHECKING:
+    from stages.stage import Radiance
 
 RAYS = 128  # a side: a cell of the layout's finest volume is about one and a half of them wide
 KEPT = 6  # texts whose objects are kept: views' words do not count, so a run has its prompt, its negative and none
@@ -89,14 +93,17 @@ class LayoutCondition(nn.Module):
         return self.told(self.picture(text, context))
 
     @torch.no_grad()
+    def shape(self, text: Tensor) -> Radiance:
+        """Density and linear albedo at world points of what one text [1, L, W] names, words of the view apart."""
+        distinct, _ = _distinct(self.layout.read(text.float()))
+        objects = self._objects(*distinct[0])
+        return partial(radiance_at, objects)
+
+    @torch.no_grad()
     def picture(self, text: Tensor, context: ViewContext) -> Tensor:
         """sRGB and opacity [B, 4, side, side] of texts [B, L, W] as the context's cameras see what they name."""
-        reading = self.layout.read(text.float())
-        parts = (reading.kinds, reading.patterns, reading.colours, reading.joints)
-        named = torch.cat([part.flatten(1) for part in parts], 1)
-        distinct, rows = torch.unique(named, dim=0, return_inverse=True)
-        firsts = [int((rows == k).nonzero()[0, 0]) for k in range(len(distinct))]
-        objects = _joined([self._objects(distinct[k], reading.of(first)) for k, first in enumerate(firsts)])
+        distinct, rows = _distinct(self.layout.read(text.float()))
+        objects = _joined([self._objects(*named) for named in distinct])
         return self.look(objects, rows, self._setting(context, text.device))
 
     def _objects(self, named: Tensor, reading: Reading) -> Objects:
@@ -151,6 +158,15 @@ class LayoutCondition(nn.Module):
                 "get the folder again, or set prior.diffusion.camera=false to go without it",
             ) from None
         return made.eval().requires_grad_(False)
+
+
+def _distinct(reading: Reading) -> tuple[list[tuple[Tensor, Reading]], Tensor]:
+    """Each thing that M texts say, once, as a row of numbers and as a reading; and which of them each text says."""
+    parts = (reading.kinds, reading.patterns, reading.colours, reading.joints)
+    said = torch.cat([part.flatten(1) for part in parts], 1)
+    distinct, rows = torch.unique(said, dim=0, return_inverse=True)
+    firsts = [int((rows == k).nonzero()[0, 0]) for k in range(len(distinct))]
+    return [(distinct[k], reading.of(first)) for k, first in enumerate(firsts)], rows
 
 
 def _joined(objects: list[Objects]) -> Objects:

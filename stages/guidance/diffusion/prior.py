@@ -31,6 +31,7 @@ from stages.phases import backward_phase, phase
 
 if TYPE_CHECKING:
     from stages.guidance.diffusion.lora import Lora
+    from stages.stage import Radiance
 
 
 class DiffusionPrior:
@@ -115,6 +116,11 @@ class DiffusionPrior:
             return {}
         with phase("networks"):
             return self.layout.of(embedding, context)
+
+    @torch.no_grad()
+    def shape(self, embedding: Tensor) -> Radiance | None:
+        """The objects of its layout as density and linear colour at points; None for a prior without one."""
+        return None if self.layout is None else self.layout.shape(embedding)
 
     def noise(self, network: torch.nn.Module, z_t: Tensor, t: Tensor, embedding: Tensor, **conditions: Any) -> Tensor:
         """predict_noise by this network or one like it, with gradients in those of its weights that ask for them.
