@@ -136,8 +136,6 @@ class ClipMeshStage:
         self.generator = torch.Generator().manual_seed(seed)
         self.control: torch.nn.Parameter | None = None  # made by _prepare, or loaded: the start is not read again
 
-    # --- the surface --------------------------------------------------------------------------------------------
-
     def _prepare(self) -> None:
         """Make the start, unless there is one."""
         if self.control is None:
@@ -196,8 +194,6 @@ class ClipMeshStage:
         both = torch.cat([self.colour_map, self.normal_map], -1)
         colour, normal = blurred_maps(both, self.settings.blur_kernel, self.settings.blur_sigma).split(3, -1)
         return colour, normal
-
-    # --- the optimisation ---------------------------------------------------------------------------------------
 
     def step(self) -> dict[str, float]:
         """One optimisation step over `views_per_step` views; returns metrics."""
@@ -268,8 +264,6 @@ class ClipMeshStage:
         if "clip" in metrics:
             text += f", CLIP {metrics['clip']:.1f}"
         return text
-
-    # --- looking, saving, handing on ----------------------------------------------------------------------------
 
     @torch.no_grad()
     def preview(self) -> np.ndarray:

@@ -131,9 +131,6 @@ def test_a_quick_suite_takes_a_share_of_every_recipes_steps(tmp_path, monkeypatc
     assert quality.main(["--out", str(tmp_path / "out")]) == 2  # not into the same folder
 
 
-# --- energy -----------------------------------------------------------------------------------------------------
-
-
 def counter(root, name, value):
     (root / name).mkdir(exist_ok=True)
     (root / name / "energy_uj").write_text(str(value))

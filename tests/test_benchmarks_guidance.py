@@ -34,9 +34,6 @@ def test_default_systems_are_plain_sds_the_default_every_rule_and_every_cure(tmp
     assert args.systems.split(",") == [*WHOLE, *cures()] and {"sds+perp-neg", "sds+csd", "sds+sjc"} < set(cures())
 
 
-# --- the classifier ---------------------------------------------------------------------------------------------------
-
-
 def test_azimuths_are_measured_from_the_front_either_way():
     azimuths = torch.tensor([0.0, 44, 180, 226, 316, -30, 359])
     assert away_from_front(azimuths).tolist() == [0, 44, 180, 134, 44, 30, 1]
@@ -94,9 +91,6 @@ def test_saved_classifier_answers_as_the_trained_one_and_is_not_trained_again(ro
     crops = pictures.permute(0, 3, 1, 2)[..., :48, :48]
     assert torch.equal(again.net(crops), classifier.net(crops))
     assert (again.accuracy, again.false_fronts) == (classifier.accuracy, classifier.false_fronts)
-
-
-# --- the table --------------------------------------------------------------------------------------------------------
 
 
 def test_step_seconds_are_medians_without_the_first_step(tmp_path):

@@ -166,8 +166,6 @@ def test_a_seam_in_the_texture_does_not_show_in_the_shading():
     assert torch.allclose(first, second, atol=1e-4)
 
 
-# --- Janus ------------------------------------------------------------------------------------------------------
-
 FRONTED = [kind for kind in world.KINDS if world.true_front(kind)]
 VIEWS = orbit_views(metrics.janus_azimuths(), JANUS_ELEVATION)
 

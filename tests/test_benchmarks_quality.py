@@ -39,9 +39,6 @@ def clips(tmp_path_factory):
     return [pocket_like(folder / "small"), openai_like(folder / "other")]
 
 
-# --- the suite --------------------------------------------------------------------------------------------------
-
-
 def test_the_pocket_suite_is_what_it_says():
     suite = pocket_suite()
     assert {name: len(group) for name, group in suite.groups.items()} == {
@@ -92,9 +89,6 @@ def test_every_system_meets_every_prompt_and_seed_once_but_the_truth_needs_one_s
     cells = cells_of(pocket_suite(), ["magic3d", "coarse", "truth"], 2)
     assert len(cells) == len(set(cells)) == 24 * 5
     assert cells.index(Cell("coarse", "a red boat", 1)) < cells.index(Cell("magic3d", "a red boat", 1))
-
-
-# --- the ends of the scale --------------------------------------------------------------------------------------
 
 
 def test_the_floor_is_a_solid_that_does_not_know_its_prompt_and_repeats_with_its_seed(tmp_path):
@@ -152,9 +146,6 @@ def test_r_precision_counts_what_is_nearest_and_a_failed_run_scores_nothing(tmp_
     assert summary["systems"]["b"]["failed"] == 1
     (found,) = [c for c in summary["comparisons"] if c["metric"] == "r_precision_colour"]
     assert (found["wins"], found["losses"], found["difference"]["mean"]) == (2, 0, 100)
-
-
-# --- the command ------------------------------------------------------------------------------------------------
 
 
 def suite_command(out, prompts, clips, *more):
@@ -270,9 +261,6 @@ def test_a_cell_that_breaks_is_reported_with_its_traceback_and_the_others_are_ma
     assert len((tmp_path / "out" / "results.jsonl").read_text().splitlines()) == 1
 
 
-# --- another prior ----------------------------------------------------------------------------------------------
-
-
 def suite_of(*prompts):
     return Suite("mine", {"captions": list(prompts)}, [], [])
 
@@ -340,9 +328,6 @@ def test_a_folder_prior_and_two_folder_clips_make_and_judge_both_stages(tmp_path
     assert f"fine: {prior}" in config
     summary = json.loads((out / "summary.json").read_text())
     assert set(summary["by_clip"]) == {"small", "other"} and summary["candidates"]["colour"] == 2
-
-
-# --- the pipeline as a child ------------------------------------------------------------------------------------
 
 
 @pytest.fixture

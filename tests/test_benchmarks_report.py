@@ -64,9 +64,6 @@ def finished(tmp_path_factory):
     return out
 
 
-# --- sentences and tables ---------------------------------------------------------------------------------------
-
-
 def made_up_summary() -> dict:
     """coarse and magic3d on four prompts, every number chosen."""
 
@@ -174,9 +171,6 @@ def test_tables_go_between_the_marks_of_a_file_and_nowhere_else(tmp_path):
     )
 
 
-# --- plots ------------------------------------------------------------------------------------------------------
-
-
 def test_ticks_are_round_and_inside():
     assert ticks(0.0, 1.0) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1])
     assert ticks(30, 700, log=True) == [50, 100, 200, 500]
@@ -189,9 +183,6 @@ def test_a_plot_is_valid_svg_with_every_finite_point_named():
     assert "a & b" in words
     assert "gone" not in words
     assert scatter([], "t", "x", "y") == ""
-
-
-# --- meshes in the page -----------------------------------------------------------------------------------------
 
 
 def test_a_packed_mesh_unpacks_to_itself():
@@ -217,9 +208,6 @@ def test_a_large_textured_mesh_is_simplified_and_keeps_its_colours():
     right, left = small.vertices[:, 0] > 0.1, small.vertices[:, 0] < -0.1
     assert (small.colours[right, 0] > 0.9).all()
     assert (small.colours[left, 2] > 0.9).all()
-
-
-# --- the page ---------------------------------------------------------------------------------------------------
 
 
 class Links(html.parser.HTMLParser):

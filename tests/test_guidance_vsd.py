@@ -38,8 +38,6 @@ def folders(tmp_path_factory):
     return {name: build(root / name) for name, build in builders.items()}
 
 
-# --- the rule, where every score is known ------------------------------------------------------------------------
-
 T = torch.full((4096,), 400)
 ALPHA_BAR = scaled_linear_alphas_cumprod()[400].item()
 
@@ -84,9 +82,6 @@ def test_monte_carlo_gradient_of_vsd_is_its_formula():
     wanted = k_of(a, PROMPT[1]) * (x - PROMPT[0]) - k_of(a, spread) * (x - mu)
     assert got.mean().item() == pytest.approx(wanted.item(), abs=5 * got.std().item() / 64)
     assert abs(wanted) > 10 * got.std() / 64
-
-
-# --- the score of the renders --------------------------------------------------------------------------------------
 
 
 def renders(prior, batch=2, seed=0):
@@ -231,9 +226,6 @@ def test_a_whole_copy_in_half_precision_and_offloaded_weights_are_refused(folder
     away = load_prior(folders["stable_diffusion"], "cpu", settings=DiffusionSettings(offload="blocks"))
     with pytest.raises(UserError, match="leave the device"):
         RenderScore(away, VsdSettings(), torch.Generator())
-
-
-# --- resume ----------------------------------------------------------------------------------------------------------
 
 
 def make(folder, model):

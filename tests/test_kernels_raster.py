@@ -50,9 +50,6 @@ MESHES = {
 EACH = pytest.mark.parametrize("name", MESHES)
 
 
-# --- rasterise -------------------------------------------------------------------------------------------------------
-
-
 @EVERY
 def test_one_triangle_covers_the_pixel_centres_inside_it_row_0_at_the_top(backend):
     clip = flat([[-1.0, 1.0], [-1.0, -1.0], [1.0, 1.0]], z=0.25)  # the upper left half
@@ -260,9 +257,6 @@ def test_wrong_arguments_are_refused_by_name():
         texture(torch.zeros(4, 4, 3), torch.zeros(5, 3))
 
 
-# --- gradients of rasterise and interpolate --------------------------------------------------------------------------
-
-
 def test_twin_gradients_match_finite_differences():
     vertices, triangles = sphere(1)
     clip = to_clip(vertices.double(), orbit_views([20.0, 130.0]))
@@ -332,9 +326,6 @@ def test_bytes_do_not_depend_on_runs_or_threads():
     for other in runs[1:]:
         assert torch.equal(runs[0][0], other[0])
         assert all(torch.equal(a, b) for a, b in zip(runs[0][2], other[2], strict=True))
-
-
-# --- antialias -------------------------------------------------------------------------------------------------------
 
 
 def coverage(points, triangles, height, width, backend, z=0.0):
@@ -474,9 +465,6 @@ def test_topology_pairs_the_half_edges_of_closed_meshes_and_marks_borders_and_fi
     fin = torch.tensor([[0, 1, 2], [2, 1, 3], [1, 2, 4]], dtype=torch.int32)
     assert (edge_topology(fin, 5, backend=backend) == -1).all()
     assert (edge_topology(torch.tensor([[0, 1, 0]], dtype=torch.int32), 2, backend=backend) == -1).all()
-
-
-# --- texture and vertex normals --------------------------------------------------------------------------------------
 
 
 @EVERY

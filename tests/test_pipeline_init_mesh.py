@@ -174,9 +174,6 @@ def test_fine_alone_starts_from_a_sphere(pipeline, files, tmp_path):
     assert (tmp_path / "run" / "mesh.glb").exists() and not (tmp_path / "run" / "coarse").exists()
 
 
-# --- before any work --------------------------------------------------------------------------------------------
-
-
 def checked(mesh: Path, *overrides: str, **flags):
     return check_inputs(load_config(None, list(overrides), {"stages": "fine", "init_mesh": str(mesh), **flags}))
 

@@ -47,9 +47,6 @@ FILE = "kernels.jsonl"
 Line = dict[str, Any]
 
 
-# --- one process, one number of threads --------------------------------------------------------------------------
-
-
 def backends(name: str, device: str) -> dict[str, str]:
     """The backend of every family when `name` runs an op: a package where it has the family, ours elsewhere."""
     from stages.kernels.backend import FAMILIES
@@ -146,9 +143,6 @@ def _agreement(cast: Any, rast: Any) -> float:
 
     ids = rast[0, ..., 3].reshape(-1).long().cpu().numpy() - 1
     return round(float(np.mean(cast.triangles(cast.run()) == ids)), 5)
-
-
-# --- all of them -------------------------------------------------------------------------------------------------
 
 
 def run(args: argparse.Namespace) -> tuple[list[Line], list[str]]:

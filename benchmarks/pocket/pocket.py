@@ -78,9 +78,6 @@ def with_distractors(captions: list[str], textureless: bool = False, seed: int =
     return metrics.candidates(captions, others, False, most=CANDIDATES)
 
 
-# --- the three measurements -------------------------------------------------------------------------------------
-
-
 def judge_truth(
     scorer: ClipScorer, captions: list[str], options: dict[str, list[str]], views: int = 8
 ) -> dict[str, Any]:

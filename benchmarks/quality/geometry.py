@@ -25,9 +25,6 @@ YAWS = 24  # starting angles of the alignment
 _GENERIC = Rotation.from_euler("xyz", [0.3217, 0.5391, 0.7853]).as_matrix()  # no face of a made thing is parallel
 
 
-# --- inside and outside -----------------------------------------------------------------------------------------
-
-
 def winding_numbers(mesh: Mesh, points: np.ndarray) -> np.ndarray:
     """How many times the surface encloses each point [K], signed: crossings of a ray, out minus in.
 
@@ -81,9 +78,6 @@ def volume_iou(a: Mesh, b: Mesh, grid: int = GRID) -> float:
     inside = [winding_numbers(m, points) > 0 for m in (a, b)]
     union = int((inside[0] | inside[1]).sum())
     return float((inside[0] & inside[1]).sum() / union) if union else math.nan
-
-
-# --- distances between surfaces ---------------------------------------------------------------------------------
 
 
 def surface_points(mesh: Mesh, count: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -214,9 +208,6 @@ def compare(mesh: Mesh, truth: Mesh, *, aligned: bool = True, points: int = POIN
         "yaw_deg": (move.yaw_deg + 180) % 360 - 180,
         "scale": move.scale,
     }
-
-
-# --- facts of one mesh ------------------------------------------------------------------------------------------
 
 
 def self_intersections(mesh: Mesh) -> int:

@@ -22,9 +22,6 @@ from stages.pocket import world
 LUMA = (0.2126, 0.7152, 0.0722)
 
 
-# --- CLIP -------------------------------------------------------------------------------------------------------
-
-
 def mean_embedding(embeddings: Tensor) -> Tensor:
     """The unit mean [D] of unit embeddings [V, D]."""
     return F.normalize(embeddings.mean(0), dim=0)
@@ -81,9 +78,6 @@ def truth_of(prompts: list[str], texts: list[str], textureless: bool) -> list[in
     """Where each prompt's own caption stands among the candidates."""
     places = {meaning(text): k for k, text in enumerate(texts)}
     return [places[meaning(geometry_text(prompt) if textureless else prompt)] for prompt in prompts]
-
-
-# --- colour and detail ------------------------------------------------------------------------------------------
 
 
 def saturation_brightness(albedo: Tensor, coverage: Tensor) -> tuple[float, float]:
@@ -160,8 +154,6 @@ def _blur(images: Tensor, sigma: float) -> Tensor:
     images = F.conv2d(images, kernel.view(1, 1, 1, -1), padding=(0, radius))
     return F.conv2d(images, kernel.view(1, 1, -1, 1), padding=(radius, 0))
 
-
-# --- the Janus problem ------------------------------------------------------------------------------------------
 
 JANUS_STEP = 15.0  # degrees between the views around an object
 JANUS_FRONT = 45.0  # a view of the truth within this of azimuth 0 shows the front

@@ -71,9 +71,6 @@ class Failed(Exception):
     """A run ended without a mesh, for a reason that is a result: what the user would have been told."""
 
 
-# --- the pipeline -----------------------------------------------------------------------------------------------
-
-
 def run_pipeline(job: Job, words: list[str]) -> tuple[Mesh, dict[str, Any]]:
     """A mesh by `pipeline run`, and its times; the GLB is read back by trimesh, not by the code that wrote it."""
     run = job.folder / "run"
@@ -201,9 +198,6 @@ def _recipe(name: str) -> Make:
         return run_pipeline(job, ["--config", name])
 
     return make
-
-
-# --- the ends of the scale --------------------------------------------------------------------------------------
 
 
 def _truth_mesh(prompt: str) -> Mesh:

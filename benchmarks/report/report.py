@@ -52,9 +52,6 @@ def plots(summary: dict[str, Any]) -> list[str]:
     return [plot for plot in drawn if plot]
 
 
-# --- the page ---------------------------------------------------------------------------------------------------
-
-
 def facts_of(summary: dict[str, Any]) -> list[str]:
     """What was run, where and when, in a few lines."""
     prompts = sum(summary["prompts"].values())

@@ -90,9 +90,6 @@ def _sentence(c: dict[str, Any], label: str, digits: int) -> str:
     )
 
 
-# --- Markdown ---------------------------------------------------------------------------------------------------
-
-
 def pocket_markdown(line: dict[str, Any]) -> str:
     """The pocket models' table from one line of pocket.jsonl."""
     rows = []
