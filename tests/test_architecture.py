@@ -55,7 +55,8 @@ ALLOWED = {
     "stages.particles": _BASE | {"stages.coarse", "stages.optimise", "stages.stage"},
     "stages.kinds": _GUIDED | {"stages.coarse", "stages.fine", "stages.clip_mesh", "stages.particles"},
     "stages.pocket": _SURFACE | {"stages.render", "stages.guidance.*", "stages.prompts"},
-    "pipeline": {"pipeline.cli"},
+    "pipeline": {"pipeline.cli", "pipeline.import_names"},
+    "pipeline.import_names": set(),
     "pipeline.errors": {"stages.*"},
     "pipeline.output": {"stages.*"},
     "pipeline.config": {"stages.*", "pipeline.output"},
@@ -63,7 +64,7 @@ ALLOWED = {
     "pipeline.profile": {"stages.*", "pipeline.config", "pipeline.output"},
     "pipeline.runs": {"stages.*", "pipeline", "pipeline.errors", "pipeline.config", "pipeline.priors"}
     | {"pipeline.output", "pipeline.profile"},
-    "pipeline.doctor": {"stages.*", "pipeline", "pipeline.errors", "pipeline.priors"},
+    "pipeline.doctor": {"stages.*", "pipeline", "pipeline.errors", "pipeline.import_names", "pipeline.priors"},
     "pipeline.api": {"stages.*", "pipeline.config", "pipeline.priors", "pipeline.profile", "pipeline.runs"},
     "pipeline.cli": {"stages.*", "pipeline.*"},
     "benchmarks.environment": {"pipeline.*"},
