@@ -20,6 +20,7 @@ from benchmarks.quality.summary import summarise
 from benchmarks.quality.systems import random_blob
 from benchmarks.report import report, tables
 from benchmarks.report.browser import find_browser, look, take_picture
+from benchmarks.report.listings import first_sentence, models_markdown, recipes_markdown
 from stages.errors import UserError
 from stages.mesh.mesh import Mesh
 from stages.pocket import world
@@ -158,6 +159,21 @@ def test_pocket_markdown_shows_each_measurement():
     text = tables.pocket_markdown(facts)
     assert "| renders of held-out captions, colour | 97.5 % | 91.0 % | 100 |" in text
     assert "| pixel prior, DDIM samples | - | 86.8 % | 100 |" in text
+
+
+def test_a_recipe_is_described_by_the_first_sentence_of_its_comment():
+    text = "# Edit a run (Magic3D sec. 5): laid over\n# its settings. More words.\nsteps: 3  # no\n"
+    assert first_sentence(text) == "Edit a run (Magic3D sec. 5): laid over its settings."
+    assert first_sentence("# A flow, not run by us\nsteps: 3\n") == "A flow, not run by us."
+    row = next(row for row in recipes_markdown().splitlines() if "csd.yaml" in row)
+    assert row.startswith("| [`csd`](csd.yaml) | `default` | coarse, fine | pocket | Classifier score distillation:")
+
+
+def test_models_that_were_withdrawn_are_not_offered():
+    table = models_markdown()
+    assert (
+        "runwayml/" not in table and "| `stable-diffusion-v1-5/stable-diffusion-v1-5` | coarse, fine | 512 |" in table
+    )
 
 
 def test_tables_go_between_the_marks_of_a_file_and_nowhere_else(tmp_path):
