@@ -66,6 +66,7 @@ def robots(tmp_path_factory):
     return load_or_train("robot", folder), folder
 
 
+@pytest.mark.slow
 def test_classifier_tells_fronts_of_unseen_meshes_and_sees_the_second_face(robots):
     classifier, _ = robots
     assert classifier.accuracy > 0.95 and classifier.false_fronts < 0.05
@@ -83,6 +84,7 @@ def test_classifier_tells_fronts_of_unseen_meshes_and_sees_the_second_face(robot
     assert max(janus_views(classifier, blob, truth)["share"] for blob in blobs) < 0.5  # no shape is no front
 
 
+@pytest.mark.slow
 def test_saved_classifier_answers_as_the_trained_one_and_is_not_trained_again(robots, monkeypatch):
     classifier, folder = robots
     monkeypatch.setattr("benchmarks.quality.view_classifier.train", lambda kind: pytest.fail("trained again"))
@@ -175,6 +177,7 @@ def _mute():
     return net
 
 
+@pytest.mark.slow
 def test_table_is_made_of_finished_cells_and_kept_views(finished, capsys, monkeypatch):
     folder, out, clip = finished
     words = ["--prompts", str(folder / "prompts.txt"), "--out", str(out), "--clip", str(clip), "--table"]

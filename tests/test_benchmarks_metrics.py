@@ -183,6 +183,7 @@ def features(mesh: Mesh) -> tuple[torch.Tensor, torch.Tensor]:
     return metrics.picture_features(images), metrics.picture_features(images.flip(2))
 
 
+@pytest.mark.slow
 def test_janus_is_caught_in_nine_of_ten_kinds_and_not_seen_in_the_truth():
     colours, rng = list(world.COLOURS), np.random.default_rng(3)
     caught = wronged = 0

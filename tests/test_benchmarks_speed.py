@@ -40,6 +40,7 @@ def test_a_ball_takes_the_share_of_the_box_that_was_asked_for(share):
     assert set(stage.occupancy.cells.unique().tolist()) == {0, 1}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sweep", SWEEPS, ids=lambda sweep: f"{sweep.stage}.{sweep.name}")
 def test_every_sweep_runs_and_says_what_its_steps_worked_on(sweep):
     found = run_sweep(sweep, device=CPU, runs=1, quick=True)

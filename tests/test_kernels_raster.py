@@ -50,6 +50,7 @@ MESHES = {
 EACH = pytest.mark.parametrize("name", MESHES)
 
 
+@pytest.mark.slow
 @EVERY
 def test_one_triangle_covers_the_pixel_centres_inside_it_row_0_at_the_top(backend):
     clip = flat([[-1.0, 1.0], [-1.0, -1.0], [1.0, 1.0]], z=0.25)  # the upper left half
@@ -188,6 +189,7 @@ def test_degenerate_triangles_draw_nothing(backend):
     assert (rasterise(clip, triangles, 8, 8, backend=backend) == 0).all()
 
 
+@pytest.mark.slow
 @EVERY
 def test_empty_input_gives_empty_images(backend):
     none = torch.zeros(0, 3, dtype=torch.int32)
@@ -526,6 +528,7 @@ def test_the_walk_over_triangles_is_bounded_alike_in_both_backends():
     assert cpu_antialias.STEPS_MAX == reference_antialias.STEPS_MAX
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", [WARP])
 def test_the_ops_work_inside_torch_compile(backend):
     """As breaks in its graph, at two sizes; for numba in test_kernels_compile.py."""

@@ -138,6 +138,7 @@ def test_a_result_that_cannot_be_numbered_is_refused():
         cuda_sums.collect((1 << 16, 1 << 15), 1, torch.device("cpu"), lambda *_: None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", MODULES)
 def test_kernels_compile_to_ptx_without_a_gpu(module, tmp_path):
     name = f"stages.kernels.cuda.{module}"
@@ -157,6 +158,7 @@ def test_kernels_compile_to_ptx_without_a_gpu(module, tmp_path):
         assert not re.search(r"(atom|red)\.global\.add\.(noftz\.)?f", text)  # whose order would show in the bytes
 
 
+@pytest.mark.slow
 def test_importing_the_public_ops_does_not_import_warp():
     code = (
         "import sys, stages.kernels.raster, stages.kernels.marching, stages.kernels.lattice\n"

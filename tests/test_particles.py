@@ -45,6 +45,7 @@ def test_one_particle_is_the_coarse_stage_itself():
     assert type(made) is ParticleStage
 
 
+@pytest.mark.slow
 def test_particles_take_turns_from_different_seeds_and_share_the_steps():
     particles = stage()
     assert [particles.step()["particle"] for _ in range(4)] == [0, 1, 0, 1]
