@@ -12,6 +12,8 @@ The names of `__all__` are all that a program needs. Each is imported when it is
 import importlib
 from typing import Any
 
+from pipeline.import_names import check_stages
+
 __version__ = "0.1.0"
 
 __all__ = [
@@ -42,6 +44,9 @@ _HOMES = {
     "resume": "pipeline.api",
     "write_mesh": "pipeline.output.write",
 }
+
+
+check_stages()
 
 
 def __getattr__(name: str) -> Any:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from pipeline import __version__
 from pipeline.errors import EXIT_USER_ERROR
+from pipeline.import_names import ROOT, clashes
 
 
 @dataclass
@@ -79,13 +80,17 @@ def _prior_checks() -> list[tuple[str, bool, Callable[[], tuple[str, str]], str]
     ]
 
 
+def _import_names() -> tuple[str, str]:
+    sentences = clashes(Path.cwd())
+    return ("broken", "; ".join(sentences)) if sentences else ("ok", str(ROOT))
+
+
 def _gltf_validator() -> tuple[str, str]:
     node = shutil.which("node")
     if node is None:
         return "missing", "node is not on PATH"
     script = "console.log(require('gltf-validator').version())"
-    root = Path(__file__).resolve().parents[1]
-    done = subprocess.run([node, "-e", script], capture_output=True, text=True, timeout=30, cwd=root)
+    done = subprocess.run([node, "-e", script], capture_output=True, text=True, timeout=30, cwd=ROOT)
     if done.returncode == 0:
         return "ok", done.stdout.strip()
     return "missing", "node is there; install with: npm install gltf-validator"
@@ -129,6 +134,7 @@ _CHECKS: list[tuple[str, bool, Callable[[], tuple[str, str]], str]] = [
     ("rich", True, _package("rich"), "no progress display"),
     ("typer", True, _package("typer"), "no command line"),
     ("xatlas", True, _package("xatlas"), "UV charts come from the simpler unwrapper of our own: more seams"),
+    ("import names", False, _import_names, "Python started in this folder cannot import pipeline; the command can"),
     ("CUDA device", False, _cuda, "runs on the CPU: the pocket prior in minutes, Stable Diffusion hardly"),
     ("warp-lang", False, _kernels("warp"), "on CUDA our kernels run as plain torch, slower (extra: cuda)"),
     ("imageio-ffmpeg", False, _package("imageio_ffmpeg", "imageio-ffmpeg"), "turntable as WebP only (extra: video)"),

@@ -29,9 +29,6 @@ def _contiguous(*tensors: Tensor) -> None:
     assert all(t.is_contiguous() for t in tensors), "wants contiguous tensors"
 
 
-# --- tinycudann ------------------------------------------------------------------------------------------------------
-
-
 class _Once(torch.autograd.Function):
     """A derivative that has none itself, and that wants its gradient contiguous."""
 
@@ -145,9 +142,6 @@ def tinycudann() -> dict[str, ModuleType]:
     return {"tinycudann": _module("tinycudann", Encoding=Encoding, Network=Network)}
 
 
-# --- nvdiffrast ------------------------------------------------------------------------------------------------------
-
-
 class RasterizeCudaContext:
     opened = 0
 
@@ -187,9 +181,6 @@ def nvdiffrast() -> dict[str, ModuleType]:
     members = (RasterizeCudaContext, rasterize, interpolate, antialias, texture)
     inner = _module("nvdiffrast.torch", **{member.__name__: member for member in members})
     return {"nvdiffrast": _module("nvdiffrast", torch=inner), "nvdiffrast.torch": inner}
-
-
-# --- kaolin ----------------------------------------------------------------------------------------------------------
 
 
 def marching_tetrahedra(vertices, tets, sdf, return_tet_idx=False):

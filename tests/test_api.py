@@ -22,6 +22,7 @@ from pipeline.runs.checkpoint import CHECKPOINT, load_checkpoint, read_meta
 from stages.cameras import orbit_views
 from stages.mesh.mesh import Mesh
 from tests import toy_pipeline
+from tests.readme_cases import fenced
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = {
@@ -194,6 +195,7 @@ def test_a_mesh_made_again_from_its_folder_is_the_same(rebuilt, tmp_path):
     assert path.read_bytes() == rebuilt.files["glb"].read_bytes()
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_bytes(rebuilt, tmp_path):
     second = generate(config=rebuilt.config, out=tmp_path / "again", quiet=True)
     assert second.files["glb"].read_bytes() == rebuilt.files["glb"].read_bytes()
@@ -210,6 +212,7 @@ def test_resume_of_a_finished_run_gives_its_result(rebuilt, capsys):
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.slow
 def test_a_prior_of_the_caller_guides_counts_and_is_asked_for_again(tmp_path):
     prior = FlatPrior()
 
@@ -238,6 +241,7 @@ def test_a_prior_of_the_caller_guides_counts_and_is_asked_for_again(tmp_path):
     assert read_meta(tmp_path / "whole" / "coarse" / "checkpoint.safetensors")["step"] == 5
 
 
+@pytest.mark.slow
 def test_a_prior_of_the_caller_keeps_its_text_encoder_and_its_network(tmp_path):
     """Used by two runs, the second with a rule that changes the network while it runs."""
     prior = load_prior("pocket")
@@ -311,6 +315,7 @@ def surroundings() -> dict:
     }
 
 
+@pytest.mark.slow
 def test_nothing_of_the_calling_process_is_changed(rebuilt, tmp_path):
     """`rebuilt` has imported everything: what libraries set at their import is not a run's."""
     before_mode = torch.get_deterministic_debug_mode()
@@ -330,6 +335,7 @@ def test_nothing_of_the_calling_process_is_changed(rebuilt, tmp_path):
         assert {key for key in before if before[key] != after[key]} == set()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", [ValueError("of the caller"), KeyboardInterrupt()])
 def test_nothing_is_changed_after_an_exception_either(toys, error):
     def fail(stage, step, metrics):
@@ -345,6 +351,7 @@ def test_nothing_is_changed_after_an_exception_either(toys, error):
     assert resume("run", quiet=True).metrics[-1]["step"] == 4
 
 
+@pytest.mark.slow
 def test_kernels_of_the_caller_stay_in_numbas_cache(rebuilt, tmp_path, monkeypatch):
     """Those of ours that are stale are forgotten as a kernel's module loads; a program's own are none of them."""
     (tmp_path / "mine.py").write_text("import numba\n\n@numba.njit(cache=True)\ndef double(x):\n    return 2 * x\n")
@@ -358,9 +365,10 @@ def test_kernels_of_the_caller_stay_in_numbas_cache(rebuilt, tmp_path, monkeypat
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.nb?")} == before
 
 
+@pytest.mark.slow
 def test_the_loop_of_the_readme_runs_as_it_stands(tmp_path, monkeypatch):
     text = (ROOT / "stages" / "README.md").read_text(encoding="utf-8")
-    (block,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    block = next(code for code in fenced(text, "python") if "coarse_steps" in code)
     assert len(block.splitlines()) < 40
     few, count = re.subn(
         r"^coarse_steps, fine_steps = .*$", "coarse_steps, fine_steps = 2, 1", block, flags=re.MULTILINE

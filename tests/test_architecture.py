@@ -1,10 +1,9 @@
 """The shape of the house: who may import whom, how large a module may be, what the command line may load."""
 
 import ast
-import os
+import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 MAX_LINES = 400
 MAX_MODULES = 20  # of one folder at one level
-HELP_S = 0.4
+MAX_HELP_MODULES = 450  # 317 with typer's own; torch alone brings 800 more
 
 # Rooms of the house, each with the rooms it may import; a room may always import itself. `ROOM.*` stands for a room and
 # all rooms within it. A module that others of its folder build on is a room of its own.
@@ -59,7 +58,8 @@ ALLOWED = {
     "stages.particles": _BASE | {"stages.coarse", "stages.guidance.guide", "stages.optimise", "stages.stage"},
     "stages.kinds": _GUIDED | {"stages.coarse", "stages.fine", "stages.clip_mesh", "stages.particles"},
     "stages.pocket": _SURFACE | {"stages.render", "stages.guidance.*", "stages.prompts"},
-    "pipeline": {"pipeline.cli"},
+    "pipeline": {"pipeline.cli", "pipeline.import_names"},
+    "pipeline.import_names": set(),
     "pipeline.errors": {"stages.*"},
     "pipeline.output": {"stages.*"},
     "pipeline.priors": {"stages.*", "pipeline.errors"},
@@ -67,7 +67,7 @@ ALLOWED = {
     "pipeline.profile": {"stages.*", "pipeline.config", "pipeline.output"},
     "pipeline.runs": {"stages.*", "pipeline", "pipeline.errors", "pipeline.config", "pipeline.priors"}
     | {"pipeline.output", "pipeline.profile"},
-    "pipeline.doctor": {"stages.*", "pipeline", "pipeline.errors", "pipeline.priors"},
+    "pipeline.doctor": {"stages.*", "pipeline", "pipeline.errors", "pipeline.import_names", "pipeline.priors"},
     "pipeline.api": {"stages.*", "pipeline.config", "pipeline.priors", "pipeline.profile", "pipeline.runs"},
     "pipeline.cli": {"stages.*", "pipeline.*"},
     "benchmarks.environment": {"pipeline.*"},
@@ -203,40 +203,27 @@ def test_module_is_short_or_says_why(path):
     assert docstring or not text.strip(), "a module begins by saying what it is"
 
 
+def test_no_comment_is_a_banner():
+    banner = re.compile(r"#\s*[-=*#~]{3,}")
+    files = [*sources(), *sorted((ROOT / "tests").glob("*.py"))]
+    lines = [(path, line) for path in files for line in path.read_text(encoding="utf-8").splitlines()]
+    assert [f"{path.name}: {line.strip()}" for path, line in lines if banner.match(line.strip())] == []
+
+
 def test_no_module_is_named_after_nothing():
     assert not [path for path in sources() if path.stem in ("utils", "misc", "helpers", "common", "util", "helper")]
 
 
-def test_help_answers_at_once():
-    """Wall time, best of three; where other jobs keep every core busy it says nothing, and processor time stands in."""
-    wall, processor = [], []
-    for _ in range(3):
-        before, started = os.times(), time.perf_counter()
-        command = [sys.executable, "-m", "pipeline", "--help"]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-        wall.append(time.perf_counter() - started)
-        after = os.times()
-        processor.append(after.children_user + after.children_system - before.children_user - before.children_system)
-    assert "resume" in done.stdout and "doctor" in done.stdout
-    crowded = hasattr(os, "getloadavg") and os.getloadavg()[0] > (os.cpu_count() or 1)
-    best = min(processor if crowded else wall)
-    assert best < HELP_S, f"--help took {best:.2f} s at best"
-
-
 @pytest.mark.parametrize("command", [["--help"], ["run", "--help"], ["--version"]])
-def test_help_loads_no_heavy_package(command):
+def test_help_loads_little_and_no_heavy_package(command):
+    """What its time consists of, which a clock could not hold on a busy machine: modules that are loaded."""
     code = (
         "import sys\n"
         "from pipeline.cli import main\n"
         f"try:\n    main({command!r})\nexcept SystemExit as stop:\n    assert not stop.code\n"
         "heavy = {'torch', 'diffusers', 'transformers', 'numba', 'numpy', 'scipy', 'trimesh', 'yaml'}\n"
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
+        "ours = [name for name in sys.modules if name.split('.')[0] in ('pipeline', 'stages')]\n"
+        f"assert len(sys.modules) < {MAX_HELP_MODULES} and len(ours) < 12, (len(sys.modules), ours)\n"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True)
-
-
-@pytest.mark.parametrize("words", [["check"], ["format", "--check"]])
-def test_ruff_finds_nothing(words):
-    pytest.importorskip("ruff", reason="ruff is not installed (extra: dev)")
-    done = subprocess.run([sys.executable, "-m", "ruff", *words, "."], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr

@@ -101,6 +101,7 @@ def test_steps_are_settled_once_and_trials_are_made_of_the_systems_that_optimise
     assert options_by_system(*words) == found and len(made) == 2
 
 
+@pytest.mark.slow
 def test_cells_of_a_budget_get_their_systems_steps_and_share_no_coarse_stage(tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(quality, "run_cells", lambda cells, args: seen.append(args) or [])
@@ -129,9 +130,6 @@ def test_a_quick_suite_takes_a_share_of_every_recipes_steps(tmp_path, monkeypatc
         assert args.words[system] == tuple(f"{stage}.steps={round(0.6 * n)}" for stage, n in own.items())
     assert args.words["truth"] == args.words["floor"] == ()
     assert quality.main(["--out", str(tmp_path / "out")]) == 2  # not into the same folder
-
-
-# --- energy -----------------------------------------------------------------------------------------------------
 
 
 def counter(root, name, value):

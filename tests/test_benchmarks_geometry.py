@@ -103,6 +103,7 @@ def test_f_score_of_half_a_match():
     assert result["f_score"] == pytest.approx(2 / 3, abs=0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("yaw", [0.0, 40.0, 133.0, -90.0])
 def test_a_turned_scaled_and_moved_copy_keeps_its_distance(yaw):
     truth = build(world.parse("a red teapot"))
@@ -115,6 +116,7 @@ def test_a_turned_scaled_and_moved_copy_keeps_its_distance(yaw):
     assert here["chamfer"] < 0.005  # 0.0021 at the default number of points
 
 
+@pytest.mark.slow
 def test_truth_is_better_than_another_object_in_every_number():
     truth, other = build(world.parse("a red chair")), build(world.parse("a red teapot"))
     best, worse = compare(truth, truth, points=2000), compare(other, truth, points=2000)
@@ -128,6 +130,7 @@ def test_an_empty_mesh_scores_nothing():
     assert (result["chamfer"], result["f_score"], result["volume_iou"]) == (math.inf, 0, 0)
 
 
+@pytest.mark.slow
 def test_self_intersections_of_two_crossing_triangles_and_of_a_ball():
     cross = Mesh(
         np.array([[-1, 0, -1], [1, 0, -1], [0, 0, 1], [0, -1, -0.5], [0, 1, -0.5], [0, 0, 0.4]], np.float32),

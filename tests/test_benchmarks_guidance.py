@@ -34,9 +34,6 @@ def test_default_systems_are_plain_sds_the_default_every_rule_and_every_cure(tmp
     assert args.systems.split(",") == [*WHOLE, *cures()] and {"sds+perp-neg", "sds+csd", "sds+sjc"} < set(cures())
 
 
-# --- the classifier ---------------------------------------------------------------------------------------------------
-
-
 def test_azimuths_are_measured_from_the_front_either_way():
     azimuths = torch.tensor([0.0, 44, 180, 226, 316, -30, 359])
     assert away_from_front(azimuths).tolist() == [0, 44, 180, 134, 44, 30, 1]
@@ -69,6 +66,7 @@ def robots(tmp_path_factory):
     return load_or_train("robot", folder), folder
 
 
+@pytest.mark.slow
 def test_classifier_tells_fronts_of_unseen_meshes_and_sees_the_second_face(robots):
     classifier, _ = robots
     assert classifier.accuracy > 0.95 and classifier.false_fronts < 0.05
@@ -86,6 +84,7 @@ def test_classifier_tells_fronts_of_unseen_meshes_and_sees_the_second_face(robot
     assert max(janus_views(classifier, blob, truth)["share"] for blob in blobs) < 0.5  # no shape is no front
 
 
+@pytest.mark.slow
 def test_saved_classifier_answers_as_the_trained_one_and_is_not_trained_again(robots, monkeypatch):
     classifier, folder = robots
     monkeypatch.setattr("benchmarks.quality.view_classifier.train", lambda kind: pytest.fail("trained again"))
@@ -94,9 +93,6 @@ def test_saved_classifier_answers_as_the_trained_one_and_is_not_trained_again(ro
     crops = pictures.permute(0, 3, 1, 2)[..., :48, :48]
     assert torch.equal(again.net(crops), classifier.net(crops))
     assert (again.accuracy, again.false_fronts) == (classifier.accuracy, classifier.false_fronts)
-
-
-# --- the table --------------------------------------------------------------------------------------------------------
 
 
 def test_step_seconds_are_medians_without_the_first_step(tmp_path):
@@ -181,6 +177,7 @@ def _mute():
     return net
 
 
+@pytest.mark.slow
 def test_table_is_made_of_finished_cells_and_kept_views(finished, capsys, monkeypatch):
     folder, out, clip = finished
     words = ["--prompts", str(folder / "prompts.txt"), "--out", str(out), "--clip", str(clip), "--table"]

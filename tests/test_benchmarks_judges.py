@@ -12,6 +12,7 @@ from pipeline.config.model import load_config
 from pipeline.priors.clips import POCKET_CLIP
 from stages.errors import UserError
 from tests.tiny_clip import pocket_like
+from tests.toy_pipeline import octahedron
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +75,6 @@ def test_a_cell_goes_without_the_scores_of_its_guide_and_says_so(tmp_path, monke
     from benchmarks.quality import cells
     from benchmarks.quality.cells import Cell, load_result, make_cell
     from benchmarks.quality.systems import Failed, System
-    from tests.toy_pipeline import octahedron
 
     def make(job):
         (job.folder / "run").mkdir()

@@ -50,6 +50,7 @@ def test_points_lie_in_the_box_in_the_order_of_their_rays():
     assert 0.05 < volume.occupancy.float().mean() < 0.15
 
 
+@pytest.mark.slow
 def test_every_case_gives_the_same_under_both_backends(tiny):
     assert {name for name, _, _ in tiny} == set(kernels.CASES)
     visible = next(case for case in tiny.values() if case.name == "visible")
@@ -83,9 +84,6 @@ def test_a_package_runs_its_own_families_and_ours_the_rest():
         "hash": "tinycudann", "mlp": "tinycudann", "volume": "warp", "raster": "warp", "marching": "warp",
     }  # fmt: skip
     assert set(kernels.backends("torch", "cpu").values()) == {"torch"}
-
-
-# --- peers ------------------------------------------------------------------------------------------------------
 
 
 def scene_of(case: operations.Case) -> operations.Scene:
@@ -153,9 +151,7 @@ def test_absent_peers_have_lines_and_the_others_are_measured(monkeypatch, tiny):
         assert line["ms_low"] <= line["ms"] <= line["ms_high"] and line["runs"] >= 3 and line["shapes"] == case.shapes
 
 
-# --- the command ------------------------------------------------------------------------------------------------
-
-
+@pytest.mark.slow
 def test_the_command_measures_in_processes_of_their_own_and_publishes(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(ROOT)
     words = ["--only", "diffuse,mesh_edges", "--threads", "1", "--budget", "0.001", "--out", str(tmp_path)]
@@ -189,9 +185,6 @@ def test_cuda_without_a_device_is_refused_in_three_lines(monkeypatch, capsys):
     monkeypatch.setattr("os.dup2", lambda *_: None)
     assert kernels.main(["--worker", "--device", "cuda", "--quick"]) == 2
     assert "torch finds no CUDA device" in capsys.readouterr().err
-
-
-# --- lines and tables -------------------------------------------------------------------------------------------
 
 
 def line(case, work, contestant, ms, ours=None, threads=1, **more) -> dict:

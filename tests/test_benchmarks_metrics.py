@@ -166,8 +166,6 @@ def test_a_seam_in_the_texture_does_not_show_in_the_shading():
     assert torch.allclose(first, second, atol=1e-4)
 
 
-# --- Janus ------------------------------------------------------------------------------------------------------
-
 FRONTED = [kind for kind in world.KINDS if world.true_front(kind)]
 VIEWS = orbit_views(metrics.janus_azimuths(), JANUS_ELEVATION)
 
@@ -185,6 +183,7 @@ def features(mesh: Mesh) -> tuple[torch.Tensor, torch.Tensor]:
     return metrics.picture_features(images), metrics.picture_features(images.flip(2))
 
 
+@pytest.mark.slow
 def test_janus_is_caught_in_nine_of_ten_kinds_and_not_seen_in_the_truth():
     colours, rng = list(world.COLOURS), np.random.default_rng(3)
     caught = wronged = 0

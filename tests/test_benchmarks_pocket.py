@@ -66,6 +66,7 @@ def test_ddim_samples_repeat_with_their_seed():
     assert not torch.equal(first, other)
 
 
+@pytest.mark.slow
 def test_the_command_measures_and_writes_pictures_and_one_line(tmp_path, capsys):
     clip = pocket_like(tmp_path / "clip")
     words = [
@@ -127,6 +128,7 @@ def few():
     return fidelity.shots(8, 32, data.COARSE_CAMERAS, seed=1)
 
 
+@pytest.mark.slow
 def test_renders_are_of_held_out_captions_and_of_all_four_kinds(few):
     assert [shot.kind for shot in few] == [*fidelity.KINDS] * 2
     for shot in few:

@@ -39,9 +39,6 @@ def clips(tmp_path_factory):
     return [pocket_like(folder / "small"), openai_like(folder / "other")]
 
 
-# --- the suite --------------------------------------------------------------------------------------------------
-
-
 def test_the_pocket_suite_is_what_it_says():
     suite = pocket_suite()
     assert {name: len(group) for name, group in suite.groups.items()} == {
@@ -94,9 +91,6 @@ def test_every_system_meets_every_prompt_and_seed_once_but_the_truth_needs_one_s
     assert cells.index(Cell("coarse", "a red boat", 1)) < cells.index(Cell("magic3d", "a red boat", 1))
 
 
-# --- the ends of the scale --------------------------------------------------------------------------------------
-
-
 def test_the_floor_is_a_solid_that_does_not_know_its_prompt_and_repeats_with_its_seed(tmp_path):
     mesh, _ = find_system("floor").make(Job("a red mug", 3, tmp_path, 1))
     again, _ = find_system("floor").make(Job("a red mug", 3, tmp_path, 1))
@@ -105,6 +99,7 @@ def test_the_floor_is_a_solid_that_does_not_know_its_prompt_and_repeats_with_its
     assert not np.array_equal(mesh.colours, random_blob(np.random.default_rng(0)).colours)
 
 
+@pytest.mark.slow
 def test_truth_beats_the_floor_in_every_metric_with_ground_truth(tmp_path, clips):
     for system in ("truth", "floor"):
         make_cell(Cell(system, "a red car", 0), tmp_path, [clips[0]], (), 1, False)
@@ -154,9 +149,6 @@ def test_r_precision_counts_what_is_nearest_and_a_failed_run_scores_nothing(tmp_
     assert (found["wins"], found["losses"], found["difference"]["mean"]) == (2, 0, 100)
 
 
-# --- the command ------------------------------------------------------------------------------------------------
-
-
 def suite_command(out, prompts, clips, *more):
     return [
         sys.executable,
@@ -175,6 +167,7 @@ def suite_command(out, prompts, clips, *more):
     ]
 
 
+@pytest.mark.slow
 def test_a_killed_suite_keeps_its_finished_cells_and_goes_on(tmp_path, clips, capsys):
     prompts = tmp_path / "two.txt"
     prompts.write_text("a red ball\na blue cube\n")
@@ -202,6 +195,7 @@ def test_a_killed_suite_keeps_its_finished_cells_and_goes_on(tmp_path, clips, ca
         assert "holds another suite" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_results_are_published_beside_those_of_other_names(tmp_path, clips, monkeypatch):
     prompts, results = tmp_path / "one.txt", tmp_path / "results"
     results.mkdir()
@@ -258,6 +252,7 @@ def test_a_folder_with_cells_of_another_recipe_is_refused(tmp_path, clips, capsy
     assert quality.main([*words, "truth"]) == 0
 
 
+@pytest.mark.slow
 def test_a_cell_that_breaks_is_reported_with_its_traceback_and_the_others_are_made(tmp_path, clips, capsys):
     prompts = tmp_path / "two.txt"
     prompts.write_text("a red ball\na squirrel\n")
@@ -268,9 +263,6 @@ def test_a_cell_that_breaks_is_reported_with_its_traceback_and_the_others_are_ma
     assert "a squirrel" in capsys.readouterr().err
     assert "gallery.jpg" in (folder / "error.txt").read_text()
     assert len((tmp_path / "out" / "results.jsonl").read_text().splitlines()) == 1
-
-
-# --- another prior ----------------------------------------------------------------------------------------------
 
 
 def suite_of(*prompts):
@@ -319,6 +311,7 @@ def test_a_recipes_coarse_stage_alone_is_a_system_that_the_whole_recipe_takes_ov
         find_system("clip-mesh:coarse")
 
 
+@pytest.mark.slow
 def test_a_folder_prior_and_two_folder_clips_make_and_judge_both_stages(tmp_path, clips):
     """The whole way of a real model, on folders of random weights: two steps of a full-size recipe's settings."""
     prior = tiny_folders.stable_diffusion(tmp_path / "sd")
@@ -340,9 +333,6 @@ def test_a_folder_prior_and_two_folder_clips_make_and_judge_both_stages(tmp_path
     assert f"fine: {prior}" in config
     summary = json.loads((out / "summary.json").read_text())
     assert set(summary["by_clip"]) == {"small", "other"} and summary["candidates"]["colour"] == 2
-
-
-# --- the pipeline as a child ------------------------------------------------------------------------------------
 
 
 @pytest.fixture

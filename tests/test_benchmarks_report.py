@@ -20,6 +20,7 @@ from benchmarks.quality.summary import summarise
 from benchmarks.quality.systems import random_blob
 from benchmarks.report import report, tables
 from benchmarks.report.browser import find_browser, look, take_picture
+from benchmarks.report.listings import first_sentence, models_markdown, recipes_markdown
 from stages.errors import UserError
 from stages.mesh.mesh import Mesh
 from stages.pocket import world
@@ -62,9 +63,6 @@ def finished(tmp_path_factory):
     (out / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
     (out / "summary.json").write_text(json.dumps(summary))
     return out
-
-
-# --- sentences and tables ---------------------------------------------------------------------------------------
 
 
 def made_up_summary() -> dict:
@@ -163,6 +161,21 @@ def test_pocket_markdown_shows_each_measurement():
     assert "| pixel prior, DDIM samples | - | 86.8 % | 100 |" in text
 
 
+def test_a_recipe_is_described_by_the_first_sentence_of_its_comment():
+    text = "# Edit a run (Magic3D sec. 5): laid over\n# its settings. More words.\nsteps: 3  # no\n"
+    assert first_sentence(text) == "Edit a run (Magic3D sec. 5): laid over its settings."
+    assert first_sentence("# A flow, not run by us\nsteps: 3\n") == "A flow, not run by us."
+    row = next(row for row in recipes_markdown().splitlines() if "csd.yaml" in row)
+    assert row.startswith("| [`csd`](csd.yaml) | `default` | coarse, fine | pocket | Classifier score distillation:")
+
+
+def test_models_that_were_withdrawn_are_not_offered():
+    table = models_markdown()
+    assert (
+        "runwayml/" not in table and "| `stable-diffusion-v1-5/stable-diffusion-v1-5` | coarse, fine | 512 |" in table
+    )
+
+
 def test_tables_go_between_the_marks_of_a_file_and_nowhere_else(tmp_path):
     page = tmp_path / "README.md"
     page.write_text(
@@ -172,9 +185,6 @@ def test_tables_go_between_the_marks_of_a_file_and_nowhere_else(tmp_path):
     assert page.read_text() == (
         "a\n<!-- benchmarks:one -->\n| new |\n<!-- /benchmarks -->\nb\n<!-- benchmarks:two --><!-- /benchmarks -->\n"
     )
-
-
-# --- plots ------------------------------------------------------------------------------------------------------
 
 
 def test_ticks_are_round_and_inside():
@@ -189,9 +199,6 @@ def test_a_plot_is_valid_svg_with_every_finite_point_named():
     assert "a & b" in words
     assert "gone" not in words
     assert scatter([], "t", "x", "y") == ""
-
-
-# --- meshes in the page -----------------------------------------------------------------------------------------
 
 
 def test_a_packed_mesh_unpacks_to_itself():
@@ -217,9 +224,6 @@ def test_a_large_textured_mesh_is_simplified_and_keeps_its_colours():
     right, left = small.vertices[:, 0] > 0.1, small.vertices[:, 0] < -0.1
     assert (small.colours[right, 0] > 0.9).all()
     assert (small.colours[left, 2] > 0.9).all()
-
-
-# --- the page ---------------------------------------------------------------------------------------------------
 
 
 class Links(html.parser.HTMLParser):

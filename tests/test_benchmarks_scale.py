@@ -18,6 +18,8 @@ from stages.mesh.mesh import Mesh
 from stages.pocket import world
 from stages.pocket.build import build
 
+pytestmark = pytest.mark.slow
+
 PROMPTS = ["a red car", "a blue duck", "a yellow house"]
 BASE = {"seed": 0, "date": "2026-01-01", "git": None, "cores": 2, "cpu": "", "device": "cpu", "versions": {}}
 SIMILARITY = (

@@ -24,9 +24,6 @@ def sweep_of(stage: str, name: str) -> growth.Sweep:
     return next(sweep for sweep in SWEEPS if (sweep.stage, sweep.name) == (stage, name))
 
 
-# --- growth -----------------------------------------------------------------------------------------------------
-
-
 def test_the_stand_in_has_the_shapes_of_the_prior_it_stands_for():
     prior = StandIn(64, 8)
     x = prior.encode(torch.full((2, 16, 16, 3), 0.75), torch.Generator())
@@ -43,6 +40,7 @@ def test_a_ball_takes_the_share_of_the_box_that_was_asked_for(share):
     assert set(stage.occupancy.cells.unique().tolist()) == {0, 1}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sweep", SWEEPS, ids=lambda sweep: f"{sweep.stage}.{sweep.name}")
 def test_every_sweep_runs_and_says_what_its_steps_worked_on(sweep):
     found = run_sweep(sweep, device=CPU, runs=1, quick=True)
@@ -71,8 +69,6 @@ def test_published_sizes_are_those_that_were_asked_for():
     assert (min(sweep_of("fine", "pixels").values), max(sweep_of("fine", "pixels").values)) == (64, 1024)
 
 
-# --- runs -------------------------------------------------------------------------------------------------------
-
 FAKE = """
 import json, os, pathlib, signal, sys, time
 words = sys.argv[1:]
@@ -97,8 +93,13 @@ record["stages"] = {n: {"seconds": 10.0, "steps": 2} for n in stages}
 record["threads"] = os.environ["OMP_NUM_THREADS"]
 folder.joinpath("run.json").write_text(json.dumps(record))
 if "coarse,fine" not in words and "--stages" in words:
+    def stop(*_):
+        with open(sys.argv[0] + ".stopped", "a") as file:
+            print("stopped", file=file)
+        sys.exit(130)
+
+    signal.signal(signal.SIGINT, stop)
     print("coarse  1/200", flush=True)
-    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
     time.sleep(60)
     sys.exit("nobody stopped me")
 print("done")
@@ -130,7 +131,8 @@ def test_the_first_start_compiles_into_an_empty_cache_and_the_next_does_not(comm
 
 def test_a_later_start_is_stopped_after_its_first_step(command):
     facts = runs.second_start([], 1, times=2)
-    assert facts["runs"] == 2 and facts["low_s"] <= facts["to_first_step_s"] <= facts["high_s"] < 30
+    assert facts["runs"] == 2 and facts["low_s"] <= facts["to_first_step_s"] <= facts["high_s"]
+    assert command.with_name("fake.py.stopped").read_text().split() == 3 * ["stopped"]  # one start warms the caches
     assert facts["first_step_done_s"] - facts["to_first_step_s"] == pytest.approx(0.05, abs=0.011)
 
 
@@ -162,9 +164,6 @@ def test_a_random_model_is_a_prior_like_any_other(tmp_path):
     x = prior.encode(torch.rand(1, 64, 64, 3), torch.Generator().manual_seed(0))
     eps = prior.predict_noise(x, torch.tensor([500]), prior.embed(["a red mug"]))
     assert x.shape == eps.shape == (1, 4, 8, 8) and eps.isfinite().all()
-
-
-# --- lines, fits, tables, plots ---------------------------------------------------------------------------------
 
 
 def line(part: str, **more) -> dict:
@@ -282,9 +281,6 @@ def test_publishing_replaces_the_same_measurement_and_draws(tmp_path):
     assert len(lines) == len(by_hand()) + 1
     assert [row["step_ms"] for row in lines if row.get("value") == 64] == [99.0]
     assert {path.name for path in tmp_path.glob("*.svg")} == {"speed_fine_tets.svg", "speed_coarse_occupied.svg"}
-
-
-# --- the command ------------------------------------------------------------------------------------------------
 
 
 def test_the_command_measures_the_parts_asked_for(command, capsys, monkeypatch):

@@ -42,6 +42,7 @@ def test_bootstrap_leaves_out_what_is_not_finite():
     assert math.isnan(bootstrap({"a": [math.nan]}).mean)
 
 
+@pytest.mark.slow
 def test_bootstrap_covers_the_truth_as_often_as_it_says():
     rng, inside = np.random.default_rng(1), 0
     for k in range(40):

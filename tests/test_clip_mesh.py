@@ -75,6 +75,7 @@ def same(a, b) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
+@pytest.mark.slow
 def test_surface_and_colours_follow_the_guidance():
     plain = ShadingSettings(albedo_until=1)
     looks = {"bare_until": 0, "cameras": NEAR, "shading": plain, "backdrops": GREY}

@@ -87,6 +87,7 @@ def run(stage, steps):
     return [stage.step() for _ in range(steps)]
 
 
+@pytest.mark.slow
 def test_a_coloured_ball_is_rebuilt_from_its_posed_images():
     settings = CoarseSettings(
         steps=100,

@@ -188,6 +188,7 @@ def test_settings_refuse_what_they_do_not_know():
             ExportSettings(**bad)
 
 
+@pytest.mark.slow
 def test_density_becomes_a_mesh_where_no_mesh_stage_ran():
     asset = Asset(density=lambda p: 40 * torch.sigmoid(200 * (0.5 - p.norm(dim=-1))), albedo=lambda p: p * 0 + 0.2)
     settings = ExportSettings(tets=24, faces=1200, texture_size=64, unwrap="boxes")
@@ -204,6 +205,7 @@ def cone(points):
     return 40 * (1 - points.norm(dim=-1)).clamp_min(0)
 
 
+@pytest.mark.slow
 def test_a_run_without_a_mesh_stage_heeds_lattice_and_level():
     """Through the run's own door: export.tets cells a side, and fine.initialise as the fine stage would."""
     field = HashField(FieldSettings(levels=1, log2_table=10), torch.Generator())

@@ -71,6 +71,7 @@ def validate(path: Path, node_modules: str) -> dict:
     return json.loads(done.stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "mesh",
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from stages.fields.clamped import before_clamping, clamped
@@ -40,6 +41,7 @@ def burnt(albedo: str) -> float:
     return float((field.albedo(points).detach() - 0.5).abs().max())
 
 
+@pytest.mark.slow
 def test_a_burnt_colour_comes_back_clamped_and_does_not_squashed():
     assert burnt("clamped") < 0.3
     assert burnt("sigmoid") > 0.49

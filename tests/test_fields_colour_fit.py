@@ -34,6 +34,7 @@ def halves() -> Mesh:
     return mesh
 
 
+@pytest.mark.slow
 def test_a_field_learns_a_texture():
     made = field()
     error = fit_albedo(made, painted_samples(halves(), generator()), FitSettings(steps=150, points=2048))

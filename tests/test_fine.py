@@ -97,6 +97,7 @@ def equal(a: dict, b: dict) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
+@pytest.mark.slow
 def test_a_sphere_becomes_the_target_and_stays_solid_at_every_step():
     target = Target(torus(0.55, 0.25))
     fine = stage(target, steps=40, resolution=56, tets=14, views_per_step=3)
@@ -206,6 +207,7 @@ def painted(mesh: Mesh) -> Mesh:
     return mesh
 
 
+@pytest.mark.slow
 def test_a_users_mesh_becomes_the_first_surface_in_its_own_colours():
     fit = FitSettings(steps=60, points=1024)
     fine = stage(previous=Asset(mesh=painted(torus(0.55, 0.22))), tets=24, fit=fit, steps=3)
@@ -219,6 +221,7 @@ def test_a_users_mesh_becomes_the_first_surface_in_its_own_colours():
     assert np.abs(mesh.colours - wanted).mean() < 0.06
 
 
+@pytest.mark.slow
 def test_resumed_start_from_a_mesh_equals_uninterrupted_one_bitwise():
     def fresh(seed):
         return stage(seed=seed, previous=Asset(mesh=painted(torus())), fit=FitSettings(steps=4, points=256), steps=4)

@@ -19,7 +19,6 @@ ALPHA_BAR = scaled_linear_alphas_cumprod()[T].item()
 A, SIGMA = math.sqrt(ALPHA_BAR), math.sqrt(1 - ALPHA_BAR)
 SIMPLE = dict(scale=1.0, weighting="uniform", t_min=T / 1000, t_max=T / 1000, srgb=False)
 
-# --- the reference prior ------------------------------------------------------------------------------------------
 
 STD = 0.4
 
@@ -80,9 +79,6 @@ def test_gradient_of_ism_on_the_reference_prior_is_its_formula_without_noise(ref
     assert abs(wanted) > 0.02
 
 
-# --- two pictures ---------------------------------------------------------------------------------------------------
-
-
 class TwoPictures(GaussianPrior):
     """Data are y and -y with equal odds, blurred by 0.6: the posterior mean is y tanh(a <z, y> / v)."""
 
@@ -107,9 +103,6 @@ def test_monte_carlo_gradient_of_sds_between_two_pictures_is_its_integral(x):
     pull = float((tanh * density).sum() * (g[1] - g[0]))
     wanted = A * SIGMA / v * (x - y * pull)
     assert got == pytest.approx(wanted, abs=5 / math.sqrt(64 * 768))
-
-
-# --- the bias of guidance, and the threshold that bounds it ----------------------------------------------------------
 
 
 def clamped_mean(mean, std, low=-1.0, high=1.0):
@@ -182,9 +175,6 @@ def test_csd_between_equally_wide_prompts_never_stops_and_a_static_threshold_bou
             assert gradient(x, scale=scale) == pytest.approx(drift, rel=1e-3)  # however bright, brighter still
     x0_empty, _ = x0_of_guidance(0.5, 1.0, ((EMPTY[0], 0.3), (EMPTY[0], 0.3)))
     assert gradient(0.5, scale=50.0, threshold="static") == pytest.approx(-A / SIGMA * (1 - x0_empty), abs=0.02)
-
-
-# --- the further terms and schedules -----------------------------------------------------------------------------
 
 
 def test_image_term_in_pixel_space_is_sds_again():

@@ -88,6 +88,7 @@ def test_deepfloyd_hears_what_its_pipeline_says(tmp_path):
         torch.testing.assert_close(prior.predict_noise(z, t.expand(4), embedding), wanted[:, :3])
 
 
+@pytest.mark.slow
 def test_sdxl_hears_what_its_pipeline_says(folders, priors):
     from diffusers import StableDiffusionXLPipeline
 
@@ -105,6 +106,7 @@ def test_sdxl_hears_what_its_pipeline_says(folders, priors):
     assert (other.predict_noise(z, t.long().expand(4), embedding) - wanted).abs().max() > 1e-5  # it is told the size
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("with_t5", [True, False])
 def test_sd3_hears_what_its_pipeline_says(folders, priors, tmp_path, with_t5):
     from diffusers import StableDiffusion3Pipeline

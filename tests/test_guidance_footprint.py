@@ -30,6 +30,7 @@ def found(folder, images=2, predictions=4, device=CPU, vsd=None, **settings):
     return footprint(make_plan(folder, made), made, device, images=images, predictions=predictions, vsd=vsd)
 
 
+@pytest.mark.slow
 def test_weights_are_those_of_the_loaded_networks(folders):
     prior = load_prior(folders["sdxl"], "cpu")
     counted = found(folders["sdxl"])
@@ -43,6 +44,7 @@ def size(network):
     return sum(p.numel() * p.element_size() for p in network.parameters())
 
 
+@pytest.mark.slow
 def test_precision_halves_weights_but_not_sdxls_autoencoder_in_float16(folders):
     whole, half = found(folders["sdxl"]), found(folders["sdxl"], dtype="float16")
     assert half.weights["unet"] * 2 == whole.weights["unet"] and half.weights["vae"] == whole.weights["vae"]
@@ -51,6 +53,7 @@ def test_precision_halves_weights_but_not_sdxls_autoencoder_in_float16(folders):
     assert found(folders["sd3"], device=torch.device("cuda")).dtype == torch.bfloat16
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sdxl", "sd3"])
 def test_bytes_counted_without_memory_are_those_counted_in_memory(folders, name):
     """The same forward and backward passes once on the meta device and once for real."""
@@ -72,6 +75,7 @@ def test_text_is_as_long_as_what_the_family_embeds(folders, name):
     assert embedding_shape(make_plan(folders[name], settings)) == tuple(prior.embed(["a red mug"]).shape[1:])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["lora", "copy"])
 def test_what_vsd_learns_with_is_what_its_lesson_takes(folders, model):
     vsd = VsdSettings(model=model, rank=4)
@@ -87,6 +91,7 @@ def test_what_vsd_learns_with_is_what_its_lesson_takes(folders, model):
     assert "vsd" in counted.describe()
 
 
+@pytest.mark.slow
 def test_a_rule_that_looks_at_decoded_pictures_counts_them(folders):
     from dataclasses import replace
 
@@ -104,6 +109,7 @@ def test_a_rule_that_looks_at_decoded_pictures_counts_them(folders):
     assert replace(counted, images=0) == replace(plain, images=0)
 
 
+@pytest.mark.slow
 def test_careful_settings_take_less(folders):
     plain = found(folders["sdxl"])
     assert found(folders["sdxl"], vae_slicing=True).images < 0.7 * plain.images

@@ -42,6 +42,7 @@ def speck(x: float, y: float, z: float, side: int = 32, half: float = 0.12) -> O
     return Objects(grid, torch.tensor([[0, -1]], dtype=torch.int32), alone)
 
 
+@pytest.mark.slow
 def test_a_point_of_the_volume_is_seen_where_the_camera_projects_it():
     views = sample_views(CameraSettings(), 6, torch.Generator().manual_seed(2))
     point = torch.tensor([[0.5, 0.3, -0.2]])
@@ -175,6 +176,7 @@ def test_an_object_on_the_right_from_the_front_is_on_the_left_from_behind():
     assert behind[:, :8].max() > 0.5 and not behind[:, 8:].any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fine", [False, True])
 def test_a_picture_teaches_everything_that_makes_shapes_and_colours(fine):
     layout = small(fine).requires_grad_()
@@ -216,6 +218,7 @@ def folder(made, tmp_path):
     return Path(shutil.copytree(made, tmp_path / "pixel"))
 
 
+@pytest.mark.slow
 def test_a_prior_with_the_part_draws_by_the_camera_and_without_the_setting_it_does_not(folder):
     views = orbit_views([0.0, 120.0], 15.0)
     z = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(1)).expand(2, -1, -1, -1)
@@ -326,6 +329,7 @@ def test_saved_layout_comes_back_and_a_damaged_one_is_refused(folder):
     load_prior(folder, "cpu", settings=DiffusionSettings(camera=False))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prior", ["pixel", "latent"])
 def test_both_unets_take_what_their_layouts_tell(prior):
     condition, unet = models.make_condition(prior, models.make_layout(fine=False)), models.make_unet(prior)

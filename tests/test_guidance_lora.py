@@ -60,6 +60,7 @@ NAMES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("naming", NAMES)
 @pytest.mark.parametrize("layer", [f"{ATTENTION}.to_q", f"{ATTENTION}.to_out.0", "mid_block.resnets.0.conv1"])
 def test_a_low_rank_change_is_added_to_its_layer_and_no_other(folder, plain, tmp_path, naming, layer):
@@ -223,6 +224,7 @@ def same(module, other):
     return all(torch.equal(a, b) for a, b in zip(module.parameters(), other.parameters(), strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("given", ["whole folder", "networks alone", "unet", "shards", "fp16"])
 def test_a_dreambooth_folder_takes_the_networks_place(folder, plain, dreambooth, tmp_path, given):
     wanted = load_prior(dreambooth, "cpu")

@@ -9,7 +9,7 @@ from stages.guidance.guidance import GuidanceSettings
 from stages.guidance.prior import add_noise, eps_from_x0, x0_from_eps
 from stages.guidance.residuals import RULES
 from stages.guidance.rules import dynamic_threshold
-from tests.gaussian_prior import EMPTY, NEGATIVE, PROMPT, images, make, x0_of_gradient
+from tests.gaussian_prior import EMPTY, NEGATIVE, PROMPT, GaussianPrior, images, make, x0_of_gradient
 
 AT = dict(t_min=0.9, t_max=0.9)  # high noise: guidance throws x0_hat far out here
 
@@ -79,8 +79,6 @@ def test_rules_without_added_noise_bound_the_same_guided_prediction(rule):
 
 
 def test_threshold_on_latents_of_unknown_range_is_refused_until_a_range_is_given():
-    from tests.gaussian_prior import GaussianPrior
-
     class Latent(GaussianPrior):
         data_range = None
 

@@ -38,8 +38,6 @@ def folders(tmp_path_factory):
     return {name: build(root / name) for name, build in builders.items()}
 
 
-# --- the rule, where every score is known ------------------------------------------------------------------------
-
 T = torch.full((4096,), 400)
 ALPHA_BAR = scaled_linear_alphas_cumprod()[400].item()
 
@@ -86,9 +84,6 @@ def test_monte_carlo_gradient_of_vsd_is_its_formula():
     assert abs(wanted) > 10 * got.std() / 64
 
 
-# --- the score of the renders --------------------------------------------------------------------------------------
-
-
 def renders(prior, batch=2, seed=0):
     generator = torch.Generator().manual_seed(seed)
     x = prior.encode(torch.rand(batch, 64, 64, 3, generator=generator), generator).detach()
@@ -104,6 +99,7 @@ def scores(folder, model, max_batch=0, **settings):
     return prior, RenderScore(prior, VsdSettings(model=model, **settings), torch.Generator().manual_seed(4))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["lora", "copy"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_score_begins_as_the_prior_under_the_prompt_for_every_camera(folders, family, model):
@@ -129,6 +125,7 @@ def with_camera(folders, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["lora", "copy"])
 def test_score_of_a_prior_that_is_told_the_camera_begins_as_that_prior(with_camera, model):
     prior, score = scores(with_camera, model, lr=5e-3)
@@ -157,6 +154,7 @@ def test_a_step_of_vsd_tells_its_score_the_views(with_camera):
     assert all(context.views.azimuth_deg[:2].tolist() == [0.0, 90.0] for context in seen)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("model", "share"), [("lora", 0.99), ("copy", 0.95)])
 def test_training_fits_the_renders_and_their_cameras_and_leaves_the_prior_alone(folders, model, share):
     prior, score = scores(folders["pocket_pixel"], model, lr=5e-3, updates=20, camera_drop=0.0)
@@ -234,9 +232,6 @@ def test_a_whole_copy_in_half_precision_and_offloaded_weights_are_refused(folder
         RenderScore(away, VsdSettings(), torch.Generator())
 
 
-# --- resume ----------------------------------------------------------------------------------------------------------
-
-
 def make(folder, model):
     settings = GuidanceSettings(rule={"name": "vsd", "model": model, "lr": 1e-3}, scale=7.5)
     return Guidance(load_prior(folder, "cpu"), settings, ViewPrompts("a red mug"), torch.Generator().manual_seed(1))
@@ -249,6 +244,7 @@ def step(guidance, progress):
     return picture.grad, output.metrics
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["lora", "copy"])
 def test_restored_guidance_goes_on_to_the_same_bytes(folders, model):
     guidance = make(folders["pocket_pixel"], model)
@@ -264,6 +260,7 @@ def test_restored_guidance_goes_on_to_the_same_bytes(folders, model):
     assert not torch.equal(step(make(folders["pocket_pixel"], model), 0.3)[0], wanted)
 
 
+@pytest.mark.slow
 def test_coarse_stage_under_vsd_resumes_from_its_checkpoint_to_the_same_bytes(folders, tmp_path):
     settings = CoarseSettings(steps=6, resolution=16, views_per_step=2, accumulate=2, samples=16)
 

@@ -47,9 +47,6 @@ def fake(monkeypatch):
     forget()
 
 
-# --- tinycudann: hash grid -------------------------------------------------------------------------------------------
-
-
 def grid_problem(spec, n=400, seed=0, device="cpu"):
     """Points away from cell walls (kinks), where the two ways of rounding a position may fall on two sides of one."""
     g = torch.Generator().manual_seed(seed)
@@ -162,9 +159,6 @@ def test_without_gradients_tinycudann_gives_the_same_and_keeps_no_graph(fake):
     assert_close([slope], [hash_gradient(points, table.detach(), SMALL, g, backend="torch")], 2e-4)
 
 
-# --- tinycudann: perceptron ------------------------------------------------------------------------------------------
-
-
 def perceptron(n, inputs, hidden, outputs, device="cpu"):
     g = torch.Generator().manual_seed(5)
     shapes = ((n, inputs), (hidden, inputs), (hidden,), (outputs, hidden), (outputs,))
@@ -217,9 +211,6 @@ def test_what_tinycudann_has_not_goes_by_device(fake):
         assert all(torch.equal(a, b) for a, b in zip(mlp_with_slope(x, *weights), numba, strict=True))
         found = hash_density(points, table, SMALL, tuple(weights))
     assert_close(found, hash_density(points, table, SMALL, tuple(weights), backend="torch"), 2e-4)
-
-
-# --- nvdiffrast ------------------------------------------------------------------------------------------------------
 
 
 def scene(device="cpu", views=2):
@@ -304,9 +295,6 @@ def test_nvdiffrast_is_not_asked_about_nothing(fake):
         assert texture(torch.rand(4, 4, 3), torch.zeros(0, 2)).shape == (0, 3)
 
 
-# --- kaolin ----------------------------------------------------------------------------------------------------------
-
-
 def rotated(faces):
     """Faces that begin at their lowest corner."""
     first = faces.long().argmin(1, keepdim=True)
@@ -371,9 +359,6 @@ def test_kaolin_where_nothing_crosses_and_where_an_edge_lies_in_no_tetrahedron(f
         assert vertices.shape == (0, 3) and faces.shape == (0, 3) and crossing.shape == (0,)
         with pytest.raises(ValueError, match="every crossing edge in a tetrahedron"):
             marching_tetrahedra(positions, sdf, cells[0], cells[1][:5], cells[2][:5], guard=0.01)
-
-
-# --- the packages themselves -----------------------------------------------------------------------------------------
 
 
 def real(name):

@@ -34,9 +34,6 @@ def installed(monkeypatch, *names, cuda_warp=True):
     monkeypatch.setattr(kernels, "warp_off_cuda", lambda: usable)
 
 
-# --- the rules -------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("family", kernels.FAMILIES)
 def test_auto_is_numba_on_the_cpu_warp_on_cuda_and_torch_for_what_they_do_not_compute(family, monkeypatch):
     installed(monkeypatch, "warp")
@@ -92,9 +89,6 @@ def test_an_op_computes_what_the_selection_says():
     with selected(resolve(KernelSettings(hash="torch"), "cpu")):
         assert torch.equal(hash_encode(points, table, spec), twin)
     assert torch.equal(hash_encode(points, table, spec), fast)
-
-
-# --- refusals --------------------------------------------------------------------------------------------------------
 
 
 def test_a_call_by_a_wrong_name_lists_those_of_the_family():
@@ -159,9 +153,6 @@ def test_settings_of_another_family_are_refused_with_the_names_that_are_allowed(
         load_config(None, ["kernels.hush=numba"], {})
 
 
-# --- probes and what is said -----------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("error", ["OSError('libcuda.so: cannot open')", "SystemError('abi')", "Exception('stub')"])
 def test_a_probe_imports_once_and_keeps_the_reason_of_any_failure(error, tmp_path, monkeypatch):
     (tmp_path / "brokenkernels.py").write_text(
@@ -221,9 +212,6 @@ def test_the_doctor_calls_warp_broken_where_it_does_not_reach_the_gpu(monkeypatc
     (check,) = [check for name, _, check, _ in doctor._CHECKS if name == "warp-lang"]
     state, detail = check()
     assert state == "broken" and detail.startswith("warp does not import")
-
-
-# --- in a run --------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

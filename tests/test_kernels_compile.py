@@ -146,6 +146,7 @@ def assert_equal(found, wanted, tolerance=0.0):
             torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OPS)
 def test_an_op_inside_torch_compile_is_the_op(name):
     function, arguments = OPS[name]
@@ -157,6 +158,7 @@ def test_an_op_inside_torch_compile_is_the_op(name):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0  # something was compiled around it
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["hash encoding", "march, visible, composite", "rasterise, interpolate, antialias"])
 def test_a_step_with_its_backward_pass_inside_torch_compile_is_the_step(name):
     function, arguments = OPS[name]
@@ -168,6 +170,7 @@ def test_a_step_with_its_backward_pass_inside_torch_compile_is_the_step(name):
     assert_equal(torch.compile(step, backend="aot_eager")(*arguments), step(*arguments))
 
 
+@pytest.mark.slow
 def test_torch_twins_are_compiled_whole():
     def field(points, table, *weights):
         return mlp(hash_encode(points, table, SPEC, backend="torch"), *weights, backend="torch")
@@ -190,6 +193,7 @@ def test_the_default_compiler_around_an_op():
     assert_equal(found, results(encode, (POINTS, TABLE)), 1e-5)
 
 
+@pytest.mark.slow
 def test_an_op_does_not_load_the_compiler():
     code = (
         "import sys, torch\n"

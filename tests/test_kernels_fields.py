@@ -45,6 +45,7 @@ def of_rays(found: tuple[Tensor, ...], chosen: Tensor) -> tuple[Tensor, ...]:
     return found[0][kept], found[1][kept], counts[chosen]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OPS)
 def test_agrees_with_the_twin_at_a_hundred_random_sizes(name, fast):
     for seed in SIZES:
@@ -58,6 +59,7 @@ def test_agrees_with_the_twin_at_a_hundred_random_sizes(name, fast):
         assert_agrees((*got, *got_grads), (*want, *want_grads), case.tolerance, message, case.least)
 
 
+@pytest.mark.slow
 def test_the_random_inputs_reach_what_they_are_meant_to_reach():
     """A comparison of nothing with nothing would pass too."""
     sizes = {name: [len(twins(name, seed)[1][0][0]) for seed in SIZES] for name in OPS}

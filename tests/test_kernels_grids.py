@@ -99,6 +99,7 @@ def test_the_compiled_kernel_and_its_gradient_are_those_of_the_twin(seed):
     assert (a - b).abs().mean() < 1e-5 and (da - db).abs().mean() < 1e-5 and da.abs().max() > 0.1
 
 
+@pytest.mark.slow
 def test_the_twins_gradient_is_that_of_finite_differences():
     grids, index, placement, origins, directions, jitter = scene(3, torch.float64, side=2, pixels=3)
 

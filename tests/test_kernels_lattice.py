@@ -43,6 +43,7 @@ def test_diffusion_solves_its_system(band, strength):
         assert (rough - exact).norm() < 0.1 * exact.norm()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strength", [0.5, 12.0, 150.0])
 def test_the_cut_iteration_is_symmetric_and_positive_definite(band, strength):
     unit = torch.eye(len(band), dtype=torch.float64)

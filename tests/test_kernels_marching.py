@@ -188,6 +188,7 @@ def test_kernel_gives_the_same_bytes_twice(cube):
     assert all(np.array_equal(a, b) for a, b in zip(first, second))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS[2:])
 def test_the_ops_work_inside_torch_compile(cube, backend):
     positions, cells, _ = cube

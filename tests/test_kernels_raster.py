@@ -50,9 +50,7 @@ MESHES = {
 EACH = pytest.mark.parametrize("name", MESHES)
 
 
-# --- rasterise -------------------------------------------------------------------------------------------------------
-
-
+@pytest.mark.slow
 @EVERY
 def test_one_triangle_covers_the_pixel_centres_inside_it_row_0_at_the_top(backend):
     clip = flat([[-1.0, 1.0], [-1.0, -1.0], [1.0, 1.0]], z=0.25)  # the upper left half
@@ -191,6 +189,7 @@ def test_degenerate_triangles_draw_nothing(backend):
     assert (rasterise(clip, triangles, 8, 8, backend=backend) == 0).all()
 
 
+@pytest.mark.slow
 @EVERY
 def test_empty_input_gives_empty_images(backend):
     none = torch.zeros(0, 3, dtype=torch.int32)
@@ -258,9 +257,6 @@ def test_wrong_arguments_are_refused_by_name():
         texture(torch.zeros(0, 4, 3), torch.zeros(5, 2))
     with pytest.raises(ValueError, match=r"uv: wanted shape \[5, 2\], got \[5, 3\]"):
         texture(torch.zeros(4, 4, 3), torch.zeros(5, 3))
-
-
-# --- gradients of rasterise and interpolate --------------------------------------------------------------------------
 
 
 def test_twin_gradients_match_finite_differences():
@@ -332,9 +328,6 @@ def test_bytes_do_not_depend_on_runs_or_threads():
     for other in runs[1:]:
         assert torch.equal(runs[0][0], other[0])
         assert all(torch.equal(a, b) for a, b in zip(runs[0][2], other[2], strict=True))
-
-
-# --- antialias -------------------------------------------------------------------------------------------------------
 
 
 def coverage(points, triangles, height, width, backend, z=0.0):
@@ -476,9 +469,6 @@ def test_topology_pairs_the_half_edges_of_closed_meshes_and_marks_borders_and_fi
     assert (edge_topology(torch.tensor([[0, 1, 0]], dtype=torch.int32), 2, backend=backend) == -1).all()
 
 
-# --- texture and vertex normals --------------------------------------------------------------------------------------
-
-
 @EVERY
 def test_texture_blends_texels_v_up_and_clamps(backend):
     image = torch.tensor([[[0.0], [1.0]], [[2.0], [3.0]]])  # row 0 at the top
@@ -538,6 +528,7 @@ def test_the_walk_over_triangles_is_bounded_alike_in_both_backends():
     assert cpu_antialias.STEPS_MAX == reference_antialias.STEPS_MAX
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", [WARP])
 def test_the_ops_work_inside_torch_compile(backend):
     """As breaks in its graph, at two sizes; for numba in test_kernels_compile.py."""

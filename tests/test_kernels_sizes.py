@@ -30,6 +30,7 @@ def twins(name: str, seed: int):
     return case, outputs(case, "torch", "cpu", None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("backend", "device"), FAST)
 @pytest.mark.parametrize("name", OPS)
 def test_agrees_with_the_twin_at_a_hundred_random_sizes(name, backend, device):

@@ -128,6 +128,7 @@ def test_a_launch_refuses_by_name_what_its_kernel_would_misread():
             launch(cuda_volume._blend, (1, 2), arguments(**{name: wrong}))
 
 
+@pytest.mark.slow
 def test_importing_the_public_ops_does_not_import_warp():
     ops = "density, hashgrid, lattice, marching, mlp, raster, volume"
     code = f"import sys; from stages.kernels import {ops}; assert 'warp' not in sys.modules"
@@ -141,6 +142,7 @@ def ptx_kernels(path) -> dict[str, str]:
     return dict(found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["hashgrid", "mlp", "volume", "normals"])
 def test_kernels_compile_to_ptx_for_sm_80_and_sm_90_without_a_gpu(name, tmp_path):
     from stages.kernels.cuda import hashgrid as cuda_hashgrid

@@ -39,9 +39,6 @@ def sphere(subdivisions: int, device: str = "cpu"):
     return vertices.to(device), torch.tensor(mesh.faces, dtype=torch.int32, device=device)
 
 
-# --- tiles -----------------------------------------------------------------------------------------------------------
-
-
 def wide_soup(seed: int, triangles: int = 12):
     """Triangles from slivers to some that cover the image several times over."""
     g = torch.Generator().manual_seed(seed)
@@ -90,9 +87,6 @@ def test_depths_closer_than_a_step_count_as_equal_and_the_far_plane_is_drawn():
     triangles = torch.arange(6, dtype=torch.int32).view(2, 3)
     assert (rasterise(clip, triangles, 4, 5, backend="warp")[..., 3] == 2).all()
     assert (rasterise(clip, triangles[:1], 4, 5, backend="warp")[..., 3] == 1).all()
-
-
-# --- sums without an order -------------------------------------------------------------------------------------------
 
 
 @wp.kernel(enable_backward=False)
@@ -144,9 +138,7 @@ def test_a_result_that_cannot_be_numbered_is_refused():
         cuda_sums.collect((1 << 16, 1 << 15), 1, torch.device("cpu"), lambda *_: None)
 
 
-# --- compiled for GPUs -----------------------------------------------------------------------------------------------
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize("module", MODULES)
 def test_kernels_compile_to_ptx_without_a_gpu(module, tmp_path):
     name = f"stages.kernels.cuda.{module}"
@@ -166,15 +158,13 @@ def test_kernels_compile_to_ptx_without_a_gpu(module, tmp_path):
         assert not re.search(r"(atom|red)\.global\.add\.(noftz\.)?f", text)  # whose order would show in the bytes
 
 
+@pytest.mark.slow
 def test_importing_the_public_ops_does_not_import_warp():
     code = (
         "import sys, stages.kernels.raster, stages.kernels.marching, stages.kernels.lattice\n"
         "assert 'warp' not in sys.modules and 'numba' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).resolve().parent.parent, check=True)
-
-
-# --- gradients against float64 differences ---------------------------------------------------------------------------
 
 
 def scene(device: str):
@@ -235,9 +225,6 @@ def test_gradients_match_float64_differences(name, device):
         numeric = (value(1e-7, moves) - value(-1e-7, moves)) / 2e-7
         analytic = sum(float((m * grad.double()).sum()) for m, grad in zip(moves, grads, strict=True))
         assert numeric == pytest.approx(analytic, rel=2e-4, abs=2e-4)
-
-
-# --- on a GPU --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.cuda

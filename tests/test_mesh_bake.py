@@ -18,7 +18,7 @@ from stages.mesh.texture.bake import bake, bake_vertex_colours, evaluate, push_p
 from stages.mesh.texture.charts import unwrap_by_boxes
 from stages.mesh.texture.finalise import ExportSettings, finalise
 from stages.mesh.texture.uv import unwrap
-from tests.mesh_shapes import box, make, moved, noisy_blob, sphere, tetrahedron, torus
+from tests.mesh_shapes import box, join, make, moved, noisy_blob, sphere, tetrahedron, torus
 
 
 def solid_texture(points: torch.Tensor) -> torch.Tensor:
@@ -83,8 +83,6 @@ def test_both_sides_of_a_seam_show_the_same_colour():
 
 def test_charts_of_opposite_colour_do_not_bleed_under_bilinear_filtering():
     """Two far bodies, black and white: no lookup on either sees anything but its own colour."""
-    from tests.mesh_shapes import join
-
     mesh = laid_out(join(torus(n=24, m=12), moved(sphere(n=16, m=8), (5, 0, 0))), 128)
     texture = bake(mesh, lambda p: (p[:, :1] > 2.5).float().expand(-1, 3), 128)
     points, uv = surface_samples(mesh)
@@ -172,8 +170,6 @@ def test_few_broken_colours_are_filled_and_many_refused(caplog):
 
 def test_finalised_mesh_is_ready_and_says_what_was_done():
     crumbs = moved(tetrahedron(), (0.9, 0.9, 0.9), 0.05)
-    from tests.mesh_shapes import join
-
     notes: dict = {}
     result = finalise(
         join(noisy_blob(32), crumbs), solid_texture, ExportSettings(faces=3000, texture_size=256), notes=notes

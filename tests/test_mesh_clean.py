@@ -111,6 +111,7 @@ def test_largest_part_stays_even_if_everything_faces_inwards():
     assert len(drop_floaters(join(inside_out(sphere()), inside_out(box((0.1, 0.1, 0.1))))).faces) == len(sphere().faces)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mesh", "budget", "volume", "close"),
     [

@@ -40,6 +40,7 @@ def test_the_band_is_narrow():
     assert len(dmtet.band) < 0.12 * 2 * 64**3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(4))
 def test_random_steps_keep_the_surface_solid_and_no_tetrahedron_turned_over(seed):
     dmtet = from_function(Lattice(12), ball(0.4))

@@ -24,6 +24,7 @@ def started(mesh, tets=24, **settings):
     return Mesh(surface.vertices.numpy(), surface.faces.numpy()), facts
 
 
+@pytest.mark.slow
 def test_a_closed_mesh_keeps_its_place_and_shape():
     for mesh in (torus(), box((1.2, 0.9, 0.6))):
         surface, facts = started(mesh, 32)
@@ -52,6 +53,7 @@ def test_a_hole_is_closed_and_the_rest_stays_where_it_was():
         assert VOLUME - cap < report.volume + 0.02 and report.volume < VOLUME
 
 
+@pytest.mark.slow
 def test_faces_wound_anyhow_and_corners_of_their_own_make_no_difference():
     plain, _ = started(BALL)
     split = make(BALL.vertices[BALL.faces].reshape(-1, 3), np.arange(3 * len(BALL.faces)).reshape(-1, 3))

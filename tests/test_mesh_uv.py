@@ -108,6 +108,7 @@ MESHES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MESHES)
 def test_box_charts_cover_everything_once(name):
     mesh, size, padding = MESHES[name], 512, 4
@@ -154,6 +155,7 @@ def test_faces_without_area_are_no_obstacle():
     assert np.isfinite(uv).all() and len(uv_faces) == 13
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("xatlas") is None, reason="xatlas is not installed")
 @pytest.mark.parametrize("name", ["torus", "blob", "table"])
 def test_xatlas_layout_is_used_where_it_is_good(name):
@@ -200,6 +202,7 @@ def test_own_charts_step_in_when_xatlas_fails(kind, tmp_path, monkeypatch, caplo
         unwrap(torus(n=24, m=12), 256, method="xatlas", time_limit_s=limit)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("xatlas") is None, reason="xatlas is not installed")
 @pytest.mark.skipif(not hasattr(signal, "SIGXCPU"), reason="this system has no limit on computing time")
 def test_xatlas_is_stopped_by_its_computing_time():

@@ -54,6 +54,7 @@ def test_a_stage_of_one_field_has_no_settings_of_particles():
     assert isinstance(config.coarse, ParticleSettings) and (config.coarse.particles, config.coarse.particle) == (2, 1)
 
 
+@pytest.mark.slow
 def test_particles_take_turns_from_different_seeds_and_share_the_steps():
     particles = stage()
     assert [particles.step()["particle"] for _ in range(4)] == [0, 1, 0, 1]

@@ -23,6 +23,7 @@ def test_recipe_is_short_valid_and_a_set_of_differences(name):
     assert config != Config()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(recipes()))
 def test_dumped_recipe_reads_back_to_the_same_config(tmp_path, name):
     config = load_config(name, ["coarse.lr=3e-4", "guidance.fine.grad_clip=[1, 0.5]"], {"seed": 11})

@@ -156,6 +156,7 @@ def test_a_field_of_another_shape_cannot_be_gone_on_with(base, change):
     assert "config.yaml" in caught.value.fix
 
 
+@pytest.mark.slow
 def test_an_unfinished_run_cannot_be_edited(base, tmp_path):
     source = shutil.copytree(base, tmp_path / "source")
     (source / "coarse" / "checkpoint.safetensors").unlink()

@@ -31,6 +31,7 @@ def run(*words):
     return stopped.value.code
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_two_stages_of_every_family_end_in_a_mesh(name, tmp_path, monkeypatch, capsys):
     build, settings = FAMILIES[name]

@@ -174,9 +174,6 @@ def test_fine_alone_starts_from_a_sphere(pipeline, files, tmp_path):
     assert (tmp_path / "run" / "mesh.glb").exists() and not (tmp_path / "run" / "coarse").exists()
 
 
-# --- before any work --------------------------------------------------------------------------------------------
-
-
 def checked(mesh: Path, *overrides: str, **flags):
     return check_inputs(load_config(None, list(overrides), {"stages": "fine", "init_mesh": str(mesh), **flags}))
 
@@ -235,6 +232,7 @@ def test_stl_files_have_z_up_but_for_our_own(tmp_path):
     assert checked(tmp_path / "mesh.glb").up == "y"
 
 
+@pytest.mark.slow
 def test_a_start_that_was_damaged_later_is_named_with_a_way_out(painted, tmp_path):
     from pipeline.runs.inputs import load_inputs
 

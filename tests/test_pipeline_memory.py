@@ -42,6 +42,7 @@ def test_our_own_priors_need_no_forecast():
         assert forecast(config(f"prior.coarse={source}")) is None
 
 
+@pytest.mark.slow
 def test_the_forecast_counts_what_goes_through_the_prior_at_once(folder, monkeypatch):
     seen = {}
     import stages.guidance.diffusion.footprint as footprint
@@ -106,6 +107,7 @@ def test_every_shortage_is_told_from_a_bug(error):
     assert out_of_memory(error) and not out_of_memory(RuntimeError("shapes do not match"))
 
 
+@pytest.mark.slow
 def test_a_run_out_of_memory_names_three_settings_and_goes_on_with_them(folder, tmp_path, monkeypatch, capsys):
     from stages.coarse import CoarseStage
 

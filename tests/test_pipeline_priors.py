@@ -12,6 +12,7 @@ from pipeline.config.model import load_config
 from stages.errors import UserError
 from stages.ramp import constant
 from tests.tiny_folders import word_tokenizer
+from tests.toy_pipeline import octahedron
 
 WORDS = ["a", "red", "blue", "mug", "car", "on", "table", "and", "clay", "render"]
 
@@ -243,7 +244,6 @@ def test_reference_prior_has_the_size_of_its_stage(tmp_path):
 
 def test_guidance_is_that_of_the_stage(tmp_path, monkeypatch):
     from stages.guidance.exact import ReferencePrior
-    from tests.toy_pipeline import octahedron
 
     prior = ReferencePrior(octahedron(), config().reference)
     monkeypatch.setattr(pocket_source.PocketSource, "load", lambda *_: prior)

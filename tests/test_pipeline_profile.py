@@ -203,6 +203,7 @@ def runs(tmp_path_factory) -> tuple[Path, Path]:
     return folder / "plain", folder / "profiled"
 
 
+@pytest.mark.slow
 def test_profiling_changes_no_byte_of_what_is_made(runs):
     plain, profiled = runs
     assert not (plain / "profile").exists()

@@ -17,6 +17,8 @@ from pipeline.runs.checkpoint import load_checkpoint
 from stages.mesh.mesh import Mesh
 from tests.fork_server import forking
 
+pytestmark = pytest.mark.slow
+
 TINY = """
 prior: {coarse: reference, fine: reference}
 reference: {supersample: 1}

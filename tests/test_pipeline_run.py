@@ -471,6 +471,7 @@ def test_full_disk_before_a_run_is_refused(in_process, monkeypatch, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_resolved_config_of_a_run_is_the_config(in_process, tmp_path):
     config = load("prior.fine=reference", "reference.mesh=some/mesh.glb", seed=5)
     folder = in_process.start_run(config, tmp_path / "run")

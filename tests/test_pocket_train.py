@@ -88,6 +88,7 @@ def pool(tmp_path_factory):
     return data.make_pool(tmp_path_factory.mktemp("pool") / "p", size=32, count=24, seed=5, workers=1)
 
 
+@pytest.mark.slow
 def test_a_pool_says_where_its_cameras_and_objects_are(pool):
     images, records, scenes = data.load_pool(pool)
     assert images.shape == (24, 32, 32, 3) and len(records) == 24

@@ -90,6 +90,7 @@ def test_the_world_is_as_large_as_the_issue_asks():
     assert apart.min() > 0.3  # two colours of the world are never close
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_part_is_closed_and_faces_outwards(kind):
     for seed in (None, 0, 1):
@@ -222,6 +223,7 @@ def test_front_and_back_differ_exactly_where_the_table_says(kind):
         assert share < 0.022
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("colour", ["green", "black", "white"])
 def test_the_caption_colour_leads_over_all_views(colour):
     """Mean share of the main colour over eight views and its least share in one view."""

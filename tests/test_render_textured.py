@@ -72,6 +72,7 @@ def test_a_view_without_the_surface_has_no_pixels_to_colour():
     assert not seen.mask.any()
 
 
+@pytest.mark.slow
 def test_gradients_of_maps_and_vertices_agree_with_finite_differences():
     generator = torch.Generator().manual_seed(1)
     points = (QUAD + 0.1 * torch.randn(4, 3, generator=generator)).double()

@@ -58,6 +58,7 @@ def t_ranges(settings, shares: list[float]) -> list[tuple[float, float]]:
     return [guidance._timesteps(4, share)[1] for share in shares]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_no_setting_but_the_steps_differs_in_a_run_of_twice_the_steps(name):
     once, again = twice(name)

@@ -34,9 +34,6 @@ class Suite:
     def prompts(self) -> list[str]:
         return [prompt for group in self.groups.values() for prompt in group]
 
-    def group_of(self, prompt: str) -> str:
-        return next(name for name, group in self.groups.items() if prompt in group)
-
     def candidates(self, look: str) -> list[str]:
         """Return the candidate captions of "colour" or "textureless" renders, every prompt's own among them."""
         bare = look == "textureless"

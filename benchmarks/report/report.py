@@ -2,8 +2,9 @@
 
 python -m benchmarks.report OUT             one HTML page of a suite's folder: OUT/report.html, no network needed
 python -m benchmarks.report OUT --picture PNG   and what the page looks like, by a headless Chromium
-python -m benchmarks.report --markdown      the README's tables from what is in results/
+python -m benchmarks.report --markdown      the READMEs' tables from what is in results/
 python -m benchmarks.report --into FILE     the same, put between FILE's <!-- benchmarks:NAME --> marks
+python -m benchmarks.report --readmes       the same for every README of the checkout
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from benchmarks.quality.cells import Cell
 from benchmarks.quality.summary import METRICS, key_of, shown
 from benchmarks.quality.systems import Job, find_system
 from benchmarks.report.browser import take_picture
-from benchmarks.report.tables import answers, markdown_blocks, name_of, put_into
+from benchmarks.report.tables import answers, markdown_blocks, name_of, put_into, readmes
 from pipeline.output.files import write_whole
 from stages.errors import UserError
 from stages.mesh.mesh import Mesh
@@ -282,11 +283,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("out", nargs="?", type=Path, help="folder of a suite: writes OUT/report.html")
     parser.add_argument("--picture", type=Path, help="also write a picture of the page's top, by a headless Chromium")
     parser.add_argument("--markdown", action="store_true", help="print the tables")
-    parser.add_argument("--into", type=Path, help="put the tables between a file's marks")
+    parser.add_argument("--into", type=Path, nargs="+", metavar="FILE", help="put the tables between the files' marks")
+    parser.add_argument("--readmes", action="store_true", help="the same for every README of the checkout")
     parser.add_argument("--results", type=Path, default=RESULTS, help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
-    if not (args.out or args.markdown or args.into):
-        parser.error("wanted a suite's folder, --markdown or --into FILE")
+    pages = [*(args.into or []), *(readmes() if args.readmes else [])]
+    if not (args.out or args.markdown or pages):
+        parser.error("wanted a suite's folder, --markdown, --readmes or --into FILE")
     if args.picture and not args.out:
         parser.error("--picture: wanted a suite's folder")
     try:
@@ -294,9 +297,9 @@ def main(arguments: list[str] | None = None) -> int:
             print(page := write_report(args.out))
             if args.picture:
                 print(take_picture(page, args.picture))
-        blocks = markdown_blocks(args.results) if args.markdown or args.into else {}
-        if args.into:
-            print(f"{args.into}: {', '.join(put_into(args.into, blocks)) or 'no marks found'}")
+        blocks = markdown_blocks(args.results) if args.markdown or pages else {}
+        for page in pages:
+            print(f"{page}: {', '.join(put_into(page, blocks)) or 'no marks found'}")
         if args.markdown:
             print("\n\n".join(f"### {name}\n\n{text}" for name, text in blocks.items()) or "no results yet")
     except UserError as error:

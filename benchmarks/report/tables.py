@@ -1,4 +1,4 @@
-"""What the results say, in sentences and Markdown tables; the README's are made here, never typed."""
+"""What the results say, in sentences and Markdown tables; those of the READMEs are made here, never typed."""
 
 from __future__ import annotations
 
@@ -13,9 +13,13 @@ from benchmarks.markdown import markdown_table, origin, origin_of
 from benchmarks.quality.compare import compare_markdown
 from benchmarks.quality.guidance import as_markdown
 from benchmarks.quality.summary import METRICS, shown
+from benchmarks.report.listings import models_markdown, recipes_markdown
 from benchmarks.speed.speed_tables import speed_markdown
 from pipeline.output.files import write_whole
 
+ROOT = Path(__file__).resolve().parents[2]
+TOPS = ("benchmarks", "configs", "pipeline", "stages")
+MARKS = re.compile(r"<!-- benchmarks:([\w-]+) -->.*?<!-- /benchmarks -->", re.DOTALL)
 PLAIN = {
     "coarse": "coarse only",
     "magic3d": "coarse + fine",
@@ -31,6 +35,12 @@ ANSWERED = (
     "r_precision_colour", "clip_colour", "colour_difference", "brightness_error",
     "r_precision_textureless", "chamfer", "normal_consistency",
 )  # fmt: skip
+COLUMNS = (
+    "r_precision_colour", "r_precision_textureless", "clip_colour", "janus",
+    "chamfer", "volume_iou", "solid", "wall_s",
+)  # fmt: skip
+HEADLINE = "quality_main_job_prompts"  # the suite of the README's one table: the prompts of its picture
+HEADLINE_COLUMNS = ("r_precision_colour", "r_precision_textureless", "janus", "chamfer", "solid", "wall_s")
 SURE = 0.05  # p-value below which a difference is told by itself
 CEILINGS = ("r_precision_colour", "clip_colour", "volume_iou")  # how far from the ground truth each system is
 
@@ -174,20 +184,14 @@ def _solid(line: dict[str, Any] | None) -> str:
     return ", ".join(words)
 
 
-def quality_markdown(
-    summary: dict[str, Any],
-    chosen: tuple[str, ...] = (
-        "r_precision_colour",
-        "r_precision_textureless",
-        "clip_colour",
-        "janus",
-        "chamfer",
-        "volume_iou",
-        "solid",
-        "wall_s",
-    ),
-) -> str:
-    """Return a suite's table from its summary, and what it answers."""
+def quality_markdown(summary: dict[str, Any]) -> str:
+    """A suite's table from its summary, and what it answers."""
+    sentences = "\n".join(f"- {text}" for text in answers(summary))
+    return f"{quality_table(summary, COLUMNS)}\n\n{sentences}".rstrip()
+
+
+def quality_table(summary: dict[str, Any], chosen: tuple[str, ...]) -> str:
+    """Systems by the chosen measures, those of them that there are, and where the numbers are from."""
     names = [n for n in chosen if any(n in facts["all"] for facts in summary["systems"].values())]
     rows = []
     for system, facts in summary["systems"].items():
@@ -199,8 +203,7 @@ def quality_markdown(
         f"{prompts} prompts, {seeds} seed{'s' if seeds > 1 else ''}, pocket world; 95 % bootstrap intervals. "
         f"{origin(summary['dates'], summary['revisions'])}, {'; '.join(summary['machines'])}."
     )
-    sentences = "\n".join(f"- {text}" for text in answers(summary))
-    return f"{table}\n\n{note}\n\n{sentences}".rstrip()
+    return f"{table}\n\n{note}"
 
 
 def guidance_markdown(lines: list[dict[str, Any]]) -> str:
@@ -216,8 +219,8 @@ def guidance_markdown(lines: list[dict[str, Any]]) -> str:
 
 def markdown_blocks(results: Path = RESULTS) -> dict[str, str]:
     """Every table there are results for, by name: pocket, reference, kernels, kernels_goals, speed, guidance,
-    quality_<suite> and compare_<name>."""
-    blocks = {}
+    quality_<suite>, compare_<name>, headline, recipes and models."""
+    blocks = {"recipes": recipes_markdown(), "models": models_markdown()}
     lines = read_lines(results / "pocket.jsonl")
     if lines:
         blocks["pocket"] = pocket_markdown(lines[-1])
@@ -237,8 +240,17 @@ def markdown_blocks(results: Path = RESULTS) -> dict[str, str]:
     for path in sorted(results.glob("compare_*.json")):
         blocks[path.stem] = compare_markdown(json.loads(path.read_text(encoding="utf-8")))
     for path in sorted(results.glob("quality_*.json")):
-        blocks[path.stem] = quality_markdown(json.loads(path.read_text(encoding="utf-8")))
+        summary = json.loads(path.read_text(encoding="utf-8"))
+        blocks[path.stem] = quality_markdown(summary)
+        if path.stem == HEADLINE:
+            blocks["headline"] = quality_table(summary, HEADLINE_COLUMNS)
     return blocks
+
+
+def readmes(root: Path = ROOT) -> list[Path]:
+    """The pages of a checkout that have tables between marks."""
+    pages = [root / "README.md", *(page for top in TOPS for page in sorted((root / top).rglob("README.md")))]
+    return [page for page in pages if MARKS.search(page.read_text(encoding="utf-8"))]
 
 
 def put_into(path: Path, blocks: dict[str, str]) -> list[str]:
@@ -252,7 +264,7 @@ def put_into(path: Path, blocks: dict[str, str]) -> list[str]:
         names.append(name)
         return f"<!-- benchmarks:{name} -->\n{blocks[name]}\n<!-- /benchmarks -->"
 
-    filled = re.sub(r"<!-- benchmarks:([\w-]+) -->.*?<!-- /benchmarks -->", fill, text, flags=re.S)
+    filled = MARKS.sub(fill, text)
     if filled != text:
         write_whole(path, filled.encode())
     return names

@@ -80,8 +80,6 @@ class Profile:
         finally:
             self._write(note)
 
-    # --- the traced steps ----------------------------------------------------------------------------------------
-
     def opened(self, path: tuple[str, ...], name: str) -> str:
         """Called as a phase opens inside `path`: starts a trace where one is due; returns the name to count it by."""
         stage = path[-1] if path else ""
@@ -129,8 +127,6 @@ class Profile:
             content["traceEvents"] = phase_events(self._window, zero_us) + content["traceEvents"]
             write_whole(path, json.dumps(content).encode())
         self.traces.append(path)
-
-    # --- the end -------------------------------------------------------------------------------------------------
 
     def _write(self, note: Callable[[str], None]) -> None:
         if self._profiler is not None:  # the run ended inside the traced steps

@@ -163,12 +163,6 @@ def flow_scale(alpha_bar: Tensor) -> Tensor:
     return 1 / (alpha_bar.sqrt() + (1 - alpha_bar).sqrt())
 
 
-def v_from_eps(eps: Tensor, z_t: Tensor, alpha_bar: Tensor) -> Tensor:
-    """Velocity of a noise prediction: v = (eps - sigma z_t) / alpha; needs alpha_bar > 0."""
-    alpha, sigma = per_sample(alpha_bar.sqrt(), z_t), per_sample((1 - alpha_bar).sqrt(), z_t)
-    return (eps - sigma * z_t) / alpha
-
-
 def x0_from_eps(eps: Tensor, z_t: Tensor, alpha_bar: Tensor) -> Tensor:
     """Clean data of a noise prediction (DDPM eq. 15); alpha_bar is floored at 1e-6, where x0 is not determined."""
     alpha_bar = alpha_bar.clamp_min(1e-6)

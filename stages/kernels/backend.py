@@ -240,7 +240,7 @@ def choose_backend(backend: str, *tensors: Tensor, family: str, adaptor: bool = 
         it is not installed.
     """
     package = _PACKAGE_OF.get(family)
-    names = ("auto", "torch", "numba", "warp", *([package] if package else []))
+    names = [name for name in BACKENDS if name == package or name not in _PACKAGE_OF.values()]
     if backend not in names:
         raise ValueError(f"backend: unknown name {backend!r}, have {', '.join(names)}")
     kinds = {t.device.type for t in tensors}

@@ -14,7 +14,6 @@ from pathlib import Path
 
 from stages.errors import UserError
 
-ITEM_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "F8_E4M3": 1, "F8_E5M2": 1}
 PICKLED = (".bin", ".ckpt", ".pt", ".pth")
 _LARGEST_HEADER = 100_000_000  # the format's own limit, bytes
 

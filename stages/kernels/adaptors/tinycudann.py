@@ -40,9 +40,6 @@ ROWS = 8  # a level's rows are a multiple of this
 GRADIENT_SUM = 64.0  # times tiny-cuda-nn's own 128 and hidden values up to 8: 65536, where half precision ends
 
 
-# --- hash grid -------------------------------------------------------------------------------------------------------
-
-
 def hash_encode(points: Tensor, table: Tensor, spec: HashGridSpec) -> Tensor:
     """[N, L * F] of points [N, 3] and table [T, F]; differentiable in both, once; see hashgrid.hash_encode."""
     _check(spec)
@@ -141,9 +138,6 @@ def _one_level(spec: HashGridSpec, level: int, device: torch.device):
     return tcnn.Encoding(3, _grid(spec, level), dtype=torch.float32)
 
 
-# --- perceptron ------------------------------------------------------------------------------------------------------
-
-
 def mlp(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
     """[N, O] of x [N, I]; differentiable in every argument, once; see mlp.mlp."""
     (hidden, inputs), outputs = w1.shape, w2.shape[0]
@@ -202,9 +196,6 @@ class _Unscaled(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor):
         return grad / ctx.scale[0], None
-
-
-# --- both ------------------------------------------------------------------------------------------------------------
 
 
 def _call(module: torch.nn.Module, x: Tensor, parameters: Tensor) -> Tensor:
