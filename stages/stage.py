@@ -16,7 +16,6 @@ from stages.optimise import under_prefix
 
 Density = Callable[[Tensor], Tensor]  # [N, 3] in [-1, 1]^3 -> [N] >= 0
 Albedo = Callable[[Tensor], Tensor]  # [N, 3] in [-1, 1]^3 -> [N, 3] linear RGB in [0, 1]
-Radiance = Callable[[Tensor], tuple[Tensor, Tensor]]  # both: [N, 3] -> [N], [N, 3]
 
 
 @dataclass

@@ -7,7 +7,8 @@ pictures alone decide late or never is then there from the first step: a mug tha
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Callable
+from typing import Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -16,8 +17,7 @@ from torch import Tensor
 from stages.fields.hashfield import HashField
 from stages.kernels.srgb import linear_to_srgb
 
-if TYPE_CHECKING:
-    from stages.stage import Radiance
+Radiance = Callable[[Tensor], tuple[Tensor, Tensor]]  # points [N, 3] -> density [N] >= 0, linear albedo [N, 3]
 
 GRID = 48  # cells a side that are asked once for where the object is
 NEAR = 0.75  # share of the points that lie in cells of the object or beside them

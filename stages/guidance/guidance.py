@@ -29,7 +29,7 @@ from stages.prompts import ViewPrompts
 
 if TYPE_CHECKING:
     from stages.render.shade import Shading
-    from stages.stage import Radiance
+    from stages.render.volume import Radiance
 
 __all__ = ["Guidance", "GuidanceOutput", "GuidanceSettings"]
 

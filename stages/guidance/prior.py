@@ -24,7 +24,7 @@ from stages.cameras import Views
 
 if TYPE_CHECKING:
     from stages.render.shade import Shading
-    from stages.stage import Radiance
+    from stages.render.volume import Radiance
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample", "flow_prediction")
 

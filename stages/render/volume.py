@@ -22,6 +22,9 @@ from stages.render.shade import ALBEDO, Shading, shade
 STEP_SIZE = 2 * math.sqrt(3) / 128  # world length: 128 samples along the box's diagonal
 
 
+Radiance = Callable[[Tensor], tuple[Tensor, Tensor]]  # points [N, 3] -> density [N] >= 0, linear albedo [N, 3]
+
+
 class RadianceField(Protocol):
     """What the renderer asks of a field.
 

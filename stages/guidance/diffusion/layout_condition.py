@@ -27,7 +27,7 @@ from stages.guidance.diffusion.layout import Layout, Objects, Reading, Setting, 
 from stages.guidance.prior import ViewContext, is_flat
 
 if TYPE_CHECKING:
-    from stages.stage import Radiance
+    from stages.render.volume import Radiance
 
 RAYS = 128  # a side: a cell of the layout's finest volume is about one and a half of them wide
 KEPT = 6  # texts whose objects are kept: views' words do not count, so a run has its prompt, its negative and none

@@ -31,7 +31,7 @@ from stages.phases import backward_phase, phase
 
 if TYPE_CHECKING:
     from stages.guidance.diffusion.lora import Lora
-    from stages.stage import Radiance
+    from stages.render.volume import Radiance
 
 
 class DiffusionPrior:
