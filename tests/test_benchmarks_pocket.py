@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from benchmarks.pocket import fidelity, pocket
+from benchmarks.pocket import chain, fidelity, pocket
 from benchmarks.quality import metrics
 from stages.pocket import data, world
 from tests.tiny_clip import pocket_like
@@ -168,3 +168,22 @@ def test_only_pixels_that_show_the_object_count():
     made[4:12, 4:12] = 0.8
     assert fidelity.object_psnr(made, truth) == pytest.approx(20, abs=1e-3)
     assert fidelity.object_psnr(truth, torch.full((16, 16, 3), 0.5)) is None
+
+
+@pytest.mark.slow
+def test_the_chain_compares_each_step_of_a_run_with_the_truth(tmp_path, monkeypatch):
+    from stages.guidance.diffusion.prior import load_prior
+
+    monkeypatch.setattr(chain, "LARGE", 128)
+    settings = {"coarse.steps": 2, "fine.steps": 1, "fine.tets": 24, "fine.resolution": 64, "export.texture_size": 64}
+    settings |= {"coarse.start.steps": 60, "export.turntable_frames": 0}
+    prior = load_prior(pocket.WEIGHTS / "pixel", "cpu")
+    facts = chain.measure_chain(prior, ["a red mug"], tmp_path, settings=settings)
+    assert set(facts["small"]) == {"layout", "x0", "coarse", "fine"} and set(facts["large"]) == {
+        "layout",
+        "coarse",
+        "fine",
+    }
+    assert facts["small"]["layout"] > 18 and facts["small"]["x0"] > 18  # a mug, not grey
+    assert facts["small"]["coarse"] > 12  # begun from the layout's volume
+    assert facts["finer"] in (0, 1) and (tmp_path / "pocket_chain.png").stat().st_size > 1000

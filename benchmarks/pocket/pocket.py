@@ -6,6 +6,7 @@ distractors from the whole world (textureless: its 85 kinds and compositions):
     pixel    DDIM samples of the pixel prior at 64x64      (classifier-free guidance 4, 50 steps, front and side views
     latent   DDIM samples of the latent prior, decoded      by turns, words as the stages use them)
     fidelity how near layout, priors and autoencoder come to the truth in dB (fidelity.py)
+    chain    where a run loses what the layout knows: twelve runs of the default recipe (chain.py); only when asked for
 Writes results/pocket_<prior>_samples.png, green frames for hits, and one line to results/pocket.jsonl.
 """
 
@@ -22,10 +23,12 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from benchmarks.environment import RESULTS, append_line, environment, quiet_libraries
+from benchmarks.environment import FOLDER, RESULTS, append_line, environment, quiet_libraries
+from benchmarks.pocket.chain import measure_chain
 from benchmarks.pocket.fidelity import measure_fidelity
 from benchmarks.quality import metrics
 from benchmarks.quality.render import CLAY, COLOUR, Subject, ring, shoot
+from benchmarks.quality.suite import read_captions
 from stages.cameras import Views, orbit_views
 from stages.errors import UserError
 from stages.guidance.clip import ClipScorer
@@ -38,6 +41,7 @@ WEIGHTS = Path(world.__file__).parent / "weights"
 CANDIDATES, SCALE, STEPS, SEED = 100, 4.0, 50, 0
 VIEW_WORDS = (", front view", ", side view")
 AZIMUTHS, GREY = (25.0, 75.0), 0.4  # of these views' cameras, degrees; linear grey behind: for priors that are told
+MODELS = ("truth", "pixel", "latent", "fidelity", "chain")
 LOOKS = {"colour": COLOUR, "textureless": CLAY}
 SIZE = 128  # of truth renders in pixels
 
@@ -204,9 +208,9 @@ def main(arguments: list[str] | None = None) -> int:
     if args.limit and args.out == RESULTS:
         parser.error("--limit is for trials, which must not end up in the tables: give another --out")
     asked = args.models.split(",")
-    unknown = [name for name in asked if name not in ("truth", "pixel", "latent", "fidelity")]
+    unknown = [name for name in asked if name not in MODELS]
     if unknown:
-        parser.error(f"--models: {', '.join(unknown)}: wanted truth, pixel, latent, fidelity")
+        parser.error(f"--models: {', '.join(unknown)}: wanted {', '.join(MODELS)}")
     try:
         measure(args, asked)
     except UserError as error:
@@ -233,6 +237,10 @@ def measure(args: argparse.Namespace, asked: list[str]) -> dict[str, Any]:
         elif name == "fidelity":
             priors = (load_prior(folder, "cpu") for folder in (args.pixel, args.latent))
             line[name] = measure_fidelity(*priors, args.out)
+        elif name == "chain":
+            prompts = read_captions(FOLDER / "main_job_prompts.txt")[: args.limit]
+            folders = {"prior.coarse": str(args.pixel), "prior.fine": str(args.latent)}
+            line[name] = measure_chain(load_prior(args.pixel, "cpu"), prompts, args.out, settings=folders)
         else:
             prior = load_prior(getattr(args, name), "cpu")
             chosen = {"scale": args.scale, "steps": args.steps, "seed": args.seed}

@@ -116,6 +116,7 @@ class TrainablePrior(Protocol):
         """What the network is given beyond the embedding for these views; nothing where they are not known."""
 
 
+@runtime_checkable
 class ShapePrior(Protocol):
     """A prior that may also know in 3D what it draws, as one with a layout does."""
 
