@@ -74,6 +74,18 @@ def test_where_objects_overlap_colours_mix_by_density(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_a_cubes_corner_is_as_empty_beside_another_object_as_alone(backend):
+    index = torch.tensor([[0, 1]], dtype=torch.int32)
+    placement = torch.tensor([[[0.5, -0.5, 0.0, 0.0], [0.5, 0.5, 0.0, 0.0]]])
+    grids = torch.cat([solid(0.5), solid(-20.0)])
+    corner = (-0.5 + 0.5 * 0.85 * EXTENT, 0.5 * 0.85 * EXTENT)  # in the cube, not in its ball
+    origins = torch.tensor([[[corner[0], corner[1], 3.0], [3.0, corner[1], 0.0]]])
+    directions = torch.tensor([[[0.0, 0.0, -1.0], [-1.0, 0.0, 0.0]]])
+    seen = composite_grids(grids, index, placement, origins, directions, steps=64, backend=backend)[0]
+    assert seen[0, 6] == 0 and seen[1, 6] > 0.9  # the second ray meets the ball's side on its way
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_nothing_is_seen_of_an_absent_object_or_past_the_camera(backend):
     index, placement = torch.tensor([[-1, -1]], dtype=torch.int32), torch.tensor([[ALONE, ALONE]])
     assert not composite_grids(solid(2.0), index, placement, *ahead(), steps=8, backend=backend).any()

@@ -273,7 +273,7 @@ def radiance_at(objects: Objects, points: Tensor) -> tuple[Tensor, Tensor]:
         cells = objects.grids[grid].permute(3, 0, 1, 2)[None]
         where = (near.flip(-1) / EXTENT)[None, None, None]
         raw = F.grid_sample(cells, where, align_corners=False, padding_mode="border")[0, :, 0, 0].T  # [N, 8]
-        inside = (near.abs() < EXTENT).all(-1) & (near.norm(dim=-1) < EXTENT)
+        inside = near.norm(dim=-1) < EXTENT
         density = torch.where(inside, DENSITY * activated(raw[:, 0]) / placement[0], 0.0)
         total, paint = total + density, paint + density[:, None] * raw[:, 1:4]
     return total, (paint / total.clamp_min(1e-6)[:, None]).clamp(0, 1)

@@ -36,9 +36,9 @@ def _span(index, placement, origin, direction):
 
 @njit(cache=True, nogil=True, inline="always", fastmath=FAST)
 def _gather(grid, x, y, z, out):
-    """Trilinear cell values at a point in the grid's own coordinates, edges repeated; False outside."""
+    """Trilinear cell values at a point in the grid's own coordinates, edges repeated; False outside its ball."""
     extent, size = np.float32(EXTENT), grid.shape[0]
-    if not (abs(x) < extent and abs(y) < extent and abs(z) < extent):
+    if not x * x + y * y + z * z < extent * extent:
         return False
     scale, last = np.float32(0.5 * size / EXTENT), size - 1
     half = np.float32(0.5)

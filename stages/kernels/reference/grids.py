@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 CHANNELS = 8  # raw density, albedo (3), normal (3), one unused: a cell is one vector register
-EXTENT = 0.9  # a grid spans [-EXTENT, EXTENT]^3 in its object's own coordinates
+EXTENT = 0.9  # a grid spans [-EXTENT, EXTENT]^3 in its object's own coordinates; its object is in that cube's ball
 DENSITY = 12.0  # optical depth of one unit of length at activated density 1
 FAINTEST = -9.0  # raw density below which a place counts as empty
 CLEAR = 1e-3  # transmittance at which a ray ends
@@ -49,7 +49,7 @@ def composite_grids(
         density, values = 0.0, 0.0
         for k in range(index.shape[1]):
             near = (points - placement[:, None, k, 1:]) / placement[:, None, k, :1]
-            inside = (near.abs() < EXTENT).all(-1) & present[:, k, None] & live
+            inside = ((near**2).sum(-1) < EXTENT**2) & present[:, k, None] & live
             cells = grids[index[:, k].clamp_min(0).long()].permute(0, 4, 1, 2, 3)  # [B, C, x, y, z]
             where = near[:, :, None, None].flip(-1) / EXTENT
             raw = F.grid_sample(cells, where, align_corners=False, padding_mode="border")[..., 0, 0].transpose(1, 2)
