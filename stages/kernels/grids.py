@@ -32,8 +32,8 @@ def composite_grids(
     """Composite placed grids along rays by emission and absorption (Max 1995), trilinear, activated after sampling.
 
     Args:
-        grids: [M, G, G, G, CHANNELS], indexed x, y, z, each over [-EXTENT, EXTENT]^3 of its object's own coordinates; outside
-            the ball in it, which no ray of an object alone meets, everything is empty.
+        grids: [M, G, G, G, CHANNELS], indexed x, y, z, each over [-EXTENT, EXTENT]^3 of its object's own coordinates;
+            outside the ball in it, which no ray of an object alone meets, everything is empty.
         index: [B, K] int32, the grid of each object of a view; -1: no object.
         placement: [B, K, 4] scale and offset: a point p of the object is at scale p + offset in the world.
         origins: [B, R, 3] in the world.
