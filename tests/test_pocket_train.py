@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from stages.kernels.srgb import srgb_to_linear
 from stages.pocket import data, models, world
 from stages.pocket.train import layout as layout_trainer
-from stages.pocket.train.denoisers import batch_of, velocity_loss
+from stages.pocket.train.denoisers import Told, batch_of, velocity_loss
 from stages.pocket.train.loop import Training
-from stages.pocket.train.text import Sentences
+from stages.pocket.train.text import Sentences, encode_text
 
 
 def linear(seed: int = 0) -> torch.nn.Linear:
@@ -136,3 +136,31 @@ def test_every_token_of_a_sentence_has_the_number_of_its_word():
         assert [sentences.number[word] for word in words] == row[1 : len(words) + 1].tolist()
     number = [k for name in ("kinds", "patterns", "colours", "joints") for k in layout.config["words"][name]]
     assert [sentences.number[word] for word in number] == list(range(len(number)))
+
+
+@pytest.mark.slow
+def test_kept_pictures_are_the_layouts_and_another_layout_makes_its_own(pool, tmp_path):
+    scenes, keep = data.load_pool(pool)[2], tmp_path / "told.npy"
+    tokenizer = models.make_tokenizer()
+    torch.manual_seed(0)
+    encoder = models.make_text_encoder(len(tokenizer)).eval().requires_grad_(False)
+    condition = models.make_condition("pixel", models.make_layout(fine=False)).requires_grad_(False)
+
+    def encode(captions):
+        return encode_text(tokenizer, encoder, captions)
+
+    captions, index = ["a red mug", "", "a red mug", "a blue ball"], np.array([3, 5, 8, 3])
+    plain = Told(condition, scenes, encode).pictures(captions, index)
+    told = Told(condition, scenes, encode, keep)
+    assert torch.equal(told.pictures(captions[:3], index[:3]), plain[:3])
+    assert told.known.nonzero()[0].tolist() == [3, 8]  # not the empty caption's
+    told.save()
+
+    calls = []
+    again = Told(condition, scenes, lambda texts: calls.append(texts) or encode(texts), keep)
+    kept = again.pictures(captions[:3], index[:3])
+    assert calls == [[""]] and (kept - plain[:3]).abs().max() <= 0.5 / 255 + 1e-6
+
+    other = models.make_condition("pixel", models.make_layout(fine=False)).requires_grad_(False)
+    assert not Told(other, scenes, encode, keep).known.any()
+    assert len(list(tmp_path.glob("told.*.npy"))) == 1

@@ -7,9 +7,11 @@ with the UNet, several times faster, since it begins at nothing.
 from __future__ import annotations
 
 import argparse
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -55,19 +57,71 @@ def velocity_loss(
 
 
 class Told:
-    """The layout's pictures of a pool's renders."""
+    """The layout's pictures of a pool's renders.
 
-    def __init__(self, condition: LayoutCondition, scenes: data.Scenes, encode: Callable[[list[str]], Tensor]) -> None:
+    Args:
+        keep: a file where pictures of whole captions are kept, in 8 bits, since the layout stays as it is: at 64^3
+            cells making them took longer than the network's own step. It is begun anew for another layout.
+    """
+
+    def __init__(
+        self,
+        condition: LayoutCondition,
+        scenes: data.Scenes,
+        encode: Callable[[list[str]], Tensor],
+        keep: Path | None = None,
+    ) -> None:
         self.condition, self.scenes, self.encode = condition, scenes, encode
+        self.kept, self.known = None, np.zeros(len(scenes.fov_deg), bool)
+        if keep is not None:
+            keep.parent.mkdir(parents=True, exist_ok=True)
+            shape = (len(self.known), 4, condition.side, condition.side)
+            self._known_path = keep.with_suffix(f".{_fingerprint(condition.layout)}.npy")
+            old = [path for path in keep.parent.glob(f"{keep.stem}.*.npy") if path != self._known_path]
+            if keep.exists() and self._known_path.exists() and not old:
+                self.kept = np.lib.format.open_memmap(keep, "r+")
+                self.known = np.load(self._known_path)
+            else:
+                for path in old:
+                    path.unlink()
+                self.kept = np.lib.format.open_memmap(keep, "w+", np.uint8, shape)
+                np.save(self._known_path, self.known)
 
     @torch.no_grad()
     def pictures(self, captions: list[str], index: np.ndarray) -> Tensor:
         """[B, 4, side, side] of renders [B], a caption each; equal captions share a volume."""
+        if self.kept is None:
+            return self._made(captions, index)
+        whole = np.array([caption != "" for caption in captions])
+        missing = np.flatnonzero(~(whole & self.known[index]))
+        seen = torch.from_numpy(self.kept[index]).float() / 255
+        if len(missing):
+            seen[missing] = self._made([captions[k] for k in missing], index[missing])
+            fresh = missing[whole[missing]]
+            self.kept[index[fresh]] = (seen[fresh] * 255).round().to(torch.uint8).numpy()
+            self.known[index[fresh]] = True
+        return seen
+
+    def save(self) -> None:
+        """Write which pictures are known, after the pictures themselves."""
+        if self.kept is not None:
+            self.kept.flush()
+            np.save(self._known_path, self.known)
+
+    def _made(self, captions: list[str], index: np.ndarray) -> Tensor:
         texts = list(dict.fromkeys(captions))
         rows = torch.tensor([texts.index(caption) for caption in captions])
         layout = self.condition.layout
         objects = layout.objects(layout.read(self.encode(texts)))
         return self.condition.look(objects, rows, data.setting_of(self.scenes[index]))
+
+
+def _fingerprint(layout: Layout) -> str:
+    """A short name of a layout's weights."""
+    digest = hashlib.sha256()
+    for value in layout.state_dict().values():
+        digest.update(value.detach().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:12]
 
 
 def batch_of(records: list[dict], seed: int, step: int, batch: int) -> tuple[np.ndarray, list[str], list[str]]:
@@ -125,7 +179,7 @@ def _fit(args: argparse.Namespace, task: Task, unet, condition: LayoutCondition,
     work = args.work / task.name
     training = Training(modules, work, lr=args.lr or 1e-3, steps=args.steps, minutes=args.minutes, rates=rates)
     denoise = torch.compile(unet, dynamic=False) if args.compile else unet
-    told = Told(condition, task.scenes, encode)
+    told = Told(condition, task.scenes, encode, work / "told.npy")
 
     def loss_step(step: int) -> Tensor:
         index, spoken, named = batch_of(task.records, args.seed, step, args.batch)
@@ -143,6 +197,7 @@ def _fit(args: argparse.Namespace, task: Task, unet, condition: LayoutCondition,
 
     @torch.no_grad()
     def grid() -> None:
+        told.save()
         held = task.held
         spoken = [data.training_caption(r, np.random.default_rng(0)) for r in held.records]
         named = [r["caption"] for r in held.records]
