@@ -19,7 +19,9 @@ def obj(*, relative=False, blocks=1, slashes=""):
     """The torus in as many blocks of vertices and faces; relative: indices counted back."""
     text = ""
     for block in range(blocks):
-        text += "".join("v {} {} {}\n".format(*map(float, row + [3 * block, 0, 0])) for row in RING.vertices)
+        text += "".join(
+            "v {} {} {}\n".format(*map(float, row)) for row in RING.vertices + np.float32([3 * block, 0, 0])
+        )
         start = -COUNT if relative else 1 + block * COUNT
         for face in RING.faces:
             text += "f " + " ".join(f"{start + k}{slashes}" for k in face) + "\n"

@@ -15,7 +15,7 @@ import torch
 
 from stages.errors import UserError
 from stages.kernels.srgb import srgb_to_linear
-from stages.mesh.files.gltf import plain_gltf
+from stages.mesh.files.gltf import PLAIN, plain_gltf
 from stages.mesh.files.join import join
 from stages.mesh.files.kinds import READ, format_of
 from stages.mesh.files.obj import read_obj
@@ -49,8 +49,9 @@ def read_mesh(path: str | Path) -> Mesh:
     except UserError:
         raise
     except Exception as error:  # a damaged file's errors are of many kinds
-        reason = str(error).strip().splitlines()
-        raise UserError(what, reason[0][:300] if reason else type(error).__name__, "save it again as GLB") from error
+        reason = (str(error).strip().splitlines() or [""])[0][:200]
+        why = f"it is damaged, or does not keep to its format ({type(error).__name__}: {reason})"
+        raise UserError(what, why, "get the whole file again, or save it as GLB") from error
     if mesh is None:
         raise UserError(what, "it holds no triangles", "save a triangle mesh; a point cloud has no surface to refine")
     if mesh.normals is not None and not (np.abs(np.linalg.norm(mesh.normals, axis=1) - 1) < 0.01).all():
@@ -84,7 +85,7 @@ def _read_gltf(path: Path) -> list[Mesh]:
 
 def _parts(scene: Any) -> list[tuple[Any, np.ndarray | None]]:
     """The triangle meshes of a trimesh scene in world space, and the vertex colours [V, 3] of those with a material
-    beside them, linear; trimesh drops these when it copies a mesh."""
+    beside them, linear; trimesh drops these when it copies a mesh. Normals are turned with them."""
     parts = []
     for node in scene.graph.nodes_geometry:
         transform, name = scene.graph[node]
@@ -95,6 +96,11 @@ def _parts(scene: Any) -> list[tuple[Any, np.ndarray | None]]:
         part.apply_transform(transform)
         if part.visual.kind == "texture":
             part.visual.material = source.visual.material  # and not a copy of its pictures
+        normals = getattr(source, "vertex_attributes", {}).get("_NORMAL")
+        if normals is not None:
+            turned = np.asarray(normals, np.float64) @ np.linalg.pinv(transform[:3, :3])
+            length = np.linalg.norm(turned, axis=1, keepdims=True)
+            part.vertex_attributes["_NORMAL"] = (turned / np.where(length > 0, length, 1)).astype(np.float32)
         tint = source.visual.vertex_attributes.get("color") if source.visual.kind == "texture" else None
         if tint is not None:
             tint = np.asarray(tint)
@@ -111,12 +117,32 @@ def _joined(parts: list[tuple[Any, np.ndarray | None]], linear: bool) -> Mesh:
 
 def _meshes(parts: list[tuple[Any, np.ndarray | None]], linear: bool) -> list[Mesh]:
     pictures: dict[tuple[int, bytes], np.ndarray] = {}  # parts share pictures: one copy of each
-    return [Mesh(*_geometry(part), **_appearance(part, tint, linear, pictures)) for part, tint in parts]
+    return [
+        Mesh(*_geometry(part), **_appearance(part, tint, linear, pictures), **_finish(part)) for part, tint in parts
+    ]
 
 
 def _geometry(part: Any) -> tuple[np.ndarray, np.ndarray]:
     with np.errstate(over="ignore"):  # beyond float32 is infinite, and refused
         return np.asarray(part.vertices).astype(np.float32), np.asarray(part.faces, np.int32)
+
+
+def _finish(part: Any) -> dict[str, Any]:
+    """The normals of a trimesh mesh that a file gave it, and how metallic and rough its material says it is.
+
+    Of a texture of both the mean is taken (glTF 2.0: roughness in green, metalness in blue).
+    """
+    finish: dict[str, Any] = {"normals": getattr(part, "vertex_attributes", {}).get("_NORMAL")}
+    material = getattr(part.visual, "material", None)
+    if type(material).__name__ != "PBRMaterial" or material.name == PLAIN["name"]:
+        return finish
+    for name, channel in (("metallic", 2), ("roughness", 1)):
+        factor = getattr(material, f"{name}Factor")
+        finish[name] = 1.0 if factor is None else float(factor)
+        picture = material.metallicRoughnessTexture
+        if picture is not None:
+            finish[name] *= float(np.asarray(picture.convert("RGB"))[..., channel].mean() / 255)
+    return finish
 
 
 def _appearance(
