@@ -11,6 +11,7 @@ A group's or object's name says nothing of shape or colour: all are one mesh, in
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections import Counter
 from pathlib import Path
@@ -43,8 +44,7 @@ class _Obj:
         self.v: list[list[str]] = []
         self.vt: list[list[str]] = []
         self.vn: list[list[str]] = []
-        self.lines: dict[str, list[int]] = {"v": [], "vt": [], "vn": []}
-        self.corners: list[tuple[int, int, int]] = []  # as written; 0 for none of vt and vn
+        self.corners: tuple[list[int], list[int], list[int]] = [], [], []  # v, vt, vn as written; 0 for none
         self.sizes: list[int] = []
         self.counts: list[tuple[int, int, int]] = []  # of v, vt, vn where a face stands
         self.face_lines: list[int] = []
@@ -54,6 +54,7 @@ class _Obj:
         left_out: Counter[str] = Counter()
         strange: list[int] = []
         current = 0
+        rows = {"v": self.v, "vt": self.vt, "vn": self.vn}
         for number, line in enumerate(lines_of(path), 1):
             words = line.split()
             if not words or words[0].startswith("#"):
@@ -61,9 +62,8 @@ class _Obj:
             key = words[0]
             if "#" in line and key not in _NAMES:
                 words = line.split("#", 1)[0].split()
-            if key in self.lines:
-                getattr(self, key).append(words[1:])
-                self.lines[key].append(number)
+            if key in rows:
+                rows[key].append(words[1:])
             elif key in ("f", "fo"):
                 if len(words) < 4:
                     left_out["faces of fewer than three corners"] += 1
@@ -86,24 +86,45 @@ class _Obj:
             log.warning("%s: %d lines are no OBJ (the first is %d), and are left out", path.name, *_first(strange))
 
     def _face(self, words: list[str], number: int, material: int) -> None:
+        slashes = words[0].count("/")
         try:
-            for word in words:
-                parts = word.split("/")
-                if len(parts) > 3:
+            if all(word.count("/") == slashes for word in words) and not any("//" in word for word in words):
+                numbers = list(map(int, " ".join(words).replace("/", " ").split()))
+                step = slashes + 1
+                if step > 3 or len(numbers) != step * len(words):
                     raise ValueError
-                first, second, third = (*parts, "", "")[:3]
-                self.corners.append((int(first), int(second) if second else 0, int(third) if third else 0))
-                if (second and not self.corners[-1][1]) or (third and not self.corners[-1][2]):
+                zeros = [0] * len(words)
+                corners = [numbers[k::step] if k < step else zeros for k in range(3)]
+                if 0 in numbers:
                     raise self._wrong(number, "it has the index 0, and OBJ counts from 1")
+            else:
+                corners = list(zip(*(self._corner(word, number) for word in words)))
         except ValueError:
             raise self._wrong(number, f"the face {' '.join(words)[:80]} is not made of indices") from None
+        for column, values in zip(self.corners, corners, strict=True):
+            column.extend(values)
         self.sizes.append(len(words))
         self.counts.append((len(self.v), len(self.vt), len(self.vn)))
         self.face_lines.append(number)
         self.face_materials.append(material)
 
+    def _corner(self, word: str, number: int) -> tuple[int, int, int]:
+        parts = word.split("/")
+        if len(parts) > 3:
+            raise ValueError
+        first, second, third = (*parts, "", "")[:3]
+        corner = int(first), int(second) if second else 0, int(third) if third else 0
+        if not corner[0] or (second and not corner[1]) or (third and not corner[2]):
+            raise self._wrong(number, "it has the index 0, and OBJ counts from 1")
+        return corner
+
     def _wrong(self, line: int, why: str) -> UserError:
         return UserError(f"Cannot read the mesh {self.path}", f"line {line}: {why}", "save it again, as OBJ or GLB")
+
+    def _line(self, key: str, row: int) -> int:
+        """The line of a kind's statement."""
+        lines = (number for number, line in enumerate(lines_of(self.path), 1) if line.split(None, 1)[:1] == [key])
+        return next(itertools.islice(lines, row, None))
 
     def numbers(self, key: str, least: int) -> np.ndarray:
         """The numbers behind all statements of a kind, [N, most], NaN where a line has fewer."""
@@ -113,10 +134,10 @@ class _Obj:
         widths = np.fromiter(map(len, rows), np.int64, len(rows))
         if widths.min() < least:
             row = int(widths.argmin())
-            raise self._wrong(self.lines[key][row], f"{key} has {widths[row]} numbers, wanted {least}")
+            raise self._wrong(self._line(key, row), f"{key} has {widths[row]} numbers, wanted {least}")
         try:
             if widths.min() == widths.max():
-                return np.array(rows, dtype=np.float64)
+                return np.array(list(map(float, itertools.chain.from_iterable(rows)))).reshape(len(rows), -1)
             table = np.full((len(rows), widths.max()), np.nan)
             for width in np.unique(widths):
                 these = np.flatnonzero(widths == width)
@@ -124,25 +145,21 @@ class _Obj:
             return table
         except ValueError:
             row = next(k for k, words in enumerate(rows) if not all(map(_is_number, words)))
-            raise self._wrong(self.lines[key][row], f"{' '.join(rows[row])[:80]} are not all numbers") from None
+            raise self._wrong(self._line(key, row), f"{' '.join(rows[row])[:80]} are not all numbers") from None
 
     def indices(self) -> np.ndarray:
         """The corners [C, 3] as places of v, vt, vn; -1 where one has none. UserError where v has no such place."""
-        written = np.array(self.corners, dtype=np.int64).reshape(-1, 3)
+        written = np.stack([np.array(column, dtype=np.int64) for column in self.corners], -1)
         faces = np.repeat(np.arange(len(self.sizes)), self.sizes)
         before = np.array(self.counts, dtype=np.int64).reshape(-1, 3)[faces]
         places = np.where(written > 0, written - 1, np.where(written < 0, written + before, -1))
         for k, key in enumerate(("v", "vt", "vn")):
             count = len(getattr(self, key))
             bad = (places[:, k] >= count) | ((written[:, k] < 0) & (places[:, k] < 0))
-            if k == 0:
-                bad |= written[:, 0] == 0
             if not bad.any():
                 continue
             first = int(bad.argmax())
             index, line = int(written[first, k]), self.face_lines[faces[first]]
-            if index == 0:
-                raise self._wrong(line, "it has the index 0, and OBJ counts from 1")
             there = count if index > 0 else before[first, k]
             if k == 0:
                 raise self._wrong(line, f"the index {index} is out of bounds, there are {there} vertices")
@@ -198,11 +215,12 @@ def _part(
 ) -> Mesh:
     """The triangles [T, 3, 3] (places of v, vt, vn) of one material as a mesh; corners with other normals are apart."""
     with_normals = bool((rows[..., 2] >= 0).all())
-    keys = rows[..., [0, 2]].reshape(-1, 2) if with_normals else rows[..., :1].reshape(-1, 1)
-    corners, faces = np.unique(keys, axis=0, return_inverse=True)
+    keys = rows[..., 0] * len(normals) + rows[..., 2] if with_normals else rows[..., 0]
+    keys, faces = np.unique(keys, return_inverse=True)
+    corners, of_normals = np.divmod(keys, len(normals)) if with_normals else (keys, keys)
     faces = faces.reshape(-1, 3).astype(np.int32)
-    mesh = Mesh(points[corners[:, 0]], faces, normals=_unit(normals[corners[:, 1]]) if with_normals else None)
-    tint = None if colours is None else colours[corners[:, 0]]
+    mesh = Mesh(points[corners], faces, normals=_unit(normals[of_normals]) if with_normals else None)
+    tint = None if colours is None else colours[corners]
     laid_out = bool((rows[..., 1] >= 0).all())
     if laid_out:
         places, uv_faces = np.unique(rows[..., 1], return_inverse=True)
