@@ -32,6 +32,7 @@ def test_a_closed_mesh_keeps_its_place_and_shape():
         assert report.solid and report.euler_number == measure(mesh).euler_number
         assert report.volume == pytest.approx(measure(mesh).volume, rel=0.02)
         assert TriangleTree(mesh.vertices[mesh.faces]).distances(surface.vertices).max() < 0.02
+        assert facts.pop("lost") < 0.04  # at the box's edges, which a lattice cuts
         assert facts == {"faces": len(mesh.faces), "missed": 0.0}
 
 
@@ -104,3 +105,53 @@ def test_what_is_lost_to_a_coarse_lattice_is_told():
         started(needle, 16)
     surface, facts = started(join(moved(BALL, (0, 0, 0), 0.5), needle), 16)
     assert 0.02 < facts["missed"] < 0.5 and measure(surface).solid
+
+
+def plate(thickness):
+    """A table top, turned so that no lattice plane is parallel to it."""
+    points = box((1.0, thickness, 1.0)).vertices.astype(np.float64)
+    turn = np.array([[0.8, 0.6, 0], [-0.6, 0.8, 0], [0, 0, 1]]) @ np.array(
+        [[1, 0, 0], [0, 0.96, 0.28], [0, -0.28, 0.96]]
+    )
+    return make(points @ turn, box().faces)
+
+
+@pytest.mark.parametrize("thickness", [0.06, 0.03, 0.015])
+def test_a_plate_thinner_than_a_cell_is_refused_with_the_lattice_that_holds_it(thickness):
+    with pytest.raises(UserError, match="cannot be made a body") as caught:
+        started(plate(thickness), 24)
+    assert "of the body would be lost" in caught.value.why and "fine.geometry=locked" in caught.value.fix
+    tets = int(caught.value.fix.split("fine.tets=")[1].split(",")[0])
+    if thickness == 0.06:
+        surface, facts = started(plate(thickness), tets)
+        report = measure(surface)
+        assert report.solid and report.euler_number == 2 and facts["lost"] < 0.1
+        assert report.volume == pytest.approx(measure(plate(thickness)).volume, rel=0.06)
+
+
+def test_a_plate_that_no_lattice_holds_is_to_be_locked():
+    with pytest.raises(UserError) as caught:
+        started(plate(0.003), 64)
+    assert caught.value.fix == "paint it as it is with fine.geometry=locked"
+
+
+def test_a_body_dwarfed_by_the_distance_of_a_crumb_is_refused():
+    far = join(moved(BALL, (-0.6, 0, 0), 0.08), moved(BALL, (0.6, 0, 0), 0.005))
+    with pytest.raises(UserError) as caught:
+        started(far, 24)
+    assert "its largest part is" in caught.value.why and "far away out of the file" in caught.value.fix
+
+
+def test_a_thin_beam_is_refused_and_a_thick_one_kept():
+    slim, stout = (moved(box((1.6, width, width)), (0, 0.013, 0.021)) for width in (0.04, 0.2))
+    with pytest.raises(UserError, match="cannot be made a body"):
+        started(slim, 24)
+    surface, facts = started(stout, 24)
+    assert measure(surface).solid and facts["lost"] < 0.1
+
+
+def test_small_parts_that_are_lost_are_counted(caplog):
+    rods = [moved(box((0.02, 0.3, 0.02)), (x, 0.75, 0.03)) for x in (-0.51, 0.01, 0.47)]
+    surface, facts = started(join(moved(BALL, (0, -0.2, 0), 0.8), *rods), 24)
+    assert measure(surface).solid and facts["lost"] < 0.1
+    assert "3 of 4 parts" in caplog.text

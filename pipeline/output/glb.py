@@ -49,7 +49,8 @@ def glb_bytes(mesh: Mesh, *, name: str = "mesh", roughness: float = 0.9) -> byte
     """The mesh as a GLB file: the texture as base colour where there is one, else vertex colours, else plain grey.
 
     Args:
-        mesh: with faces. name: of the node and mesh. roughness: of the PBR material; metallic is 0.
+        mesh: with faces. name: of the node and mesh. roughness: of the PBR material, where the mesh
+            does not say its own; it is not metallic where the mesh does not say so.
     Raises: UserError if the mesh is empty or damaged.
     """
     surface = split_seams(mesh)
@@ -60,7 +61,10 @@ def glb_bytes(mesh: Mesh, *, name: str = "mesh", roughness: float = 0.9) -> byte
         "POSITION": buffer.accessor(positions, "VEC3", FLOAT, ARRAY_BUFFER, **bounds),
         "NORMAL": buffer.accessor(surface.normals.astype("<f4"), "VEC3", FLOAT, ARRAY_BUFFER),
     }
-    pbr: dict[str, object] = {"metallicFactor": 0.0, "roughnessFactor": roughness}
+    pbr: dict[str, object] = {
+        "metallicFactor": 0.0 if mesh.metallic is None else mesh.metallic,
+        "roughnessFactor": roughness if mesh.roughness is None else mesh.roughness,
+    }
     document: dict[str, object] = {
         "asset": {"version": "2.0", "generator": GENERATOR},
         "scene": 0,

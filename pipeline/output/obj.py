@@ -49,12 +49,15 @@ def obj_text(mesh: Mesh, material_file: str | None) -> str:
     return "".join(parts)
 
 
-def mtl_text(texture_file: str, normal_file: str | None = None) -> str:
-    """A matt white material that takes its colour from the texture, and its normals from a map where there is one
-    (`norm`, of the PBR extension to MTL)."""
+def mtl_text(
+    texture_file: str, normal_file: str | None = None, *, metallic: float | None = None, roughness: float | None = None
+) -> str:
+    """A white material, matt unless told otherwise, that takes its colour from the texture, and its normals from a map
+    where there is one (`norm`, `Pr` and `Pm` are of the PBR extension to MTL)."""
+    rough, metal = 0.9 if roughness is None else roughness, 0 if metallic is None else metallic
     return (
         f"# {GENERATOR}\nnewmtl material\nKa 0 0 0\nKd 1 1 1\nKs 0 0 0\nd 1\nillum 1\n"
-        f"Pr 0.9\nPm 0\nmap_Kd {texture_file}\n" + (f"norm {normal_file}\n" if normal_file else "")
+        f"Pr {rough:g}\nPm {metal:g}\nmap_Kd {texture_file}\n" + (f"norm {normal_file}\n" if normal_file else "")
     )
 
 
@@ -74,5 +77,7 @@ def write_obj(mesh: Mesh, path: str | Path) -> list[Path]:
     pictures = [picture]
     if mesh.normal_map is not None:
         pictures.append(write_whole(path.with_name(f"{stem}_normal.png"), png_bytes(mesh.normal_map)))
-    write_whole(material, mtl_text(*(p.name for p in pictures)).encode())
+    finish = {"metallic": mesh.metallic, "roughness": mesh.roughness}
+    text_of_material = mtl_text(*(p.name for p in pictures), **finish)
+    write_whole(material, text_of_material.encode())
     return [write_whole(path, text), material, *pictures]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from pipeline.output.axes import FileAxes
 from pipeline.output.surface import png_bytes, split_seams, srgb_bytes, textured
 from pipeline.output.write import write_mesh
 from stages.mesh.mesh import Mesh
@@ -25,10 +26,12 @@ class ResultMesh:
         data: vertices, faces, texture coordinates and texture as files hold them, at the place of the user's own mesh
             where the run started from one.
         scene: the same mesh about the origin, of which pictures are taken; None: `data`.
+        axes: which axis points up in its files, and how large it is in STL.
     """
 
-    def __init__(self, data: Mesh, scene: Mesh | None = None) -> None:
+    def __init__(self, data: Mesh, scene: Mesh | None = None, axes: FileAxes | None = None) -> None:
         self.data, self._scene = data, data if scene is None else scene
+        self.axes = FileAxes() if axes is None else axes
 
     def __repr__(self) -> str:
         return f"ResultMesh({self._facts()})"
@@ -52,7 +55,7 @@ class ResultMesh:
         Example:
             >>> result.mesh.save("mug.glb")
         """
-        return write_mesh(self.data, path)
+        return write_mesh(self.data, path, self.axes)
 
     def trimesh(self) -> trimesh.Trimesh:
         """The mesh as a trimesh.Trimesh, with its texture or vertex colours; vertices are repeated along seams."""
@@ -62,8 +65,10 @@ class ResultMesh:
         surface = split_seams(self.data)
         arrays = {"vertices": surface.positions, "faces": surface.faces, "vertex_normals": surface.normals}
         if textured(self.data):
+            own = {"metallicFactor": (self.data.metallic, 0.0), "roughnessFactor": (self.data.roughness, 0.9)}
+            finish = {name: other if value is None else value for name, (value, other) in own.items()}
             material = trimesh.visual.material.PBRMaterial(
-                baseColorTexture=Image.fromarray(self.data.texture), metallicFactor=0.0, roughnessFactor=0.9
+                baseColorTexture=Image.fromarray(self.data.texture), **finish
             )
             visual = trimesh.visual.TextureVisuals(uv=surface.uv, material=material)
             return trimesh.Trimesh(**arrays, visual=visual, process=False)

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
+from stages.mesh.place import Axis
 from stages.mesh.texture.finalise import ExportSettings as MeshSettings
 from stages.mesh.texture.repaint import OwnLayout
 
@@ -26,6 +27,12 @@ class ExportSettings(MeshSettings):
     )
     own_uv: OwnLayout = Field(
         "auto", description="keep a locked mesh's texture coordinates: where they can carry a texture, always, never"
+    )
+    stl_up: Literal["auto", Axis] = Field(
+        "auto", description="axis that points up in STL files; auto: as in the user's own mesh, y without one"
+    )
+    stl_size: float | None = Field(
+        None, gt=0, le=1e6, description="longest side in STL files, mm to most printers; none: as in the other files"
     )
     turntable_frames: int = Field(36, ge=0, le=720, description="pictures in a turn; 0 writes no turntable")
     turntable_size: int = Field(384, ge=16, le=2048, multiple_of=2, description="side of the turntable in pixels")

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
+from pipeline.output.axes import FileAxes
 from pipeline.output.glb import write_glb
 from pipeline.output.obj import write_obj
 from pipeline.output.ply import write_ply
@@ -32,23 +33,33 @@ def check_formats(text: str) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def write_formats(mesh: Mesh, folder: str | Path, names: Sequence[str], *, stem: str = "mesh") -> list[Path]:
+def write_formats(
+    mesh: Mesh, folder: str | Path, names: Sequence[str], *, stem: str = "mesh", axes: FileAxes | None = None
+) -> list[Path]:
     """Write the mesh as FOLDER/STEM.FORMAT in every format named.
 
+    Args:
+        mesh: y up. axes: which axis points up in the files; None: y.
     Returns: all files written, side files included.
     Raises: UserError for an unknown format (before anything is written), a damaged mesh, or a failed write.
     """
     for name in names:
         if name not in FORMATS:
             raise UserError(f"Cannot write {name!r}", "there is no such format", f"choose among {', '.join(FORMATS)}")
-    return [path for name in names for path in FORMATS[name](mesh, Path(folder) / f"{stem}.{name}")]
+    return [path for name in names for path in _write(mesh, Path(folder) / f"{stem}.{name}", name, axes)]
 
 
-def write_mesh(mesh: Mesh, path: str | Path) -> list[Path]:
+def _write(mesh: Mesh, path: Path, name: str, axes: FileAxes | None) -> list[Path]:
+    axes = FileAxes() if axes is None else axes
+    turned = axes.prepared(mesh, name)
+    return write_stl(turned, path, axes.up(name)) if name == "stl" else FORMATS[name](turned, path)
+
+
+def write_mesh(mesh: Mesh, path: str | Path, axes: FileAxes | None = None) -> list[Path]:
     """Write a mesh to one file whose suffix names the format.
 
     Args:
-        mesh: with faces. path: ends in .glb, .obj, .ply or .stl.
+        mesh: with faces, y up. path: ends in .glb, .obj, .ply or .stl. axes: which axis points up in it; None: y.
     Returns: all files written, side files included.
     Raises: UserError for another suffix, a damaged mesh, or a failed write.
 
@@ -60,7 +71,7 @@ def write_mesh(mesh: Mesh, path: str | Path) -> list[Path]:
     if name not in FORMATS:
         known = ", ".join(f".{name}" for name in FORMATS)
         raise UserError(f"cannot write {path}", f"its suffix names no format: {known} do", "choose one of these")
-    return FORMATS[name](mesh, path)
+    return _write(mesh, path, name, axes)
 
 
 def existing_files(folder: Path, names: Sequence[str], *, stem: str = "mesh") -> list[str]:
@@ -69,14 +80,21 @@ def existing_files(folder: Path, names: Sequence[str], *, stem: str = "mesh") ->
     return [f"{stem}{end}" for end in ends if (folder / f"{stem}{end}").exists()]
 
 
-def write_results(mesh: Mesh, folder: str | Path, settings: ExportSettings, placed: Mesh | None = None) -> list[Path]:
+def write_results(
+    mesh: Mesh,
+    folder: str | Path,
+    settings: ExportSettings,
+    placed: Mesh | None = None,
+    axes: FileAxes | None = None,
+) -> list[Path]:
     """Write a run's results: its mesh files and the turntable.
 
     Args:
         mesh: in the scene, where the turntable is taken. placed: as the files hold it, where that is elsewhere.
+        axes: see write_formats.
     Returns: all files written; an .mp4 among them only where imageio-ffmpeg is installed and works.
     """
-    paths = write_formats(mesh if placed is None else placed, folder, settings.formats)
+    paths = write_formats(mesh if placed is None else placed, folder, settings.formats, axes=axes)
     if settings.turntable_frames:
         from pipeline.output.video import turntable
 

@@ -8,6 +8,7 @@ What it starts from is copied into the run's folder, which then stands on its ow
 
 from __future__ import annotations
 
+import re
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,20 +30,23 @@ if TYPE_CHECKING:
     from stages.mesh.mesh import Mesh
     from stages.stage import Asset
 
-_PARTS = ("vertices", "faces", "colours", "uv", "uv_faces", "texture")
+_PARTS = ("vertices", "faces", "colours", "uv", "uv_faces", "texture", "normals")
+_FINISH = ("metallic", "roughness")
 
 
 @dataclass
 class Inputs:
     """What a new run starts from.
 
-    copies: files of another run, by their place in the new folder. mesh: of --init-mesh, and which of its axes points
-    up where the settings leave it to the format. note: in a line for the user, empty where there is nothing to say.
+    copies: files of another run, by their place in the new folder. mesh: of --init-mesh, which of its axes points up
+    where the settings leave it to the format, and its format. note: in a line for the user, empty where there is
+    nothing to say.
     """
 
     copies: dict[str, Path] = field(default_factory=dict)
     mesh: Mesh | None = None
     up: str = "y"
+    format: str = ""
     note: str = ""
 
     def write(self, folder: Path) -> None:
@@ -55,7 +59,8 @@ class Inputs:
 
             parts = {name: getattr(self.mesh, name) for name in _PARTS}
             state = {name: torch.from_numpy(part.copy()) for name, part in parts.items() if part is not None}
-            save_checkpoint(folder / GIVEN, state, {"up": self.up})
+            finish = {name: getattr(self.mesh, name) for name in _FINISH}
+            save_checkpoint(folder / GIVEN, state, {"up": self.up, "format": self.format} | finish)
 
 
 def check_inputs(config: Config) -> Inputs:
@@ -127,18 +132,20 @@ def _from_mesh(config: Config, first: str) -> Inputs:
         coats = "plain grey, for it has none"
     locked = first == "fine" and config.fine.geometry == "locked"
     use = "is painted and keeps its shape" if locked else "is refined"
-    return Inputs(mesh=mesh, up=up, note=f"{path.name}, {len(mesh.faces)} faces, {use}, starting with {coats}")
+    note = f"{path.name}, {len(mesh.faces)} faces, {use}, starting with {coats}"
+    return Inputs(mesh=mesh, up=up, format=path.suffix.lower()[1:], note=note)
 
 
 def _up(path: Path) -> str:
     """The axis that points up in a file of this kind: z in STL, which printers and CAD write; y in the others.
 
-    Our own STL files keep y up and say in their header who wrote them.
+    Our own STL files say in their header who wrote them, and which axis points up where it is not y.
     """
     if path.suffix.lower() != ".stl":
         return "y"
     with open(path, "rb") as file:
-        return "y" if file.read(80).startswith(GENERATOR.encode()) else "z"
+        own = re.match(rf"{GENERATOR}(?: (-?[xyz]) up)?", file.read(80).decode("latin-1"))
+    return "z" if own is None else own.group(1) or "y"
 
 
 def _finished(source: Path, stage: str) -> tuple[Path, dict[str, Any]]:
@@ -176,8 +183,8 @@ def _given_mesh(folder: Path, config: Config) -> Asset:
     from stages.stage import Asset
 
     state, meta = _loaded(folder, config, GIVEN)
-    mesh = Mesh(**{name: part.numpy() for name, part in state.items()})
-    mesh, placement = place(mesh, config.place, meta["up"])
+    mesh = Mesh(**{name: part.numpy() for name, part in state.items()}, **{name: meta[name] for name in _FINISH})
+    mesh, placement = place(mesh, config.place, meta["up"], meta["format"])
     return Asset(mesh=mesh, placement=placement)
 
 

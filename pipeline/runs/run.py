@@ -125,9 +125,9 @@ def export_run(
     target.mkdir(parents=True, exist_ok=True)
     with Lock(folder) if own else contextlib.nullcontext():  # a run that is only read may lie on a disk that is, too
         mesh = remake_mesh(folder, progress)
-        paths = write_formats(mesh.data, target, names)
+        paths = write_formats(mesh.data, target, names, axes=mesh.axes)
     for path in paths:
-        progress.note(f"wrote {path}")
+        progress.note(f"wrote {path}" + (f", {mesh.axes.note(mesh.data)}" if path.suffix == ".stl" else ""))
     if caller is not None:
         caller.mesh = mesh
     return paths
@@ -139,12 +139,14 @@ def remake_mesh(folder: Path, progress: Progress | None = None) -> ResultMesh:
     progress: None says nothing. Raises: UserError for a run that is not finished.
     """
     from pipeline.output.asset import finished_mesh, in_own_place
+    from pipeline.output.axes import file_axes
     from pipeline.output.result_mesh import ResultMesh
 
     with _reopened(folder, progress) as run:
         asset = run.restore(run.config.stages[-1])
         mesh = finished_mesh(asset, run.config.export, run.config.fine.initialise, {})
-    return ResultMesh(in_own_place(mesh, asset), mesh)
+        axes = file_axes(asset.placement, run.config.export)
+    return ResultMesh(in_own_place(mesh, asset), mesh, axes)
 
 
 def restore_stage(folder: Path, name: str) -> Stage:
@@ -317,6 +319,7 @@ class Run:
 
     def _export(self, asset: Asset) -> None:
         from pipeline.output.asset import finished_mesh, in_own_place
+        from pipeline.output.axes import file_axes
         from pipeline.output.result_mesh import ResultMesh
         from pipeline.output.write import write_results
 
@@ -326,8 +329,11 @@ class Run:
         with phase("export"):
             mesh = finished_mesh(asset, self.config.export, self.config.fine.initialise, facts)
             with phase("write", written):
-                result = ResultMesh(in_own_place(mesh, asset), mesh)
-                paths = write_results(mesh, self.folder, self.config.export, result.data)
+                axes = file_axes(asset.placement, self.config.export)
+                result = ResultMesh(in_own_place(mesh, asset), mesh, axes)
+                paths = write_results(mesh, self.folder, self.config.export, result.data, axes)
+        if "stl" in self.config.export.formats:
+            self.progress.note(f"mesh.stl: {axes.note(result.data)}")
         self.caller.mesh = result
         facts["phases"]["write"] = round(written["write"], 3)
         files = [path.name for path in paths]

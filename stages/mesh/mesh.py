@@ -21,6 +21,7 @@ class Mesh:
         normals: [V, 3] float32 unit, in place of those that follow from the faces, or None.
         normal_map: [H, W, 3] uint8, 127.5 (n + 1) of unit normals in the texture's own space: x along u, y along v, z
             outwards; row 0 at the top, or None. It has no meaning without uv and texture.
+        metallic, roughness: of the whole surface, in [0, 1]; None where no file says them.
     """
 
     vertices: np.ndarray
@@ -31,6 +32,8 @@ class Mesh:
     texture: np.ndarray | None = None
     normals: np.ndarray | None = None
     normal_map: np.ndarray | None = None
+    metallic: float | None = None
+    roughness: float | None = None
 
     def face_normals(self) -> np.ndarray:
         """Return unit normals [F, 3]; zero for a degenerate face."""

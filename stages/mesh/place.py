@@ -55,12 +55,16 @@ class Placement:
         centre: [3] of them, see the module's docstring.
         scale: from there to the scene.
         yaw_deg: about the vertical axis.
+        up: axis of the user's file that points up.
+        format: of the user's file, its ending without the dot; empty where there is none.
     """
 
     original: np.ndarray
     centre: np.ndarray
     scale: float
     yaw_deg: float
+    up: str = "y"
+    format: str = ""
 
     def into_scene(self, points: np.ndarray) -> np.ndarray:
         """Return scene coordinates [N, 3] float32 of points in the user's own."""
@@ -69,6 +73,10 @@ class Placement:
     def out_of_scene(self, points: np.ndarray) -> np.ndarray:
         """Return the user's own coordinates [N, 3] float32 of points in the scene."""
         return (points.astype(np.float64) @ _yaw(self.yaw_deg) / self.scale + self.centre).astype(np.float32)
+
+    def turned(self, directions: np.ndarray) -> np.ndarray:
+        """Return directions [N, 3] float32 of the user's own coordinates, such as normals, in the scene."""
+        return (directions.astype(np.float64) @ _yaw(self.yaw_deg).T).astype(np.float32)
 
     def turned_back(self, directions: np.ndarray) -> np.ndarray:
         """Return directions [N, 3] float32 of the scene, such as normals, in the user's own coordinates."""
@@ -79,19 +87,38 @@ def upright(mesh: Mesh, up: str) -> Mesh:
     """Return the mesh with its axis `up` turned to +y, to the bit."""
     if up == "y":
         return mesh
-    columns = [mesh.vertices[:, axis] * np.float32(sign) for axis, sign in _TURNS[up]]
-    return replace(mesh, vertices=np.stack(columns, -1))
+
+    def turned(rows: np.ndarray) -> np.ndarray:
+        return np.stack([rows[:, axis] * np.float32(sign) for axis, sign in _TURNS[up]], -1)
+
+    return replace(mesh, vertices=turned(mesh.vertices), normals=None if mesh.normals is None else turned(mesh.normals))
 
 
-def place(mesh: Mesh, settings: PlaceSettings, up: str = "y") -> tuple[Mesh, Placement]:
+def laid(mesh: Mesh, up: str) -> Mesh:
+    """Return the mesh with its +y axis turned to `up`, to the bit: what `upright` undoes."""
+    if up == "y":
+        return mesh
+
+    def turned(rows: np.ndarray) -> np.ndarray:
+        result = np.empty_like(rows)
+        for column, (axis, sign) in enumerate(_TURNS[up]):
+            result[:, axis] = rows[:, column] * np.float32(sign)
+        return result
+
+    return replace(mesh, vertices=turned(mesh.vertices), normals=None if mesh.normals is None else turned(mesh.normals))
+
+
+def place(mesh: Mesh, settings: PlaceSettings, up: str = "y", format: str = "") -> tuple[Mesh, Placement]:
     """Return the mesh in scene coordinates, faces, colours and texture kept, and how it came there.
 
     Args:
         mesh: as read.
         up: its axis that points up, where the settings leave it to the file's format.
+        format: of its file, the ending without the dot.
     Raises: UserError where it has no size, or is to keep a place outside the scene.
     """
-    mesh = upright(mesh, up if settings.up == "auto" else settings.up)
+    up = up if settings.up == "auto" else settings.up
+    mesh = upright(mesh, up)
     used = mesh.vertices[np.unique(mesh.faces)].astype(np.float64)
     centre, scale = np.zeros(3), 1.0
     if settings.radius is not None:
@@ -100,7 +127,7 @@ def place(mesh: Mesh, settings: PlaceSettings, up: str = "y") -> tuple[Mesh, Pla
         if radius <= 0 or not math.isfinite(settings.radius / radius):
             raise UserError("The mesh cannot be placed", f"its radius is {radius:g}", "give a mesh with some extent")
         scale = settings.radius / radius
-    placement = Placement(mesh.vertices, centre, scale, settings.yaw_deg)
+    placement = Placement(mesh.vertices, centre, scale, settings.yaw_deg, up, format)
     placed = placement.into_scene(mesh.vertices)
     reach = float(np.abs(placement.into_scene(used.astype(np.float32))).max())
     if settings.radius is None and reach > LIMIT:
@@ -109,7 +136,8 @@ def place(mesh: Mesh, settings: PlaceSettings, up: str = "y") -> tuple[Mesh, Pla
             f"it reaches {reach:.3g} from the origin, and the scene ends at {LIMIT:g}",
             "leave place.radius alone, so that the mesh is centred and scaled",
         )
-    return replace(mesh, vertices=placed), placement
+    normals = None if mesh.normals is None else placement.turned(mesh.normals)
+    return replace(mesh, vertices=placed, normals=normals), placement
 
 
 def _yaw(degrees: float) -> np.ndarray:

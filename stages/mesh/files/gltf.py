@@ -6,40 +6,38 @@ sparse accessor replaces for zero. plain_gltf writes such numbers out: the same 
 
 from __future__ import annotations
 
-import base64
 import importlib.util
-import json
 import logging
 import math
-import struct
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote
 
 import numpy as np
 
 from stages.errors import UserError
+from stages.mesh.files.gltf_file import GltfFile
+from stages.mesh.files.gltf_scene import KNOWN, show
+from stages.mesh.files.polygons import strips
 
 log = logging.getLogger(__name__)
 
 MOVES, DRACO = "KHR_texture_transform", "KHR_draco_mesh_compression"
-TRIANGLES, FAN = 4, 6  # primitive modes
+TRIANGLES, STRIP, FAN = 4, 5, 6  # primitive modes
+LINES = {0: "points", 1: "lines", 2: "lines", 3: "lines"}
+_WRAPS = {10497: "repeated", 33071: "clamped", 33648: "mirrored"}
 PLAIN: dict[str, Any] = {"name": "vertex colours"}  # a material of nothing but its defaults
-# required extensions that are read, or that say nothing of shape and base colour
-READ = {MOVES, "KHR_mesh_quantization", "EXT_texture_webp", "KHR_lights_punctual", "KHR_xmp_json_ld"}
-_TYPES = {5120: np.int8, 5121: np.uint8, 5122: np.int16, 5123: np.uint16, 5125: np.uint32, 5126: np.float32}
-_COLUMNS = {"SCALAR": 1, "VEC2": 2, "VEC3": 3, "VEC4": 4}
 
 
 def plain_gltf(path: Path) -> tuple[bytes, str] | None:
     """(content, "glb" or "gltf") of a file that trimesh would misread, written out; None where it would not.
 
     Normalised integers become floats (KHR_mesh_quantization), sparse accessors whole ones (glTF 2.0 specification,
-    sec. 3.6.2), texture coordinates those that the base colour's texture uses, moved as KHR_texture_transform says.
+    sec. 3.6.2), texture coordinates those that the base colour's texture uses, moved as KHR_texture_transform says,
+    strips and fans triangles, morph targets what they weigh; normals are held as the attribute _NORMAL, too.
 
-    Raises: UserError for a required extension that is not read; ValueError, KeyError, IndexError for a broken file.
+    Raises: UserError for a file that is not what it says, or needs what is not read.
     """
-    file = _File(path)
+    file = GltfFile(path)
     needed = [name for name in file.document.get("extensionsRequired", []) if not _is_read(name)]
     if needed:
         raise UserError(
@@ -47,44 +45,119 @@ def plain_gltf(path: Path) -> tuple[bytes, str] | None:
             f"it needs {', '.join(needed)}, which this toolkit does not read",
             "pip install DracoPy" if needed == [DRACO] else "save it again as plain glTF, without compression",
         )
+    shown = show(file)
     done: dict[tuple[Any, ...], int] = {}  # parts share accessors, and then what they became
-    changed = False
-    for part in file.document.get("meshes", []):
-        for primitive in part.get("primitives", []):
-            changed |= _write_out(file, primitive, done)
-    if any("skin" in node for node in file.document.get("nodes", [])):
-        log.warning("%s has a skeleton: its mesh is read as it is stored, before any bone moves it", path.name)
-    _check_pictures(file)
-    return file.content() if changed else None
+    left_out: list[str] = []
+    count = 0
+    for number, part in enumerate(file.document["meshes"]):
+        kept = [primitive for primitive in part.get("primitives", []) if number in shown]
+        kept = [primitive for primitive in kept if _is_surface(file, primitive, left_out)]
+        file.changed |= len(kept) != len(part.get("primitives", []))
+        part["primitives"] = kept
+        count += len(kept)
+        for primitive in kept:
+            file.changed |= _write_out(file, primitive, done)
+    if not count:
+        raise file.wrong(
+            f"it holds no triangles: {'; '.join(left_out) or 'its meshes are empty'}", "save a triangle mesh"
+        )
+    for why in left_out:
+        log.warning("%s: %s: left out", path.name, why)
+    _drop_empty(file)
+    _check_materials(file)
+    file.embed()
+    return file.content() if file.changed else None
 
 
-def _check_pictures(file: _File) -> None:
-    """Warn of base colours' pictures that will not be read."""
+def _drop_empty(file: GltfFile) -> None:
+    """Take meshes without triangles out of their nodes."""
+    empty = {number for number, part in enumerate(file.document["meshes"]) if not part["primitives"]}
+    for node in file.document.get("nodes", []):
+        if node.get("mesh") in empty:
+            del node["mesh"]
+
+
+def _is_surface(file: GltfFile, primitive: dict[str, Any], left_out: list[str]) -> bool:
+    """Whether a primitive has triangles to read, all of which are there; else why not is added to `left_out`."""
+    mode, attributes = primitive.get("mode", TRIANGLES), primitive.get("attributes", {})
+    if mode in LINES:
+        left_out.append(f"a primitive of {LINES[mode]}")
+        return False
+    if mode not in (TRIANGLES, STRIP, FAN):
+        raise file.wrong(f"it has a primitive of mode {mode}, which glTF does not know")
+    if "POSITION" not in attributes:
+        left_out.append("a primitive without POSITION, which says where its corners are")
+        return False
+    if "material" in primitive:
+        file.item("materials", primitive["material"])
+    if DRACO in primitive.get("extensions", {}) and _is_read(DRACO):
+        return True
+    count = file.item("accessors", attributes["POSITION"])["count"]
+    for name, number in attributes.items():
+        there = file.item("accessors", number)["count"]
+        if there != count:
+            raise file.wrong(f"a primitive has {count} positions, and {there} values of {name}")
+        if name in ("POSITION", "NORMAL", "COLOR_0") or name.startswith("TEXCOORD"):
+            file.numbers(number)
+    corners = count
+    if "indices" in primitive:
+        indices = file.numbers(primitive["indices"])
+        corners = len(indices)
+        if corners and indices.max() >= count:
+            raise file.wrong(f"a face names vertex {indices.max()}, out of bounds: there are {count}, counted from 0")
+    if mode == TRIANGLES and corners % 3:
+        raise file.wrong(f"a primitive of triangles has {corners} corners, which is no multiple of 3")
+    if corners < 3:
+        left_out.append(f"a primitive of {corners} corners")
+        return False
+    return True
+
+
+def _check_materials(file: GltfFile) -> None:
+    """Warn of what base colours' textures say and is not read."""
     document = file.document
-    used = {p["material"] for part in document.get("meshes", []) for p in part["primitives"] if "material" in p}
-    for number in sorted(used):
+    for number in sorted({p["material"] for part in document["meshes"] for p in part["primitives"] if "material" in p}):
         material = document["materials"][number]
+        name = material.get("name", "without a name")
+        if material.get("alphaMode", "OPAQUE") != "OPAQUE":
+            log.warning("the material %s is transparent in parts: it is read as opaque", name)
         texture = material.get("pbrMetallicRoughness", {}).get("baseColorTexture")
         if texture is None:
             continue
-        texture = document["textures"][texture["index"]]
+        texture = file.item("textures", texture["index"])
         source = texture.get("extensions", {}).get("EXT_texture_webp", texture).get("source")
-        uri = None if source is None else document["images"][source].get("uri")
-        why = "its format is not read" if source is None else f"there is no file {uri}"
-        if source is None or not (
-            uri is None or uri.startswith("data:") or (file.path.parent / unquote(uri)).is_file()
-        ):
-            name = material.get("name", "without a name")
+        uri = None if source is None else file.item("images", source).get("uri")
+        if source is None or not (uri is None or uri.startswith("data:") or file.beside(uri) is not None):
+            why = "its format is not read" if source is None else f"there is no file {uri}"
             log.warning("the texture of the material %s is left out: %s", name, why)
+        elif "sampler" in texture:
+            _check_wrap(file, number, name, file.item("samplers", texture["sampler"]))
+
+
+def _check_wrap(file: GltfFile, material: int, name: str, sampler: dict[str, Any]) -> None:
+    """Warn of a texture that neither repeats nor stays within its borders."""
+    for part in file.document["meshes"]:
+        for primitive in part["primitives"]:
+            used = primitive["attributes"].get("TEXCOORD_0")
+            if primitive.get("material") != material or used is None or DRACO in primitive.get("extensions", {}):
+                continue
+            uv = file.numbers(used)
+            beyond = [k for k in (0, 1) if uv[:, k].min() < -1e-3 or uv[:, k].max() > 1.001]
+            ways = {_WRAPS.get(sampler.get(f"wrap{'ST'[k]}", 10497), "clamped") for k in beyond} - {"repeated"}
+            if ways:
+                log.warning(
+                    "the texture of %s is %s beyond its border: read as repeated", name, " and ".join(sorted(ways))
+                )
+                return
 
 
 def _is_read(extension: str) -> bool:
     if extension == DRACO:
         return importlib.util.find_spec("DracoPy") is not None
-    return extension in READ or extension.startswith("KHR_materials_")
+    return extension in KNOWN or extension.startswith("KHR_materials_")
 
 
-def _write_out(file: _File, primitive: dict[str, Any], done: dict[tuple[Any, ...], int]) -> bool:
+def _write_out(file: GltfFile, primitive: dict[str, Any], done: dict[tuple[Any, ...], int]) -> bool:
     """Give a primitive plain accessors in the place of those that trimesh would misread; whether there were any."""
     attributes = primitive.get("attributes", {})
     before = (dict(attributes), dict(primitive))
@@ -106,7 +179,7 @@ def _write_out(file: _File, primitive: dict[str, Any], done: dict[tuple[Any, ...
     attributes.pop("TEXCOORD_0", None)
     if used is not None:
         attributes["TEXCOORD_0"] = plain(used, move)
-    for name in {"POSITION", "COLOR_0"} & attributes.keys():
+    for name in sorted({"POSITION", "COLOR_0"} & attributes.keys()):
         attributes[name] = plain(attributes[name], None, colour=name == "COLOR_0")
     if "COLOR_0" in attributes and "material" not in primitive:  # trimesh would cut these to eight bits
         materials = file.document.setdefault("materials", [])
@@ -115,11 +188,17 @@ def _write_out(file: _File, primitive: dict[str, Any], done: dict[tuple[Any, ...
         primitive["material"] = materials.index(PLAIN)
     if "indices" in primitive:
         primitive["indices"] = plain(primitive["indices"], None)
-    if primitive.get("mode") == FAN:
+    if "NORMAL" in attributes:
+        attributes["NORMAL"] = attributes["_NORMAL"] = plain(attributes["NORMAL"], None)
+    mode = primitive.get("mode", TRIANGLES)
+    if mode != TRIANGLES:
         count = file.document["accessors"][attributes["POSITION"]]["count"]
         around = file.numbers(primitive["indices"])[:, 0] if "indices" in primitive else np.arange(count)
-        fan = np.stack([np.full(max(len(around) - 2, 0), around[0]), around[1:-1], around[2:]], 1)
-        primitive["indices"] = file.add(fan.astype(np.uint32).reshape(-1, 1))
+        if mode == STRIP:
+            triangles = strips(around.astype(np.uint32))
+        else:
+            triangles = np.stack([np.full(max(len(around) - 2, 0), around[0]), around[1:-1], around[2:]], 1)
+        primitive["indices"] = file.add(triangles.astype(np.uint32).reshape(-1, 1))
         primitive["mode"] = TRIANGLES
     return (attributes, primitive) != before
 
@@ -139,100 +218,3 @@ def _moved(uv: np.ndarray, across: float, down: float, angle: float, wide: float
     u, v = (uv * (wide, high)).astype(np.float64).T
     turned = math.cos(angle) * u + math.sin(angle) * v, math.cos(angle) * v - math.sin(angle) * u
     return np.add(np.stack(turned, 1), (across, down)).astype(np.float32)
-
-
-class _File:
-    """A .glb or .gltf file: its JSON, its numbers, and the same with more of both."""
-
-    def __init__(self, path: Path) -> None:
-        """Raises: ValueError for a file without JSON."""
-        self.path, self.rest = path, b""
-        with open(path, "rb") as file:
-            data = file.read(20)
-            self.binary = data[:4] == b"glTF"
-            if self.binary:  # textures and vertices, most of the file, come after
-                if len(data) < 20:
-                    raise ValueError("the file ends in its header")
-                self.length, kind = struct.unpack("<I4s", data[12:20])
-                if kind != b"JSON":
-                    raise ValueError("its first chunk is not JSON")
-                data = file.read(self.length)
-            else:
-                data += file.read()
-        self.document: dict[str, Any] = json.loads(data)
-        if not isinstance(self.document, dict):
-            raise ValueError("its JSON is no object")
-        self.buffers: dict[int, bytes] = {}
-
-    def is_odd(self, accessor: int, colour: bool = False) -> bool:
-        """Return whether trimesh would misread it: sparse, or normalised where it is not a colour."""
-        facts = self.document["accessors"][accessor]
-        return "sparse" in facts or (facts.get("normalized", False) and not colour)
-
-    def numbers(self, accessor: int) -> np.ndarray:
-        """An accessor's values [count, columns], normalised ones as floats (specification, sec. 3.6.2 and 3.11)."""
-        facts = self.document["accessors"][accessor]
-        dtype, columns = np.dtype(_TYPES[facts["componentType"]]), _COLUMNS[facts["type"]]
-        if "bufferView" in facts:
-            values = self._view(facts["bufferView"], facts.get("byteOffset", 0), dtype, facts["count"], columns).copy()
-        else:
-            values = np.zeros((facts["count"], columns), dtype)
-        if "sparse" in facts:
-            sparse = facts["sparse"]
-            rows, other, count = sparse["indices"], sparse["values"], sparse["count"]
-            kind = np.dtype(_TYPES[rows["componentType"]])
-            which = self._view(rows["bufferView"], rows.get("byteOffset", 0), kind, count, 1)[:, 0]
-            values[which] = self._view(other["bufferView"], other.get("byteOffset", 0), dtype, count, columns)
-        if facts.get("normalized", False):
-            values = np.maximum(values / np.iinfo(dtype).max, -1).astype(np.float32)
-        return values
-
-    def add(self, values: np.ndarray) -> int:
-        """Return the number of a new accessor of values [count, columns]."""
-        data = np.ascontiguousarray(values).tobytes()
-        uri = "data:application/octet-stream;base64," + base64.b64encode(data).decode()
-        self.document["buffers"].append({"uri": uri, "byteLength": len(data)})
-        self.document["bufferViews"].append({"buffer": len(self.document["buffers"]) - 1, "byteLength": len(data)})
-        component = next(code for code, kind in _TYPES.items() if kind == values.dtype)
-        shape = next(name for name, columns in _COLUMNS.items() if columns == values.shape[1])
-        new = {"bufferView": len(self.document["bufferViews"]) - 1, "componentType": component}
-        self.document["accessors"].append(new | {"type": shape, "count": len(values)})
-        return len(self.document["accessors"]) - 1
-
-    def content(self) -> tuple[bytes, str]:
-        """Return the whole file as it is now, and its format."""
-        text = json.dumps(self.document).encode()
-        if not self.binary:
-            return text, "gltf"
-        text += b" " * (-len(text) % 4)
-        body = struct.pack("<I4s", len(text), b"JSON") + text + self.path.read_bytes()[20 + self.length :]
-        return struct.pack("<4sII", b"glTF", 2, 12 + len(body)) + body, "glb"
-
-    def _view(self, view: int, start: int, dtype: np.dtype, count: int, columns: int) -> np.ndarray:
-        """`count` rows [count, columns] of a buffer view, from byte `start` of it."""
-        facts = self.document["bufferViews"][view]
-        buffer = self._buffer(facts["buffer"])
-        begin, row = facts.get("byteOffset", 0) + start, columns * dtype.itemsize
-        stride = facts.get("byteStride", row)
-        end = begin + (count - 1) * stride + row
-        if min(begin, stride) < 0 or end > len(buffer):
-            raise ValueError("its numbers end in the midst")
-        flat = np.frombuffer(buffer, np.uint8, end - begin, begin)
-        rows = np.lib.stride_tricks.as_strided(flat, (count, row), (stride, 1))
-        return np.ascontiguousarray(rows).view(dtype)
-
-    def _buffer(self, number: int) -> bytes:
-        if number not in self.buffers:
-            uri = self.document["buffers"][number].get("uri")
-            if uri is None:
-                with open(self.path, "rb") as file:
-                    file.seek(20 + self.length)
-                    size, kind = struct.unpack("<I4s", file.read(8))
-                    if kind != b"BIN\0":
-                        raise ValueError("its second chunk holds no numbers")
-                    self.buffers[number] = file.read(size)
-            elif uri.startswith("data:"):
-                self.buffers[number] = base64.b64decode(uri.split(",", 1)[1])
-            else:
-                self.buffers[number] = (self.path.parent / unquote(uri)).read_bytes()
-        return self.buffers[number]

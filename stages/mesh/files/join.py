@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from typing import Any
 
 import numpy as np
 import torch
 
 from stages.kernels.srgb import linear_to_srgb
+from stages.mesh.measure import face_areas
 from stages.mesh.mesh import Mesh
 
 log = logging.getLogger(__name__)
@@ -33,8 +35,11 @@ def join(parts: list[Mesh]) -> Mesh:
     starts = np.cumsum([0] + [len(part.vertices) for part in parts[:-1]])
     vertices = np.concatenate([part.vertices for part in parts])
     faces = np.concatenate([part.faces + start for part, start in zip(parts, starts)]).astype(np.int32)
+    rest = _finish(parts)
+    if all(part.normals is not None for part in parts):
+        rest["normals"] = np.concatenate([part.normals for part in parts])
     if all(part.texture is None for part in parts):
-        return Mesh(vertices, faces, np.concatenate([part.colours for part in parts]))
+        return Mesh(vertices, faces, np.concatenate([part.colours for part in parts]), **rest)
     pictures = [_plain(part.colours) if part.texture is None else part.texture for part in parts]
     texture, places = side_by_side(pictures)
     uv, uv_faces, begin = [], [], 0
@@ -43,8 +48,25 @@ def join(parts: list[Mesh]) -> Mesh:
         uv.append((coordinates * scale + offset).astype(np.float32))
         uv_faces.append(np.zeros_like(part.faces) + begin if part.texture is None else part.uv_faces + begin)
         begin += len(coordinates)
-    uv = np.clip(np.concatenate(uv), 0, 1)
-    return Mesh(vertices, faces, uv=uv, uv_faces=np.concatenate(uv_faces).astype(np.int32), texture=texture)
+    layout = {"uv": np.clip(np.concatenate(uv), 0, 1), "uv_faces": np.concatenate(uv_faces).astype(np.int32)}
+    return Mesh(vertices, faces, **layout, texture=texture, **rest)
+
+
+def _finish(parts: list[Mesh]) -> dict[str, Any]:
+    """How metallic and how rough the parts are together: their mean by area, warned of where they differ."""
+    areas = np.array([face_areas(part.vertices, part.faces).sum() for part in parts])
+    finish: dict[str, Any] = {}
+    for name in ("metallic", "roughness"):
+        values = np.array([np.nan if getattr(part, name) is None else getattr(part, name) for part in parts], float)
+        known = np.isfinite(values) & (areas > 0)
+        if not known.any():
+            continue
+        finish[name] = float(np.average(values[known], weights=areas[known]))
+        if np.ptp(values[known]) > 0.01:
+            text = "the parts are %s by %.2g to %.2g; all are taken as %.2g"
+            word = "rough" if name == "roughness" else name
+            log.warning(text, word, values[known].min(), values[known].max(), finish[name])
+    return finish
 
 
 def side_by_side(pictures: list[np.ndarray]) -> tuple[np.ndarray, list[tuple[np.ndarray, np.ndarray]]]:

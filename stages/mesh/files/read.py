@@ -1,4 +1,4 @@
-"""Reading a user's mesh file (GLB, OBJ, PLY, STL, ...) into the toolkit's own Mesh.
+"""Reading a user's mesh file (GLB, glTF, OBJ, PLY, STL) into the toolkit's own Mesh.
 
 Colours become linear: texture pixels and PLY / OBJ vertex colours are sRGB, glTF's COLOR_0 and factors are linear.
 """
@@ -14,17 +14,19 @@ import numpy as np
 import torch
 
 from stages.errors import UserError
-from stages.kernels.srgb import linear_to_srgb, srgb_to_linear
-from stages.mesh.files.gltf import plain_gltf
-from stages.mesh.files.join import LARGEST, join
-from stages.mesh.files.obj import plain_obj
+from stages.kernels.srgb import srgb_to_linear
+from stages.mesh.files.gltf import PLAIN, plain_gltf
+from stages.mesh.files.join import join
+from stages.mesh.files.kinds import READ, format_of
+from stages.mesh.files.obj import read_obj
+from stages.mesh.files.picture import GREY, bare_layout, in_one_tile, tinted
+from stages.mesh.files.ply import read_ply
+from stages.mesh.files.stl import read_stl
 from stages.mesh.measure import face_areas
 from stages.mesh.mesh import Mesh
 
 log = logging.getLogger(__name__)
 
-GLTF = (".glb", ".gltf")
-GREY = 0.6  # linear colour of a mesh that has none
 FINEST = 2**12  # steps of single precision that a mesh must have along its longest side
 
 
@@ -40,17 +42,21 @@ def read_mesh(path: str | Path) -> Mesh:
     what = f"Cannot read the mesh {path}"
     if not path.is_file():
         why = "it is a folder" if path.is_dir() else "there is no such file"
-        raise UserError(what, why, "give the path of a GLB, OBJ, PLY or STL file")
+        raise UserError(what, why, f"give the path of a file: {READ} are read")
     try:
-        parts = _parts(_scene(path, _plain(path)))
-        mesh = _joined(parts, linear=path.suffix.lower() in GLTF) if parts else None
+        parts = _READERS[format_of(path)](path)
+        mesh = join(parts) if parts else None
     except UserError:
         raise
-    except Exception as error:  # each of trimesh's readers raises its own kinds
-        reason = str(error).strip().splitlines()
-        raise UserError(what, reason[0][:300] if reason else type(error).__name__, "save it again as GLB") from error
+    except Exception as error:  # a damaged file's errors are of many kinds
+        reason = (str(error).strip().splitlines() or [""])[0][:200]
+        why = f"it is damaged, or does not keep to its format ({type(error).__name__}: {reason})"
+        raise UserError(what, why, "get the whole file again, or save it as GLB") from error
     if mesh is None:
         raise UserError(what, "it holds no triangles", "save a triangle mesh; a point cloud has no surface to refine")
+    if mesh.normals is not None and not (np.abs(np.linalg.norm(mesh.normals, axis=1) - 1) < 0.01).all():
+        log.warning("some of its normals are of no length, or no unit vectors: they follow from the faces instead")
+        mesh.normals = None
     if mesh.faces.min() < 0 or mesh.faces.max() >= len(mesh.vertices):
         raise UserError(what, f"its faces name vertex {mesh.faces.max()} of {len(mesh.vertices)}", "save it again")
     if not np.isfinite(mesh.vertices).all():
@@ -64,29 +70,22 @@ def read_mesh(path: str | Path) -> Mesh:
     return mesh
 
 
-def _plain(path: Path) -> tuple[bytes, str] | None:
-    """(content, format) of a file that trimesh would misread, None for others."""
-    kind = path.suffix.lower()
-    if kind in GLTF:
-        return plain_gltf(path)
-    content = plain_obj(path) if kind == ".obj" else None
-    return None if content is None else (content, "obj")
-
-
-def _scene(path: Path, plain: tuple[bytes, str] | None) -> Any:
-    """A trimesh scene of a file, or of (content, format) in its place."""
+def _read_gltf(path: Path) -> list[Mesh]:
+    """The parts of a glTF file, read by trimesh."""
     import trimesh
 
+    plain = plain_gltf(path)
     if plain is None:
-        return trimesh.load_scene(str(path), process=False)
+        return _meshes(_parts(trimesh.load_scene(str(path), process=False)), linear=True)
     content, kind = plain
     beside = trimesh.resolvers.FilePathResolver(str(path))
-    return trimesh.load_scene(io.BytesIO(content), file_type=kind, resolver=beside, process=False)
+    scene = trimesh.load_scene(io.BytesIO(content), file_type=kind, resolver=beside, process=False)
+    return _meshes(_parts(scene), linear=True)
 
 
 def _parts(scene: Any) -> list[tuple[Any, np.ndarray | None]]:
     """The triangle meshes of a trimesh scene in world space, and the vertex colours [V, 3] of those with a material
-    beside them, linear; trimesh drops these when it copies a mesh."""
+    beside them, linear; trimesh drops these when it copies a mesh. Normals are turned with them."""
     parts = []
     for node in scene.graph.nodes_geometry:
         transform, name = scene.graph[node]
@@ -97,6 +96,11 @@ def _parts(scene: Any) -> list[tuple[Any, np.ndarray | None]]:
         part.apply_transform(transform)
         if part.visual.kind == "texture":
             part.visual.material = source.visual.material  # and not a copy of its pictures
+        normals = getattr(source, "vertex_attributes", {}).get("_NORMAL")
+        if normals is not None:
+            turned = np.asarray(normals, np.float64) @ np.linalg.pinv(transform[:3, :3])
+            length = np.linalg.norm(turned, axis=1, keepdims=True)
+            part.vertex_attributes["_NORMAL"] = (turned / np.where(length > 0, length, 1)).astype(np.float32)
         tint = source.visual.vertex_attributes.get("color") if source.visual.kind == "texture" else None
         if tint is not None:
             tint = np.asarray(tint)
@@ -108,13 +112,37 @@ def _parts(scene: Any) -> list[tuple[Any, np.ndarray | None]]:
 
 def _joined(parts: list[tuple[Any, np.ndarray | None]], linear: bool) -> Mesh:
     """All parts as one mesh."""
+    return join(_meshes(parts, linear))
+
+
+def _meshes(parts: list[tuple[Any, np.ndarray | None]], linear: bool) -> list[Mesh]:
     pictures: dict[tuple[int, bytes], np.ndarray] = {}  # parts share pictures: one copy of each
-    return join([Mesh(*_geometry(part), **_appearance(part, tint, linear, pictures)) for part, tint in parts])
+    return [
+        Mesh(*_geometry(part), **_appearance(part, tint, linear, pictures), **_finish(part)) for part, tint in parts
+    ]
 
 
 def _geometry(part: Any) -> tuple[np.ndarray, np.ndarray]:
     with np.errstate(over="ignore"):  # beyond float32 is infinite, and refused
         return np.asarray(part.vertices).astype(np.float32), np.asarray(part.faces, np.int32)
+
+
+def _finish(part: Any) -> dict[str, Any]:
+    """The normals of a trimesh mesh that a file gave it, and how metallic and rough its material says it is.
+
+    Of a texture of both the mean is taken (glTF 2.0: roughness in green, metalness in blue).
+    """
+    finish: dict[str, Any] = {"normals": getattr(part, "vertex_attributes", {}).get("_NORMAL")}
+    material = getattr(part.visual, "material", None)
+    if type(material).__name__ != "PBRMaterial" or material.name == PLAIN["name"]:
+        return finish
+    for name, channel in (("metallic", 2), ("roughness", 1)):
+        factor = getattr(material, f"{name}Factor")
+        finish[name] = 1.0 if factor is None else float(factor)
+        picture = material.metallicRoughnessTexture
+        if picture is not None:
+            finish[name] *= float(np.asarray(picture.convert("RGB"))[..., channel].mean() / 255)
+    return finish
 
 
 def _appearance(
@@ -132,63 +160,14 @@ def _appearance(
                 log.warning("the vertex colours that tint a texture are left out; bake them into the texture")
             key = (id(image), np.asarray(factor, np.float64).tobytes())
             if key not in pictures:
-                pictures[key] = _tinted(image, factor)
-            return _in_one_tile(np.asarray(visual.uv, np.float32), np.asarray(part.faces, np.int32), pictures[key])
+                pictures[key] = tinted(image, factor)
+            return in_one_tile(np.asarray(visual.uv, np.float32), np.asarray(part.faces, np.int32), pictures[key])
         colours = np.tile(factor.astype(np.float32), (vertices, 1)) * (1 if tint is None else tint)
-        return {"colours": colours} | ({} if visual.uv is None else _bare_layout(visual.uv, part.faces))
+        return {"colours": colours} | ({} if visual.uv is None else bare_layout(visual.uv, part.faces))
     if visual.kind in ("vertex", "face"):
         colours = np.asarray(visual.vertex_colors)[:, :3].astype(np.float32) / 255
         return {"colours": colours if linear else srgb_to_linear(torch.from_numpy(colours)).numpy()}
     return {"colours": np.full((vertices, 3), GREY, np.float32)}
-
-
-def _tinted(image: Any, factor: np.ndarray) -> np.ndarray:
-    """A picture [H, W, 3] uint8 in sRGB, times a linear factor [3]."""
-    if image.mode.startswith("I"):  # 16 bits of grey, which PIL would cut at 255
-        image = image.point(lambda v: v / 257).convert("L")
-    tinted = np.asarray(image.convert("RGB"), np.uint8)
-    if np.allclose(factor, 1):
-        return tinted
-    bright = srgb_to_linear(torch.from_numpy(tinted / 255.0)).numpy() * factor
-    return np.round(_to_srgb(bright) * 255).astype(np.uint8)
-
-
-def _bare_layout(uv: Any, faces: Any) -> dict[str, np.ndarray]:
-    """Texture coordinates that come without a texture, for one to be painted into; none where they leave [0, 1]."""
-    uv = np.asarray(uv, np.float32)
-    if not np.isfinite(uv).all() or uv.min() < 0 or uv.max() > 1:
-        return {}
-    return {"uv": uv, "uv_faces": np.asarray(faces, np.int32)}
-
-
-def _in_one_tile(uv: np.ndarray, faces: np.ndarray, texture: np.ndarray) -> dict[str, np.ndarray]:
-    """uv [T, 2] in [0, 1], uv_faces and texture of coordinates that may use a repeating texture's other tiles.
-
-    Each face moves by whole tiles; where one reaches over a border, the texture itself is repeated.
-    """
-    uv = np.nan_to_num(uv.astype(np.float64))
-    if uv.min() >= 0 and uv.max() <= 1:
-        return {"uv": uv.astype(np.float32), "uv_faces": faces, "texture": texture}
-    corners = uv[faces]  # [F, 3, 2]
-    corners -= np.floor(corners.min(axis=1, keepdims=True) + 1e-6)
-    tiles = np.maximum(np.ceil(corners.max(axis=(0, 1)) - 1e-6), 1).astype(int)  # across, up
-    if tiles.max() > 1:
-        texture = _repeated(texture, tiles)
-    corners, uv_faces = np.unique(np.clip(corners / tiles, 0, 1).reshape(-1, 2), axis=0, return_inverse=True)
-    uv_faces = uv_faces.reshape(-1, 3).astype(np.int32)
-    return {"uv": corners.astype(np.float32), "uv_faces": uv_faces, "texture": texture}
-
-
-def _repeated(texture: np.ndarray, tiles: np.ndarray) -> np.ndarray:
-    """The texture [H, W, 3] laid out `tiles` times across and up, made smaller first where that is too large."""
-    from PIL import Image
-
-    height, width = texture.shape[:2]
-    size = (max(1, min(width, LARGEST // tiles[0])), max(1, min(height, LARGEST // tiles[1])))
-    if size != (width, height):
-        log.warning("the texture repeats %d x %d times; it is kept at %d x %d texels a tile", *tiles, *size)
-        texture = np.asarray(Image.fromarray(texture).resize(size, Image.Resampling.BOX))
-    return np.tile(texture, (min(tiles[1], LARGEST), min(tiles[0], LARGEST), 1))
 
 
 def _base_colour(material: Any) -> tuple[Any, np.ndarray]:
@@ -205,5 +184,4 @@ def _base_colour(material: Any) -> tuple[Any, np.ndarray]:
     return None, srgb_to_linear(torch.from_numpy(np.asarray(diffuse, np.float64)[:3] / 255)).numpy()
 
 
-def _to_srgb(linear: np.ndarray) -> np.ndarray:
-    return linear_to_srgb(torch.from_numpy(linear)).numpy()
+_READERS = {".glb": _read_gltf, ".gltf": _read_gltf, ".obj": read_obj, ".ply": read_ply, ".stl": read_stl}

@@ -22,7 +22,8 @@ from stages.mesh.orient import one_sided, turned, welded_faces
 from stages.mesh.sample import points_at, surface_samples
 from stages.mesh.tets.dmtet import MARGIN, DMTet, ids_near
 from stages.mesh.tets.initialise import bisect, crossing_edges, distance_to_surface
-from stages.mesh.tets.tetrahedra import Band, Lattice, build_band, dilate, lookup
+from stages.mesh.tets.losses import Losses, losses
+from stages.mesh.tets.tetrahedra import MAX_RESOLUTION, Band, Lattice, build_band, dilate, lookup
 from stages.mesh.tree import TriangleTree
 
 log = logging.getLogger(__name__)
@@ -30,6 +31,9 @@ log = logging.getLogger(__name__)
 PROBES = 4000  # points whose distance to the new surface tells what was lost
 LOST = 0.5  # share of the visible surface that may be lost before the start is refused
 WARN = 0.02
+TORN, BROKEN = 0.1, 0.25  # share of the body whose loss is refused: where it is thinner than a cell, and anywhere
+CELLS = 1.25  # cells that a plate must be thick for its surface to have no holes: 1.14 were enough, 0.76 not
+FAR = 0.25  # a largest part shorter than this share of the whole is dwarfed by the distance of others
 
 
 class SolidifySettings(BaseModel):
@@ -95,7 +99,7 @@ def dmtet_from_mesh(
     Args:
         mesh: in the scene's box; open, overlapping, inconsistent as it may be.
     Returns: the DMTet; and faces: triangles of the mesh, missed: share of its visible surface that lies more than a
-        cell from the DMTet's.
+        cell from the DMTet's, lost: share of the body beneath its visible surface that lies outside the DMTet's.
     Raises: UserError where it encloses nothing, or the lattice is too coarse for most of it.
     """
     settings = settings or SolidifySettings()
@@ -121,7 +125,12 @@ def dmtet_from_mesh(
         sign[beyond] = np.where(body.solid(lattice.positions(ids[beyond])) > 0.5, -1, 1)
     distance = distance_to_surface(lattice.positions(ids), vertices, faces)
     dmtet = DMTet(lattice, ids, sign * distance, deformation=deformation, device=device)
-    return dmtet, {"faces": float(len(mesh.faces)), "missed": missed}
+    with torch.no_grad():  # crossings from distances are not those found above where the body is thin
+        surface = dmtet.surface()
+    triangles = surface.vertices.cpu().numpy()[surface.faces.cpu().numpy()]
+    lost = losses(mesh, body.tree, TriangleTree(triangles), lattice.cell)
+    _judge(lost, lattice)
+    return dmtet, {"faces": float(len(mesh.faces)), "missed": missed, "lost": lost.share}
 
 
 def _decided(body: Body, lattice: Lattice) -> tuple[Band, np.ndarray]:
@@ -175,10 +184,40 @@ def _missed(mesh: Mesh, body: Body, surface: TriangleTree, cell: float) -> float
     return float((surface.distances(points[visible]) > cell + body.shell).mean())
 
 
-def _no_body(why: str, lattice: Lattice) -> UserError:
+def _judge(lost: Losses, lattice: Lattice) -> None:
+    """Warn of what a first surface has lost of its body, or refuse it with the setting that helps."""
+    cell, thin = lattice.cell, lost.thickness < lattice.cell
+    parts = int((lost.parts > 0.5).sum())
+    dwarf = f"its largest part is {100 * lost.reach:.2g} % as long as all of it" if lost.reach < FAR else ""
+    if lost.share > BROKEN or ((thin or dwarf) and lost.share > TORN):
+        why = f"{100 * lost.share:.0f} % of the body would be lost"
+        if dwarf:
+            raise _no_body(f"{why}: {dwarf}", lattice, "take the parts that lie far away out of the file, or ")
+        raise _no_body(
+            f"{why}: a tenth of it or more is thinner than {lost.thickness:.2g}", lattice, _finer(lost, cell)
+        )
+    if dwarf:
+        log.warning("%s: parts that lie far away make it small, and coarse", dwarf)
+    if lost.share > (WARN if thin else TORN):
+        text = "%.0f %% of the mesh's body is thinner than a cell of %.3g, and is lost"
+        log.warning(text, 100 * lost.share, cell)
+    elif parts:
+        text = "%d of %d parts of the mesh are thinner than a cell of %.3g, and lost, most or all of them"
+        log.warning(text, parts, len(lost.parts), cell)
+
+
+def _finer(lost: Losses, cell: float) -> str:
+    """Advice on a lattice that holds most of a body."""
+    tets = int(np.ceil(CELLS * 2 / lost.thickness / 8)) * 8
+    return f"set fine.tets={tets}, or " if lost.thickness < 2 * cell and tets <= MAX_RESOLUTION else ""
+
+
+def _no_body(why: str, lattice: Lattice, better: str | None = None) -> UserError:
+    """better: what helps most, before the way that always does; None where the mesh may be a sheet."""
+    locked = "paint it as it is with fine.geometry=locked"
+    sheet = f"{locked}, thicken it with fine.solidify.shell=1, or raise fine.tets above {lattice.resolution}"
     return UserError(
         "The mesh cannot be made a body to refine",
-        f"{why} ({lattice.cell:.3g} of the scene)",
-        f"paint it as it is with fine.geometry=locked, thicken it with fine.solidify.shell=1, or raise fine.tets above "
-        f"{lattice.resolution}",
+        f"{why} ({'a cell is ' if better is not None else ''}{lattice.cell:.3g} of the scene)",
+        sheet if better is None else f"{better}{locked}",
     )

@@ -49,7 +49,7 @@ def repaint(
         padding, method, time_limit_s: of a new layout, see stages.mesh.texture.uv.unwrap.
         notes: filled as by stages.mesh.texture.finalise.finalise.
     Returns: the same vertices and faces in the same order, with texture, texture coordinates, vertex colours and
-        normals that are smooth across seams.
+        the mesh's own normals, or where it has none such that are smooth across seams.
     Raises: UserError if the mesh is damaged, cannot be unwrapped, or the colour field is broken.
     """
     notes = {} if notes is None else notes
@@ -59,7 +59,8 @@ def repaint(
         report = measure(mesh)
     with phase("unwrap", times):
         atlas = _layout(mesh, size, own_uv, padding, method, time_limit_s)
-        result = replace(mesh, uv=atlas.uv, uv_faces=atlas.uv_faces, normals=smooth_normals(mesh))
+        normals = smooth_normals(mesh) if mesh.normals is None else mesh.normals
+        result = replace(mesh, uv=atlas.uv, uv_faces=atlas.uv_faces, normals=normals)
     with phase("bake", times):
         colours = np.nan_to_num(evaluate(albedo, result.vertices, device), posinf=1.0)
         result = replace(result, colours=np.clip(colours, 0, 1), texture=bake(result, albedo, size, device=device))
