@@ -17,24 +17,29 @@ from pipeline import __version__
 from pipeline.output.files import write_whole
 from pipeline.runs.checkpoint import read_json
 from pipeline.runs.process import git_revision, peak_gpu_memory_mb, peak_memory_mb, version_of
+from stages.errors import UserError
 
 _CLOCKS = {  # what the seconds of run.json's phases are, by device
     "cpu": "the host's",
     "cuda": "the host's, without waiting for the GPU: a phase's seconds are those of its launches, and what the GPU "
     "has yet to do then counts in the phase that waits next; the seconds of a stage are whole",
 }
+UNFINISHED = "unfinished"  # what run.json says of a run until it ends: true as well once a kill has ended its process
 _PACKAGES = ("torch", "numpy", "numba", "warp-lang", "diffusers", "transformers", "safetensors", "xatlas")
 
 
 class Record:
-    """run.json: kept current through the run, so that a killed one tells how far it came."""
+    """run.json: kept current through the run, so that a killed one tells how far it came.
+
+    Its status is "unfinished" until the run ends as "finished", "interrupted" or "failed". Whether a process works on
+    it is not written down, for a killed one could not take it back: Result.status asks the folder's lock.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / "run.json"
         self.data: dict[str, Any] = {"stages": {}, "sessions": []}
         if self._path.exists():
-            fix = "remove it; `pipeline resume` writes a new one and loses only the times noted so far"
-            self.data |= read_json(self._path, fix)
+            self.data |= read_record(self._path)
 
     def open_session(self, device: dict[str, Any], kernels: dict[str, str], **facts: Any) -> None:
         """Note machine, versions, each kernel family's backend and the phases' clock; earlier sessions keep theirs."""
@@ -51,16 +56,38 @@ class Record:
         }
         self.data |= facts
         self.data["sessions"].append(session)
-        self.save(status="running")
+        self.save(status=UNFINISHED)
 
     def save(self, **changes: Any) -> None:
         self.data |= changes
+        if not self.data["sessions"]:  # stopped before one was opened
+            return
         self.data["sessions"][-1]["ended"] = _now()
         for name, peak in {"peak_memory_mb": peak_memory_mb(), "peak_gpu_memory_mb": peak_gpu_memory_mb()}.items():
             earlier = [session.get(name) or 0 for session in self.data["sessions"][:-1]]
             self.data["sessions"][-1][name] = peak
             self.data[name] = max([*earlier, peak or 0]) or None
-        write_whole(self._path, (json.dumps(self.data, indent=2, ensure_ascii=False) + "\n").encode())
+        write_whole(
+            self._path, (json.dumps(self.data, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
+        )
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """Return what a run.json holds. Raises: UserError where it is damaged, or has something of the wrong kind."""
+    fix = "remove it; `pipeline resume` writes a new one and loses only the times noted so far"
+    data = read_json(path, fix)
+    for name, kind in (("stages", dict), ("sessions", list), ("outputs", list), ("export", dict), ("prompt", str)):
+        if name in data and not isinstance(data[name], kind):
+            raise UserError(f"damaged file {path}", f"its {name} is {json.dumps(data[name])[:60]}", fix)
+    seconds = [facts.get("seconds") if isinstance(facts, dict) else facts for facts in data.get("stages", {}).values()]
+    phases = data.get("export", {}).get("phases", {})
+    seconds += phases.values() if isinstance(phases, dict) else [None]
+    wrong = [value for value in seconds if not isinstance(value, int | float)]
+    wrong += [session for session in data.get("sessions", []) if not isinstance(session, dict)]
+    wrong += [name for name in data.get("outputs", []) if not isinstance(name, str)]
+    if wrong:
+        raise UserError(f"damaged file {path}", f"it holds {json.dumps(wrong[0])[:60]} out of place", fix)
+    return data
 
 
 class Metrics:
