@@ -79,7 +79,7 @@ class FineSettings(BaseModel):
     field: FieldSettings = Field(default_factory=FieldSettings, description="colour field where there is no coarse one")
     detail: DetailSettings = Field(default_factory=DetailSettings, description="finer levels of the colour field")
     colour_moves_surface: bool = Field(
-        False, description="let the colour field's slope move the surface; slower, and no better where measured"
+        False, description="let the colour field's slope move the surface; slower, not better"
     )
     normal_consistency: float = Field(1000.0, ge=0, description="weight of mean 1 - cos across edges")
     laplacian: float = Field(1000.0, ge=0, description="weight of the mean squared umbrella vector, in edge lengths")

@@ -10,13 +10,14 @@ from pipeline.config.listing import leaves
 from pipeline.config.model import load_config, read_config
 from pipeline.config.recipes import recipes
 from pipeline.config.written import dump_read, read_part, stages_read, unread
-from stages.coarse import CoarseSettings, CoarseStage
+from stages.coarse import CoarseStage
 from stages.fields.hashfield import FieldSettings, HashField
 from stages.fields.occupancy import OccupancySettings
 from stages.fine import FineSettings, FineStage
 from stages.guidance.guide import GuidanceOutput
 from stages.kinds import STAGES
 from stages.mesh.tets.initialise import InitialiseSettings
+from stages.particles import ParticleSettings
 from stages.stage import Asset
 from tests.mesh_shapes import sphere
 
@@ -135,7 +136,7 @@ def take_two(stage):
 
 def coarse_settings():
     small = {"steps": 2, "resolution": 16, "samples": 16, "preview_size": 16, "views_per_step": 2}
-    return CoarseSettings(field=FieldSettings(**FIELD), occupancy=OccupancySettings(resolution=8), **small)
+    return ParticleSettings(field=FieldSettings(**FIELD), occupancy=OccupancySettings(resolution=8), **small)
 
 
 def test_the_coarse_stage_does_not_read_what_is_left_out():

@@ -29,6 +29,7 @@ from pipeline.runs.interrupt import StopRequest
 from pipeline.runs.lineage import afresh, check_run, check_upstream, refined, remedy
 from pipeline.runs.log import Metrics, Record
 from pipeline.runs.loop import StageLoop
+from pipeline.runs.machine import describe
 from pipeline.runs.progress import Progress, duration
 from stages.errors import UserError, out_of_memory
 from stages.kernels.backend import resolve, selected
@@ -239,7 +240,7 @@ class Run:
         stop = StopRequest(self.progress.note)
         try:
             with stop, selected(self.kernels), self.progress.announce_compilation():
-                self.record.open_session(_describe(self.device), dict(self.kernels.backends), **facts)
+                self.record.open_session(describe(self.device), dict(self.kernels.backends), **facts)
                 for notice in self.kernels.notices:
                     self.progress.note(notice)
                 asset = self._before(self.config.stages[0])
@@ -385,20 +386,3 @@ def _finished(folder: Path, config: Config, name: str) -> bool:
 def _export_settings(config: Config) -> dict[str, Any]:
     """What a run's files are made with, JSON-ready; where these have changed, resume makes the files anew."""
     return config.export.model_dump(mode="json")
-
-
-def _describe(device: torch.device) -> dict[str, Any]:
-    import platform
-
-    import torch
-
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor() or platform.processor()
-    return {"type": device.type, "name": name, "threads": torch.get_num_threads()}
-
-
-def _processor() -> str | None:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return None
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), None)

@@ -31,11 +31,11 @@ class StartSettings(BaseModel):
 
     source: Literal["blob", "prior"] = Field(
         "blob",
-        description="a ball, coarse.field.blob_*; or the object as the prior knows it in 3D, a ball if it does not",
+        description="a ball, or the object as the prior knows it in 3D, a ball if it does not",
     )
-    steps: int = Field(150, ge=1, description="Adam steps in which the field learns it")
-    points: int = Field(8192, ge=64, le=1 << 20, description="random places in one of these steps")
-    lr: float = Field(0.03, gt=0, description="Adam learning rate, falling to a tenth as a cosine")
+    steps: int = Field(150, ge=1, description="Adam steps to learn it")
+    points: int = Field(8192, ge=64, le=1 << 20, description="random places in such a step")
+    lr: float = Field(0.03, gt=0, description="Adam learning rate; a tenth of it at the end")
 
 
 @torch.enable_grad()

@@ -63,7 +63,7 @@ class KernelSettings(BaseModel):
         "auto", description="rasteriser; nvdiffrast's licence allows non-commercial use only"
     )
     marching: Literal["auto", "torch", "numba", "warp", "kaolin"] = Field(
-        "auto", description="marching tetrahedra, smoothing on their lattice and of their surface"
+        "auto", description="marching tetrahedra and smoothing"
     )
 
 

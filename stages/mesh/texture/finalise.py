@@ -24,12 +24,12 @@ class ExportSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    faces: int = Field(20000, ge=4, le=2_000_000, description="face budget; more faces than this are decimated")
-    floaters: float = Field(0.02, ge=0, le=1, description="drop parts with less than this share of the largest's area")
+    faces: int = Field(20000, ge=4, le=2_000_000, description="most faces; more are decimated")
+    floaters: float = Field(0.02, ge=0, le=1, description="drop parts below this share of the largest's area")
     texture_size: int = Field(1024, ge=16, le=8192, description="side of the texture in texels")
     padding: int = Field(4, ge=2, le=64, description="least distance between UV charts in texels")
     unwrap: Unwrapper = Field("auto", description="auto: xatlas, and our own box charts where it fails; or one of them")
-    unwrap_limit_s: float = Field(60, gt=0, description="computing time of xatlas before our own charts step in, s")
+    unwrap_limit_s: float = Field(60, gt=0, description="seconds for xatlas before our own charts step in")
 
 
 def finalise(
