@@ -38,6 +38,7 @@ from stages.cameras import Views, orbit_views
 from stages.kernels.srgb import linear_to_srgb, srgb_to_linear
 from stages.mesh.measure import face_areas, measure
 from stages.mesh.mesh import Mesh
+from stages.paths import from_home
 
 SIZE = 128  # side of the evaluation pictures
 SHOWN = (0, 8)  # views in the picture: level from the front, from behind and above
@@ -187,7 +188,9 @@ def main() -> None:
     parser.add_argument("--meshes", default=",".join(MESHES), help="which of the meshes, comma-separated")
     parser.add_argument("--stages", default="coarse,fine", help="stages to run")
     parser.add_argument("--config", default="reference", help="recipe or YAML file")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder for reference.jsonl and reference.png")
+    parser.add_argument(
+        "--results", type=from_home, default=RESULTS, help="folder for reference.jsonl and reference.png"
+    )
     parser.add_argument("overrides", nargs="*", help="key.sub=value")
     arguments = parser.parse_intermixed_args()
     if (arguments.overrides or arguments.config != "reference") and arguments.results == RESULTS:

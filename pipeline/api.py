@@ -19,6 +19,7 @@ from pipeline.runs.progress import Progress
 from pipeline.runs.result import Result
 from stages.errors import UserError
 from stages.kinds import STAGES
+from stages.paths import from_home
 
 if TYPE_CHECKING:
     import torch
@@ -86,7 +87,7 @@ def generate(
     if sources:
         whole = _config(config, {**(settings or {}), **sources}, arguments)
     caller = Caller(priors, on_step)
-    folder = run.start_run(whole, None if out is None else Path(out), _progress(quiet), profile, caller)
+    folder = run.start_run(whole, None if out is None else from_home(out), _progress(quiet), profile, caller)
     return Result(folder, caller.mesh)
 
 
@@ -113,7 +114,7 @@ def resume(
     Example:
         >>> resume("runs/mug").files["glb"]
     """
-    folder = Path(folder)
+    folder = from_home(folder)
     caller = Caller(_priors_again(prior, folder), on_step)
     run.resume_run(folder, _progress(quiet), caller)
     return Result(folder, caller.mesh)
@@ -139,7 +140,7 @@ def export(
     Example:
         >>> export("runs/mug", "stl,ply", out="printing").files["stl"]
     """
-    folder, target = Path(folder), None if out is None else Path(out)
+    folder, target = from_home(folder), None if out is None else from_home(out)
     caller = Caller()
     text = formats if isinstance(formats, str) else ",".join(formats)
     paths = run.export_run(folder, text, target, _progress(quiet), caller)

@@ -27,6 +27,7 @@ from benchmarks.environment import RESULTS, environment, read_lines
 from benchmarks.speed.runs import environment_of
 from pipeline.output.files import write_whole
 from stages.errors import UserError
+from stages.paths import from_home
 
 CASES = (
     "hash_encode", "hash_gradient", "hash_density", "nerf_step", "mlp", "mlp_with_slope", "march", "visible",
@@ -224,7 +225,7 @@ def _arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--budget", type=float, help=f"seconds of measured runs a case (default {BUDGET_S:g})")
     parser.add_argument("--quick", action="store_true", help="tiny inputs, for trials")
-    parser.add_argument("--out", type=Path, default=RESULTS, help=f"folder of {FILE}")
+    parser.add_argument("--out", type=from_home, default=RESULTS, help=f"folder of {FILE}")
     parser.add_argument("--publish", action="store_true", help=f"write the lines to {FILE}")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)

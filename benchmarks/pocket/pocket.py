@@ -34,6 +34,7 @@ from stages.errors import UserError
 from stages.guidance.clip import ClipScorer
 from stages.guidance.prior import ViewContext
 from stages.guidance.rules import ddim_step, guided
+from stages.paths import from_home
 from stages.pocket import world
 from stages.pocket.build import build
 
@@ -196,14 +197,14 @@ def main(arguments: list[str] | None = None) -> int:
     """Measure what is asked for and present; returns 2 where something asked for is missing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", default="truth,pixel,latent,fidelity", help="which measurements, by commas")
-    parser.add_argument("--clip", type=Path, default=WEIGHTS / "clip", help="CLIPModel folder")
-    parser.add_argument("--pixel", type=Path, default=WEIGHTS / "pixel", help="pixel prior's folder")
-    parser.add_argument("--latent", type=Path, default=WEIGHTS / "latent", help="latent prior's folder")
+    parser.add_argument("--clip", type=from_home, default=WEIGHTS / "clip", help="CLIPModel folder")
+    parser.add_argument("--pixel", type=from_home, default=WEIGHTS / "pixel", help="pixel prior's folder")
+    parser.add_argument("--latent", type=from_home, default=WEIGHTS / "latent", help="latent prior's folder")
     parser.add_argument("--scale", type=float, default=SCALE, help="classifier-free guidance s")
     parser.add_argument("--steps", type=int, default=STEPS, help="DDIM steps")
     parser.add_argument("--seed", type=int, default=SEED)
     parser.add_argument("--limit", type=int, help="only the first N held-out captions (for trials)")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the pictures and of pocket.jsonl")
+    parser.add_argument("--out", type=from_home, default=RESULTS, help="folder of the pictures and of pocket.jsonl")
     args = parser.parse_args(arguments)
     if args.limit and args.out == RESULTS:
         parser.error("--limit is for trials, which must not end up in the tables: give another --out")

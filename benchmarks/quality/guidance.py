@@ -36,6 +36,7 @@ from benchmarks.quality.summary import key_of, score_lines, shown
 from benchmarks.quality.systems import cures, find_system
 from pipeline.output.files import write_whole
 from stages.errors import UserError
+from stages.paths import from_home
 
 PROMPTS = FOLDER / "guidance_prompts.txt"
 BASE = "sds"
@@ -191,13 +192,13 @@ def _arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = ",".join((*WHOLE, *cures()))
     parser.add_argument("--systems", default=names, help=f"by commas, a recipe or YAML file each; default {names}")
-    parser.add_argument("--prompts", type=Path, default=PROMPTS, help="captions of the pocket world, one a line")
+    parser.add_argument("--prompts", type=from_home, default=PROMPTS, help="captions of the pocket world, one a line")
     parser.add_argument("--seeds", type=int, default=2, help="how many, from 0")
     parser.add_argument("--limit", type=int, help="only the first N prompts")
     parser.add_argument("--workers", type=int, default=1, help="cells at once")
     parser.add_argument("--set", dest="options", action="append", default=[], metavar="KEY=VALUE", help="for every run")
     parser.add_argument("--clip", default="pocket", help="CLIPModel folders by commas; the first scores")
-    parser.add_argument("--out", type=Path, default=Path("runs/guidance"), help="folder of the cells")
+    parser.add_argument("--out", type=from_home, default=Path("runs/guidance"), help="folder of the cells")
     parser.add_argument("--table", action="store_true", help="only tabulate the finished cells of OUT")
     parser.add_argument("--publish", action="store_true", help=f"also write {RESULTS.name}/guidance.jsonl")
     args = parser.parse_args(arguments)
@@ -241,7 +242,7 @@ def report(args: argparse.Namespace) -> list[Line]:
     systems = args.systems.split(",")
     cells = [Cell(system, prompt, seed) for system in systems for seed in range(args.seeds) for prompt in prompts]
     clip = args.clip.split(",")[0]
-    clip_folder = quality.POCKET_CLIP if clip == "pocket" else Path(clip).expanduser().absolute()
+    clip_folder = quality.POCKET_CLIP if clip == "pocket" else from_home(clip).absolute()
     lines = [
         line | {"suite": suite.name, "options": args.options, **environment()}
         for line in tabulate(cells, args.out, suite, clip_folder)

@@ -33,6 +33,7 @@ from pipeline.config.model import load_config
 from pipeline.output.files import write_whole
 from pipeline.priors.sources import parse_source
 from stages.errors import UserError
+from stages.paths import from_home
 from stages.pocket import world
 
 POCKET_CLIP = Path(world.__file__).parent / "weights" / "clip"
@@ -52,7 +53,7 @@ def _arguments(arguments: list[str] | None) -> argparse.Namespace:
         f"(default {','.join(DEFAULT_SYSTEMS)}; with --prior {','.join(REAL_SYSTEMS)})",
     )
     parser.add_argument("--prompts", default="pocket", help="pocket, or a file with one caption a line")
-    parser.add_argument("--distractors", type=Path, help="file of further candidate captions")
+    parser.add_argument("--distractors", type=from_home, help="file of further candidate captions")
     parser.add_argument("--seeds", type=int, help="how many, from 0 (default 2; quick 1)")
     parser.add_argument("--clip", default="pocket", help="CLIPModel folders by commas; pocket is the built-in one")
     parser.add_argument("--prior", help="diffusers folder or hub id for both stages, or COARSE,FINE (pocket)")
@@ -74,7 +75,7 @@ def _arguments(arguments: list[str] | None) -> argparse.Namespace:
         action="store_false",
         help="a two-stage system makes its own coarse stage, although the coarse cell's is the same",
     )
-    parser.add_argument("--out", type=Path, default=Path("runs/quality"), help="folder of the cells")
+    parser.add_argument("--out", type=from_home, default=Path("runs/quality"), help="folder of the cells")
     parser.add_argument("--publish", action="store_true", help=f"also add the lines to {RESULTS.name}/quality.jsonl")
     parser.add_argument("--name", help="what the results are published as (default: pocket, or the captions' file)")
     args = parser.parse_args(arguments)
@@ -84,7 +85,7 @@ def _arguments(arguments: list[str] | None) -> argparse.Namespace:
         parser.error("--publish: a part of a suite would take the place of the whole")
     args.seeds = args.seeds or (1 if args.quick else 2)
     args.threads = 1 if args.workers > 1 else 0
-    args.clip = [POCKET_CLIP if c == "pocket" else Path(c).expanduser().absolute() for c in args.clip.split(",")]
+    args.clip = [POCKET_CLIP if c == "pocket" else from_home(c).absolute() for c in args.clip.split(",")]
     args.prior = None if args.prior in (None, "pocket") else args.prior
     args.take_over = args.take_over and not args.budget  # a two-stage system's coarse stage is shorter then
     args.out = args.out.absolute()

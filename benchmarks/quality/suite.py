@@ -13,6 +13,7 @@ from pathlib import Path
 from benchmarks.environment import FOLDER
 from benchmarks.quality import metrics
 from stages.errors import UserError
+from stages.paths import from_home
 from stages.pocket import world
 
 POCKET_SUITE = FOLDER / "pocket_suite.json"
@@ -73,7 +74,7 @@ def load_suite(prompts: str, distractors: Path | None = None, quick: bool = Fals
     """
     if prompts == "pocket":
         return pocket_suite(quick)
-    captions = read_captions(Path(prompts).expanduser())
+    captions = read_captions(from_home(prompts))
     chosen = captions[:4] if quick else captions
     others = captions + (read_captions(distractors) if distractors else [])
     textureless: list[str] = []

@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 from benchmarks.environment import read_lines
 from benchmarks.quality.cells import Cell
 from benchmarks.report.tables import name_of
+from stages.paths import from_home
 
 STRIP_HEIGHT, LABEL = 96, 16
 
@@ -40,9 +41,9 @@ def compose(out: Path, systems: list[str], prompts: list[str], seed: int = 0) ->
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("out", type=Path, help="the suite's folder")
+    parser.add_argument("out", type=from_home, help="the suite's folder")
     parser.add_argument("--systems", default="coarse,magic3d,truth")
-    parser.add_argument("--to", type=Path, required=True)
+    parser.add_argument("--to", type=from_home, required=True)
     args = parser.parse_args()
     prompts = list(dict.fromkeys(line["prompt"] for line in read_lines(args.out / "results.jsonl")))
     compose(args.out, args.systems.split(","), prompts).quantize(128).save(args.to, optimize=True)

@@ -31,6 +31,7 @@ from benchmarks.report.tables import answers, markdown_blocks, name_of, put_into
 from pipeline.output.files import write_whole
 from stages.errors import UserError
 from stages.mesh.mesh import Mesh
+from stages.paths import from_home
 
 HERE = Path(__file__).parent
 VIEWER_FACES = 5000  # of a mesh in the page
@@ -280,12 +281,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("out", nargs="?", type=Path, help="folder of a suite: writes OUT/report.html")
-    parser.add_argument("--picture", type=Path, help="also write a picture of the page's top, by a headless Chromium")
+    parser.add_argument("out", nargs="?", type=from_home, help="folder of a suite: writes OUT/report.html")
+    parser.add_argument(
+        "--picture", type=from_home, help="also write a picture of the page's top, by a headless Chromium"
+    )
     parser.add_argument("--markdown", action="store_true", help="print the tables")
-    parser.add_argument("--into", type=Path, nargs="+", metavar="FILE", help="put the tables between the files' marks")
+    parser.add_argument(
+        "--into", type=from_home, nargs="+", metavar="FILE", help="put the tables between the files' marks"
+    )
     parser.add_argument("--readmes", action="store_true", help="the same for every README of the checkout")
-    parser.add_argument("--results", type=Path, default=RESULTS, help=argparse.SUPPRESS)
+    parser.add_argument("--results", type=from_home, default=RESULTS, help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
     pages = [*(args.into or []), *(readmes() if args.readmes else [])]
     if not (args.out or args.markdown or pages):

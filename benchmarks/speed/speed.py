@@ -25,6 +25,7 @@ from typing import Any
 from benchmarks.environment import RESULTS, environment, quiet_libraries, read_lines
 from pipeline.output.files import write_whole
 from stages.errors import UserError
+from stages.paths import from_home
 
 PARTS = ("growth", "start", "main", "full")
 FILE = "speed.jsonl"
@@ -160,7 +161,7 @@ def _arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--networks", choices=("none", "pocket"), default="none", help="of the prior, in growth")
     parser.add_argument("--runs", type=int, default=RUNS, help=f"measured steps a size (default {RUNS})")
     parser.add_argument("--quick", action="store_true", help="small sizes, for trials")
-    parser.add_argument("--out", type=Path, default=RESULTS, help=f"folder of {FILE} and the plots")
+    parser.add_argument("--out", type=from_home, default=RESULTS, help=f"folder of {FILE} and the plots")
     parser.add_argument("--publish", action="store_true", help=f"write the lines to {FILE} and draw the plots")
     args = parser.parse_args(arguments)
     args.parts = args.parts.split(",") if args.parts else [part for part in PARTS if part != "full"]

@@ -37,6 +37,7 @@ from stages.guidance.guidance import GuidanceSettings
 from stages.kernels.backend import KernelSettings
 from stages.kinds import STAGES, StageKind, chains
 from stages.mesh.place import PlaceSettings
+from stages.paths import from_home
 from stages.prompts import PromptSettings
 
 
@@ -173,7 +174,7 @@ def load_config(
     if own is not None:
         upper = [*from_recipe(find_recipe(own), find_recipe), *upper]
     source = given.get("from_run")
-    layers = [_inherited(Path(source)), *upper] if isinstance(source, str) else upper
+    layers = [_inherited(from_home(source)), *upper] if isinstance(source, str) else upper
     return _anchored(validate(config_model(), layers))
 
 
@@ -216,17 +217,17 @@ def _anchored(config: Config) -> Config:
     """Paths made absolute, so that the run can be resumed and its config.yaml fed back from anywhere."""
     folders: dict[str, Any] = {name: parse_source(getattr(config.prior, name)).anchored() for name in STAGES}
     if config.prior.lora is not None:
-        folders["lora"] = str(Path(config.prior.lora).expanduser().absolute())
+        folders["lora"] = str(from_home(config.prior.lora).absolute())
     vae = config.prior.diffusion.autoencoder
-    if vae is not None and Path(vae).expanduser().is_dir():  # what is no folder is a hub id
-        vae = str(Path(vae).expanduser().absolute())
+    if vae is not None and from_home(vae).is_dir():  # what is no folder is a hub id
+        vae = str(from_home(vae).absolute())
     folders["diffusion"] = config.prior.diffusion.model_copy(update={"autoencoder": vae})
     mesh, source = config.reference.mesh, config.from_run
     return config.model_copy(
         update={
             "prior": config.prior.model_copy(update=folders),
-            "reference": config.reference.model_copy(update={"mesh": mesh and str(Path(mesh).expanduser().absolute())}),
-            "from_run": source and str(Path(source).expanduser().absolute()),
-            "init_mesh": config.init_mesh and str(Path(config.init_mesh).expanduser().absolute()),
+            "reference": config.reference.model_copy(update={"mesh": mesh and str(from_home(mesh).absolute())}),
+            "from_run": source and str(from_home(source).absolute()),
+            "init_mesh": config.init_mesh and str(from_home(config.init_mesh).absolute()),
         }
     )

@@ -6,6 +6,7 @@ import difflib
 from pathlib import Path
 
 from stages.errors import UserError
+from stages.paths import from_home
 
 
 def recipes() -> dict[str, Path]:
@@ -21,7 +22,7 @@ def find_recipe(name: str) -> Path:
     known = recipes()
     if name in known:
         return known[name]
-    path = Path(name).expanduser()
+    path = from_home(name)
     if path.is_file():
         return path
     if path.is_dir() and (path / "config.yaml").is_file():

@@ -13,6 +13,7 @@ import stages
 from pipeline.priors.source import Ask, Facts, Offer, PriorSource
 from pipeline.priors.words import check_words
 from stages.kinds import STAGES
+from stages.paths import from_home
 
 if TYPE_CHECKING:
     import torch
@@ -32,7 +33,7 @@ class ClipSource(PriorSource):
         super().__init__(text)
         name = text.removeprefix(PREFIX).strip()
         self.is_pocket = name == "pocket"
-        self.folder = POCKET_CLIP if self.is_pocket else Path(name).expanduser().absolute()
+        self.folder = POCKET_CLIP if self.is_pocket else from_home(name).absolute()
 
     def anchored(self) -> str:
         return self.text if self.is_pocket else f"{PREFIX}{self.folder}"

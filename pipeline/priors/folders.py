@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.priors.source import Ask, Facts, Offer, PriorSource, check_guidance
 from stages.errors import UserError
+from stages.paths import from_home
 
 if TYPE_CHECKING:
     import torch
@@ -30,7 +31,7 @@ class FolderSource(PriorSource):
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
-        self.path = Path(text).expanduser()
+        self.path = from_home(text)
 
     def anchored(self) -> str:
         return str(self.path.absolute()) if self.path.is_dir() else self.text

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from pipeline.errors import EXIT_USER_ERROR
 from stages.errors import UserError
 from stages.guidance.diffusion.presets import PRESETS, find_preset
+from stages.paths import from_home
 
 if TYPE_CHECKING:
     from stages.guidance.diffusion.audit import Finding
@@ -80,7 +81,7 @@ def _folder(source: str, revision: str | None) -> Path:
     """The folder that a run would load, whole or not."""
     from stages.guidance.diffusion.folder import snapshot
 
-    path = Path(source).expanduser()
+    path = from_home(source)
     if path.is_dir() and revision is not None:
         raise UserError(f"cannot check revision {revision} of {source}", "a folder has no revisions", "leave it out")
     found = path if path.is_dir() else None if path.exists() else snapshot(source, revision)

@@ -18,6 +18,7 @@ from torch import Tensor
 from stages.errors import UserError, check_shape
 from stages.guidance.diffusion.folder import load_part, read_json
 from stages.kernels.srgb import linear_to_srgb
+from stages.paths import from_home
 
 RESAMPLE = {0: "nearest", 2: "bilinear", 3: "bicubic"}  # Pillow's numbers, as processors write them
 OPENAI_MEAN, OPENAI_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -87,7 +88,7 @@ class ClipScorer:
     def __init__(self, folder: str | Path, device: torch.device | str = "cpu") -> None:
         import transformers
 
-        folder = Path(folder).expanduser()
+        folder = from_home(folder)
         check_clip_folder(folder)
         self.name, self.device = folder.name, torch.device(device)
         self.preprocess = Preprocessing.read(folder)

@@ -17,6 +17,7 @@ from typing import Any
 from stages.errors import UserError, out_of_memory
 from stages.guidance.diffusion.presets import find_preset
 from stages.guidance.diffusion.weights import check_files
+from stages.paths import from_home
 
 PARTS = ("unet", "transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
 _HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
@@ -37,7 +38,7 @@ def locate(path_or_id: str, revision: str | None = None, variant: str | None = N
 
     Raises: UserError when there is no such folder, or the hub does not give it.
     """
-    path = Path(path_or_id).expanduser()
+    path = from_home(path_or_id)
     if path.is_dir():
         return path
     if path.exists():
@@ -53,7 +54,7 @@ def locate(path_or_id: str, revision: str | None = None, variant: str | None = N
 
 def locate_autoencoder(path_or_id: str) -> Path:
     """The folder of an autoencoder alone, or of a model whose vae/ is meant; local first, hub id second."""
-    path = Path(path_or_id).expanduser()
+    path = from_home(path_or_id)
     if not path.exists() and _HUB_ID.fullmatch(path_or_id):
         # The hub's patterns let * cross folders: a name's beginning keeps the rest of a whole model away.
         names = ("config.json", "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model-*.safetensors")

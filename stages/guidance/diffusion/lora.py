@@ -26,6 +26,7 @@ from stages.errors import UserError
 from stages.guidance.diffusion.folder import read_json
 from stages.guidance.diffusion.noise_schedule import FLOW
 from stages.guidance.diffusion.weights import PICKLED, Header, check_files, read_header, weight_files
+from stages.paths import from_home
 
 if TYPE_CHECKING:
     from stages.guidance.diffusion.families import Configs, Family
@@ -119,7 +120,7 @@ class Lora:
 
     def __init__(self, path: str | Path, scale: float = 1.0) -> None:
         self.scale, self.what = scale, f"Cannot use prior.lora={path}"
-        self.path, self._folder = _found(Path(path).expanduser(), self.what)
+        self.path, self._folder = _found(from_home(path), self.what)
         self._changes: dict[str, dict[str, LowRank]] = {}
         self._whole: dict[str, dict[str, _Kept]] = {}
         self.low_rank = False
