@@ -18,6 +18,7 @@ import typer
 from pipeline import __version__
 from pipeline.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, Interrupted, UserError, explain, show
 from pipeline.priors.memory import keep_freed_memory
+from pipeline.streams import open_missing, print_error, silence
 
 app = typer.Typer(
     help="A sentence becomes a textured mesh.",
@@ -181,6 +182,13 @@ def _set_up_process() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     keep_freed_memory()
+    open_missing()
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        if hasattr(stream, "reconfigure"):  # a letter that the terminal lacks, or a name that is no text, is no reason
+            stream.reconfigure(errors="backslashreplace")
+    for name in ("NUMBA_CACHE_DIR", "XDG_CACHE_HOME"):
+        if os.environ.get(name, "").startswith("~"):  # both are taken as they stand, for a folder named `~`
+            os.environ[name] = str(Path(os.environ[name]).expanduser())
     # Imports and cached kernels allocate a million objects that all stay: looking for garbage among them every 700 is
     # a fifth of the imports' time (4.4 s to 3.5 s).
     gc.set_threshold(100_000, 20, 100)
@@ -188,31 +196,49 @@ def _set_up_process() -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point: run the command line and exit with its code."""
-    _set_up_process()
-    command = typer.main.get_command(app)
+    code = _run_command(arguments)
     try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        silence(sys.stdout)
+        code = code or 1
+    except OSError as error:  # what was printed is lost: a full disk
+        silence(sys.stdout)
+        show(explain(error) or UserError("cannot print", str(error), "send the output elsewhere"))
+        code = code or EXIT_USER_ERROR
+    sys.exit(code)
+
+
+def _run_command(arguments: list[str] | None) -> int:
+    """Run the command line. Returns: its exit code; bugs raise."""
+    try:
+        _set_up_process()
+        command = typer.main.get_command(app)
         code = command.main(arguments, prog_name="pipeline", standalone_mode=False)
         if code == EXIT_INTERRUPTED:  # typer turns KeyboardInterrupt into this code
             raise KeyboardInterrupt
-        sys.exit(code if isinstance(code, int) else 0)
+        return code if isinstance(code, int) else 0
+    except SystemExit as stop:  # of a command that has said all
+        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except Interrupted as stop:
-        print(f"\n{stop}", file=sys.stderr)
-        sys.exit(stop.exit_code)
+        print_error(f"\n{stop}")
+        return stop.exit_code
     except KeyboardInterrupt:
-        print("\nstopped; no file is half written", file=sys.stderr)
-        sys.exit(EXIT_INTERRUPTED)
+        print_error("\nstopped; no file is half written")
+        return EXIT_INTERRUPTED
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # keep the interpreter's last flush quiet
-        sys.exit(1)
+        silence(sys.stdout)
+        return 1
     except Exception as error:
         if type(error).__name__ == "Abort":  # older typer's KeyboardInterrupt
-            print("\nstopped; no file is half written", file=sys.stderr)
-            sys.exit(EXIT_INTERRUPTED)
+            print_error("\nstopped; no file is half written")
+            return EXIT_INTERRUPTED
         if type(error).__name__ == "NoArgsIsHelpError":  # `pipeline` alone; some versions have printed the help already
             print(error.format_message(), end="")  # type: ignore[attr-defined]
-            sys.exit(0)
+            return 0
         user_error = _usage_error(error) if hasattr(error, "format_message") else explain(error)
         if user_error is None or os.environ.get("PIPELINE_TRACEBACK"):
             raise
         show(user_error)
-        sys.exit(EXIT_USER_ERROR)
+        return EXIT_USER_ERROR

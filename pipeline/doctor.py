@@ -85,6 +85,22 @@ def _import_names() -> tuple[str, str]:
     return ("broken", "; ".join(sentences)) if sentences else ("ok", str(ROOT))
 
 
+def _numba() -> tuple[str, str]:
+    """numba, whose compiler an environment variable can switch off."""
+    state, detail = probe("numba")
+    if state == "ok" and importlib.import_module("numba").config.DISABLE_JIT:
+        return "broken", "NUMBA_DISABLE_JIT is set: unset it"
+    return state, detail
+
+
+def _kernel_cache() -> tuple[str, str]:
+    """Where compiled kernels are kept: beside the package, in the home folder, or where NUMBA_CACHE_DIR says."""
+    from stages.kernels.cpu import jit, srgb
+
+    trouble = jit.cache_trouble()
+    return ("broken", trouble) if trouble else ("ok", str(jit.cache_folder(srgb)))
+
+
 def _gltf_validator() -> tuple[str, str]:
     node = shutil.which("node")
     if node is None:
@@ -121,7 +137,8 @@ def _package(module: str, package: str | None = None) -> Callable[[], tuple[str,
 _CHECKS: list[tuple[str, bool, Callable[[], tuple[str, str]], str]] = [
     ("torch", True, _package("torch"), "nothing runs"),
     ("numpy", True, _package("numpy"), "nothing runs"),
-    ("numba", True, _package("numba"), "no fast CPU kernels: the plain-torch twins are 10 to 70 times slower"),
+    ("numba", True, _numba, "no fast CPU kernels: the plain-torch twins are 10 to 70 times slower"),
+    ("cache of compiled kernels", False, _kernel_cache, "every run compiles its kernels anew: 28 s on two cores"),
     ("scipy", True, _package("scipy"), "no mesh cleaning"),
     ("safetensors", True, _package("safetensors"), "no checkpoints, no weights"),
     ("diffusers", True, _package("diffusers"), "no learned prior; the reference prior still works"),

@@ -10,7 +10,8 @@ from __future__ import annotations
 import errno
 import sys
 
-from stages.errors import UserError, out_of_memory
+from pipeline.streams import print_error
+from stages.errors import UserError, address_limit, out_of_memory
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, what a shell reports for Ctrl-C
@@ -37,14 +38,10 @@ def explain(error: BaseException) -> UserError | None:
     """The UserError that stands for `error`, or None where it is a bug and should keep its traceback."""
     if isinstance(error, UserError):
         return error
+    if out_of_memory(error):
+        return _shortage(error)
     if isinstance(error, OSError):
         return _explain_os(error)
-    if out_of_memory(error):
-        return UserError(
-            "out of memory",
-            _first_line(error) or "the machine refused an allocation",
-            "close other programs, or make the step smaller: fewer views per step or a lower resolution",
-        )
     if type(error).__name__ == "SafetensorError":
         if "os error 28" in str(error):
             return disk_full("a checkpoint")
@@ -54,6 +51,15 @@ def explain(error: BaseException) -> UserError | None:
             "the file is damaged or cut short: fetch or make it again",
         )
     return None
+
+
+def _shortage(error: BaseException) -> UserError:
+    why = _first_line(error) or "the machine refused an allocation"
+    limit = address_limit()
+    if limit:
+        why += f"; this shell lets a process address {limit / 2**30:.1f} GB"
+    fix = "close other programs, or make the step smaller: fewer views per step or a lower resolution"
+    return UserError("out of memory", why, "ulimit -v unlimited" if limit else fix)
 
 
 def _explain_os(error: OSError) -> UserError | None:
@@ -68,9 +74,7 @@ def _explain_os(error: OSError) -> UserError | None:
         return UserError(f"no permission: {name}", _first_line(error), "change its mode, or choose another --out")
     if isinstance(error, FileExistsError | IsADirectoryError | NotADirectoryError):
         return UserError(f"cannot use {name}", _first_line(error), "choose another path")
-    if error.errno in (errno.EROFS, errno.EIO, errno.ENAMETOOLONG):
-        return UserError(f"cannot use {name}", _first_line(error), "choose another path with --out")
-    return None
+    return UserError(f"cannot use {name}", _first_line(error), "choose another path")
 
 
 def _first_line(error: BaseException) -> str:
@@ -79,7 +83,7 @@ def _first_line(error: BaseException) -> str:
 
 def show(error: UserError) -> None:
     """Three lines on stderr, coloured only on a terminal; plain text so that scripts can read them."""
-    bold, end = ("\x1b[1m", "\x1b[0m") if sys.stderr.isatty() else ("", "")
+    bold, end = ("\x1b[1m", "\x1b[0m") if sys.stderr is not None and sys.stderr.isatty() else ("", "")
     for label, text in (("what", error.what), ("why", error.why), ("fix", error.fix)):
         indented = str(text).replace("\n", "\n      ")
-        print(f"{bold}{label + ':':<5}{end} {indented}", file=sys.stderr)
+        print_error(f"{bold}{label + ':':<5}{end} {indented}")

@@ -4,7 +4,9 @@ import errno
 
 _SHORTAGES = (
     "not enough memory", "can't allocate memory", "cannot allocate memory", "out of memory", "alloc_failed",
+    "os error 12", "can't start new thread", "failed to map segment",
 )  # fmt: skip
+_TELLING = ("RuntimeError", "SafetensorError", "ImportError", "LLVMException")  # whose text alone says so
 
 
 class UserError(Exception):
@@ -23,13 +25,24 @@ class UserError(Exception):
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether memory ran out: Python's error, the system's, torch's, or the RuntimeErrors of its allocators and CUDA's
-    libraries, main memory that is to be pinned included."""
+    libraries, main memory that is to be pinned included; a weights file or a library that has no room to be mapped."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
     text = str(error).lower()
-    return isinstance(error, RuntimeError) and any(words in text for words in _SHORTAGES)
+    telling = any(kind.__name__ in _TELLING for kind in type(error).__mro__)
+    return telling and any(words in text for words in _SHORTAGES)
+
+
+def address_limit() -> int | None:
+    """Return how many bytes this process may address, as `ulimit -v` or a batch system sets it; None for no limit."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    soft, _ = resource.getrlimit(resource.RLIMIT_AS)
+    return None if soft == resource.RLIM_INFINITY else soft
 
 
 def check_shape(name: str, tensor, wanted: tuple[int | None, ...]) -> None:

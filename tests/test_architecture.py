@@ -15,7 +15,7 @@ MAX_HELP_MODULES = 450  # 317 with typer's own; torch alone brings 800 more
 
 # Rooms of the house, each with the rooms it may import; a room may always import itself. `ROOM.*` stands for a room and
 # all rooms within it. A module that others of its folder build on is a room of its own.
-_BASE = {"stages.errors", "stages.cameras", "stages.phases", "stages.ramp"}
+_BASE = {"stages.errors", "stages.cameras", "stages.paths", "stages.phases", "stages.ramp"}
 _SURFACE = _BASE | {"stages.kernels.*", "stages.mesh.*"}
 _STAGE = _SURFACE | {"stages.optimise", "stages.stage", "stages.fields", "stages.render", "stages.guidance.guide"}
 _GUIDED = _STAGE | {"stages.guidance.*", "stages.prompts"}
@@ -25,6 +25,7 @@ _TABLES = {"benchmarks.environment", "benchmarks.markdown", "benchmarks.plots", 
 _BENCHMARK = _TABLES | {"stages.*", "pipeline.*"}
 ALLOWED = {
     "stages.errors": set(),
+    "stages.paths": {"stages.errors"},
     "stages.phases": set(),
     "stages.ramp": set(),
     "stages.cameras": {"stages.errors"},
@@ -32,10 +33,10 @@ ALLOWED = {
     "stages.prompts": _BASE,
     "stages.kernels.grid": set(),
     "stages.kernels.reference": set(),
-    "stages.kernels.cpu": _TWINS,
+    "stages.kernels.cpu": _TWINS | {"stages.errors"},
     "stages.kernels.cuda": _TWINS | {"stages.errors"},
     "stages.kernels.adaptors": _TWINS,
-    "stages.kernels": _BASE | _TWINS | {"stages.kernels.cuda", "stages.kernels.adaptors"},
+    "stages.kernels": _BASE | _TWINS | {"stages.kernels.cpu", "stages.kernels.cuda", "stages.kernels.adaptors"},
     "stages.mesh": _MESH,
     "stages.mesh.files": _MESH,
     "stages.mesh.tets": _MESH,
@@ -60,13 +61,14 @@ ALLOWED = {
     "stages.pocket": _SURFACE | {"stages.render", "stages.guidance.*", "stages.prompts"},
     "pipeline": {"pipeline.cli", "pipeline.import_names"},
     "pipeline.import_names": set(),
-    "pipeline.errors": {"stages.*"},
+    "pipeline.streams": set(),
+    "pipeline.errors": {"stages.*", "pipeline.streams"},
     "pipeline.output": {"stages.*"},
     "pipeline.priors": {"stages.*", "pipeline.errors"},
     "pipeline.config": {"stages.*", "pipeline.output", "pipeline.priors"},
     "pipeline.profile": {"stages.*", "pipeline.config", "pipeline.output"},
     "pipeline.runs": {"stages.*", "pipeline", "pipeline.errors", "pipeline.config", "pipeline.priors"}
-    | {"pipeline.output", "pipeline.profile"},
+    | {"pipeline.output", "pipeline.profile", "pipeline.streams"},
     "pipeline.doctor": {"stages.*", "pipeline", "pipeline.errors", "pipeline.import_names", "pipeline.priors"},
     "pipeline.api": {"stages.*", "pipeline.config", "pipeline.priors", "pipeline.profile", "pipeline.runs"},
     "pipeline.cli": {"stages.*", "pipeline.*"},

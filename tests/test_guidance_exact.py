@@ -190,6 +190,14 @@ def test_class_pose_posterior_picks_the_nearest_view_at_low_noise():
     assert (blurred - eps).abs().max() > 1e-3
 
 
+def test_a_mesh_whose_squares_float32_cannot_hold_is_fitted_without_a_warning():
+    corners = np.array([[0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1]], np.float32) * np.float32(1e37)
+    faces = np.array([[0, 2, 1], [0, 1, 3], [1, 2, 3], [0, 3, 2]], np.int32)
+    with np.errstate(all="raise", under="ignore"):
+        radius = np.linalg.norm(fitted(Mesh(corners, faces)).vertices, axis=1).max()
+    assert radius == pytest.approx(0.8, abs=0.2)
+
+
 def test_mesh_outside_the_scene_is_fitted_and_one_inside_is_left_alone():
     small, large = two_tone_box(0.3), two_tone_box(3.0)
     assert fitted(small) is small

@@ -85,3 +85,67 @@ def test_every_cached_kernel_is_compiled_through_it():
         if line.startswith("from numba import") and "njit" in line
     ]
     assert not lines
+
+
+@pytest.fixture
+def homeless(tmp_path, monkeypatch):
+    """A function of a file that lies where nothing can be written, for a user without a home folder."""
+    monkeypatch.setattr(jit, "_lost", [])
+    monkeypatch.setattr(jit.numba.config, "CACHE_DIR", "")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(jit.os.path, "expanduser", lambda path: path)
+    monkeypatch.setattr(jit.os, "access", lambda path, mode: False)
+    monkeypatch.chdir(tmp_path)
+    source = tmp_path / "package" / "kernel.py"
+    source.parent.mkdir()
+    source.write_text("def double(x):\n    return 2 * x\n")
+    names: dict = {}
+    exec(compile(source.read_text(), source, "exec"), names)
+    return names["double"]
+
+
+def test_without_a_place_for_the_cache_kernels_work_and_the_reason_is_kept(homeless, tmp_path):
+    assert jit.njit(homeless, cache=True)(3) == 6
+    assert "no home folder" in jit.cache_trouble() and "NUMBA_CACHE_DIR" in jit.cache_trouble()
+    assert not (tmp_path / "~").exists() and not (tmp_path / "package" / "__pycache__").exists()
+
+
+def test_numba_that_finds_no_place_itself_is_no_error_either(homeless, monkeypatch):
+    def refuse(self):
+        raise RuntimeError("cannot cache function 'double': no locator available")
+
+    monkeypatch.setattr(jit, "_has_place", lambda source: True)
+    monkeypatch.setattr("numba.core.dispatcher.Dispatcher.enable_caching", refuse)
+    assert jit.njit(homeless, cache=True)(3) == 6
+    assert "can be written to" in jit.cache_trouble()
+
+
+@pytest.mark.parametrize("damage", [b"", b"\x80\x04", b"no pickle"])
+def test_a_damaged_cache_is_compiled_anew(tmp_path, monkeypatch, damage):
+    monkeypatch.setattr(jit.numba.config, "CACHE_DIR", str(tmp_path / "cache"))
+    source = tmp_path / "kernel.py"
+    source.write_text("def double(x):\n    return 2 * x\n")
+
+    def double():
+        names: dict = {}
+        exec(compile(source.read_text(), source, "exec"), names)
+        return jit.njit(names["double"], cache=True)
+
+    assert double()(3) == 6
+    for end in ("nbi", "nbc"):
+        files = list((tmp_path / "cache").rglob(f"*.{end}"))
+        assert files
+        for path in files:
+            path.write_bytes(damage)
+        assert double()(3) == 6
+    fresh = double()
+    assert fresh(3) == 6 and sum(fresh.stats.cache_hits.values()) == 1  # and is kept again
+
+
+def test_numba_switched_off_is_refused_before_any_work(monkeypatch):
+    from stages.errors import UserError
+    from stages.kernels.backend import KernelSettings, resolve
+
+    monkeypatch.setattr(jit.numba.config, "DISABLE_JIT", 1)
+    with pytest.raises(UserError, match="NUMBA_DISABLE_JIT"):
+        resolve(KernelSettings(), "cpu")

@@ -7,6 +7,7 @@ import pytest
 import trimesh
 
 from stages.mesh.measure import adjacent_faces, edges_of, face_components, measure
+from stages.mesh.mesh import Mesh
 from tests.mesh_shapes import box, join, make, moved, noisy_blob, sphere, table, tetrahedron, torus
 
 
@@ -106,3 +107,14 @@ def test_report_is_ready_for_json():
     import json
 
     assert json.loads(json.dumps(measure(box()).as_dict()))["solid"] is True
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-12, 1e12, 1e30])
+def test_normals_do_not_depend_on_the_size_of_a_mesh(size):
+    """Nor does numpy warn of products that float32 cannot hold."""
+    corners = np.array([[0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1]], np.float32)
+    faces = np.array([[0, 2, 1], [0, 1, 3], [1, 2, 3], [0, 3, 2]], np.int32)
+    unit, other = Mesh(corners, faces), Mesh(corners * np.float32(size), faces)
+    with np.errstate(all="raise", under="ignore"):
+        assert np.abs(other.face_normals() - unit.face_normals()).max() < 1e-6
+        assert np.abs(other.vertex_normals() - unit.vertex_normals()).max() < 1e-6

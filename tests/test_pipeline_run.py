@@ -5,6 +5,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -20,7 +22,7 @@ from pipeline.config.written import read_part
 from pipeline.runs.checkpoint import load_checkpoint, read_meta, save_checkpoint
 from stages.errors import UserError
 from tests import toy_pipeline
-from tests.fork_server import forking
+from tests.fork_server import ROOT, forking
 
 SMALL = ["coarse.steps=12", "fine.steps=9", "checkpoint_every=4", "preview_every=5", "export.turntable_frames=0"]
 
@@ -121,7 +123,7 @@ def test_killed_and_resumed_equals_uninterrupted(toy, in_process, uninterrupted,
     assert len(json.loads((folder / "run.json").read_text())["sessions"]) == 2
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_interrupt_saves_the_step_it_stops_at_and_says_how_to_go_on(
     toy, in_process, uninterrupted, tmp_path, number, code
 ):
@@ -138,6 +140,30 @@ def test_interrupt_saves_the_step_it_stops_at_and_says_how_to_go_on(
     in_process.resume_run(folder)
     assert (folder / "mesh.glb").read_bytes() == (uninterrupted / "mesh.glb").read_bytes()
     assert without_times(folder) == without_times(uninterrupted)
+
+
+def test_a_killed_run_is_not_called_running(toy, tmp_path):
+    from pipeline import Result
+
+    process = toy("run", "--out", "run", *SMALL, cwd=tmp_path, TOY_STEP_S="0.5")
+    folder = tmp_path / "run"
+    process.wait_until((folder / "coarse" / "checkpoint.safetensors").exists)
+    assert Result(folder).status == "running"
+    process.send_signal(signal.SIGKILL)
+    process.finish()
+    assert json.loads((folder / "run.json").read_text())["status"] == Result(folder).status == "unfinished"
+
+
+def test_a_run_outlives_the_reader_of_its_output(uninterrupted, tmp_path):
+    """As `pipeline run ... | head -1` has it: the pipe is closed after a line, and the run ends with the same bytes."""
+    script = "import sys; from tests import toy_pipeline; toy_pipeline.install(); from pipeline.cli import main; main()"
+    words = [sys.executable, "-c", script, "run", "--out", "run", "--seed", "3", *SMALL]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "TOY_STEP_S": "0.05"}
+    process = subprocess.Popen(words, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.stderr.read() == b"" and process.wait() == 0
+    assert (tmp_path / "run" / "mesh.glb").read_bytes() == (uninterrupted / "mesh.glb").read_bytes()
 
 
 def test_second_interrupt_stops_at_once(toy, tmp_path):

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stages.errors import UserError
+from stages.errors import UserError, address_limit
 
 if TYPE_CHECKING:
     import torch
@@ -108,5 +108,9 @@ def explain_shortage(error: BaseException, prior: StagePrior, folder: Path) -> U
     """Return the UserError for memory that ran out in a stage: three settings that help, and how the run goes on."""
     reason = str(error).strip().partition("\n")[0] or "the machine refused an allocation"
     fix = f"set one or more of these in {folder / 'config.yaml'}: {', '.join(advice(prior))}"
+    limit = address_limit()
+    if limit:
+        reason += f"; this shell lets a process address {limit / 2**30:.1f} GB"
+        fix = f"ulimit -v unlimited, or {fix}"
     again = f"then go on from the last checkpoint: pipeline resume {folder}"
     return UserError(f"{prior.ask.stage} ran out of memory", reason, f"{fix}\n{again}")

@@ -102,6 +102,24 @@ class Lock:
         self._file.close()
 
 
+def in_use(folder: Path) -> bool:
+    """Return whether a process works on the run in `folder` now, by its lock."""
+    if os.name != "posix":
+        try:
+            with Lock(folder):
+                return False
+        except UserError:
+            return True
+    import fcntl
+
+    try:
+        with open(folder / ".lock") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno in (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
+    return False
+
+
 def open_folder(folder: Path) -> Path:
     """Check that `folder` holds a run. Raises UserError."""
     if not (folder / "config.yaml").is_file():

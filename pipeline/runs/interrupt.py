@@ -1,4 +1,4 @@
-"""Ctrl-C that loses nothing: the first asks the running step to be the last, the second stops at once."""
+"""Ctrl-C and its kin that lose nothing: the first asks the running step to be the last, the second stops at once."""
 
 from __future__ import annotations
 
@@ -7,11 +7,15 @@ import threading
 from collections.abc import Callable
 from types import FrameType
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)  # SIGTERM is how a batch system asks
+_SIGNALS = [signal.SIGINT, signal.SIGTERM]  # SIGTERM is how a batch system asks
+_SIGNALS += [signal.SIGHUP] if hasattr(signal, "SIGHUP") else []  # and SIGHUP a terminal that goes away
 
 
 class StopRequest:
-    """Context in which SIGINT and SIGTERM set `requested` while `gentle`, and raise KeyboardInterrupt otherwise.
+    """Context in which a signal sets `requested` while `gentle`, and raises KeyboardInterrupt otherwise.
+
+    The signals are SIGINT, SIGTERM and SIGHUP. A terminal that goes away may send more than one SIGHUP, which ask no
+    more than the first; a SIGHUP that the process is told to ignore, as by nohup, stays ignored.
 
     Args:
         say: called once with a line for the user when a stop is first asked for.
@@ -26,14 +30,19 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():  # elsewhere Python forbids handlers
-            self._before = {number: signal.signal(number, self._handle) for number in _SIGNALS}
+            for number in _SIGNALS:
+                if number in (signal.SIGINT, signal.SIGTERM) or signal.getsignal(number) != signal.SIG_IGN:
+                    self._before[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+        self._before = {}
 
     def _handle(self, number: int, _: FrameType | None) -> None:
+        if self.requested and number not in (signal.SIGINT, signal.SIGTERM):
+            return
         self.exit_code = 128 + number
         if self.requested or not self.gentle:
             raise KeyboardInterrupt

@@ -23,11 +23,16 @@ _CLOCKS = {  # what the seconds of run.json's phases are, by device
     "cuda": "the host's, without waiting for the GPU: a phase's seconds are those of its launches, and what the GPU "
     "has yet to do then counts in the phase that waits next; the seconds of a stage are whole",
 }
+UNFINISHED = "unfinished"  # what run.json says of a run until it ends: true as well once a kill has ended its process
 _PACKAGES = ("torch", "numpy", "numba", "warp-lang", "diffusers", "transformers", "safetensors", "xatlas")
 
 
 class Record:
-    """run.json: kept current through the run, so that a killed one tells how far it came."""
+    """run.json: kept current through the run, so that a killed one tells how far it came.
+
+    Its status is "unfinished" until the run ends as "finished", "interrupted" or "failed". Whether a process works on
+    it is not written down, for a killed one could not take it back: Result.status asks the folder's lock.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / "run.json"
@@ -51,16 +56,20 @@ class Record:
         }
         self.data |= facts
         self.data["sessions"].append(session)
-        self.save(status="running")
+        self.save(status=UNFINISHED)
 
     def save(self, **changes: Any) -> None:
         self.data |= changes
+        if not self.data["sessions"]:  # stopped before one was opened
+            return
         self.data["sessions"][-1]["ended"] = _now()
         for name, peak in {"peak_memory_mb": peak_memory_mb(), "peak_gpu_memory_mb": peak_gpu_memory_mb()}.items():
             earlier = [session.get(name) or 0 for session in self.data["sessions"][:-1]]
             self.data["sessions"][-1][name] = peak
             self.data[name] = max([*earlier, peak or 0]) or None
-        write_whole(self._path, (json.dumps(self.data, indent=2, ensure_ascii=False) + "\n").encode())
+        write_whole(
+            self._path, (json.dumps(self.data, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
+        )
 
 
 class Metrics:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from pipeline.runs.process import memory_mb, peak_gpu_memory_mb
+from pipeline.streams import Output
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -22,7 +23,7 @@ class Progress:
     def __init__(self, console: Console | None = None) -> None:
         from rich.console import Console
 
-        self.console = console or Console(highlight=False, soft_wrap=True)
+        self.console = console or Console(file=Output(), highlight=False, soft_wrap=True)
 
     def note(self, text: str) -> None:
         """One line that stays."""
@@ -40,7 +41,7 @@ class Progress:
         """Say so when numba or Warp compiles a kernel: the cache of an earlier run is silent, a new machine is not."""
         from stages.kernels.cuda.launch import builds_watched
 
-        watch = _CompileWatch(self)
+        watch = _CompileWatch(self, _cache_trouble)
         with contextlib.ExitStack() as stack:
             stack.callback(watch.report)
             stack.enter_context(builds_watched(watch.start, watch.end))
@@ -61,14 +62,16 @@ class Progress:
 class _CompileWatch:
     """Sums nested and repeated compilations into two lines."""
 
-    def __init__(self, progress: Progress) -> None:
+    def __init__(self, progress: Progress, trouble: Callable[[], str]) -> None:
         self._progress, self._depth, self._count, self._seconds, self._since = progress, 0, 0, 0.0, 0.0
+        self._trouble = trouble  # why the kernels are not kept
         self._announced = False
 
     def start(self, estimate: str = "") -> None:
         if not self._announced:
             self._announced = True
-            self._progress.note(f"compiling kernels for this machine, once{estimate}")
+            extent = "run" if self._trouble() else "machine, once"
+            self._progress.note(f"compiling kernels for this {extent}{estimate}")
         if self._depth == 0:
             self._since = time.monotonic()
         self._depth += 1
@@ -80,8 +83,11 @@ class _CompileWatch:
             self._seconds += time.monotonic() - self._since
 
     def report(self) -> None:
-        if self._count:
-            self._progress.note(f"compiled {self._count} kernels in {self._seconds:.0f} s; later runs load them")
+        if not self._count:
+            return
+        trouble = self._trouble()
+        kept = f"they are not kept: {trouble}" if trouble else "later runs load them"
+        self._progress.note(f"compiled {self._count} kernels in {self._seconds:.0f} s; {kept}")
 
 
 class StageProgress:
@@ -163,6 +169,14 @@ class _Live(StageProgress):
 
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
+
+
+def _cache_trouble() -> str:
+    try:
+        from stages.kernels.cpu.jit import cache_trouble
+    except ImportError:  # without numba, of which `pipeline doctor` tells
+        return ""
+    return cache_trouble()
 
 
 def duration(seconds: float) -> str:

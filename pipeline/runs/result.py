@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline.runs.folder import open_folder
+from pipeline.runs.folder import in_use, open_folder
+from pipeline.runs.log import UNFINISHED
 from stages.errors import UserError
+from stages.paths import from_home
 
 if TYPE_CHECKING:
     from pipeline.config.model import Config
@@ -36,7 +38,7 @@ class Result:
     """
 
     def __init__(self, folder: str | Path, mesh: ResultMesh | None = None, paths: Sequence[Path] | None = None) -> None:
-        self.folder = open_folder(Path(folder))
+        self.folder = open_folder(from_home(folder))
         self._mesh, self._paths = mesh, paths
 
     def __repr__(self) -> str:
@@ -46,6 +48,12 @@ class Result:
     def record(self) -> dict[str, Any]:
         """run.json: machine, versions, times, the export's report."""
         return json.loads((self.folder / "run.json").read_text(encoding="utf-8"))
+
+    @property
+    def status(self) -> str:
+        """finished, interrupted, failed, running, or unfinished: its process is gone and left no word."""
+        status = self.record.get("status", UNFINISHED)
+        return "running" if status == UNFINISHED and in_use(self.folder) else status
 
     @property
     def config(self) -> Config:

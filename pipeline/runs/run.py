@@ -211,12 +211,12 @@ class Run:
     def go(self) -> None:
         """Take every stage that is not finished, then write the files."""
         facts = {"prompt": self.config.prompt, "seed": self.config.seed, "stages_asked": self.config.stages}
-        self.record.open_session(_describe(self.device), dict(self.kernels.backends), **facts)
-        for notice in self.kernels.notices:
-            self.progress.note(notice)
         stop = StopRequest(self.progress.note)
         try:
             with stop, selected(self.kernels), self.progress.announce_compilation():
+                self.record.open_session(_describe(self.device), dict(self.kernels.backends), **facts)
+                for notice in self.kernels.notices:
+                    self.progress.note(notice)
                 asset = self._before(self.config.stages[0])
                 for name in self.config.stages:
                     asset = self.restore(name) if self.finished(name) else self._take(name, asset, stop)

@@ -155,6 +155,8 @@ def load_reference(settings: ReferenceSettings, prompts: PromptSettings | None =
 def fitted(mesh: Mesh) -> Mesh:
     """The mesh itself if it lies within the scene's sphere, else centred on its box and scaled to radius 0.8."""
     vertices = mesh.vertices
+    if np.abs(vertices).max() > 1e15:  # whose squares float32 cannot hold
+        vertices = vertices.astype(np.float64)
     if np.linalg.norm(vertices, axis=1).max() <= SCENE_RADIUS:
         return mesh
     centre = (vertices.min(0) + vertices.max(0)) / 2

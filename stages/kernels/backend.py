@@ -17,7 +17,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
 from typing import Literal
@@ -167,8 +167,9 @@ _selection = _EMPTY
 def resolve(settings: KernelSettings, device: torch.device | str) -> Selection:
     """The backend of every family for float32 tensors on a device, with notices of what is not as it could be.
 
-    Raises: UserError where a backend is asked for by name and cannot be used here.
+    Raises: UserError where a backend is asked for by name and cannot be used here, or numba's compiler is switched off.
     """
+    _check_compiler()
     kind = torch.device(device).type
     chosen = {}
     for family in FAMILIES:
@@ -185,6 +186,13 @@ def resolve(settings: KernelSettings, device: torch.device | str) -> Selection:
             raise UserError(what, why, f"kernels.{family}=auto; `pipeline doctor` says what is installed")
         chosen[family] = asked
     return Selection(kind, chosen, tuple(_notices(settings, chosen, kind)))
+
+
+def _check_compiler() -> None:
+    with suppress(ImportError):  # without numba, of which `pipeline doctor` tells
+        from stages.kernels.cpu.jit import check_compiler
+
+        check_compiler()
 
 
 def _notices(settings: KernelSettings, chosen: dict[str, str], device: str) -> Iterator[str]:

@@ -34,7 +34,8 @@ class Mesh:
 
     def face_normals(self) -> np.ndarray:
         """Return unit normals [F, 3]; zero for a degenerate face."""
-        a, b, c = (self.vertices[self.faces[:, k]] for k in range(3))
+        vertices = self._of_handy_size()
+        a, b, c = (vertices[self.faces[:, k]] for k in range(3))
         n = np.cross(b - a, c - a)
         return n / np.maximum(np.linalg.norm(n, axis=1, keepdims=True), 1e-20)
 
@@ -42,13 +43,21 @@ class Mesh:
         """Return the mesh's own unit normals [V, 3], else area-weighted ones; +y where no face gives one."""
         if self.normals is not None:
             return self.normals
-        a, b, c = (self.vertices[self.faces[:, k]].astype(np.float64) for k in range(3))
+        vertices = self._of_handy_size()
+        a, b, c = (vertices[self.faces[:, k]].astype(np.float64) for k in range(3))
         n = np.cross(b - a, c - a)
         total = np.zeros((len(self.vertices), 3))
         for k in range(3):
             np.add.at(total, self.faces[:, k], n)
         length = np.linalg.norm(total, axis=1, keepdims=True)
         return np.where(length > 1e-20, total / np.maximum(length, 1e-20), [0.0, 1.0, 0.0]).astype(np.float32)
+
+    def _of_handy_size(self) -> np.ndarray:
+        """The vertices; where products of them would leave float32, scaled by a power of two, which no normal sees."""
+        reach = float(np.abs(self.vertices).max(initial=0.0))
+        if not 0 < reach < np.inf or 1e-8 < reach < 1e8:
+            return self.vertices
+        return np.ldexp(self.vertices, -int(np.frexp(reach)[1]))
 
     def signed_volume(self) -> float:
         """Return the volume by the divergence theorem; positive for a closed surface facing outwards."""

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from stages.errors import UserError
+from stages.errors import UserError, out_of_memory
 from stages.guidance.diffusion.denoisers import Geometry
 from stages.guidance.diffusion.families import (
     Configs,
@@ -111,6 +111,8 @@ def _tensors(component: Component, config: Any) -> dict[str, torch.Tensor]:
         with quiet(), torch.device("meta"):
             module = kind(config) if library is transformers else kind.from_config(vars(config))
     except Exception as error:  # whatever a config of other values makes the class stumble over
+        if out_of_memory(error):
+            raise
         why = f"config.json does not make a {component.class_name}: {error}"
         raise UserError(component.part, why, "get it again") from None
     tied = set(getattr(module, "_tied_weights_keys", None) or ())
