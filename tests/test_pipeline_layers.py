@@ -1,5 +1,6 @@
 """Settings from files and the command line: what is read, what is refused and how it is said."""
 
+import time
 from pathlib import Path
 from typing import Literal
 
@@ -185,3 +186,58 @@ def test_recipe_that_extends_itself_or_no_name_is_refused(tmp_path):
         from_recipe(tmp_path / "a.yaml", lambda name: tmp_path / f"{name}.yaml")
     with pytest.raises(UserError, match=r"c.yaml:2: extends"):
         from_recipe(tmp_path / "c.yaml", lambda name: tmp_path / f"{name}.yaml")
+
+
+BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{chr(98 + i)}: &{chr(98 + i)} [{', '.join([f'*{chr(97 + i)}'] * 9)}]\n" for i in range(9)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "why"),
+    [
+        ("prompt: a red\x00mug\n", 1, "U+0000"),
+        ("seed: 1\nprompt: a\x07\n", 2, "U+0007"),
+        ("seed: 1\nstages: &a [*a]\n", 2, "contains itself"),
+        ("a: &a {b: {c: *a}}\n", 1, "contains itself"),
+        (BOMB, 5, "aliases"),
+        ("? [a, b]\n: 1\n", 1, "a key is one word"),
+        ("seed: !!int x\n", 1, "'x' is no int"),
+        ("seed: !!timestamp x\n", 1, "timestamp"),
+        ("seed: !!python/object:os.system x\n", 1, "python"),
+        (f"seed: {'9' * 5000}\n", 1, "is no int"),
+        (f"seed: {'[' * 60}{']' * 60}\n", 1, "deep"),
+    ],
+)
+def test_yaml_that_harms_its_reader_is_refused_at_once(tmp_path, text, line, why):
+    (tmp_path / "x.yaml").write_text(text)
+    began = time.perf_counter()
+    with pytest.raises(UserError) as caught:
+        from_file(tmp_path / "x.yaml")
+    assert time.perf_counter() - began < 1
+    assert caught.value.what.startswith(f"{tmp_path / 'x.yaml'}:{line}: ") and why in caught.value.why
+
+
+@pytest.mark.parametrize("text", ["x" * 200_000, "[" * 90_000, "- " * 49_000, "{a: " * 20_000])
+def test_a_file_too_long_or_too_deep_for_settings_is_refused_at_once(tmp_path, text):
+    (tmp_path / "x.yaml").write_text(f"prompt: {text}\n")
+    began = time.perf_counter()
+    with pytest.raises(UserError, match=r"x\.yaml"):
+        from_file(tmp_path / "x.yaml")
+    assert time.perf_counter() - began < 2
+
+
+@pytest.mark.parametrize(
+    "word", ["x=&a [*a]", "prompt=a\x00b", "seed=!!int x", f"seed={'9' * 5000}", "x=" + "[" * 2000]
+)
+def test_an_override_that_harms_its_reader_is_refused(word):
+    with pytest.raises(UserError, match="cannot read"):
+        from_overrides([word])
+
+
+@pytest.mark.parametrize(
+    ("text", "why"), [("a caf\udce9", "0xe9 is no UTF-8"), ("a\x1b[2J", "U[+]001B"), ("\ud800", "U[+]D800")]
+)
+def test_a_prompt_that_is_no_text_is_refused_where_it_was_given(text, why):
+    with pytest.raises(UserError, match=f"--prompt: prompt is not text: .*{why}"):
+        validate(Settings, [from_flags({"prompt": text})])

@@ -251,3 +251,20 @@ def test_guidance_is_that_of_the_stage(tmp_path, monkeypatch):
     guidance = priors.stage_prior(chosen, "fine").build("cpu")
     assert guidance.settings.scale == 3 and guidance.settings.t_max == constant(0.75)
     assert guidance.prompts.prompt == "a red mug" and guidance.prompts.negative == "ugly"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "unknown"),
+    [
+        ("a red mug \N{HOT BEVERAGE}", ["\N{HOT BEVERAGE}"]),
+        ("a \U0001f44d\U0001f3fc mug", ["\U0001f44d\U0001f3fc"]),  # a thumb and its colour
+        ("a red\N{HEAVY BLACK HEART}mug", ["\N{HEAVY BLACK HEART}"]),
+        ("a mug \N{EURO SIGN}", ["\N{EURO SIGN}"]),
+        ("“a red mug” — a mug…", []),
+        ("a red, a-mug!", []),
+    ],
+)
+def test_an_emoji_is_a_word_that_is_not_known_and_punctuation_is_none(prompt, unknown):
+    from pipeline.priors.words import unknown_words
+
+    assert unknown_words(prompt, ["a", "red", "mug"]) == unknown

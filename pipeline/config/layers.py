@@ -1,8 +1,7 @@
 """Layers of settings with the place each value came from, checked against a pydantic model and written back.
 
-YAML is read by a safe loader that knows less than YAML 1.1 on purpose: only true and false are booleans (so a prompt
-may be `no`), 1e-3 is a number, dates are text, a repeated key is an error. Values are checked strictly: 3 is a float,
-"3" is not a number and true is not 1.
+yaml_text.py says what is read of YAML. Values are checked strictly: 3 is a float, "3" is not a number and true is not
+1.
 """
 
 from __future__ import annotations
@@ -22,33 +21,14 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
+from pipeline.config.yaml_text import LONGEST, Dumper, Key, YamlFault, read_values
 from stages.errors import UserError
 from stages.ramp import FORM, Ramp
 
-Key = tuple[str | int, ...]
 Model = typing.TypeVar("Model", bound=BaseModel)
 NAME = "name"  # key of a group that is a choice among kinds, each with settings of its own, as a rule is
 _SHOWN = 5  # mistakes listed at once
-_PLAIN = [
-    ("bool", re.compile(r"^(?:true|false|True|False)$"), list("tTfF")),
-    ("int", re.compile(r"^[-+]?(?:0|[1-9][0-9]*)$"), list("-+0123456789")),
-    ("float", re.compile(r"^[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?$|^[-+]?\.inf$|^\.nan$"),
-     list("-+.0123456789")),
-    ("null", re.compile(r"^(?:~|null|Null|)$"), ["~", "n", "N", ""]),
-]  # fmt: skip
-
-
-class _Loader(yaml.SafeLoader):
-    yaml_implicit_resolvers: typing.ClassVar[dict] = {}
-
-
-class _Dumper(yaml.SafeDumper):
-    yaml_implicit_resolvers: typing.ClassVar[dict] = {}
-
-
-for _name, _pattern, _first in _PLAIN:
-    for _class in (_Loader, _Dumper):
-        _class.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", _pattern, _first)
+_NO_TEXT = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f\ud800-\udfff\ufffe\uffff]")
 
 
 @dataclass
@@ -63,27 +43,20 @@ class Layer:
 def from_file(path: Path) -> Layer:
     """Read one YAML file of settings. Raises UserError with file and line for anything that is not a mapping."""
     try:
-        text = path.read_text(encoding="utf-8")
+        with open(path, "rb") as file:
+            text = file.read(4 * LONGEST + 1).decode("utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"cannot read {path}", f"it is not text: {error}", "give a YAML file of settings") from None
-    loader = _Loader(text)
-    layer = Layer()
     try:
-        node = loader.get_single_node()
-        if node is None:
-            return layer
-        if not isinstance(node, yaml.MappingNode):
-            raise UserError(f"cannot read {path}", "it holds no `key: value` lines", "see configs/ for examples")
-        layer.values = _construct(loader, node, (), path, layer.origins)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        line = f":{mark.line + 1}" if mark is not None else ""
-        raise UserError(f"{path}{line}: not valid YAML", error.problem or str(error), "correct that line") from None
-    except (yaml.YAMLError, RecursionError) as error:
-        raise UserError(f"{path}: not valid YAML", str(error).split("\n")[0], "correct the file") from None
-    finally:
-        loader.dispose()
-    return layer
+        values, lines = read_values(text)
+    except YamlFault as fault:
+        line = f":{fault.line}" if fault.line is not None else ""
+        raise UserError(f"{path}{line}: {fault.what}", fault.why, fault.fix) from None
+    if values is None:
+        return Layer()
+    if not isinstance(values, dict):
+        raise UserError(f"cannot read {path}", "it holds no `key: value` lines", "see configs/ for examples")
+    return Layer(values, {key: f"{path}:{line}" for key, line in lines.items()})
 
 
 def from_recipe(path: Path, find: Callable[[str], Path]) -> list[Layer]:
@@ -112,26 +85,6 @@ def from_recipe(path: Path, find: Callable[[str], Path]) -> list[Layer]:
         path = find(name)
 
 
-def _construct(loader: _Loader, node: yaml.Node, key: Key, path: Path, origins: dict[Key, str]) -> Any:
-    place = f"{path}:{node.start_mark.line + 1}"
-    origins.setdefault(key, place)
-    if isinstance(node, yaml.MappingNode):
-        values: dict[str, Any] = {}
-        for key_node, value_node in node.value:
-            name = str(loader.construct_object(key_node, deep=True))
-            where = f"{path}:{key_node.start_mark.line + 1}"
-            if name in values:
-                raise UserError(
-                    f"{where}: {name} is set twice", "only one of them can count", "remove one of the lines"
-                )
-            origins[(*key, name)] = where
-            values[name] = _construct(loader, value_node, (*key, name), path, origins)
-        return values
-    if isinstance(node, yaml.SequenceNode):
-        return [_construct(loader, child, (*key, i), path, origins) for i, child in enumerate(node.value)]
-    return loader.construct_object(node, deep=True)
-
-
 def from_overrides(overrides: list[str]) -> Layer:
     """`key.sub=value` words of the command line; the value is read as YAML: 3, 1e-3, [1, 2], true, text."""
     layer = Layer()
@@ -143,10 +96,9 @@ def from_overrides(overrides: list[str]) -> Layer:
                 f"cannot read `{word}`", "a setting is written key.sub=value", "for example coarse.steps=300"
             )
         try:
-            value = yaml.load(text, _Loader)
-        except yaml.YAMLError as error:
-            problem = getattr(error, "problem", None) or str(error)
-            raise UserError(f"cannot read `{word}`", f"{text!r} is not a value: {problem}", "quote it") from None
+            value, _ = read_values(text)
+        except YamlFault as fault:
+            raise UserError(f"cannot read `{word}`", f"{text!r:.200} is not a value: {fault.why}", "quote it") from None
         _set(layer, key, value, f"command line: {word}")
         layer.texts[key] = text
     return layer
@@ -233,6 +185,9 @@ def validate(model: type[Model], layers: list[Layer]) -> Model:
     for key, value in _leaves(layer.values):
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{_place(layer, key)}: {_dotted(key)} = {value}", "it must be finite", "give a number")
+        for text in (*key, value):
+            if isinstance(text, str) and (found := _NO_TEXT.search(text)):
+                raise _no_text(_place(layer, key), _dotted(key), found[0])
     try:
         return _check(model, layer)
     except ValidationError as error:
@@ -244,6 +199,15 @@ def validate(model: type[Model], layers: list[Layer]) -> Model:
     rest = len(problems) - len(messages)
     every = [f"{w}: {y} ({f})" for w, y, f in messages] + ([f"and {rest} more"] if rest else [])
     raise UserError(f"{len(problems)} settings cannot be used", "\n".join(every), "correct them; nothing was started")
+
+
+def _no_text(place: str, name: str, letter: str) -> UserError:
+    code = ord(letter)
+    if 0xDC80 <= code <= 0xDCFF:  # as Python reads a byte that is no UTF-8
+        why, fix = f"its byte 0x{code - 0xDC00:02x} is no UTF-8", "write it in UTF-8, as LANG should say"
+    else:
+        why, fix = f"it holds U+{code:04X}, a control character or none at all", "remove it"
+    return UserError(f"{place}: {name} is not text", why, fix)
 
 
 def _check(model: type[Model], layer: Layer) -> Model:
@@ -393,7 +357,7 @@ def _lines(settings: BaseModel, values: dict[str, Any], above: Key, without: Col
             lines = list(_lines(value, values[name], key, without))
             yield from [f"{indent}{name}:", *lines] if lines else []
             continue
-        text = yaml.dump(values[name], Dumper=_Dumper, default_flow_style=True, width=math.inf, allow_unicode=True)
+        text = yaml.dump(values[name], Dumper=Dumper, default_flow_style=True, width=math.inf, allow_unicode=True)
         comment = " ".join((info.description or "").split())
         line = f"{indent}{name}: {text.removesuffix('...' + chr(10)).strip()}"
         yield f"{line}  # {comment}" if comment else line

@@ -5,13 +5,16 @@ from __future__ import annotations
 import difflib
 import re
 import textwrap
+import unicodedata
 
 from stages.errors import UserError
 
 
 def unknown_words(prompt: str, known: list[str]) -> list[str]:
-    """Words of the prompt outside `known`, in order, each once."""
-    words = re.findall(r"\w+", prompt.lower())
+    """Words of the prompt outside `known`, in order, each once. Emoji and other signs beyond ASCII are words, too;
+    punctuation is none."""
+    words = re.findall(r"\w+|[^\w\s\x00-\x7f]+", unicodedata.normalize("NFC", prompt.lower()))
+    words = [word for word in words if not all(unicodedata.category(letter)[0] in "PZ" for letter in word)]
     return list(dict.fromkeys(word for word in words if word not in known))
 
 
