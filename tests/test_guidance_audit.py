@@ -146,3 +146,21 @@ def test_a_tokenizer_of_another_model_is_named(copied, folders):
 def test_a_folder_that_is_no_model_has_one_finding(tmp_path):
     (finding,) = audit(tmp_path)
     assert not finding.ok and finding.part == "model_index.json" and finding.fix
+
+
+@pytest.mark.parametrize("damage", [b"", b"[]", b"1", b"\xff\xfe", "cut", "folder"])
+@pytest.mark.parametrize("name", ["stable_diffusion", "pocket_latent"])
+def test_every_file_that_is_cut_emptied_or_of_another_type_is_named(folders, tmp_path, name, damage):
+    for path in sorted(p for p in folders[name].rglob("*") if p.is_file()):
+        if path.name == "merges.txt" and damage not in (b"", "folder"):
+            continue  # any text is one
+        place = path.relative_to(folders[name])
+        folder = shutil.copytree(folders[name], tmp_path / str(place).replace("/", "-"))
+        (folder / place).unlink()
+        if damage == "folder":
+            (folder / place).mkdir()
+        else:
+            data = path.read_bytes()
+            (folder / place).write_bytes(data[: len(data) // 2] if damage == "cut" else damage)
+        wrong = [finding.detail for finding in audit(folder) if not finding.ok]
+        assert any(path.name in detail for detail in wrong), (place, wrong)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from stages.guidance.diffusion.families import (
     family_of,
     read_configs,
 )
-from stages.guidance.diffusion.folder import Component, check_component, quiet
+from stages.guidance.diffusion.folder import Component, check_component, quiet, read_json
 from stages.guidance.diffusion.noise_schedule import load_schedule
 from stages.guidance.diffusion.text import load_tokenizer, token_limit
 from stages.guidance.diffusion.weights import Header, parameter_count, read_headers
@@ -48,13 +49,24 @@ def audit(folder: Path, variant: str | None = None, resolution: int | None = Non
         family, classes = family_of(folder)
     except UserError as error:
         return [Finding("model_index.json", False, error.why, error.fix)]
-    findings = [Finding("family", True, f"{family.name} ({classes[family.part]})")]
+    findings = [] if not (folder / "pocket.json").exists() else [_finding("pocket.json", partial(_words, folder))]
+    findings = [finding for finding in findings if not finding.ok]
+    findings = [*findings, Finding("family", True, f"{family.name} ({classes[family.part]})")]
     configs: Configs = {}
     for component in components(family, classes):
         findings.append(_part(folder, family, classes, component, variant, configs))
     if all(finding.ok for finding in findings):
         findings += _whole(folder, family, classes, configs, resolution)
     return findings
+
+
+def _words(folder: Path) -> str:
+    """The words of a pocket prior."""
+    path = folder / "pocket.json"
+    words = read_json(path, f"Cannot load the prior {folder}").get("words")
+    if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+        raise UserError(f"Cannot load the prior {folder}", f"{path} lists no words", "copy or download it again")
+    return f"{len(words)} words"
 
 
 def _part(
@@ -91,7 +103,8 @@ def _compare(component: Component, config: Any, headers: dict[str, Header]) -> N
     what, fix = component.part, "weights and config.json are not of the same model: get both again"
     absent = [name for name in shapes if name not in got]
     if absent:
-        raise UserError(what, f"{len(absent)} tensors are missing from its weights, {absent[0]} first", fix)
+        why = f"{len(absent)} tensors are missing from its weights, {absent[0]} first, by its config.json"
+        raise UserError(what, why, fix)
     # some old autoencoders keep a linear layer as a convolution of one pixel, which loads all the same
     wrong = [name for name in shapes if [n for n in got[name] if n != 1] != [n for n in shapes[name] if n != 1]]
     if wrong:

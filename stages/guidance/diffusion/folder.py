@@ -21,6 +21,8 @@ from stages.paths import from_home
 
 PARTS = ("unet", "transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
 _HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
+PANIC = "PanicException"  # what a library in Rust raises where it trips over a file: no Exception to Python
+_NEVER_EMPTY = ("config.json", "scheduler_config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json")
 TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
 
 
@@ -202,11 +204,23 @@ def check_component(folder: Path, component: Component, variant: str | None = No
             f"its {component.part}/ is missing",
             f"copy the {component.class_name} of the same model to {directory}",
         )
+    _check_texts(directory, f"Cannot load the {component.part} of {folder}")
     if component.stem is None:
         return []
     if not (directory / "config.json").is_file():
         raise UserError(what, f"{directory / 'config.json'} is missing", "use a complete diffusers folder")
     return check_files(directory, component.stem, variant, what)
+
+
+def _check_texts(directory: Path, what: str) -> None:
+    """Refuse a part with a small file that is cut, emptied or of another type, by the file's name: the libraries' own
+    readers pass it over, or tell of a slip of theirs."""
+    for path in sorted(directory.iterdir()):
+        if path.suffix == ".json" and not read_json(path, what) and path.name in _NEVER_EMPTY:
+            raise UserError(what, f"{path} says nothing", "copy or download it again")
+        if path.suffix == ".txt" and not (path.is_file() and path.stat().st_size):
+            why = "is empty" if path.is_file() else "is no file"
+            raise UserError(what, f"{path} {why}", "copy or download it again")
 
 
 def load_part(folder: Path, part: str, load: Callable[[], Any]) -> Any:
@@ -219,8 +233,8 @@ def load_part(folder: Path, part: str, load: Callable[[], Any]) -> Any:
     try:
         with quiet():
             loaded = load()
-    except Exception as error:  # safetensors and tokenizers raise their own kinds, the latter bare Exceptions
-        if out_of_memory(error):
+    except BaseException as error:  # safetensors and tokenizers raise their own kinds, the latter bare Exceptions
+        if out_of_memory(error) or not (isinstance(error, Exception) or type(error).__name__ == PANIC):
             raise
         raise UserError(what, _first_line(error), "the file is damaged or of another model: get it again") from error
     if not isinstance(loaded, tuple):

@@ -213,9 +213,13 @@ def load_tokenizer(folder: Path, part: str) -> Any:
         if absent:
             why = f"reading its .model file takes a package that is not installed ({', '.join(absent)})"
             raise UserError(what, why, "pip install sentencepiece protobuf")
-    tokenizer = load_part(
-        folder, part, lambda: transformers.AutoTokenizer.from_pretrained(folder / part, local_files_only=True)
-    )
+
+    def load() -> Any:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder / part, local_files_only=True)
+        tokenizer("a", verbose=False)  # some damage to its file shows first in a text
+        return tokenizer
+
+    tokenizer = load_part(folder, part, load)
     if tokenizer.pad_token is None:
         raise UserError(what, "it has no padding token", "get the folder again")
     return tokenizer

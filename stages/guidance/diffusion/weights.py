@@ -85,7 +85,10 @@ def read_header(path: Path) -> dict[str, Header]:
         if 8 + length + end != size:
             raise ValueError(f"it should have {8 + length + end} bytes and has {size}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise UserError(f"Cannot read {path}", f"{error}", "the file is damaged: copy or download it again") from error
+        reason = error if isinstance(error, OSError | ValueError) else "its header is damaged"
+        raise UserError(
+            f"Cannot read {path}", f"{path.name}: {reason}", "the file is damaged: copy or download it again"
+        ) from None
     return headers
 
 
