@@ -93,3 +93,23 @@ def test_a_disk_without_locks_is_worked_on_and_a_lock_that_is_held_is_not(tmp_pa
     fail(errno.EWOULDBLOCK)
     with pytest.raises(UserError, match="is in use"), Lock(tmp_path):
         pass
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        {"stages": []},
+        {"stages": {"coarse": []}},
+        {"stages": {"coarse": {}}},
+        {"outputs": 0},
+        {"outputs": [1]},
+        {"sessions": [None]},
+        {"prompt": 3},
+        {"export": {"phases": 1}},
+        {"export": {"phases": {"write": "x"}}},
+    ],
+)
+def test_a_record_with_something_of_the_wrong_kind_is_damaged(tmp_path, data):
+    (tmp_path / "run.json").write_text(json.dumps(data))
+    with pytest.raises(UserError, match=r"damaged file .*run\.json"):
+        Record(tmp_path)

@@ -185,6 +185,20 @@ def test_resuming_a_finished_run_says_so_and_changes_nothing(in_process, uninter
     assert contents(tmp_path / "run") == before
 
 
+def test_a_new_prompt_for_a_finished_run_is_refused(in_process, uninterrupted, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(uninterrupted, folder)
+    config = folder / "config.yaml"
+    config.write_text(config.read_text().replace("prompt: a red mug", "prompt: a blue mug"))
+    before = contents(folder)
+    with pytest.raises(UserError, match='asks for "a blue mug": every step of this run was taken for "a red mug"'):
+        in_process.resume_run(folder)
+    (folder / "mesh.glb").unlink()  # nor are its files made again under the new name
+    with pytest.raises(UserError, match="a blue mug"):
+        in_process.resume_run(folder)
+    assert contents(folder) == {path: data for path, data in before.items() if path.name != "mesh.glb"}
+
+
 def test_a_finished_run_whose_settings_were_edited_goes_on_with_them(in_process, uninterrupted, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(uninterrupted, folder)

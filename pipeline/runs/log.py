@@ -17,6 +17,7 @@ from pipeline import __version__
 from pipeline.output.files import write_whole
 from pipeline.runs.checkpoint import read_json
 from pipeline.runs.process import git_revision, peak_gpu_memory_mb, peak_memory_mb, version_of
+from stages.errors import UserError
 
 _CLOCKS = {  # what the seconds of run.json's phases are, by device
     "cpu": "the host's",
@@ -38,8 +39,7 @@ class Record:
         self._path = folder / "run.json"
         self.data: dict[str, Any] = {"stages": {}, "sessions": []}
         if self._path.exists():
-            fix = "remove it; `pipeline resume` writes a new one and loses only the times noted so far"
-            self.data |= read_json(self._path, fix)
+            self.data |= read_record(self._path)
 
     def open_session(self, device: dict[str, Any], kernels: dict[str, str], **facts: Any) -> None:
         """Note machine, versions, each kernel family's backend and the phases' clock; earlier sessions keep theirs."""
@@ -70,6 +70,24 @@ class Record:
         write_whole(
             self._path, (json.dumps(self.data, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
         )
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """Return what a run.json holds. Raises: UserError where it is damaged, or has something of the wrong kind."""
+    fix = "remove it; `pipeline resume` writes a new one and loses only the times noted so far"
+    data = read_json(path, fix)
+    for name, kind in (("stages", dict), ("sessions", list), ("outputs", list), ("export", dict), ("prompt", str)):
+        if name in data and not isinstance(data[name], kind):
+            raise UserError(f"damaged file {path}", f"its {name} is {json.dumps(data[name])[:60]}", fix)
+    seconds = [facts.get("seconds") if isinstance(facts, dict) else facts for facts in data.get("stages", {}).values()]
+    phases = data.get("export", {}).get("phases", {})
+    seconds += phases.values() if isinstance(phases, dict) else [None]
+    wrong = [value for value in seconds if not isinstance(value, int | float)]
+    wrong += [session for session in data.get("sessions", []) if not isinstance(session, dict)]
+    wrong += [name for name in data.get("outputs", []) if not isinstance(name, str)]
+    if wrong:
+        raise UserError(f"damaged file {path}", f"it holds {json.dumps(wrong[0])[:60]} out of place", fix)
+    return data
 
 
 class Metrics:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipeline.runs.folder import in_use, open_folder
-from pipeline.runs.log import UNFINISHED
+from pipeline.runs.log import UNFINISHED, read_record
 from stages.errors import UserError
 from stages.paths import from_home
 
@@ -47,7 +47,7 @@ class Result:
     @property
     def record(self) -> dict[str, Any]:
         """run.json: machine, versions, times, the export's report."""
-        return json.loads((self.folder / "run.json").read_text(encoding="utf-8"))
+        return read_record(self.folder / "run.json")
 
     @property
     def status(self) -> str:

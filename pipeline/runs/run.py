@@ -81,14 +81,9 @@ def resume_run(folder: Path, progress: Progress | None = None, caller: Caller | 
     config = read_run(folder)
     check_disk(folder)
     with Lock(folder):
-        record = Record(folder)
-        missing = [name for name in record.data.get("outputs", []) if not (folder / name).exists()]
-        check_run(folder, config)
-        wanted = _export_settings(config)
-        whole = record.data.get("status") == "finished" and not missing
-        whole = whole and record.data.get("exported_with") == wanted
-        if whole and all(_finished(folder, config, name) for name in config.stages):
-            progress.note(f"{folder} is finished: {', '.join(record.data['outputs'])}")
+        outputs = stands(folder, config)
+        if outputs:
+            progress.note(f"{folder} is finished: {', '.join(outputs)}")
             return
         device = choose_device(config.device)
         with deterministic(device):
@@ -96,6 +91,34 @@ def resume_run(folder: Path, progress: Progress | None = None, caller: Caller | 
             run.priors = check_priors(config, [s for s in config.stages if not run.finished(s)], caller.priors)
             progress.note(f"resuming {folder}")
             run.go()
+
+
+def stands(folder: Path, config: Config) -> list[str]:
+    """Return the files of a run that has nothing left to do, none for one that can go on.
+
+    Raises: UserError for one that its configuration does not go with.
+    """
+    record = Record(folder)
+    check_run(folder, config)
+    if not all(_finished(folder, config, name) for name in config.stages):
+        return []
+    _check_prompt(folder, config, record)
+    outputs = record.data.get("outputs", [])
+    whole = record.data.get("status") == "finished" and all((folder / name).exists() for name in outputs)
+    return outputs if whole and record.data.get("exported_with") == _export_settings(config) else []
+
+
+def _check_prompt(folder: Path, config: Config, record: Record) -> None:
+    """Refuse a new prompt for a run whose steps are all taken, since none of them would hear of it."""
+    was = record.data.get("prompt")
+    if was is None or was == config.prompt:
+        return
+    file = folder / "config.yaml"
+    raise UserError(
+        f'{file} asks for "{config.prompt}"',
+        f'every step of this run was taken for "{was}", and none is taken again',
+        f"for the new prompt: pipeline run --config {file} --out FOLDER; for this object: set the old one back",
+    )
 
 
 def read_run(folder: Path) -> Config:
