@@ -1,0 +1,144 @@
+"""What becomes of broken inputs: configurations, overrides, meshes, run folders and model folders, mutated at random.
+
+    python -m benchmarks.fuzz --seed 0 --count 2000
+
+Every input is read in this process by what a run reads it with, under a limit of time and memory. It may be taken, or
+refused by a UserError that gives a reason. Everything else is a fault: another exception, memory or time run out, a
+warning, a reason that is only the text of a slip in the reader ("'str' object has no attribute 'get'"). Each kind of
+fault, by the line that it comes from, is printed once with the smallest input that shows it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+import random
+import signal
+import tempfile
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.fuzz.inputs import Inputs
+from stages.errors import UserError
+from stages.paths import from_home
+
+LIMIT_S = 10.0  # for one input; the slowest that is refused well takes about one on a quiet machine
+ROOM = 4 * 2**30  # bytes that one input may add to what the process addresses
+_SLIPS = (Warning, AttributeError, TypeError, KeyError, IndexError, NameError, ZeroDivisionError, RecursionError)
+
+
+@dataclass
+class Fault:
+    """A kind of fault: where it comes from, how often, and the smallest input."""
+
+    what: str
+    where: str
+    count: int
+    smallest: bytes
+    index: int
+
+
+class _TooLong(BaseException):
+    """The time of one input is over; nothing that reads it may take this for an error of its own."""
+
+
+@contextlib.contextmanager
+def _limited(seconds: float) -> Iterator[None]:
+    """Raise _TooLong after that time, and MemoryError where far more memory is asked for than any input needs."""
+    import resource
+
+    def stop(*_: object) -> None:
+        raise _TooLong
+
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    handler = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    resource.setrlimit(resource.RLIMIT_AS, (used + ROOM, before[1]))
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, handler)
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+def fault_of(read: Callable[[], object], limit_s: float = LIMIT_S) -> tuple[str, str] | None:
+    """Return what is wrong with how an input was read, and the line that it comes from; None for nothing."""
+    try:
+        with _limited(limit_s), warnings.catch_warnings():
+            warnings.simplefilter("error", RuntimeWarning)
+            read()
+    except UserError as error:
+        cause = error.__cause__
+        if isinstance(cause, _SLIPS):
+            return f"refused for a slip of the reader: {type(cause).__name__}: {cause}"[:200], _place(cause)
+        if isinstance(cause, MemoryError):
+            return "memory", _place(cause)
+    except _TooLong as error:
+        return f"more than {limit_s:g} s", _place(error)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # what is looked for; a library in Rust panics by an exception that is no Exception
+        return f"{type(error).__name__}: {error}"[:200], _place(error)
+    return None
+
+
+def _place(error: BaseException) -> str:
+    """The innermost line of ours that an error came by."""
+    frames = traceback.extract_tb(error.__traceback__)
+    tops = {"pipeline", "stages"}
+    ours = [f for f in frames if "site-packages" not in f.filename and tops & {*Path(f.filename).parts}]
+    if not ours:
+        return f"{frames[-1].filename}:{frames[-1].lineno}" if frames else ""
+    parts = Path(ours[-1].filename).parts
+    start = max(i for i, part in enumerate(parts) if part in tops)
+    return f"{'/'.join(parts[start:])}:{ours[-1].lineno}"
+
+
+def fuzz(seed: int, count: int, kinds: list[str] | None = None, limit_s: float = LIMIT_S) -> list[Fault]:
+    """Return the kinds of fault of `count` inputs, by turns of each kind of input; the same seed, the same inputs."""
+    faults: dict[tuple[str, str, str], Fault] = {}
+    with tempfile.TemporaryDirectory(prefix="fuzz-") as folder:
+        inputs = Inputs(Path(folder))
+        names = kinds or list(inputs.kinds)
+        for index in range(count):
+            rng = random.Random(f"{seed}/{index}")
+            kind = names[index % len(names)]
+            data, read = inputs.kinds[kind](rng)
+            wrong = fault_of(read, limit_s)
+            if wrong is None:
+                continue
+            key = (kind, wrong[0].partition(":")[0], wrong[1])
+            known = faults.setdefault(key, Fault(f"{kind}: {wrong[0]}", wrong[1], 0, data, index))
+            known.count += 1
+            if len(data) < len(known.smallest):
+                known.what, known.smallest, known.index = f"{kind}: {wrong[0]}", data, index
+    return list(faults.values())
+
+
+def main() -> int:
+    """Run the command line; 1 where a fault is left."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.fuzz", description=__doc__.splitlines()[0])
+    parser.add_argument("--seed", type=int, default=0, help="of the mutations")
+    parser.add_argument("--count", type=int, default=300, help="inputs")
+    parser.add_argument("--kinds", help="of config,override,mesh,run,model, by commas; all by turns")
+    parser.add_argument("--limit", type=float, default=LIMIT_S, help="seconds for one input")
+    parser.add_argument("--keep", type=from_home, help="folder for the smallest input of each kind of fault")
+    args = parser.parse_args()
+    logging.disable(logging.WARNING)
+    began = time.perf_counter()
+    faults = fuzz(args.seed, args.count, args.kinds.split(",") if args.kinds else None, args.limit)
+    for number, fault in enumerate(sorted(faults, key=lambda f: -f.count)):
+        print(f"{fault.count} x {fault.what}\n    at {fault.where}; input {fault.index}, {len(fault.smallest)} bytes:")
+        print(f"    {fault.smallest[:300]!r}")
+        if args.keep is not None:
+            args.keep.mkdir(parents=True, exist_ok=True)
+            (args.keep / f"{number}.bin").write_bytes(fault.smallest)
+    print(f"{args.count} inputs of seed {args.seed}: {len(faults)} kinds of fault, {time.perf_counter() - began:.0f} s")
+    return 1 if faults else 0
