@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.fuzz.inputs import Inputs
+from pipeline.errors import explain
 from stages.errors import UserError
 from stages.paths import from_home
 
@@ -85,7 +86,9 @@ def fault_of(read: Callable[[], object], limit_s: float = LIMIT_S) -> tuple[str,
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # what is looked for; a library in Rust panics by an exception that is no Exception
-        return f"{type(error).__name__}: {error}"[:200], _place(error)
+        told = explain(error)  # at the command's edge: a file's failure of the system, such as a name too long
+        if told is None or isinstance(error, MemoryError):
+            return f"{type(error).__name__}: {error}"[:200], _place(error)
     return None
 
 

@@ -101,6 +101,7 @@ class Inputs:
 
     def __init__(self, folder: Path) -> None:
         from pipeline.config.recipes import recipes
+        from stages.pocket.models import WEIGHTS
 
         self._folder, self._number = folder, 0
         self.kinds: dict[str, Callable[[random.Random], tuple[bytes, Read]]] = {
@@ -113,6 +114,8 @@ class Inputs:
         self._recipes = [path.read_bytes() for path in recipes().values()]
         self._meshes = _meshes(folder / "meshes")
         self._whole_run = _run_files(folder / "whole")
+        for space in ("pixel", "latent"):  # what the libraries load at first is not the first input's time
+            _check(WEIGHTS / space)
 
     def _new(self, name: str) -> Path:
         """A path in a folder of its own; the one before is gone."""

@@ -39,7 +39,7 @@ class Record:
         self._path = folder / "run.json"
         self.data: dict[str, Any] = {"stages": {}, "sessions": []}
         if self._path.exists():
-            self.data |= read_record(self._path)
+            self.data = read_record(self._path)
 
     def open_session(self, device: dict[str, Any], kernels: dict[str, str], **facts: Any) -> None:
         """Note machine, versions, each kernel family's backend and the phases' clock; earlier sessions keep theirs."""
@@ -75,7 +75,7 @@ class Record:
 def read_record(path: Path) -> dict[str, Any]:
     """Return what a run.json holds. Raises: UserError where it is damaged, or has something of the wrong kind."""
     fix = "remove it; `pipeline resume` writes a new one and loses only the times noted so far"
-    data = read_json(path, fix)
+    data = {"stages": {}, "sessions": []} | read_json(path, fix)
     for name, kind in (("stages", dict), ("sessions", list), ("outputs", list), ("export", dict), ("prompt", str)):
         if name in data and not isinstance(data[name], kind):
             raise UserError(f"damaged file {path}", f"its {name} is {json.dumps(data[name])[:60]}", fix)

@@ -81,6 +81,8 @@ def read_header(path: Path) -> dict[str, Header]:
             entries = json.loads(file.read(length))
         entries.pop("__metadata__", None)
         headers = {name: Header(entry["dtype"], tuple(entry["shape"])) for name, entry in entries.items()}
+        if not all(isinstance(header.dtype, str) for header in headers.values()):
+            raise TypeError
         end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
         if 8 + length + end != size:
             raise ValueError(f"it should have {8 + length + end} bytes and has {size}")
