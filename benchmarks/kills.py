@@ -4,7 +4,8 @@
 
 A tiny run of both stages under the reference prior is killed by SIGKILL at a random moment and resumed, some of them
 killed again while they resume; every third of the kills hits an export of a finished run in its place, which is made
-again. Compared are the mesh files, the checkpoints' tensors, and the metrics without their times.
+again. A process that ends before it is killed is no kill: another takes its place. Compared are the mesh files, the
+checkpoints' tensors, and the metrics without their times.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -53,11 +56,21 @@ export: {texture_size: 64, faces: 1000, turntable_frames: 0, unwrap: boxes}
 """
 
 
-def state_of(run: Path) -> dict[str, Any]:
+State = dict[str, Any]
+
+
+@dataclass
+class Clock:
+    """How long a process takes that is left alone; shorter once one has ended before it was killed."""
+
+    seconds: float
+
+
+def state_of(run: Path) -> State:
     """What a finished run comes to: its files, the tensors of its checkpoints, its metrics without their times."""
     from pipeline.runs.checkpoint import load_checkpoint
 
-    state: dict[str, Any] = {path.name: path.read_bytes() for path in sorted(run.glob("mesh*"))}
+    state: State = {path.name: path.read_bytes() for path in sorted(run.glob("mesh*"))}
     for path in sorted(run.glob("*/checkpoint.safetensors")):
         tensors, _ = load_checkpoint(path)
         state[path.parent.name] = {name: tensor.contiguous().numpy().tobytes() for name, tensor in tensors.items()}
@@ -84,47 +97,71 @@ def kills(seed: int, count: int, work: Path) -> list[dict[str, Any]]:
     _finish(_start(work, *words, "warm"))  # compiles kernels, which later processes load
     began = time.monotonic()
     _finish(_start(work, *words, "alone"))
-    whole_s = time.monotonic() - began
+    whole = Clock(time.monotonic() - began)
     began = time.monotonic()
     _finish(_start(work, "export", "alone", "--format", FORMATS, "--out", "files"))
-    export_s = time.monotonic() - began
+    exported = Clock(time.monotonic() - began)
     alone, files = state_of(work / "alone"), _files(work / "files")
     lines = []
     for number in range(count):
         name = f"run-{number}"
         if number % 3 == 2:
-            lines.append(_kill_export(work, name, rng, export_s, files))
+            lines.append(_kill_export(work, name, rng, exported, files))
         else:
-            lines.append(_kill_run(work, name, words, rng, whole_s, alone))
+            lines.append(_kill_run(work, name, words, rng, whole, alone))
         shutil.rmtree(work / name, ignore_errors=True)
     return lines
 
 
-def _kill_run(
-    work: Path, name: str, words: list[str], rng: random.Random, whole_s: float, alone: dict[str, Any]
-) -> dict[str, Any]:
-    moments = [round(_killed(_start(work, *words, name), rng.uniform(0.25, 1.0) * whole_s), 2)]
+def _kill_run(work: Path, name: str, words: list[str], rng: random.Random, clock: Clock, alone: State) -> State:
+    def begin() -> subprocess.Popen:
+        shutil.rmtree(work / name, ignore_errors=True)
+        return _start(work, *words, name)
+
+    moments = [_killed(begin, rng, clock)]
     what = "run"
     if not (work / name / "config.yaml").exists():  # killed before there was anything to take up
-        shutil.rmtree(work / name, ignore_errors=True)
-        _finish(_start(work, *words, name))
+        _finish(begin())
     else:
-        if rng.random() < 0.5:
+        if rng.random() < 0.5 and not _is_finished(work / name):
             what = "run and resume"
-            moments.append(round(_killed(_start(work, "resume", name), rng.uniform(0.25, 1.0) * whole_s), 2))
+            kept = work / f"{name}-kept"
+            shutil.copytree(work / name, kept)
+
+            def again() -> subprocess.Popen:
+                shutil.rmtree(work / name)
+                shutil.copytree(kept, work / name)
+                return _start(work, "resume", name)
+
+            moments.append(_killed(again, rng, Clock(clock.seconds)))
+            shutil.rmtree(kept)
         _finish(_start(work, "resume", name))
     now = state_of(work / name)
     return {"killed": what, "after_s": moments, "differs": [key for key in alone if now.get(key) != alone[key]]}
 
 
-def _kill_export(work: Path, name: str, rng: random.Random, export_s: float, files: dict[str, bytes]) -> dict[str, Any]:
+def _kill_export(work: Path, name: str, rng: random.Random, clock: Clock, files: State) -> State:
     """Into the run's own folder, whose files an export may write over."""
-    shutil.copytree(work / "alone", work / name)
     words = ["export", name, "--format", FORMATS]
-    moment = round(_killed(_start(work, *words), rng.uniform(0.5, 1.0) * export_s), 2)
+
+    def begin() -> subprocess.Popen:
+        shutil.rmtree(work / name, ignore_errors=True)
+        shutil.copytree(work / "alone", work / name)
+        return _start(work, *words)
+
+    moment = _killed(begin, rng, clock)
     _finish(_start(work, *words))
     now = _files(work / name)
-    return {"killed": "export", "after_s": [moment], "differs": [key for key in files if now.get(key) != files[key]]}
+    return {
+        "killed": "export",
+        "after_s": [moment],
+        "differs": sorted(k for k in files | now if files.get(k) != now.get(k)),
+    }
+
+
+def _is_finished(run: Path) -> bool:
+    path = run / "run.json"
+    return path.exists() and json.loads(path.read_text(encoding="utf-8"))["status"] == "finished"
 
 
 def _files(folder: Path) -> dict[str, bytes]:
@@ -144,15 +181,23 @@ def _start(work: Path, *words: str) -> subprocess.Popen:
         )
 
 
-def _killed(process: subprocess.Popen, after_s: float) -> float:
-    """Kill a process after some seconds. Returns: the seconds, or those it took where it was done before."""
-    began = time.monotonic()
-    try:
-        process.wait(after_s)
-    except subprocess.TimeoutExpired:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    return time.monotonic() - began
+def _killed(begin: Callable[[], subprocess.Popen], rng: random.Random, clock: Clock) -> float:
+    """Begin a process and kill it at a random moment of its time; where it ends first, begin again with a shorter one.
+
+    Returns: the seconds after which a kill ended it, and nothing else.
+    """
+    while True:
+        process = begin()
+        began = time.monotonic()
+        try:
+            process.wait(rng.uniform(0.25, 1.0) * clock.seconds)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            if process.wait() == -signal.SIGKILL:
+                return round(time.monotonic() - began, 2)
+        if process.returncode:
+            _finish(process)
+        clock.seconds = min(clock.seconds, time.monotonic() - began)
 
 
 def _finish(process: subprocess.Popen) -> None:
@@ -170,6 +215,7 @@ def main() -> int:
         "--out", type=from_home, help=f"folder of {FILE}, for a line of it; {RESULTS} is the published one"
     )
     args = parser.parse_args()
+    before = environment()  # the revision that the processes ran
     with tempfile.TemporaryDirectory(prefix="kills-") as work:
         lines = kills(args.seed, args.count, Path(work))
     for line in lines:
@@ -178,7 +224,7 @@ def main() -> int:
     print(f"{same} of {len(lines)} ended with the same bytes")
     if args.out is not None:
         facts = {"seed": args.seed, "kills": len(lines), "same_bytes": same, "each": lines}
-        append_line(args.out / FILE, environment() | facts)
+        append_line(args.out / FILE, before | facts)
     return 0 if same == len(lines) else 1
 
 
