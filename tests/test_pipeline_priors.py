@@ -249,7 +249,7 @@ def test_guidance_is_that_of_the_stage(tmp_path, monkeypatch):
     monkeypatch.setattr(pocket_source.PocketSource, "load", lambda *_: prior)
     chosen = config("guidance.fine.scale=3", "negative=ugly", prompt="a red mug")
     guidance = priors.stage_prior(chosen, "fine").build("cpu")
-    assert guidance.settings.scale == 3 and guidance.settings.t_max == constant(0.75)
+    assert guidance.settings.scale == 3 and guidance.settings.t_max == constant(0.95)
     assert guidance.prompts.prompt == "a red mug" and guidance.prompts.negative == "ugly"
 
 

@@ -273,7 +273,7 @@ def test_resume_after_more_steps_were_asked_for_goes_on_to_them(in_process, unin
     ("arguments", "what", "fix"),
     [
         (["--init-mesh", "gone.glb"], "--init-mesh", "--stages fine"),
-        (["--init-mesh", "gone.glb", "--stages", "fine"], "Cannot read the mesh", "GLB, OBJ, PLY or STL"),
+        (["--init-mesh", "gone.glb", "--stages", "fine"], "Cannot read the mesh", "GLB, glTF, OBJ, PLY and STL"),
         (["--stages", "fine", "place.up=w"], "place.up", "'auto', 'x', '-x'"),
         (["--stages", "fine,coarse"], "stages", "order"),
         (["--stages", "coarse,coarse"], "stages", "once"),

@@ -152,14 +152,14 @@ def test_kept_pictures_are_the_layouts_and_another_layout_makes_its_own(pool, tm
     captions, index = ["a red mug", "", "a red mug", "a blue ball"], np.array([3, 5, 8, 3])
     plain = Told(condition, scenes, encode).pictures(captions, index)
     told = Told(condition, scenes, encode, keep)
-    assert torch.equal(told.pictures(captions[:3], index[:3]), plain[:3])
+    torch.testing.assert_close(told.pictures(captions[:3], index[:3]), plain[:3], atol=1e-5, rtol=0)
     assert told.known.nonzero()[0].tolist() == [3, 8]  # not the empty caption's
     told.save()
 
     calls = []
     again = Told(condition, scenes, lambda texts: calls.append(texts) or encode(texts), keep)
     kept = again.pictures(captions[:3], index[:3])
-    assert calls == [[""]] and (kept - plain[:3]).abs().max() <= 0.5 / 255 + 1e-6
+    assert calls == [[""]] and (kept - plain[:3]).abs().max() <= 0.5 / 255 + 1e-5
 
     other = models.make_condition("pixel", models.make_layout(fine=False)).requires_grad_(False)
     assert not Told(other, scenes, encode, keep).known.any()

@@ -140,7 +140,7 @@ class _Ply:
         if any((table[f"{name} count"] != size).any() for name, size in sizes.items()):
             return False
         for name, kind, length in element.properties:
-            values = np.asarray(table[name]).astype(kind)
+            values = self._of_kind(np.asarray(table[name]), name, kind)
             if length is None:
                 element.columns[name] = values
             else:
@@ -159,7 +159,7 @@ class _Ply:
                     counts[name].append(size)
                 columns[name].append(self._take(element, row, kind, size))
         for name, kind, length in element.properties:
-            values = np.concatenate(columns[name]).astype(kind)
+            values = self._of_kind(np.concatenate(columns[name]), name, kind)
             if length is None:
                 element.columns[name] = values
             else:
@@ -183,6 +183,15 @@ class _Ply:
     def _short(self, element: _Element, rows: int) -> None:
         what = {"vertex": "vertices", "face": "faces"}.get(element.name, f"rows of {element.name}")
         raise self.wrong(f"its header promises {element.count} {what}, and it ends after {rows}: it is cut off")
+
+    def _of_kind(self, values: np.ndarray, name: str, kind: str) -> np.ndarray:
+        """Return values as numbers of a property's kind; refused where they are none of it."""
+        if np.dtype(kind).kind in "iu" and values.dtype.kind == "f":
+            bounds = np.iinfo(kind)
+            strange = ~((values == np.round(values)) & (values >= bounds.min) & (values <= bounds.max))
+            if strange.any():
+                raise self.wrong(f"{values[strange].flat[0]:g} is no number of its property {name}, which is of {kind}")
+        return values.astype(kind)
 
     def _numbers(self, words: list[bytes]) -> np.ndarray:
         try:

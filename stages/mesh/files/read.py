@@ -24,6 +24,7 @@ from stages.mesh.files.ply import read_ply
 from stages.mesh.files.stl import read_stl
 from stages.mesh.measure import face_areas
 from stages.mesh.mesh import Mesh
+from stages.paths import from_home
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +39,7 @@ def read_mesh(path: str | Path) -> Mesh:
     Raises: UserError for a missing or unreadable file, and for one that holds no surface: no triangles, triangles
         without area, indices out of range, coordinates that are not finite.
     """
-    path = Path(path).expanduser()
+    path = from_home(path)
     what = f"Cannot read the mesh {path}"
     if not path.is_file():
         why = "it is a folder" if path.is_dir() else "there is no such file"

@@ -40,8 +40,9 @@ def read_stl(path: Path) -> list[Mesh]:
         corners, stored = _binary(path, data, count)
     if not len(corners):
         return []
-    normals = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
-    agree = np.einsum("ij,ij->i", normals, stored)
+    with np.errstate(all="ignore"):  # numbers that are none are refused with the mesh, by all readers alike
+        normals = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
+        agree = np.einsum("ij,ij->i", normals, stored)
     if (agree < 0).sum() > (agree > 0).sum():
         log.warning("%s: its normals point away from the side its corners wind about; the latter is taken", path.name)
     vertices = np.ascontiguousarray(corners.reshape(-1, 3))
