@@ -101,6 +101,7 @@ def test_a_disk_without_locks_is_worked_on_and_a_lock_that_is_held_is_not(tmp_pa
         {"stages": []},
         {"stages": {"coarse": []}},
         {"stages": {"coarse": {}}},
+        {"stages": {"coarse": 1.5}},
         {"outputs": 0},
         {"outputs": [1]},
         {"sessions": [None]},

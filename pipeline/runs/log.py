@@ -79,7 +79,7 @@ def read_record(path: Path) -> dict[str, Any]:
     for name, kind in (("stages", dict), ("sessions", list), ("outputs", list), ("export", dict), ("prompt", str)):
         if name in data and not isinstance(data[name], kind):
             raise UserError(f"damaged file {path}", f"its {name} is {json.dumps(data[name])[:60]}", fix)
-    seconds = [facts.get("seconds") if isinstance(facts, dict) else facts for facts in data.get("stages", {}).values()]
+    seconds = [facts.get("seconds") if isinstance(facts, dict) else None for facts in data.get("stages", {}).values()]
     phases = data.get("export", {}).get("phases", {})
     seconds += phases.values() if isinstance(phases, dict) else [None]
     wrong = [value for value in seconds if not isinstance(value, int | float)]
