@@ -139,7 +139,7 @@ class CoarseStage:
         """Take one optimisation step over `views_per_step` views; returns metrics."""
         s, progress, times = self.settings, self.step_index / self.steps, self.times
         totals: dict[str, float] = {}
-        if self.step_index == 0 and s.start.source == "prior" and not self.edits:
+        if self.step_index == 0 and not self.edits and s.start.source == "prior":
             with phase("start", times):
                 totals |= self._begin()
         self._set_progress(progress)

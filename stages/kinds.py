@@ -84,6 +84,10 @@ def _clipmesh_recipe(start: str, settings: Mapping[str, Any]) -> str | None:
 def _coarse_unread(settings: ParticleSettings, start: str) -> set[str]:
     off = {"particle": settings.particles == 1, "backdrops": settings.backdrops.copies == 0}
     off["transmittance"] = settings.transmittance.weight == 0
+    if start == "run":
+        off["start"] = True
+    else:
+        off |= {f"start.{name}": settings.start.source == "blob" for name in ("steps", "points", "lr")}
     return {name for name, unread in off.items() if unread}
 
 

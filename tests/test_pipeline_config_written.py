@@ -1,5 +1,6 @@
 """What a run writes of its configuration: all that it can read, little else, and it feeds back."""
 
+from collections import defaultdict
 from types import SimpleNamespace
 
 import pytest
@@ -73,6 +74,8 @@ def test_what_a_run_of_a_recipe_writes_feeds_back_unchanged(name, tmp_path):
         (["prior.fine=reference"], {}, ["reference.mesh"], ["prior.diffusion.revision"]),
         (["prior.lora=a.safetensors"], {}, ["prior.lora_scale", "prior.lora_stages"], []),
         (["coarse.particles=2", "coarse.backdrops.copies=1"], {}, ["coarse.particle", "coarse.backdrops.noise"], []),
+        ([], {"stages": "coarse"}, ["coarse.start.steps"], []),
+        (["coarse.start.source=blob"], {}, ["coarse.start.source"], ["coarse.start.steps", "coarse.start.lr"]),
         (["guidance.fine.rule=csd"], {}, ["guidance.fine.rule.negative_share"], []),
         (["prompts.blend=perp_neg"], {}, ["prompts.perp_neg"], ["prompts.contradictions"]),
     ],
@@ -114,13 +117,17 @@ class Unread:
     __hash__ = None
 
 
-SWITCHES = {"backdrops": {"copies": 0}, "transmittance": {"weight": 0.0}, "particle": {}}
+SWITCHES = defaultdict(dict, backdrops={"copies": 0}, transmittance={"weight": 0.0})
 
 
 def poisoned(kind, settings, start):
     names = STAGES[kind].unread(settings, start)
     assert names
-    return settings.model_copy(update={name: Unread(**SWITCHES.get(name, {})) for name in names})
+    for name in names:
+        group, _, inner = name.partition(".")
+        value = getattr(settings, group).model_copy(update={inner: Unread()}) if inner else Unread(**SWITCHES[group])
+        settings = settings.model_copy(update={group: value})
+    return settings
 
 
 def guide(images, views, progress, textureless=False, *, background=None, shading=None):
@@ -139,9 +146,14 @@ def coarse_settings():
     return ParticleSettings(field=FieldSettings(**FIELD), occupancy=OccupancySettings(resolution=8), **small)
 
 
-def test_the_coarse_stage_does_not_read_what_is_left_out():
-    stage = CoarseStage(poisoned("coarse", coarse_settings(), "nothing"), guide, torch.device("cpu"), 0)
-    assert take_two(stage).keys() == take_two(CoarseStage(coarse_settings(), guide, torch.device("cpu"), 0)).keys()
+@pytest.mark.parametrize("start", ["nothing", "run"])
+def test_the_coarse_stage_does_not_read_what_is_left_out(start):
+    def stage(settings):
+        return CoarseStage(settings, guide, torch.device("cpu"), 0, previous)
+
+    field = HashField(FieldSettings(**FIELD), torch.Generator().manual_seed(0))
+    previous = Asset(field=field) if start == "run" else None
+    assert take_two(stage(poisoned("coarse", coarse_settings(), start))).keys() == take_two(stage(coarse_settings())).keys()
 
 
 @pytest.mark.parametrize("start", ["nothing", "mesh", "stage"])

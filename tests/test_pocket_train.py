@@ -163,4 +163,5 @@ def test_kept_pictures_are_the_layouts_and_another_layout_makes_its_own(pool, tm
 
     other = models.make_condition("pixel", models.make_layout(fine=False)).requires_grad_(False)
     assert not Told(other, scenes, encode, keep).known.any()
+    assert not Told(condition, scenes[:12], encode, keep).known.any()  # another pool, of the same layout
     assert len(list(tmp_path.glob("told.*.npy"))) == 1

@@ -37,14 +37,14 @@ def assess(mesh: Mesh, prompt: str, scorers: list[ClipScorer]) -> dict[str, Any]
     """
     spec = spec_of(prompt)
     truth = None if spec is None else build(spec)
-    subject = Subject.of(mesh)
+    subject, ideal = Subject.of(mesh), None if truth is None else Subject.of(truth)
     result: dict[str, Any] = {"clip": clip_facts(subject, scorers), "mesh": mesh_facts(mesh)}
-    result["colour"] = colour_facts(subject, None if truth is None else Subject.of(truth))
-    if truth is not None:
+    result["colour"] = colour_facts(subject, ideal)
+    if truth is not None and ideal is not None:
         result["geometry"] = {k: _finite(v) for k, v in geometry.compare(mesh, truth).items()}
-        result["picture"] = {k: _finite(v) for k, v in picture_facts(subject, Subject.of(truth)).items()}
+        result["picture"] = {k: _finite(v) for k, v in picture_facts(subject, ideal).items()}
         if spec.other is None and world.true_front(spec.kind):
-            result["janus"] = janus_facts(subject, Subject.of(truth))
+            result["janus"] = janus_facts(subject, ideal)
     return result
 
 

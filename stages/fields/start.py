@@ -6,7 +6,6 @@ pictures alone decide late or never is then there from the first step: a mug tha
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Literal
 
@@ -16,12 +15,12 @@ from torch import Tensor
 
 from stages.fields.hashfield import HashField
 from stages.kernels.srgb import linear_to_srgb
+from stages.ramp import Ramp
 
 Radiance = Callable[[Tensor], tuple[Tensor, Tensor]]  # points [N, 3] -> density [N] >= 0, linear albedo [N, 3]
 
 GRID = 48  # cells a side that are asked once for where the object is
 NEAR = 0.75  # share of the points that lie in cells of the object or beside them
-COLOUR = 1.0  # weight of the colour's error, over what is solid
 
 
 class StartSettings(BaseModel):
@@ -54,16 +53,17 @@ def fit_start(
     field.ball.zero_()  # what the field is to learn has a shape of its own
     parameters = [p for p in field.parameters() if p.requires_grad]
     optimiser = torch.optim.Adam(parameters, lr=settings.lr, betas=(0.9, 0.99), eps=1e-15)
+    lr = Ramp(settings.lr, settings.lr / 10, shape="cosine")
     cells = _cells(radiance, step_size, device)
     for step in range(settings.steps):
         for group in optimiser.param_groups:
-            group["lr"] = settings.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * step / settings.steps)))
+            group["lr"] = lr.at(step / settings.steps)
         points = _points(cells, settings.points, generator).to(device)
         opacity, colour = _seen(radiance, points, step_size)
         density, albedo = field(points)
         wrong = (1 - torch.exp(-density * step_size) - opacity).square().mean()
         painted = (linear_to_srgb(albedo) - linear_to_srgb(colour)).square().mean(-1)
-        loss = wrong + COLOUR * (opacity * painted).sum() / opacity.sum().clamp_min(1)
+        loss = wrong + (opacity * painted).sum() / opacity.sum().clamp_min(1)
         loss.backward()
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
@@ -92,8 +92,10 @@ def _cells(radiance: Radiance, step_size: float, device: torch.device) -> Tensor
 
 
 def _points(cells: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """Random points [count, 3]: a NEAR share of them in cells, the rest anywhere."""
+    """Random points [count, 3]: a NEAR share of them in cells where there are any, the rest anywhere."""
     close = round(NEAR * count) if len(cells) else 0
-    inside = cells[torch.randint(max(len(cells), 1), (close,), generator=generator)] if close else cells[:0]
-    inside = inside + (2 * torch.rand(close, 3, generator=generator) - 1) / GRID
-    return torch.cat([inside, 2 * torch.rand(count - close, 3, generator=generator) - 1])
+    points = 2 * torch.rand(count, 3, generator=generator) - 1
+    if close:
+        chosen = cells[torch.randint(len(cells), (close,), generator=generator)]
+        points[:close] = chosen + points[:close] / GRID
+    return points
