@@ -111,6 +111,20 @@ def test_the_compiled_kernel_and_its_gradient_are_those_of_the_twin(seed):
     assert (a - b).abs().mean() < 1e-5 and (da - db).abs().mean() < 1e-5 and da.abs().max() > 0.1
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_nothing_is_lost_where_empty_blocks_are_skipped(seed):
+    grids, index, placement, origins, directions, jitter = scene(seed, side=18, pixels=15)
+    keep = torch.zeros(3, 18, 18, 18, dtype=torch.bool)
+    for x, y, z in torch.randint(1, 17, (6, 3), generator=torch.Generator().manual_seed(seed)).tolist():
+        keep[:, x : x + 2, y : y + 2, z] = True
+    grids[..., 0] = torch.where(keep, grids[..., 0].abs() + 30, -20.0)
+    options = {"steps": 24, "jitter": jitter}
+    a, b = (composite_grids(grids, index, placement, origins, directions, backend=k, **options) for k in BACKENDS)
+    assert (a[0, :, 6] > 0.5).any() and (a[0, :, 6] == 0).float().mean() > 0.5
+    torch.testing.assert_close(a, b, atol=1e-3, rtol=0)
+    assert (a - b).abs().mean() < 1e-5
+
+
 @pytest.mark.slow
 def test_the_twins_gradient_is_that_of_finite_differences():
     grids, index, placement, origins, directions, jitter = scene(3, torch.float64, side=2, pixels=3)

@@ -8,6 +8,7 @@ from stages.kernels.cpu.jit import njit
 from stages.kernels.cpu.threads import each
 from stages.kernels.reference.grids import CHANNELS, CLEAR, DENSITY, EXTENT, FAINTEST
 
+BLOCK = 4  # cells a side of what is skipped where it is empty
 FAST = {"contract", "arcp", "nsz", "reassoc"}  # what leaves nan and infinity as they are
 
 
@@ -32,6 +33,57 @@ def _span(index, placement, origin, direction):
             if leave > enter:
                 first, last = min(first, enter), max(last, leave)
     return first, last
+
+
+@njit(cache=True, nogil=True)
+def _blocks(grids):
+    """Return which blocks [M, Q, Q, Q] have a cell that is not empty among all that samples in them can touch."""
+    size = grids.shape[1]
+    side = (size + BLOCK - 1) // BLOCK
+    filled = np.zeros((len(grids), side, side, side), np.bool_)
+    for m in range(len(grids)):
+        for x in range(size):
+            for y in range(size):
+                for z in range(size):
+                    if grids[m, x, y, z, 0] < np.float32(FAINTEST):
+                        continue
+                    for i in range(max(x - 1, 0) // BLOCK, x // BLOCK + 1):
+                        for j in range(max(y - 1, 0) // BLOCK, y // BLOCK + 1):
+                            for k in range(max(z - 1, 0) // BLOCK, z // BLOCK + 1):
+                                filled[m, i, j, k] = True
+    return filled
+
+
+@njit(cache=True, nogil=True, inline="always", fastmath=FAST)
+def _vacant(filled, size, x, y, z, direction, s):
+    """World length along a ray until it leaves the empty block of a point in a grid's own coordinates; 0 in any other.
+
+    s: the grid's own lengths to a world length.
+    """
+    extent, half = np.float32(EXTENT), np.float32(0.5)
+    if not x * x + y * y + z * z < extent * extent:
+        return np.float32(0)
+    scale, last = np.float32(0.5 * size / EXTENT), filled.shape[0] - 1
+    px, py, pz = (x + extent) * scale - half, (y + extent) * scale - half, (z + extent) * scale - half
+    i, j, k = min(int(px) // BLOCK, last), min(int(py) // BLOCK, last), min(int(pz) // BLOCK, last)
+    if filled[i, j, k]:
+        return np.float32(0)
+    length = np.float32(2 * BLOCK * EXTENT)
+    for p, block, towards in ((px, i, direction[0]), (py, j, direction[1]), (pz, k, direction[2])):
+        speed = towards * scale * s
+        if abs(speed) > np.float32(1e-6):
+            edge = np.float32(BLOCK * (block + 1)) if speed > 0 else np.float32(BLOCK * block)
+            length = min(length, (edge - p) / speed)
+    return max(length, np.float32(1e-6))
+
+
+@njit(cache=True, nogil=True, inline="always")
+def _passed(objects, empty, length):
+    """How many of a ray's next samples lie in the empty length too; none where a second object may be there."""
+    for k in range(1, len(objects)):
+        if objects[k] >= 0:
+            return 0
+    return max(int(np.ceil(empty / length)) - 1, 0)
 
 
 @njit(cache=True, nogil=True, inline="always", fastmath=FAST)
@@ -97,7 +149,7 @@ def _density(raw):
 
 
 @njit(cache=True, nogil=True, fastmath=FAST)
-def _forward(view, grids, index, placement, origins, directions, steps, jitter, out):
+def _forward(view, grids, filled, index, placement, origins, directions, steps, jitter, out):
     """One view's rays; out [B, R, 8]: albedo, normal, opacity, depth."""
     one, zero = np.float32(1), np.float32(0)
     place, objects = placement[view], index[view]
@@ -128,7 +180,11 @@ def _forward(view, grids, index, placement, origins, directions, steps, jitter, 
                     continue
                 s = one / place[k, 0]
                 x, y = (o[0] + t * v[0] - place[k, 1]) * s, (o[1] + t * v[1] - place[k, 2]) * s
-                if _gather(grids[objects[k]], x, y, (o[2] + t * v[2] - place[k, 3]) * s, cell):
+                z = (o[2] + t * v[2] - place[k, 3]) * s
+                empty = _vacant(filled[objects[k]], grids.shape[1], x, y, z, v, s)
+                if empty > zero:
+                    d += _passed(objects, empty, length)
+                elif _gather(grids[objects[k]], x, y, z, cell):
                     own = _density(cell[0]) * s
                     density += own
                     for c in range(CHANNELS):
@@ -146,7 +202,7 @@ def _forward(view, grids, index, placement, origins, directions, steps, jitter, 
 
 
 @njit(cache=True, nogil=True, fastmath=FAST)
-def _backward(grids, index, placement, origins, directions, steps, jitter, g_out, g_grids):
+def _backward(grids, filled, index, placement, origins, directions, steps, jitter, g_out, g_grids):
     """All views one after another, since several write into one grid."""
     one, zero = np.float32(1), np.float32(0)
     many = index.shape[1]
@@ -182,7 +238,11 @@ def _backward(grids, index, placement, origins, directions, steps, jitter, g_out
                         continue
                     s = one / place[k, 0]
                     x, y = (o[0] + t * v[0] - place[k, 1]) * s, (o[1] + t * v[1] - place[k, 2]) * s
-                    if _gather(grids[objects[k]], x, y, (o[2] + t * v[2] - place[k, 3]) * s, cells[count, k]):
+                    z = (o[2] + t * v[2] - place[k, 3]) * s
+                    empty = _vacant(filled[objects[k]], grids.shape[1], x, y, z, v, s)
+                    if empty > zero:
+                        d += _passed(objects, empty, length)
+                    elif _gather(grids[objects[k]], x, y, z, cells[count, k]):
                         own[count, k] = _density(cells[count, k, 0]) * s
                         density += own[count, k]
                 if not density > zero:
@@ -222,12 +282,12 @@ def _backward(grids, index, placement, origins, directions, steps, jitter, g_out
 def forward(grids, index, placement, origins, directions, steps, jitter) -> np.ndarray:
     """out [B, R, 8] of grids.py."""
     out = np.empty((*origins.shape[:2], CHANNELS), np.float32)
-    each(len(origins), _forward, grids, index, placement, origins, directions, steps, jitter, out)
+    each(len(origins), _forward, grids, _blocks(grids), index, placement, origins, directions, steps, jitter, out)
     return out
 
 
 def backward(grids, index, placement, origins, directions, steps, jitter, g_out) -> np.ndarray:
     """Gradient in the grids."""
     g_grids = np.zeros_like(grids)
-    _backward(grids, index, placement, origins, directions, steps, jitter, g_out, g_grids)
+    _backward(grids, _blocks(grids), index, placement, origins, directions, steps, jitter, g_out, g_grids)
     return g_grids
