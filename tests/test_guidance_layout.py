@@ -313,15 +313,21 @@ def test_saved_layout_comes_back_and_a_damaged_one_is_refused(folder):
     assert all(not p.requires_grad for p in back.parameters())
     other = models.make_condition("latent", back.layout)
     torch.nn.init.normal_(other.mean.weight, std=0.1)
+    torch.nn.init.normal_(other.edges[-1].weight, std=0.1)
     there = folder.with_name("latent") / "layout"
     other.save(there, models.PIXEL_LAYOUT)
     whole = sum(p.numel() for p in other.layout.parameters()) * 2
-    own = sum(p.numel() for p in [*other.levels.parameters(), *other.mean.parameters()]) * 2
+    translators = (other.levels, other.mean, other.edges)
+    own = sum(p.numel() for part in translators for p in part.parameters()) * 2
     assert (
         (there / "model.safetensors").stat().st_size < own + 4000 < own + whole
     )  # what is the same is not twice there
     again = LayoutCondition.load(there)
     assert torch.allclose(again.mean.weight, other.mean.weight, atol=1e-3)
+    picture = torch.rand(1, 4, other.side, other.side)
+    assert torch.allclose(again.told(picture)["mean"], other.told(picture)["mean"], atol=0.05)
+    other.edges[-1].weight.data.zero_()
+    assert not torch.allclose(again.told(picture)["mean"], other.told(picture)["mean"], atol=0.05)
     assert torch.equal(again.layout.palette, back.layout.palette)
     (folder / "layout" / "model.safetensors").write_bytes(b"x" * 40)
     with pytest.raises(UserError, match="Cannot load the layout"):

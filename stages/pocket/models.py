@@ -26,6 +26,7 @@ WIDTH = 128  # text width
 GRID = {"pixel": 16, "latent": 32}  # finest features of the UNets
 LEVELS = {"pixel": (112, 192), "latent": (64, 128, 192)}  # channels of the UNets, halved in size from level to level
 PICTURE = {"pixel": 64, "latent": 128}  # side in pixels of the layout's picture that each is told
+EDGES = 128  # width of the network that makes latents of that picture
 PIXEL_LAYOUT = "../../pixel/layout"  # where the latent prior's layout is, but for what translates it
 PIXEL_PATCH, LATENT_PATCH = 4, 2
 LATENT_CHANNELS = 12
@@ -111,7 +112,7 @@ def make_condition(prior: str, layout):
     from stages.guidance.diffusion.layout_condition import LayoutCondition
 
     latents = LATENT_CHANNELS if prior == "latent" else 0
-    return LayoutCondition(layout, PICTURE[prior], GRID[prior], LEVELS[prior], latents)
+    return LayoutCondition(layout, PICTURE[prior], GRID[prior], LEVELS[prior], latents, EDGES if latents else 0)
 
 
 def make_layout(fine: bool = True):

@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from stages.render.volume import Radiance
 
 RAYS = 128  # a side: a cell of the layout's finest volume is about one and a half of them wide
-EDGES = 128  # width of the network that makes latents of pictures
 KEPT = 6  # texts whose objects are kept: views' words do not count, so a run has its prompt, its negative and none
 
 
@@ -41,11 +40,15 @@ class LayoutCondition(nn.Module):
         layout: see :class:`Layout`. side: of the picture in pixels. grid: of the UNet's finest features.
         levels: channels of the UNet's levels of one layer each, finest first.
         latents: channels of the prior's latents, which come in patches of 2 x 2; 0: the prior's space is the picture's.
+        edges: width of a network beside the linear map from pictures to latents; 0: the linear map alone.
     """
 
-    def __init__(self, layout: Layout, side: int, grid: int, levels: tuple[int, ...], latents: int = 0) -> None:
+    def __init__(
+        self, layout: Layout, side: int, grid: int, levels: tuple[int, ...], latents: int = 0, edges: int = 0
+    ) -> None:
         super().__init__()
         self.config = {"layout": layout.config, "side": side, "grid": grid, "levels": list(levels), "latents": latents}
+        self.config["edges"] = edges
         self.layout, self.side, self.patch, self.latents = layout, side, side // grid, latents
         told = 4 * self.patch**2
         strides = [2**k for k in range(len(levels))]
@@ -56,8 +59,9 @@ class LayoutCondition(nn.Module):
             nn.init.zeros_(layer.bias)
         if latents:
             self.mean = nn.Conv2d(told, 4 * latents, 3, padding=1)
-            self.edges = nn.Sequential(  # what a linear map cannot say; at a fraction of an autoencoder's cost
-                nn.Conv2d(told, EDGES, 3, padding=1), nn.SiLU(), nn.Conv2d(EDGES, 4 * latents, 3, padding=1)
+        if edges:  # what a linear map cannot say, at a fraction of an autoencoder's cost
+            self.edges = nn.Sequential(
+                nn.Conv2d(told, edges, 3, padding=1), nn.SiLU(), nn.Conv2d(edges, 4 * latents, 3, padding=1)
             )
             nn.init.zeros_(self.edges[-1].weight)
             nn.init.zeros_(self.edges[-1].bias)
@@ -67,8 +71,12 @@ class LayoutCondition(nn.Module):
         """What DiffusionPrior.noise takes for pictures [B, 4, side, side] of `look`."""
         signed = picture * 2 - 1
         patches = F.pixel_unshuffle(signed, self.patch)
-        mean = F.pixel_shuffle(self.mean(patches) + self.edges(patches), 2) if self.latents else signed[:, :3]
+        mean = F.pixel_shuffle(self._latents(patches), 2) if self.latents else signed[:, :3]
         return {"mean": mean} | self._residuals([layer(patches) for layer in self.levels])
+
+    def _latents(self, patches: Tensor) -> Tensor:
+        linear = self.mean(patches)
+        return linear + self.edges(patches) if self.config["edges"] else linear
 
     def untold(self, batch: int) -> dict[str, Any]:
         """Residuals of nothing and no mean, for a network that is compiled for having residuals."""
