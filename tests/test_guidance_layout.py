@@ -169,6 +169,22 @@ def test_the_finer_level_begins_as_the_interpolated_coarser_one():
     torch.testing.assert_close(b, wanted.permute(0, 2, 3, 4, 1), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("fine", [False, True])
+def test_shapes_at_points_are_what_their_grids_hold_there(fine):
+    layout = small(fine)
+    if fine:
+        torch.nn.init.normal_(layout.eighths, std=0.1)
+    shapes, colours = torch.tensor([[1.0, 0, 1], [0, 1, 0]]), torch.tensor([[0.0, 1], [1, 0]])
+    points = EXTENT * (2 * torch.rand(2, 500, 3, generator=torch.Generator().manual_seed(0)) - 1)
+    seen = layout.at(shapes, points)
+    colour = torch.einsum("nqp,npk->nqk", seen[..., 4:], layout.palettes(colours))
+    cells = layout.grids(shapes, colours).permute(0, 4, 1, 2, 3)
+    where = (points.flip(-1) / EXTENT)[:, :, None, None]
+    read = torch.nn.functional.grid_sample(cells, where, align_corners=False, padding_mode="border")[..., 0, 0]
+    read = read.transpose(1, 2)
+    torch.testing.assert_close(torch.cat([seen[..., :1], colour, seen[..., 1:4]], -1), read[..., :7], atol=1e-4, rtol=0)
+
+
 def test_an_object_on_the_right_from_the_front_is_on_the_left_from_behind():
     views, rows = orbit_views([0.0, 180.0], 0.0), torch.zeros(2, dtype=torch.long)
     front, behind = look(speck(0.4, 0.0, 0.0), rows, setting(views), 16)[:, 3]

@@ -188,8 +188,37 @@ class Layout(nn.Module):
             shapes: [N, kinds and patterns]. colours: [N, colours], counts of words.
         """
         shapes, rows = torch.unique(shapes, dim=0, return_inverse=True)
+        palette = self.palettes(colours)
+        density, normal, shares, x = self._cells(shapes)
+        cells = torch.cat([density, normal, torch.zeros_like(density)], -1).unbind()
+        shares, number = shares.unbind(), rows.tolist()
+        paints = [shares[k] @ palette_n for k, palette_n in zip(number, palette.unbind(), strict=True)]
+        solids = [cells[k] for k in number]
+        grids = torch.stack([torch.cat([c[..., :1], p, c[..., 1:]], -1) for c, p in zip(solids, paints, strict=True)])
+        return grids if not self.config["fine"] else self._finer(grids, x, palette, rows)
+
+    def palettes(self, colours: Tensor) -> Tensor:
+        """Linear paints [N, paints, 3] of objects of colours [N, colours], counts of words."""
         logits = self.palette + torch.einsum("nc,cpk->npk", colours, self.palette_of)
-        palette = torch.sigmoid(VIVID * logits) ** 2.2
+        return torch.sigmoid(VIVID * logits) ** 2.2
+
+    def at(self, shapes: Tensor, points: Tensor) -> Tensor:
+        """What shapes [N, kinds and patterns] are at points [N, Q, 3], before they are painted: [N, Q, 4 + paints].
+
+        Raw density, normal and shares of the paints, as `grids` with its palette would be read there.
+        """
+        *cells, x = self._cells(shapes)
+        cells = torch.cat(cells, -1)  # [N, side, side, side, 4 + paints]
+        if not self.config["fine"]:
+            return _weighted(cells.flatten(1, 3), *_corners(points, cells.shape[1]))
+        side = cells.shape[1]
+        weights = torch.cat([SHARPNESS * self.eighths[..., :1], self.eighths[..., 1:]], -1).flatten(1)
+        children = (self._features(x) @ weights).view(len(shapes), 8 * side**3, -1)
+        smooth = _weighted(cells.flatten(1, 3), *_smooth_corners(points, side))
+        return smooth + _weighted(children, *_child_corners(points, side))
+
+    def _cells(self, shapes: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Raw density, normal and shares of paints [N, 32, 32, 32, .] of shapes, and features for a finer level."""
         x = self.volume(self.code(shapes)).view(-1, self.config["channels"][0], BASE, BASE, BASE)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.half):
             x = self.level32(self.level16(self.level8(x.contiguous(memory_format=torch.channels_last_3d))))
@@ -198,29 +227,26 @@ class Layout(nn.Module):
         at = ((torch.arange(side, device=x.device) + 0.5) / side * 2 - 1) * EXTENT
         place = torch.stack(torch.meshgrid(at, at, at, indexing="ij"), -1)
         ball = 4 * (0.6 - place.norm(dim=-1, keepdim=True))  # what it all begins from: a soft ball
-        normal = cells[..., 1:4] + F.normalize(place, dim=-1)
         density = SHARPNESS * cells[..., :1] + ball
-        shares, number = cells[..., 4:].softmax(-1).unbind(), rows.tolist()
-        cells = torch.cat([density, normal, torch.zeros_like(density)], -1).unbind()
-        paints = [shares[k] @ palette_n for k, palette_n in zip(number, palette.unbind(), strict=True)]
-        solids = [cells[k] for k in number]
-        grids = torch.stack([torch.cat([c[..., :1], p, c[..., 1:]], -1) for c, p in zip(solids, paints, strict=True)])
-        return grids if not self.config["fine"] else self._finer(grids, x, palette, rows)
+        return density, cells[..., 1:4] + F.normalize(place, dim=-1), cells[..., 4:].softmax(-1), x
+
+    def _features(self, x: Tensor) -> Tensor:
+        """Features [N, cells, features] of each cell of the coarser level, for its eight children."""
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.half):
+            x = self.level64(x)
+        return x.float().permute(0, 2, 3, 4, 1).reshape(len(x), -1, x.shape[1])
 
     def _finer(self, grids: Tensor, x: Tensor, palette: Tensor, rows: Tensor) -> Tensor:
         """Grids of twice the side: interpolated, and what each cell's features x add to its children.
 
         The palette goes into the weights, so that nothing wider than a grid is ever made at this size.
         """
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.half):
-            x = self.level64(x)
         n, side = len(grids), grids.shape[1]
         density, normal, paint = self.eighths.split([1, 3, self.config["paints"]], -1)
         colour = torch.einsum("fkp,npc->nfkc", paint, palette)
         own = [(SHARPNESS * density).expand(n, -1, -1, -1), colour, normal.expand(n, -1, -1, -1)]
         weights = F.pad(torch.cat(own, -1), (0, 1))  # [N, features, 8 children, 8]
-        features = x.float().permute(0, 2, 3, 4, 1).reshape(len(x), side**3, -1)
-        features, weights = features.unbind(), weights.flatten(2).unbind()
+        features, weights = self._features(x).unbind(), weights.flatten(2).unbind()
         added = torch.stack([features[k] @ own for k, own in zip(rows.tolist(), weights, strict=True)])
         added = added.view(n, side, side, side, 2, 2, 2, 8)
         added = added.permute(0, 1, 4, 2, 5, 3, 6, 7).reshape(n, 2 * side, 2 * side, 2 * side, 8)
@@ -240,6 +266,56 @@ class Layout(nn.Module):
         shapes = torch.cat([reading.kinds, reading.patterns], -1)[present]
         grids = self.grids(shapes, reading.colours[present])
         return Objects(grids, index, torch.where(pair[:, None, None], placement, alone))
+
+
+def _weighted(rows: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    """Sums [N, Q, F] of rows [N, M, F], those of index [N, Q, K] times weights [N, Q, K]."""
+    n, count, _ = rows.shape
+    first = count * torch.arange(n, device=rows.device)[:, None, None]
+    table, bags = rows.flatten(0, 1), (index + first).flatten(0, 1)
+    return F.embedding_bag(bags, table, mode="sum", per_sample_weights=weights.flatten(0, 1)).unflatten(0, (n, -1))
+
+
+def _axes(points: Tensor, side: int) -> tuple[Tensor, Tensor]:
+    """By axis [N, Q, 3]: the lower cell of the two that points lie between, from -1 on, and the share of the upper."""
+    at = (points / EXTENT + 1) * (side / 2) - 0.5
+    low = at.floor()
+    return low.long(), at - low
+
+
+def _crossed(cells: Tensor, weights: Tensor, side: int) -> tuple[Tensor, Tensor]:
+    """Numbers of the cells of a cube and their weights [N, Q, K^3], from those by axis [N, Q, 3, K]."""
+    x, y, z = cells.clamp(0, side - 1).unbind(2)
+    a, b, c = weights.unbind(2)
+    number = (x[..., :, None, None] * side + y[..., None, :, None]) * side + z[..., None, None, :]
+    product = a[..., :, None, None] * b[..., None, :, None] * c[..., None, None, :]
+    return number.flatten(2), product.flatten(2)
+
+
+def _corners(points: Tensor, side: int) -> tuple[Tensor, Tensor]:
+    """The eight cells around each point and their trilinear weights."""
+    low, share = _axes(points, side)
+    return _crossed(torch.stack([low, low + 1], -1), torch.stack([1 - share, share], -1), side)
+
+
+def _smooth_corners(points: Tensor, side: int) -> tuple[Tensor, Tensor]:
+    """Cells and weights of a grid that is enlarged twice by interpolation and then read at points."""
+    low, share = _axes(points, 2 * side)
+    middle, odd = low.div(2, rounding_mode="floor"), (low % 2).bool()
+    even = torch.stack([0.25 * (1 - share), torch.full_like(share, 0.75), 0.25 * share], -1)
+    uneven = torch.stack([0.75 - 0.5 * share, 0.25 + 0.5 * share, torch.zeros_like(share)], -1)
+    first = torch.where(odd, middle, middle - 1)
+    cells = first[..., None] + torch.arange(3, device=points.device)
+    return _crossed(cells, torch.where(odd[..., None], uneven, even), side)
+
+
+def _child_corners(points: Tensor, side: int) -> tuple[Tensor, Tensor]:
+    """As _corners at twice the side, where cells are numbered as the children of those of a grid of `side`."""
+    low, share = _axes(points, 2 * side)
+    cells = torch.stack([low, low + 1], -1).clamp(0, 2 * side - 1)
+    weights = torch.stack([1 - share, share], -1)
+    number, product = _crossed(cells // 2, weights, side)
+    return 8 * number + _crossed(cells % 2, weights, 2)[0], product
 
 
 def look(objects: Objects, rows: Tensor, setting: Setting, side: int, supersample: int = 1) -> Tensor:

@@ -1,6 +1,7 @@
-"""Teach the layout (stages/guidance/diffusion/layout.py) on renders, before a UNet learns to draw by it.
+"""Teach the layout (stages/guidance/diffusion/layout.py) on shapes and renders, before a UNet learns to draw by it.
 
-Its picture is regressed ray by ray: words, camera, light and backdrop in, sRGB out, without the noise that a UNet
+First its volumes are told what the world's objects are at points of space (solids.py). Then its picture is regressed
+ray by ray: words, camera, light and backdrop in, sRGB out, without the noise that a UNet
 learns through. All renders of one caption in a batch share one volume, so most of a step's work is spent once: views
 are cheap, volumes are not. What stands where in a pair is told by the world itself and regressed beside.
 """
@@ -8,6 +9,7 @@ are cheap, volumes are not. What stands where in a pair is told by the world its
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -24,12 +26,15 @@ from stages.pocket.build import build_placed
 from stages.pocket.pattern import PATTERNS
 from stages.pocket.train.export import write_grid
 from stages.pocket.train.loop import Training
+from stages.pocket.train.solids import Solids, make_solids, shape_captions, solid_loss
 from stages.pocket.train.text import SUFFIXES, encode_text, find_text, fit_reader
 
 SHAPES = {"plain": 5, "patterned": 4, "pair": 4}  # of a step; those of a pair are two
 COLOURS = {"plain": 3, "patterned": 3, "pair": 1}  # captions of each shape
 VIEWS = {"plain": 5, "patterned": 5, "pair": 4}  # renders of each caption
 RAYS = {"plain": 400, "patterned": 400, "pair": 1200}  # of each render; a pair's objects are small
+SOLID = 0.75  # share of the schedule, from its start, that learns from points of space
+SOLIDS, POINTS = 8, 8000  # of such a step: shapes, and points of each
 EMPTY = 4  # every so many steps a group of anything stands under the empty caption
 PAIRS = 24000  # of the placement's data
 PLACEMENT_STEPS = 6000
@@ -165,6 +170,23 @@ def fit_placement(
     return {k: round(v, 4) for k, v in errors.items()}
 
 
+def solid_lessons(layout: Layout, encode, solids: Solids) -> Callable[[np.random.Generator], Tensor]:
+    """A function that draws shapes and points and returns the loss of the layout's volumes there."""
+    captions = shape_captions()
+    known = torch.tensor([[not world.held_out(world.parse(text)) for text in alike] for alike in captions]).float()
+    with torch.no_grad():
+        spoken = layout.read(encode([alike[0] for alike in captions]))
+        shapes = torch.cat([spoken.kinds[:, 0], spoken.patterns[:, 0]], -1).round()
+        colours = layout.read(encode(captions[0])).colours[:, 0].round()
+
+    def loss(rng: np.random.Generator) -> Tensor:
+        rows = np.sort(rng.choice(len(captions), SOLIDS, replace=False))
+        index = np.sort(rng.choice(solids.points.shape[1], POINTS, replace=False))
+        return solid_loss(layout, shapes[rows], colours, known[rows], solids, rows, index)
+
+    return loss
+
+
 def train_layout(args: argparse.Namespace) -> None:
     """The layout beside the pixel UNet in --out or --start, under that UNet's text encoder."""
     from safetensors.torch import load_file, save_file
@@ -202,9 +224,13 @@ def train_layout(args: argparse.Namespace) -> None:
     settings = {"steps": args.steps, "minutes": args.minutes, "ema": 0.99, "weight_decay": 0.001, "warmup": 100}
     training = Training({"layout": layout}, work, lr=args.lr or 2e-3, **settings)
     side = args.side
+    learn_solids = solid_lessons(layout, encode, make_solids(args.data / "solids", args.seed))
 
     def loss_step(step: int) -> Tensor:
         rng = np.random.default_rng([args.seed, step])
+        return learn_solids(rng) if training.progress < SOLID else ray_loss(step, rng)
+
+    def ray_loss(step: int, rng: np.random.Generator) -> Tensor:
         groups: list[tuple[str, np.ndarray, int]] = []  # text, renders, rays a render
         for kind, many in SHAPES.items():
             shapes = list(pool.captions[kind].values())

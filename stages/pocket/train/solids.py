@@ -1,0 +1,143 @@
+"""What the world's objects are at points of space: what the layout's volumes are taught, before its pictures are.
+
+A ray's colour says little about where along it the colour stands, and a pupil is a few pixels of few renders. The
+objects are the world's own, so each point can be told instead: whether it is inside, and near the surface which colour
+and normal the surface has there, in every colour that training captions name. As occupancy networks are taught
+(Mescheder et al. 2019, arXiv 1812.03828); several instances of an object are told together, so that a volume becomes
+their mean.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+from scipy.spatial import cKDTree
+from torch import Tensor
+
+from stages.guidance.diffusion.layout import Layout
+from stages.kernels.reference.grids import DENSITY, EXTENT
+from stages.kernels.srgb import linear_to_srgb
+from stages.mesh.mesh import Mesh
+from stages.mesh.orient import smooth_normals
+from stages.mesh.sample import points_at, surface_samples
+from stages.mesh.tree import TriangleTree
+from stages.pocket import world
+from stages.pocket.build import build
+from stages.pocket.pattern import PATTERNS
+
+INSTANCES = 4  # of each shape
+POINTS = 8000  # of each instance
+SPREADS = (0.01, 0.04)  # of the points near a surface, standard deviations by halves
+NEAR = 0.65  # share of them; the rest are anywhere in the ball
+SHELL = 0.03  # distance to the surface up to which a point has its colour and normal
+SURFACE = 16_000  # points that stand for a surface
+LENGTH = 0.03  # of the ray whose opacity an occupancy is, about a cell's side
+
+
+@dataclass(frozen=True)
+class Solids:
+    """N shapes, a kind with a pattern each, and P points of each.
+
+    points: [N, P, 3]. occupancy: [N, P] mean over instances, in [0, 1]. near: [N, P] whether the point has a colour and
+    a normal. colours: [N, C, P, 3] sRGB in [0, 1] for each of the world's colours, float16. normals: [N, P, 3].
+    """
+
+    points: np.ndarray
+    occupancy: np.ndarray
+    near: np.ndarray
+    colours: np.ndarray
+    normals: np.ndarray
+
+
+def shape_captions() -> list[list[str]]:
+    """Captions of each shape in the world's colours, in their order."""
+    return [
+        [world.caption(world.Spec(kind, colour, pattern)) for colour in world.COLOURS]
+        for kind in world.KINDS
+        for pattern in ("plain", *PATTERNS)
+        if pattern == "plain" or kind in world.PATTERNED
+    ]
+
+
+def make_solids(folder: Path, seed: int) -> Solids:
+    """All shapes of the world; made once, then read from `folder`."""
+    names = [field.name for field in fields(Solids)]
+    if not all((folder / f"{name}.npy").exists() for name in names):
+        made = [_shape(captions, np.random.default_rng([seed, n])) for n, captions in enumerate(shape_captions())]
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, rows in zip(names, zip(*made, strict=True), strict=True):
+            np.save(folder / f"{name}.npy", np.stack(rows))
+    return Solids(*(np.load(folder / f"{name}.npy", mmap_mode="r") for name in names))
+
+
+def _shape(captions: list[str], rng: np.random.Generator) -> tuple[np.ndarray, ...]:
+    """The fields of Solids for one shape."""
+    seeds = rng.integers(2**62, size=INSTANCES)
+    instances = [[build(world.parse(c), np.random.default_rng(s)) for c in captions] for s in seeds]
+    trees = [TriangleTree(mesh.vertices[mesh.faces]) for mesh, *_ in instances]
+    parts = [_points(alike, tree, rng) for alike, tree in zip(instances, trees, strict=True)]
+    points, near, colours, normals = (
+        np.concatenate(rows, axis) for rows, axis in zip(zip(*parts, strict=True), (0, 0, 1, 0), strict=True)
+    )
+    inside = np.mean([tree.winding_numbers(points) > 0.5 for tree in trees], 0)
+    return points.astype(np.float32), inside.astype(np.float16), near, colours, normals.astype(np.float16)
+
+
+def _points(alike: list[Mesh], tree: TriangleTree, rng: np.random.Generator) -> tuple[np.ndarray, ...]:
+    """Points [P, 3] of one instance; which are near its surface; colours [C, P, 3] in each colour; normals [P, 3]."""
+    mesh = alike[0]
+    generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
+    face, weights = surface_samples(mesh, SURFACE, generator)
+    surface = points_at(mesh, face, weights)
+    outward = _outside(surface, mesh, face, tree)  # parts overlap: what lies in another part is no surface
+    surface, face, weights = surface[outward], face[outward], weights[outward]
+    close = round(NEAR * POINTS)
+    spread = np.where(np.arange(close) % 2, *SPREADS)[:, None]
+    beside = surface[rng.integers(len(surface), size=close)] + spread * rng.normal(size=(close, 3))
+    anywhere = rng.normal(size=(POINTS - close, 3))
+    anywhere *= EXTENT * rng.random((len(anywhere), 1)) ** (1 / 3) / np.linalg.norm(anywhere, axis=1, keepdims=True)
+    points = np.concatenate([beside, anywhere])
+    distance, nearest = cKDTree(surface).query(points)
+    normals = np.einsum("nc,nck->nk", weights, smooth_normals(mesh)[mesh.faces[face]])[nearest]
+    corners = mesh.faces[face[nearest]]
+    painted = [np.einsum("nc,nck->nk", weights[nearest], other.colours[corners]) for other in alike]
+    colours = linear_to_srgb(torch.from_numpy(np.stack(painted))).numpy()
+    inside = np.linalg.norm(points, axis=1) < EXTENT
+    return points, (distance < SHELL) & inside, colours.astype(np.float16), normals
+
+
+def _outside(surface: np.ndarray, mesh: Mesh, face: np.ndarray, tree: TriangleTree) -> np.ndarray:
+    """Which points of the surface are not inside another part."""
+    a, b, c = (mesh.vertices[mesh.faces[face, k]].astype(np.float64) for k in range(3))
+    normal = np.cross(b - a, c - a)
+    normal /= np.maximum(np.linalg.norm(normal, axis=1, keepdims=True), 1e-12)
+    return tree.winding_numbers(surface + 1e-3 * normal) < 0.5
+
+
+def solid_loss(
+    layout: Layout, shapes: Tensor, colours: Tensor, known: Tensor, solids: Solids, rows: np.ndarray, index: np.ndarray
+) -> Tensor:
+    """How far volumes are from shapes, as opacity, colour and normal at points.
+
+    Args:
+        shapes: [N, kinds and patterns] counts of words of the shapes `rows` [N]. colours: [C, colours] of the world's
+            colours. known: [N, C] 1 for captions of the training, else 0. index: [Q] which points of each.
+    """
+    points = torch.from_numpy(solids.points[rows][:, index])
+    seen = layout.at(shapes, points)  # [N, Q, 4 + paints]
+    occupancy = torch.from_numpy(solids.occupancy[rows][:, index]).float()
+    raw = seen[..., 0]
+    depth = DENSITY * LENGTH * torch.where(raw < 0, raw.clamp_max(0).exp(), 1 + raw)  # `activated`, without its end
+    solid = -torch.log(-torch.expm1(-depth - 1e-7))  # -log of the opacity; depth is -log of what is left
+    loss = (occupancy * solid + (1 - occupancy) * depth).mean()
+    near = torch.from_numpy(solids.near[rows][:, index]).float()
+    normals = torch.from_numpy(solids.normals[rows][:, index]).float()
+    loss = loss + (near[..., None] * (seen[..., 1:4] - normals).square()).sum() / (3 * near.sum())
+    palettes = layout.palettes(colours)  # [C, paints, 3]
+    painted = linear_to_srgb(torch.einsum("nqp,cpk->ncqk", seen[..., 4:], palettes))
+    truth = torch.from_numpy(solids.colours[rows][:, :, index]).float()
+    weight = (near[:, None] * known[..., None])[..., None]
+    return loss + 10 * (weight * (painted - truth).square()).sum() / (3 * weight.sum())
