@@ -165,6 +165,19 @@ def test_a_run_says_at_its_start_what_a_stage_leaves_aside(pocket, tmp_path, mon
     assert "coarse: the negative prompt is not used at guidance.coarse.scale=1" in said
 
 
+def test_a_sentence_that_no_caption_is_like_is_told_once(tmp_path, pocket, monkeypatch):
+    import pipeline.runs.run
+
+    lines = []
+    monkeypatch.setattr(pipeline.runs.run, "Run", lambda *_: SimpleNamespace(go=lambda: None))
+    chosen = config(prompt="a red car on a blue mug")
+    pipeline.runs.run.start_run(chosen, tmp_path / "out", SimpleNamespace(note=lines.append))
+    assert sum("captions have no car on a mug" in line for line in lines) == 1
+    lines.clear()
+    pipeline.runs.run.start_run(config(prompt="a red mug"), tmp_path / "mug", SimpleNamespace(note=lines.append))
+    assert not any("never saw" in line for line in lines)
+
+
 def test_a_lora_for_stages_that_do_not_run_is_refused(pocket):
     lora = ["prior.lora=gone.safetensors", "prior.lora_stages=fine"]
     error = refused("prior.lora has no use here", *lora, stages="coarse")

@@ -355,3 +355,25 @@ def test_the_spread_of_instances_follows_the_variation():
     canonical = build(spec).vertices
     near, far = (np.abs(build(spec, np.random.default_rng(1), v).vertices - canonical).max() for v in (0.25, 1.0))
     assert 0 < 3 * near < far
+
+
+@pytest.mark.parametrize(
+    "text, what",
+    [
+        ("a purple fish next to a yellow mushroom", "no fish next to a mushroom"),
+        ("a mug", "no colour for the mug"),
+        ("a red blue mug", "more than one colour for the mug"),
+        ("a red checkered robot", "patterns on ball"),
+        ("a red striped mug on a blue table", "no patterns in pairs"),
+        ("a red cube a blue ball", "one object, or two"),
+        ("a red ball on a blue table next to a green cone", "one object, or two"),
+        ("red", "names no object"),
+    ],
+)
+def test_what_no_caption_is_like_is_named(text, what):
+    assert len([line for line in world.oddities(text) if what in line]) == 1
+
+
+def test_captions_and_what_reads_like_one_are_nothing_odd():
+    captions = [world.caption(spec) for spec in world.all_specs()]
+    assert not any(world.oddities(text) for text in [*captions, "Red mug.", "A red ball, on the blue table"])

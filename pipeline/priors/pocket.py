@@ -62,7 +62,7 @@ class PocketSource(PriorSource):
             from stages.guidance.diffusion.plan import make_plan
 
             make_plan(folder, ask.config.prior.diffusion, lora=ask.lora)
-        return Facts(described)
+        return Facts(described, notices=_notices(ask.config.prompt))
 
     def load(self, ask: Ask, facts: Facts, device: torch.device, *, keep_text: bool = False) -> Prior:
         from stages.guidance.diffusion.prior import load_prior
@@ -86,6 +86,13 @@ class PocketSource(PriorSource):
             for stage, kind in STAGES.items()
             if kind.prior == "pocket"
         ]
+
+
+def _notices(prompt: str) -> tuple[str, ...]:
+    """What of the prompt no caption of the training says, though each of its words is known."""
+    from stages.pocket.world import oddities
+
+    return tuple(f'the pocket prior never saw the like of "{prompt}": {line}' for line in oddities(prompt))
 
 
 def pocket_folder(stage: str) -> Path:

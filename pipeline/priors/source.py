@@ -95,11 +95,13 @@ class Facts:
         described: of a diffusion prior, what rules and cures ask of it; None for another kind of guidance.
         latents: the kind of model whose latents it has; empty for pixels and where it is not known.
         plan: how its folder will be loaded; None where it is not here yet, or is no folder.
+        notices: what the user should know before the run begins, a line each.
     """
 
     described: Described | None = None
     latents: str = ""
     plan: Plan | None = None
+    notices: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -123,12 +123,13 @@ def check_priors(
 
 
 def notices(config: RunSettings, priors: Mapping[str, StagePrior]) -> list[str]:
-    """Return what a stage of the run leaves aside that another one uses, a line each."""
+    """Return what priors have to say, and what a stage of the run leaves aside that another one uses, a line each."""
     prompts = next(iter(priors.values())).ask.prompts
-    return [
+    unused = [
         f"{stage}: the negative prompt is not used at guidance.{stage}.scale=1"
         for stage in _without_negative(config, prompts)
     ]
+    return [*dict.fromkeys(line for prior in priors.values() for line in prior.facts.notices), *unused]
 
 
 def _check_use(config: RunSettings, prompts: ViewPrompts) -> None:

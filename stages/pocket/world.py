@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -147,6 +148,36 @@ def _parse_single(tokens: list[str], text: str) -> Spec:
     if len(tokens) not in (3, 4) or tokens[0] not in ("a", "an"):
         raise ValueError(f"caption: wanted 'a COLOUR [PATTERN] KIND [on|next to a COLOUR KIND]', got {text!r}")
     return Spec(tokens[-1], tokens[1], tokens[2] if len(tokens) == 4 else "plain")
+
+
+def oddities(text: str) -> list[str]:
+    """What a prompt of the world's words asks that no caption says, a line each; for none the training is a guide.
+
+    Articles and other words do not count. A layout draws most of it all the same, from what it knows of each word.
+    """
+    sides, tokens = [[]], re.findall(r"\w+", text.lower())
+    joints = {words_[0]: relation for relation, words_ in RELATIONS.items()}
+    relations = [joints[token] for token in tokens if token in joints]
+    for token in tokens:
+        if token in joints:
+            sides.append([])
+        sides[-1].append(token)
+    lines, kinds = [], [[token for token in side if token in KINDS] for side in sides]
+    if sum(map(len, kinds)) == 0:
+        return [f"it names no object; the world has {', '.join(KINDS)}"]
+    if len(sides) > 2 or any(len(named) != 1 for named in kinds):
+        return ["captions name one object, or two with 'on' or 'next to' between them"]
+    for side, (kind,) in zip(sides, kinds, strict=True):
+        colours, patterns = ([token for token in side if token in group] for group in (COLOURS, PATTERNS))
+        if len(set(colours)) != 1:
+            lines.append(f"it names {'no colour' if not colours else 'more than one colour'} for the {kind}")
+        if len(sides) == 2 and patterns:
+            lines.append("captions have no patterns in pairs")
+        elif patterns and kind not in PATTERNED:
+            lines.append(f"captions have patterns on {', '.join(PATTERNED)} alone")
+    if len(sides) == 2 and (kinds[0][0], relations[0], kinds[1][0]) not in _compositions():
+        lines.append(f"captions have no {kinds[0][0]} {relations[0]} a {kinds[1][0]}")
+    return list(dict.fromkeys(lines))
 
 
 def words() -> list[str]:
