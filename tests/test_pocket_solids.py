@@ -7,11 +7,19 @@ import pytest
 import torch
 
 from stages.kernels.srgb import linear_to_srgb
-from stages.pocket import world
+from stages.pocket import models, world
 from stages.pocket.build import build
 from stages.pocket.palette import COLOURS
 from stages.pocket.train import solids
-from stages.pocket.train.solids import Solids, make_solids, shape_captions, solid_loss
+from stages.pocket.train.solids import (
+    Roles,
+    Solids,
+    find_roles,
+    make_solids,
+    paint_roles,
+    shape_captions,
+    solid_loss,
+)
 
 
 def captions(name):
@@ -56,25 +64,71 @@ def test_the_bank_is_made_once(few, monkeypatch, tmp_path):
     assert np.array_equal(make_solids(tmp_path, 0).points, made.points)
 
 
+@pytest.fixture
+def bank(few, monkeypatch, tmp_path):
+    chosen = [captions(" robot"), captions(" duck"), captions(" striped mug")]
+    monkeypatch.setattr(solids, "shape_captions", lambda: chosen)
+    return make_solids(tmp_path, 0), chosen
+
+
+def test_each_point_has_the_role_whose_colour_it_has_in_every_caption_of_the_training(bank):
+    made, chosen = bank
+    roles = find_roles(made, chosen, 48)
+    near = torch.from_numpy(np.asarray(made.near))
+    painted = roles.colours[roles.number].transpose(1, 2)  # [N, C, P, 3]
+    error = (painted - torch.from_numpy(np.asarray(made.colours)).float()).abs().amax(-1)
+    known = roles.known[..., None].bool() & near[:, None]
+    assert error[known].max() < 2 * solids.ALIKE and 6 < len(roles.colours) < 30
+    held = [text for alike in chosen for text in alike if world.held_out(world.parse(text))]
+    assert int((1 - roles.known).sum()) == len(held) > 0
+
+
+def test_a_small_part_weighs_more_than_its_points_and_what_is_far_from_a_surface_nothing(bank):
+    made, chosen = bank
+    roles = find_roles(made, chosen, 48)
+    near = torch.from_numpy(np.asarray(made.near))
+    assert roles.weight[near].mean() == pytest.approx(1, abs=1e-4) and not roles.weight[~near].any()
+    many = torch.bincount(roles.number[0][near[0]])
+    small, large = many.masked_fill(many == 0, 10**6).argmin(), many.argmax()
+    weights = roles.weight[0][near[0]]
+    number = roles.number[0][near[0]]
+    assert weights[number == small].mean() > 2 * weights[number == large].mean()
+
+
+def test_more_roles_than_paints_are_refused(bank):
+    with pytest.raises(ValueError, match="roles, got 3"):
+        find_roles(*bank, 3)
+
+
+def test_a_layouts_palettes_become_the_roles(bank):
+    roles = find_roles(*bank, 48)
+    layout = models.make_layout(fine=False)
+    paint_roles(layout, roles)
+    palettes = linear_to_srgb(layout.palettes(torch.eye(len(COLOURS))))
+    torch.testing.assert_close(palettes[:, : len(roles.colours)].transpose(0, 1), roles.colours, atol=0.02, rtol=0)
+
+
 def test_the_truth_costs_least():
-    """A layout that says what is there, and one that errs in each of opacity, colour and normal."""
+    """A layout that says what is there, and one that errs in each of opacity, colour, paint and normal."""
     generator = np.random.default_rng(0)
     points = generator.uniform(-0.5, 0.5, (1, 200, 3)).astype(np.float32)
     inside = (points[..., 0] > 0).astype(np.float16)
-    truth = torch.rand(1, 200, 3, generator=torch.Generator().manual_seed(0)) * 0.8 + 0.1  # linear
+    number = torch.arange(200)[None] % 3
+    paints = torch.tensor([[0.8, 0.1, 0.1], [0.1, 0.7, 0.1], [0.2, 0.2, 0.9]])  # linear
     normals = np.broadcast_to(np.float16([0, 0, 1]), points.shape)
-    bank = Solids(points, inside, np.ones((1, 200), bool), linear_to_srgb(truth)[:, None].numpy(), normals)
+    bank = Solids(points, inside, np.ones((1, 200), bool), linear_to_srgb(paints[number])[:, None].numpy(), normals)
 
-    def loss(density=30.0, colour=0.0, normal=0.0, known=1.0):
+    def loss(density=30.0, colour=0.0, normal=0.0, share=0.0, known=1.0):
         raw = torch.where(torch.from_numpy(inside) > 0.5, density, -density)
         facing = torch.tensor([0.0, normal, 1.0]).expand(1, 200, 3)
-        seen = torch.cat([raw[..., None], facing, (truth + colour)], -1)
-        layout = SimpleNamespace(at=lambda shapes, where: seen, palettes=lambda colours: torch.eye(3)[None])
-        return float(solid_loss(layout, None, None, torch.full((1, 1), known), bank, np.arange(1), np.arange(200)))
+        shares = (1 - share) * torch.nn.functional.one_hot(number, 3) + share / 3
+        seen = torch.cat([raw[..., None], facing, shares], -1)
+        layout = SimpleNamespace(at=lambda shapes, where: seen, palettes=lambda colours: paints[None] + colour)
+        roles = Roles(linear_to_srgb(paints)[:, None], number, torch.full((1, 1), known), torch.ones(1, 200))
+        return float(solid_loss(layout, None, None, roles, bank, np.arange(1), np.arange(200)))
 
     assert loss() < 1e-3
     assert loss(density=0.1) > 0.1 and loss(density=-30.0) > 5
     assert loss(normal=0.6) == pytest.approx(0.36 / 3, rel=1e-2)
-    assert loss(colour=0.05) > 0.005
-    wrong = loss(colour=0.05, known=1.0), loss(colour=0.05, known=0.5)
-    assert wrong[0] == pytest.approx(wrong[1])  # a mean over what is known
+    assert loss(colour=0.05) > 0.005 and loss(share=0.3) > 0.3**2 * 2 / 3
+    assert loss(colour=0.05) == pytest.approx(loss(colour=0.05, known=0.5))  # a mean over what is known

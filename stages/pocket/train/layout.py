@@ -26,7 +26,7 @@ from stages.pocket.build import build_placed
 from stages.pocket.pattern import PATTERNS
 from stages.pocket.train.export import write_grid
 from stages.pocket.train.loop import Training
-from stages.pocket.train.solids import Solids, make_solids, shape_captions, solid_loss
+from stages.pocket.train.solids import Roles, Solids, find_roles, make_solids, paint_roles, shape_captions, solid_loss
 from stages.pocket.train.text import SUFFIXES, encode_text, find_text, fit_reader
 
 SHAPES = {"plain": 5, "patterned": 4, "pair": 4}  # of a step; those of a pair are two
@@ -170,19 +170,18 @@ def fit_placement(
     return {k: round(v, 4) for k, v in errors.items()}
 
 
-def solid_lessons(layout: Layout, encode, solids: Solids) -> Callable[[np.random.Generator], Tensor]:
+def solid_lessons(layout: Layout, encode, solids: Solids, roles: Roles) -> Callable[[np.random.Generator], Tensor]:
     """A function that draws shapes and points and returns the loss of the layout's volumes there."""
     captions = shape_captions()
-    known = torch.tensor([[not world.held_out(world.parse(text)) for text in alike] for alike in captions]).float()
     with torch.no_grad():
-        spoken = layout.read(encode([alike[0] for alike in captions]))
-        shapes = torch.cat([spoken.kinds[:, 0], spoken.patterns[:, 0]], -1).round()
+        reading = layout.read(encode([alike[0] for alike in captions]))
+        shapes = torch.cat([reading.kinds[:, 0], reading.patterns[:, 0]], -1).round()
         colours = layout.read(encode(captions[0])).colours[:, 0].round()
 
     def loss(rng: np.random.Generator) -> Tensor:
         rows = np.sort(rng.choice(len(captions), SOLIDS, replace=False))
         index = np.sort(rng.choice(solids.points.shape[1], POINTS, replace=False))
-        return solid_loss(layout, shapes[rows], colours, known[rows], solids, rows, index)
+        return solid_loss(layout, shapes[rows], colours, roles, solids, rows, index)
 
     return loss
 
@@ -208,6 +207,9 @@ def train_layout(args: argparse.Namespace) -> None:
         else:
             state = {k.removeprefix("e/layout."): v for k, v in load_file(args.init).items() if k.startswith("e/")}
         layout.load_state_dict({k: v for k, v in state.items() if shapes.get(k) == v.shape}, strict=False)
+    solids = make_solids(args.data / "solids", args.seed)
+    roles = find_roles(solids, shape_captions(), len(layout.palette))
+    paint_roles(layout, roles)
     heads = (layout.reader, layout.box, layout.place)  # taught apart, and first
     work = args.work / "layout"
     ready = work / "heads.safetensors"
@@ -224,7 +226,7 @@ def train_layout(args: argparse.Namespace) -> None:
     settings = {"steps": args.steps, "minutes": args.minutes, "ema": 0.99, "weight_decay": 0.001, "warmup": 100}
     training = Training({"layout": layout}, work, lr=args.lr or 2e-3, **settings)
     side = args.side
-    learn_solids = solid_lessons(layout, encode, make_solids(args.data / "solids", args.seed))
+    learn_solids = solid_lessons(layout, encode, solids, roles)
 
     def loss_step(step: int) -> Tensor:
         rng = np.random.default_rng([args.seed, step])

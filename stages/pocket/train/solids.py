@@ -14,12 +14,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from scipy.spatial import cKDTree
 from torch import Tensor
 
-from stages.guidance.diffusion.layout import Layout
+from stages.guidance.diffusion.layout import VIVID, Layout
 from stages.kernels.reference.grids import DENSITY, EXTENT
-from stages.kernels.srgb import linear_to_srgb
+from stages.kernels.srgb import linear_to_srgb, srgb_to_linear
 from stages.mesh.mesh import Mesh
 from stages.mesh.orient import smooth_normals
 from stages.mesh.sample import points_at, surface_samples
@@ -34,6 +35,7 @@ SPREADS = (0.01, 0.04)  # of the points near a surface, standard deviations by h
 NEAR = 0.65  # share of them; the rest are anywhere in the ball
 SHELL = 0.03  # distance to the surface up to which a point has its colour and normal
 SURFACE = 16_000  # points that stand for a surface
+ALIKE = 0.09  # sRGB distance up to which colours are one: instances vary a little
 LENGTH = 0.03  # of the ray whose opacity an occupancy is, about a cell's side
 
 
@@ -117,14 +119,78 @@ def _outside(surface: np.ndarray, mesh: Mesh, face: np.ndarray, tree: TriangleTr
     return tree.winding_numbers(surface + 1e-3 * normal) < 0.5
 
 
+@dataclass(frozen=True)
+class Roles:
+    """The parts that objects are painted by: two parts in one role have one colour in every caption of the training.
+
+    colours: [R, C, 3] sRGB in each of the world's colours. number: [N, P] the role of each point of the bank.
+    known: [N, C] whether a shape's caption in a colour belongs to the training. weight: [N, P] of each point near a
+        surface, mean 1 over them, else 0: a pupil has few points and is seen as soon as it is wrong.
+    """
+
+    colours: Tensor
+    number: Tensor
+    known: Tensor
+    weight: Tensor
+
+
+def find_roles(solids: Solids, captions: list[list[str]], limit: int) -> Roles:
+    """The roles of the training captions' parts, at most `limit`, those that paint most points first."""
+    known = torch.tensor([[not world.held_out(world.parse(text)) for text in alike] for alike in captions])
+    colours = torch.tensor(np.asarray(solids.colours)).float().clamp(0, 1).transpose(1, 2)  # [N, P, C, 3]
+    near = torch.tensor(np.asarray(solids.near))
+    roles, filled, counts = [], [], []
+    number = torch.zeros(near.shape, dtype=torch.long)
+    for n in range(len(captions)):
+        left = near[n].clone()
+        while left.any():
+            first = colours[n][left][0]
+            alike = left & ((colours[n] - first).abs().amax(-1)[:, known[n]].amax(-1) < ALIKE)
+            mean = colours[n][alike].mean(0)
+            fits = [
+                (mean - role).abs().amax(-1)[known[n] & mask].amax().item() if (known[n] & mask).any() else 1.0
+                for role, mask in zip(roles, filled, strict=True)
+            ]
+            best = int(np.argmin(fits)) if fits else -1
+            if best < 0 or fits[best] > ALIKE:
+                best = len(roles)
+                roles.append(mean.clone())
+                filled.append(known[n].clone())
+                counts.append(0)
+            fresh = known[n] & ~filled[best]
+            roles[best][fresh], filled[best] = mean[fresh], filled[best] | known[n]
+            counts[best] += int(alike.sum())
+            number[n][alike] = best
+            left &= ~alike
+    order = torch.tensor(counts).argsort(descending=True)
+    if len(order) > limit:
+        raise ValueError(f"limit: the world has {len(order)} roles, got {limit}")
+    for role, mask in zip(roles, filled, strict=True):  # a colour that no training caption shows it in
+        role[~mask] = role[mask].mean(0)
+    number = order.argsort()[number]
+    painted = F.one_hot(number, len(order)) * near[..., None]
+    shares = painted.sum(1) / near.sum(1, keepdim=True)  # [N, R]
+    weight = near * shares.gather(1, number).clamp_min(1e-3) ** -0.5
+    return Roles(torch.stack(roles)[order], number, known.float(), weight * near.sum() / weight.sum())
+
+
+def paint_roles(layout: Layout, roles: Roles) -> None:
+    """Make a layout's palettes those of the roles; paints beyond them stay as they are."""
+    linear = srgb_to_linear(roles.colours.transpose(0, 1))  # [C, R, 3]
+    logits = torch.logit((linear ** (1 / 2.2)).clamp(0.01, 0.99)) / VIVID
+    with torch.no_grad():
+        layout.palette[: logits.shape[1]] = logits.mean(0)
+        layout.palette_of[:, : logits.shape[1]] = logits - logits.mean(0)
+
+
 def solid_loss(
-    layout: Layout, shapes: Tensor, colours: Tensor, known: Tensor, solids: Solids, rows: np.ndarray, index: np.ndarray
+    layout: Layout, shapes: Tensor, colours: Tensor, roles: Roles, solids: Solids, rows: np.ndarray, index: np.ndarray
 ) -> Tensor:
     """How far volumes are from shapes, as opacity, colour and normal at points.
 
     Args:
         shapes: [N, kinds and patterns] counts of words of the shapes `rows` [N]. colours: [C, colours] of the world's
-            colours. known: [N, C] 1 for captions of the training, else 0. index: [Q] which points of each.
+            colours. index: [Q] which points of each.
     """
     points = torch.from_numpy(solids.points[rows][:, index])
     seen = layout.at(shapes, points)  # [N, Q, 4 + paints]
@@ -139,5 +205,9 @@ def solid_loss(
     palettes = layout.palettes(colours)  # [C, paints, 3]
     painted = linear_to_srgb(torch.einsum("nqp,cpk->ncqk", seen[..., 4:], palettes))
     truth = torch.from_numpy(solids.colours[rows][:, :, index]).float()
-    weight = (near[:, None] * known[..., None])[..., None]
+    number = roles.number[rows][:, index]
+    shares = seen[..., 4:].square().sum(-1) - 2 * seen[..., 4:].gather(-1, number[..., None])[..., 0] + 1
+    weight = roles.weight[rows][:, index]
+    loss = loss + (weight * shares).sum() / weight.sum()  # squared distance to all of the one paint
+    weight = (weight[:, None] * roles.known[rows][..., None])[..., None]
     return loss + 10 * (weight * (painted - truth).square()).sum() / (3 * weight.sum())
