@@ -223,6 +223,8 @@ def train_layout(args: argparse.Namespace) -> None:
         save_file({k: v.contiguous() for k, v in layout.state_dict().items() if k.startswith(names)}, ready)
     for head in heads:
         head.requires_grad_(False)
+    layout.palette.requires_grad_(False)  # nor the paints: in a colour without captions they would drift with the rest
+    layout.palette_of.requires_grad_(False)
     settings = {"steps": args.steps, "minutes": args.minutes, "ema": 0.99, "weight_decay": 0.001, "warmup": 100}
     training = Training({"layout": layout}, work, lr=args.lr or 2e-3, **settings)
     side = args.side

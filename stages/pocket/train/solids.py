@@ -165,8 +165,8 @@ def find_roles(solids: Solids, captions: list[list[str]], limit: int) -> Roles:
     order = torch.tensor(counts).argsort(descending=True)
     if len(order) > limit:
         raise ValueError(f"limit: the world has {len(order)} roles, got {limit}")
-    for role, mask in zip(roles, filled, strict=True):  # a colour that no training caption shows it in
-        role[~mask] = role[mask].mean(0)
+    for role, mask in zip(roles, filled, strict=True):  # as in most colours where no training caption shows it
+        role[~mask] = role[mask].median(0).values
     number = order.argsort()[number]
     painted = F.one_hot(number, len(order)) * near[..., None]
     shares = painted.sum(1) / near.sum(1, keepdim=True)  # [N, R]
