@@ -130,5 +130,5 @@ def test_the_truth_costs_least():
     assert loss() < 1e-3
     assert loss(density=0.1) > 0.1 and loss(density=-30.0) > 5
     assert loss(normal=0.6) == pytest.approx(0.36 / 3, rel=1e-2)
-    assert loss(colour=0.05) > 0.005 and loss(share=0.3) > 0.3**2 * 2 / 3
+    assert loss(colour=0.05) > 0.005 and loss(share=0.3) > 0.3**2 / 3
     assert loss(colour=0.05) == pytest.approx(loss(colour=0.05, known=0.5))  # a mean over what is known

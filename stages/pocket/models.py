@@ -20,7 +20,8 @@ from stages.pocket.palette import COLOURS
 from stages.pocket.pattern import PATTERNS
 from stages.pocket.world import KINDS, RELATIONS, words
 
-PAINTS = 48  # of a layout's palettes: the world's parts are painted in some forty ways
+CHANNELS = (48, 32, 32)  # of a layout's volume at 8, 16 and 32 cells a side
+PAINTS = 48  # of its palettes: the world's parts are painted in some forty ways
 CLIP_EOS = 3  # see make_tokenizer
 TOKENS = 20  # caption, view words and shading words of the longest pair caption, with both end marks
 WIDTH = 128  # text width
@@ -122,7 +123,7 @@ def make_layout(fine: bool = True):
 
     words = {"kinds": list(KINDS), "patterns": list(PATTERNS), "colours": list(COLOURS)}
     joints = [word for relation in RELATIONS.values() for word in relation]
-    return Layout(WIDTH, words | {"joints": joints}, paints=PAINTS, fine=fine)
+    return Layout(WIDTH, words | {"joints": joints}, channels=CHANNELS, paints=PAINTS, fine=fine)
 
 
 def load_layout(state: Path):

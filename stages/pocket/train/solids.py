@@ -208,6 +208,6 @@ def solid_loss(
     number = roles.number[rows][:, index]
     shares = seen[..., 4:].square().sum(-1) - 2 * seen[..., 4:].gather(-1, number[..., None])[..., 0] + 1
     weight = roles.weight[rows][:, index]
-    loss = loss + (weight * shares).sum() / weight.sum()  # squared distance to all of the one paint
+    loss = loss + 0.5 * (weight * shares).sum() / weight.sum()  # squared distance to all of the one paint
     weight = (weight[:, None] * roles.known[rows][..., None])[..., None]
-    return loss + 10 * (weight * (painted - truth).square()).sum() / (3 * weight.sum())
+    return loss + 20 * (weight * (painted - truth).square()).sum() / (3 * weight.sum())
