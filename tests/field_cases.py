@@ -14,7 +14,7 @@ from stages.kernels.density import hash_density
 from stages.kernels.grid import HashGridSpec
 from stages.kernels.hashgrid import hash_encode, hash_encode_both, hash_gradient
 from stages.kernels.mlp import mlp, mlp_with_slope
-from stages.kernels.volume import Samples, composite, march, visible
+from stages.kernels.volume import Samples, composite, cull, march
 from tests.kernel_cases import FAST, Case
 
 KINDS = ("empty", "one", "walls", "huge", "outside", "same", "strided", "turned", "shifted", "plain")
@@ -150,12 +150,12 @@ def case_of_composite(seed: int) -> Case:
     return Case(op, (sigmas, draw.normal(len(samples), seed % 6)), rest, layout=draw.layout, tolerance=2e-5)
 
 
-def case_of_visible(seed: int) -> Case:
+def case_of_cull(seed: int) -> Case:
     draw = Draw(seed, 60)
     sigmas, samples = draw.samples()
 
     def op(sigmas, t, delta, offsets, backend):
-        index, kept = visible(20 * sigmas, Samples(t, delta, offsets), 1e-2, 0.05, backend=backend)
+        index, kept = cull(20 * sigmas, Samples(t, delta, offsets), 1e-2, 0.05, backend=backend)
         return index, kept.t, kept.delta, kept.ray_offsets
 
     return Case(op, (sigmas,), (samples.t, samples.delta, samples.ray_offsets), layout=draw.layout)
@@ -194,7 +194,7 @@ OPS = {
     "mlp_with_slope": case_of_slope,
     "march": case_of_march,
     "composite": case_of_composite,
-    "visible": case_of_visible,
+    "cull": case_of_cull,
 }
 
 

@@ -21,7 +21,7 @@ from stages.kernels.marching import marching_tetrahedra, mesh_edges
 from stages.kernels.mlp import mlp, mlp_with_slope
 from stages.kernels.raster import antialias, edge_topology, interpolate, rasterise, texture, vertex_normals
 from stages.kernels.smoothness import smoothness
-from stages.kernels.volume import composite, march, visible
+from stages.kernels.volume import composite, cull, march
 
 SPEC = HashGridSpec(levels=3, log2_table=7, base=3, finest=20)
 WIDTH = SPEC.width
@@ -67,7 +67,7 @@ def volume(sigmas, values):
     rays_d = torch.tensor([[0.0, 0, -1]]).expand(3, 3)
     samples = march(rays_o, rays_d, torch.ones(4, 4, 4, dtype=torch.bool), 0.2, torch.full((3,), 0.5))
     sigmas, values = sigmas[: len(samples)].exp(), values[: len(samples)]
-    keep, samples = visible(sigmas, samples, 1e-2)
+    keep, samples = cull(sigmas, samples, 1e-2)
     out, weights, opacity, depth = composite(sigmas[keep], values[keep].sin(), samples)
     return torch.cat([out.reshape(-1), weights, opacity, depth]).cos()
 
@@ -110,7 +110,7 @@ OPS = {
     "hash gradient": (gradient, (POINTS, TABLE)),
     "perceptrons": (perceptrons, (randn(20, WIDTH), *WEIGHTS)),
     "density": (density, (TABLE, *WEIGHTS)),
-    "march, visible, composite": (volume, (randn(60), randn(60, 3))),
+    "march, cull, composite": (volume, (randn(60), randn(60, 3))),
     "rasterise, interpolate, antialias": (drawing, (CLIP, randn(4, 3))),
     "texture": (lookup, (randn(4, 5, 3), randn(20, 2))),
     "vertex normals": (normals, (CORNERS,)),
@@ -159,7 +159,7 @@ def test_an_op_inside_torch_compile_is_the_op(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["hash encoding", "march, visible, composite", "rasterise, interpolate, antialias"])
+@pytest.mark.parametrize("name", ["hash encoding", "march, cull, composite", "rasterise, interpolate, antialias"])
 def test_a_step_with_its_backward_pass_inside_torch_compile_is_the_step(name):
     function, arguments = OPS[name]
 

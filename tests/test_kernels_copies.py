@@ -15,7 +15,7 @@ import stages.kernels.cpu
 from stages.kernels.density import hash_density
 from stages.kernels.hashgrid import hash_encode, hash_gradient
 from stages.kernels.mlp import mlp, mlp_with_slope
-from stages.kernels.volume import Samples, composite, march, visible
+from stages.kernels.volume import Samples, composite, cull, march
 from tests.field_cases import SMALL, Draw, problem
 from tests.kernel_cases import OPS as MESH_OPS
 
@@ -76,8 +76,8 @@ def field_calls() -> dict[str, tuple[Callable, dict[str, Tensor]]]:
             lambda sigmas, values, t, delta, o: composite(sigmas, values, Samples(t, delta, o)),
             {"sigmas": sigmas, "values": values, **packed},
         ),
-        "visible": (
-            lambda sigmas, delta, o: visible(sigmas, Samples(samples.t, delta, o), 1e-2)[0],
+        "cull": (
+            lambda sigmas, delta, o: cull(sigmas, Samples(samples.t, delta, o), 1e-2)[0],
             {"sigmas": sigmas, "delta": samples.delta, "o": samples.ray_offsets},
         ),
     }  # fmt: skip

@@ -69,7 +69,7 @@ def test_the_random_inputs_reach_what_they_are_meant_to_reach():
     assert 0.2 < (torch.cat(moved) > 0).float().mean() < 1  # clamped in every axis, or not
     off = [(twins("mlp", seed)[1][1][2] == 0).float().mean() for seed in SIZES if seed % 10 != 0]
     assert 0.05 < sum(off) / len(off) < 0.5  # units that no input turns on
-    kept = sum(sizes["visible"]) / sum(len(twins("visible", seed)[0].leaves[0]) for seed in SIZES)
+    kept = sum(sizes["cull"]) / sum(len(twins("cull", seed)[0].leaves[0]) for seed in SIZES)
     assert 0.1 < kept < 0.9
     deltas = torch.cat([twins("march", seed)[1][0][1] for seed in SIZES])
     assert len(deltas.unique()) == 4  # strides

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from stages.kernels import indices
-from stages.kernels.indices import check_indices, extent, vouch
+from stages.kernels.indices import check_indices, extent, set_extent
 
 
 def test_indices_out_of_range_and_other_numbers_are_refused_by_name():
@@ -31,11 +31,11 @@ def test_a_tensor_is_looked_at_once_and_again_after_a_change(monkeypatch):
     with torch.inference_mode():
         still = torch.tensor([4, 5])
         assert extent(still) == (4, 5) and extent(still) == (4, 5) and len(looks) == 5
-        assert vouch(still, 0, 9) is still
+        assert set_extent(still, 0, 9) is still
 
 
-def test_vouched_bounds_hold_until_a_change():
-    tensor = vouch(torch.tensor([3, 4]), 0, 9)
+def test_given_bounds_hold_until_a_change():
+    tensor = set_extent(torch.tensor([3, 4]), 0, 9)
     with pytest.raises(ValueError, match="got 0 to 9"):
         check_indices("x", tensor, 5)
     tensor[0] = 2
@@ -43,9 +43,9 @@ def test_vouched_bounds_hold_until_a_change():
 
 
 def test_nothing_is_kept_of_a_tensor_that_is_gone():
-    before = len(indices._seen)
+    before = len(indices._extents)
     tensor = torch.tensor([3, 4])
     extent(tensor)
-    assert len(indices._seen) == before + 1
+    assert len(indices._extents) == before + 1
     del tensor
-    assert len(indices._seen) == before
+    assert len(indices._extents) == before

@@ -11,7 +11,7 @@ import torch
 from stages.kernels.density import hash_density
 from stages.kernels.hashgrid import hash_encode, hash_gradient
 from stages.kernels.mlp import mlp
-from stages.kernels.volume import Samples, composite, march, visible
+from stages.kernels.volume import Samples, composite, cull, march
 from tests.field_cases import EVERY, SMALL, SPECS, backends, head, problem
 
 every = backends(*EVERY)
@@ -90,7 +90,7 @@ def test_a_density_that_is_not_finite_shows_in_its_ray_alone(every):
     sigmas, delta = torch.full((9,), 2.0, device=device), torch.full((9,), 0.1, device=device)
     sigmas[4], sigmas[7] = float("nan"), float("inf")
     samples = Samples(delta.cumsum(0), delta, torch.tensor([0, 3, 6, 9], device=device))
-    index, kept = visible(sigmas, samples, 1e-3, 1e-3, backend=backend)
+    index, kept = cull(sigmas, samples, 1e-3, 1e-3, backend=backend)
     assert index.tolist() == [0, 1, 2, 3, 4, 5, 6, 7] and kept.ray_offsets.tolist() == [0, 3, 6, 8]
     out, weights, opacity, depth = composite(sigmas, torch.ones(9, 1, device=device), samples, backend=backend)
     for found in (out[:, 0], opacity, depth):

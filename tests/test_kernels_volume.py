@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from stages.kernels.volume import Samples, composite, march, visible
+from stages.kernels.volume import Samples, composite, cull, march
 
 BACKENDS = ["torch", "numba"]
 
@@ -145,9 +145,9 @@ def test_march_indexes_the_grid_as_x_y_z(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_visible_keeps_the_samples_in_front_of_the_point_where_light_runs_out(backend):
+def test_cull_keeps_the_samples_in_front_of_the_point_where_light_runs_out(backend):
     sigmas, values, samples = packed([40, 0, 25, 3])
-    index, kept = visible(20 * sigmas, samples, 1e-2, backend=backend)
+    index, kept = cull(20 * sigmas, samples, 1e-2, backend=backend)
     for ray, (low, high) in enumerate(samples.ray_offsets.unfold(0, 2, 1).tolist()):
         depth = (20 * sigmas * samples.delta)[low:high]
         wanted = [i for i in range(low, high) if math.exp(-float(depth[: i - low].sum())) >= 1e-2]
@@ -158,10 +158,10 @@ def test_visible_keeps_the_samples_in_front_of_the_point_where_light_runs_out(ba
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_visible_drops_faint_samples_wherever_they_are(backend):
+def test_cull_drops_faint_samples_wherever_they_are(backend):
     sigmas = torch.tensor([0.001, 2.0, 0.0, 0.5, 0.002, 3.0])
     samples = Samples(torch.arange(6.0), torch.full((6,), 0.1), torch.tensor([0, 4, 4, 6]))
-    index, kept = visible(sigmas, samples, 0.0, 1e-3, backend=backend)
+    index, kept = cull(sigmas, samples, 0.0, 1e-3, backend=backend)
     assert index.tolist() == [1, 3, 5] and kept.ray_offsets.tolist() == [0, 2, 2, 3]
     assert kept.rays.tolist() == [0, 0, 2]
 
@@ -172,5 +172,5 @@ def test_no_samples_at_all_composite_to_zero():
         sigmas = torch.zeros(0, requires_grad=True)
         out, _, opacity, _ = composite(sigmas, torch.zeros(0, 3), empty, backend=backend)
         (out.sum() + opacity.sum()).backward()
-        assert visible(sigmas, empty, 1e-3, backend=backend)[0].shape == (0,)
+        assert cull(sigmas, empty, 1e-3, backend=backend)[0].shape == (0,)
         assert out.shape == (3, 3) and not opacity.any() and sigmas.grad.shape == (0,)

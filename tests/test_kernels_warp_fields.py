@@ -159,8 +159,8 @@ def test_kernels_compile_to_ptx_for_sm_80_and_sm_90_without_a_gpu(name, tmp_path
         "mlp": (cuda_mlp.kernels(32, 4).module, {"forward", "backward"}, {"forward", "backward"}),
         "volume": (
             cuda_volume._march.module,
-            {"_march", "_weights", "_blend", "_composite_backward", "_visible"},
-            {"_weights", "_composite_backward", "_visible"},  # so is the exponential
+            {"_march", "_weights", "_blend", "_composite_backward", "_cull"},
+            {"_weights", "_composite_backward", "_cull"},  # so is the exponential
         ),
         "normals": (cuda_normals._forward.module, {"_forward", "_backward"}, set()),
     }[name]
@@ -182,7 +182,7 @@ def test_kernels_compile_to_ptx_for_sm_80_and_sm_90_without_a_gpu(name, tmp_path
 
 @pytest.mark.cuda
 def test_a_step_does_not_wait_for_the_device():
-    """March and visible wait once each, for the number of samples; nothing else of a step does."""
+    """march and cull wait once each, for the number of samples; nothing else of a step does."""
     draw = Draw(0, "cuda")
     spec = HashGridSpec(log2_table=12)
     sigmas, samples = packed(draw, 50)

@@ -30,7 +30,7 @@ from stages.errors import UserError
 from stages.paths import from_home
 
 CASES = (
-    "hash_encode", "hash_gradient", "hash_density", "nerf_step", "mlp", "mlp_with_slope", "march", "visible",
+    "hash_encode", "hash_gradient", "hash_density", "nerf_step", "mlp", "mlp_with_slope", "march", "cull",
     "composite", "rasterise", "interpolate", "antialias", "raster_step", "vertex_normals", "edge_topology", "texture",
     "marching_tetrahedra", "mesh_edges", "smoothness", "diffuse",
 )  # fmt: skip

@@ -27,7 +27,7 @@ from stages.kernels.marching import marching_tetrahedra, mesh_edges
 from stages.kernels.mlp import mlp, mlp_with_slope
 from stages.kernels.raster import antialias, edge_topology, interpolate, rasterise, texture, vertex_normals
 from stages.kernels.smoothness import smoothness
-from stages.kernels.volume import Samples, composite, march, visible
+from stages.kernels.volume import Samples, composite, cull, march
 from stages.mesh.tets.dmtet import from_function
 from stages.mesh.tets.tetrahedra import Lattice
 
@@ -229,8 +229,8 @@ def _composite_cases(v: Volume) -> Iterator[Case]:
     )  # fmt: skip
     dense = 20 * sigmas.detach()  # light runs out along most rays
     yield Case(
-        "visible", FORWARD, ("volume",), v.shapes | {"threshold": 1e-3, "faint": 0.05},
-        lambda names: lambda: visible(dense, v.samples, 1e-3, 0.05, backend=names["volume"]),
+        "cull", FORWARD, ("volume",), v.shapes | {"threshold": 1e-3, "min_optical_depth": 0.05},
+        lambda names: lambda: cull(dense, v.samples, 1e-3, 0.05, backend=names["volume"]),
     )  # fmt: skip
 
 

@@ -165,27 +165,27 @@ _selection = _EMPTY
 
 
 def resolve(settings: KernelSettings, device: torch.device | str) -> Selection:
-    """The backend of every family for float32 tensors on a device, with notices of what is not as it could be.
+    """Choose the backend of every family for float32 tensors on a device, with notices for the user.
 
     Raises: UserError where a backend is asked for by name and cannot be used here, or numba's compiler is switched off.
     """
     _check_compiler()
     kind = torch.device(device).type
-    chosen = {}
+    backends = {}
     for family in FAMILIES:
-        asked = getattr(settings, family)
-        if asked in ("auto", "torch"):
-            chosen[family] = _auto(kind, True) if asked == "auto" else asked
+        setting = getattr(settings, family)
+        if setting in ("auto", "torch"):
+            backends[family] = _auto(kind, True) if setting == "auto" else setting
             continue
-        what = f"kernels.{family}={asked} cannot be used"
-        if kind not in _DEVICES.get(asked, ("cuda",)):
-            why = f"it computes on {_where(asked)}, and this run is on {kind}"
+        what = f"kernels.{family}={setting} cannot be used"
+        if kind not in _DEVICES.get(setting, ("cuda",)):
+            why = f"it computes on {_where(setting)}, and this run is on {kind}"
             raise UserError(what, why, f"kernels.{family}=auto")
-        why = _absent(asked, kind)
+        why = _absent(setting, kind)
         if why:
             raise UserError(what, why, f"kernels.{family}=auto; `pipeline doctor` says what is installed")
-        chosen[family] = asked
-    return Selection(kind, chosen, tuple(_notices(settings, chosen, kind)))
+        backends[family] = setting
+    return Selection(kind, backends, tuple(_notices(settings, backends, kind)))
 
 
 def _check_compiler() -> None:
@@ -195,21 +195,21 @@ def _check_compiler() -> None:
         check_compiler()
 
 
-def _notices(settings: KernelSettings, chosen: dict[str, str], device: str) -> Iterator[str]:
-    slow = [family for family in FAMILIES if getattr(settings, family) == "auto" and chosen[family] == "torch"]
+def _notices(settings: KernelSettings, backends: dict[str, str], device: str) -> Iterator[str]:
+    slow = [family for family in FAMILIES if getattr(settings, family) == "auto" and backends[family] == "torch"]
     if slow and device == "cuda":
         why = warp_off_cuda()
         yield f"kernels: {', '.join(slow)} run as plain torch, slower than Warp would (warp: {why}; extra: cuda)"
     elif slow:
         yield f"kernels: {', '.join(slow)} run as plain torch: there are no compiled kernels for {device}"
-    if "nvdiffrast" in chosen.values():
+    if "nvdiffrast" in backends.values():
         yield f"kernels: nvdiffrast draws this run; its licence: {PACKAGES['nvdiffrast'].licence}"
-    if chosen["mlp"] == "tinycudann":
+    if backends["mlp"] == "tinycudann":
         yield (
             "kernels: tinycudann computes perceptrons in half precision, and none of their derivatives: those with "
             f"shaded normals run on {_auto(device, True)}"
         )
-    unordered = sorted({"tinycudann", "nvdiffrast"} & set(chosen.values()))
+    unordered = sorted({"tinycudann", "nvdiffrast"} & set(backends.values()))
     if unordered:
         yield f"kernels: {', '.join(unordered)} sum gradients in any order: the same seed, but not the same bytes"
 

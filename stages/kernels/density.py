@@ -28,21 +28,26 @@ def hash_density(
     known: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """A scalar field and its gradient by position.
+    """Compute a scalar field and its gradient by position.
 
-    Args: points [N, 3] in [0, 1]; table [T, F]; weights of a one-output perceptron; known and backend as in hash_encode
-        (tinycudann computes the grid alone, see mlp_with_slope).
+    Args:
+        points: [N, 3] in [0, 1].
+        table: [T, F].
+        spec: the grid's shape.
+        weights: of a perceptron with one output.
+        known: as in hash_encode.
+        backend: as in hash_encode; tinycudann computes the grid alone, see mlp_with_slope.
     Returns: features [N, L * F], raw [N], gradient [N, 3]; differentiable in table and weights.
     Not differentiable in: points.
     """
     points = points.detach()
     check_weights(spec.width, *weights, outputs=1)
-    chosen = {
+    backends = {
         check_grid(points, table, spec, backend, known=known),
         choose_backend(backend, points, *weights, family="mlp"),
     }
-    if chosen in ({"numba"}, {"warp"}):
-        return untraced(_Density.apply, points, table, *weights, spec, known, chosen.pop())
+    if backends in ({"numba"}, {"warp"}):
+        return untraced(_Density.apply, points, table, *weights, spec, known, backends.pop())
     features = hash_encode(points, table, spec, known=known, backend=backend)
     raw, slope = mlp_with_slope(features, *weights, backend=backend)
     return features, raw[:, 0], hash_gradient(points, table, spec, slope, backend=backend)

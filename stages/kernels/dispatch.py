@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 _PACKAGES = {"torch": "reference", "numba": "cpu", "warp": "cuda"}
-_AS_THEY_COME = frozenset({"hashgrid", "mlp", "volume"})  # parts whose modules prepare tensors themselves
+_TAKE_TENSORS = frozenset({"hashgrid", "mlp", "volume"})  # parts whose modules prepare tensors themselves
 
 
 @cache
 def module(backend: str, part: str) -> ModuleType | Prepared:
-    """The module of a part for a backend, loaded on first use.
+    """Load the module of a part for a backend, once.
 
     Args:
         backend: "torch", "numba" or "warp", as choose_backend gives it.
@@ -30,7 +30,7 @@ def module(backend: str, part: str) -> ModuleType | Prepared:
     Returns: the module; for compiled parts that want arrays or contiguous memory, the module as Prepared shows it.
     """
     loaded = importlib.import_module(f"stages.kernels.{_PACKAGES[backend]}.{part}")
-    return loaded if backend == "torch" or part in _AS_THEY_COME else Prepared(loaded, backend == "numba")
+    return loaded if backend == "torch" or part in _TAKE_TENSORS else Prepared(loaded, backend == "numba")
 
 
 class Prepared:

@@ -19,7 +19,7 @@ from stages.kernels.untraced import stepped_over, untraced
 def hash_encode(
     points: Tensor, table: Tensor, spec: HashGridSpec, *, known: Tensor | None = None, backend: str = "auto"
 ) -> Tensor:
-    """Trilinear multiresolution hash encoding; Instant NGP sec. 3.
+    """Encode points by a multiresolution hash grid, trilinearly; Instant NGP (Müller et al. 2022) sec. 3.
 
     Args:
         points: [N, 3] float32 in [0, 1]; values outside are clamped and get no gradient. The features of a point that
@@ -47,19 +47,19 @@ def hash_encode_both(
     *,
     backend: str = "auto",
 ) -> Tensor:
-    """Encodings of two grids side by side, [N, W1 + W2]; arguments as in hash_encode.
+    """Encode points by two grids, side by side: [N, W1 + W2]; arguments as in hash_encode.
 
     Differentiable in points and both tables.
     """
-    chosen = {check_grid(points, table, spec, backend) for table, spec in zip(tables, specs, strict=True)}
-    if chosen == {"numba"}:
+    backends = {check_grid(points, table, spec, backend) for table, spec in zip(tables, specs, strict=True)}
+    if backends == {"numba"}:
         return untraced(_EncodeBoth.apply, points, *tables, *specs)
     parts = [hash_encode(points, table, spec, backend=backend) for table, spec in zip(tables, specs, strict=True)]
     return torch.cat(parts, -1)
 
 
 def hash_gradient(points: Tensor, table: Tensor, spec: HashGridSpec, g: Tensor, *, backend: str = "auto") -> Tensor:
-    """Derivative of the encoding with respect to the points, contracted with g: J(points)^T g.
+    """Contract the encoding's derivative by the points with g: J(points)^T g.
 
     It gives analytic normals of a field whose derivative by the features is g, with gradients that reach the table.
     Args:
@@ -86,12 +86,12 @@ def check_grid(points: Tensor, table: Tensor, spec: HashGridSpec, backend: str, 
         if tensor is not None:
             check_shape(name, tensor, (points.shape[0], spec.width))
             check_alike(name, tensor, table)
-    chosen = choose_backend(backend, points, table, family="hash", adaptor=True)
-    if chosen in ("numba", "warp") and spec.features != 2:
-        if backend == chosen:
-            raise ValueError(f"backend: {chosen!r} is written for 2 features a level, got {spec.features}")
+    choice = choose_backend(backend, points, table, family="hash", adaptor=True)
+    if choice in ("numba", "warp") and spec.features != 2:
+        if backend == choice:
+            raise ValueError(f"backend: {choice!r} is written for 2 features a level, got {spec.features}")
         return "torch"
-    return chosen
+    return choice
 
 
 class _Encode(torch.autograd.Function):

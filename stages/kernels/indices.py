@@ -8,34 +8,34 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from stages.kernels.untraced import untraced
 
-_seen = WeakIdKeyDictionary()  # tensor -> (its version, lowest, highest)
+_extents = WeakIdKeyDictionary()  # tensor -> (its version, lowest, highest)
 
 
 def extent(tensor: Tensor) -> tuple[int, int]:
-    """Lowest and highest value of a tensor that is not empty, or bounds that somebody vouched for.
+    """Return the lowest and highest value of a tensor that is not empty, or the bounds of set_extent.
 
     Waits for the device the first time and after torch changed the tensor in place (not after a change through numpy or
     `.data`, which torch does not count); a tensor made in inference mode is looked at every time.
     """
     version = None if tensor.is_inference() else tensor._version
-    known = _seen.get(tensor)
-    if version is None or known is None or known[0] != version:
+    cached = _extents.get(tensor)
+    if version is None or cached is None or cached[0] != version:
         low, high = torch.stack(torch.aminmax(tensor)).tolist()
-        known = (version, low, high)
+        cached = (version, low, high)
         if version is not None:
-            _seen[tensor] = known
-    return known[1:]
+            _extents[tensor] = cached
+    return cached[1:]
 
 
-def vouch(tensor: Tensor, low: int, high: int) -> Tensor:
-    """The tensor, whose values are known to lie in [low, high] by the way it was made: nobody has to look at it."""
+def set_extent(tensor: Tensor, low: int, high: int) -> Tensor:
+    """State that a tensor's values lie in [low, high], so that no check reads them; returns the tensor."""
     untraced(_remember, tensor, low, high)
     return tensor
 
 
 def _remember(tensor: Tensor, low: int, high: int) -> None:
     if not tensor.is_inference():
-        _seen[tensor] = (tensor._version, low, high)
+        _extents[tensor] = (tensor._version, low, high)
 
 
 def check_indices(name: str, tensor: Tensor, stop: int, start: int = 0) -> None:

@@ -26,7 +26,7 @@ def lambert(
     shortest: float = 0.0,
     backend: str = "auto",
 ) -> Tensor:
-    """albedo (ambient + diffuse max(0, n . l)), l the unit vector from the point to the light.
+    """Shade points: albedo (ambient + diffuse max(0, n . l)), l the unit vector from point to light.
 
     Args:
         albedo: [N or 1, 3].
@@ -43,10 +43,10 @@ def lambert(
     check_shape("points", points, (n, 3))
     check_shape("albedo", albedo, (1 if len(albedo) == 1 else n, 3))
     check_shape("light", light, (1 if len(light) == 1 else n, 3))
-    chosen = choose_backend(backend, albedo, normals, points, light, family="raster")
-    if chosen == "torch":
+    backend = choose_backend(backend, albedo, normals, points, light, family="raster")
+    if backend == "torch":
         return twin.lambert(albedo, normals, points, light, ambient, diffuse, shortest)
-    return untraced(_Lambert.apply, albedo, normals, points, light, ambient, diffuse, shortest, chosen)
+    return untraced(_Lambert.apply, albedo, normals, points, light, ambient, diffuse, shortest, backend)
 
 
 class _Lambert(torch.autograd.Function):

@@ -36,12 +36,12 @@ def diffuse(
     if strength == 0:
         return values.detach().clone()
     check_indices("neighbours", neighbours, len(values), start=-1)
-    chosen = choose_backend(backend, values, family="marching")
-    if chosen == "torch":
+    backend = choose_backend(backend, values, family="marching")
+    if backend == "torch":
         return twin.diffuse(values.detach(), neighbours, strength, tolerance)
     pairs, theta = twin.chebyshev(strength, tolerance)
     scale = strength / neighbours.shape[1]
-    return untraced(_diffuse, chosen, neighbours.int(), values, scale, pairs, theta)
+    return untraced(_diffuse, backend, neighbours.int(), values, scale, pairs, theta)
 
 
 def _diffuse(backend: str, neighbours: Tensor, values: Tensor, *constants) -> Tensor:

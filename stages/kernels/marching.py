@@ -11,7 +11,7 @@ from torch import Tensor
 from stages.errors import check_shape
 from stages.kernels.backend import choose_backend
 from stages.kernels.dispatch import module
-from stages.kernels.indices import check_indices, vouch
+from stages.kernels.indices import check_indices, set_extent
 from stages.kernels.reference import marching as twin
 from stages.kernels.untraced import stepped_over, untraced
 
@@ -26,7 +26,7 @@ def marching_tetrahedra(
     guard: float,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The zero level set of a piecewise linear function, one vertex per crossing edge; DMTet (Shen et al. 2021) eq. 1.
+    """Extract the zero level set of a piecewise linear function; DMTet (Shen et al. 2021) eq. 1.
 
     A vertex is inside where sdf < 0, so an exact zero is outside. The crossing of an edge (a, b) lies at
     t = (|s_a| + guard) / (|s_a| + |s_b| + 2 guard) from a: equal to s_a / (s_a - s_b) up to guard, never a division by
@@ -53,12 +53,12 @@ def marching_tetrahedra(
     check_indices("edges", edges, len(sdf))
     check_indices("tets", tets, len(sdf))
     check_indices("tet_edges", tet_edges, len(edges))
-    chosen = choose_backend(backend, positions, sdf, family="marching", adaptor=True)
-    if chosen in ("numba", "warp"):
-        arguments = (positions, sdf, edges.int(), tets.int(), tet_edges.int(), guard, chosen)
+    backend = choose_backend(backend, positions, sdf, family="marching", adaptor=True)
+    if backend in ("numba", "warp"):
+        arguments = (positions, sdf, edges.int(), tets.int(), tet_edges.int(), guard, backend)
         vertices, faces, crossing = untraced(_March.apply, *arguments)
-        return vertices, vouch(faces, 0, len(vertices) - 1), crossing
-    if chosen == "kaolin":
+        return vertices, set_extent(faces, 0, len(vertices) - 1), crossing
+    if backend == "kaolin":
         from stages.kernels.adaptors import kaolin
 
         return untraced(kaolin.march, positions, sdf, edges, tets, tet_edges, guard)
@@ -66,7 +66,7 @@ def marching_tetrahedra(
 
 
 def mesh_edges(faces: Tensor, vertices: int, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
-    """The undirected edges of a closed oriented triangle surface and the two faces at each.
+    """List the undirected edges of a closed oriented triangle surface and the two faces at each.
 
     Args:
         faces: [F, 3] int32 indices below `vertices`.
@@ -76,13 +76,13 @@ def mesh_edges(faces: Tensor, vertices: int, *, backend: str = "auto") -> tuple[
     """
     check_shape("faces", faces, (None, 3))
     check_indices("faces", faces, vertices)
-    chosen = choose_backend(backend, torch.empty(0, device=faces.device), family="marching")
-    if chosen == "torch":
+    backend = choose_backend(backend, torch.empty(0, device=faces.device), family="marching")
+    if backend == "torch":
         return twin.mesh_edges(faces, vertices)
-    topology = untraced(_mesh_edges, chosen, faces.int(), vertices)
+    topology = untraced(_mesh_edges, backend, faces.int(), vertices)
     if topology is None:
         raise ValueError("faces: wanted a closed oriented surface, got an edge without exactly two opposite half edges")
-    return vouch(topology[0], 0, vertices - 1), vouch(topology[1], 0, len(faces) - 1)
+    return set_extent(topology[0], 0, vertices - 1), set_extent(topology[1], 0, len(faces) - 1)
 
 
 def _mesh_edges(backend: str, faces: Tensor, vertices: int) -> tuple[Tensor, Tensor] | None:

@@ -16,16 +16,23 @@ from stages.kernels.untraced import stepped_over, untraced
 
 
 def mlp(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, *, backend: str = "auto") -> Tensor:
-    """One-hidden-layer ReLU perceptron; differentiable in every argument.
+    """Evaluate a perceptron with one ReLU layer; differentiable in every argument.
 
-    Args: x [N, I]; w1 [H, I]; b1 [H]; w2 [O, H]; b2 [O]; backend a key of stages.kernels.backend.BACKENDS; warp
-        takes up to cuda.launch.MLP_MAX inputs and outputs, beyond which "auto" is torch.
+    Args:
+        x: [N, I].
+        w1: [H, I].
+        b1: [H].
+        w2: [O, H].
+        b2: [O].
+        backend: a key of stages.kernels.backend.BACKENDS; warp takes up to cuda.launch.MLP_MAX inputs and outputs,
+            beyond which "auto" is torch.
     Returns: [N, O].
+    Raises: ValueError naming argument, wanted and got.
     """
-    chosen = _check(x, w1, b1, w2, b2, backend, adaptor=True)
-    if chosen in ("numba", "warp"):
-        return untraced(_Mlp.apply, x, w1, b1, w2, b2, False, chosen)[0]
-    if chosen == "tinycudann":
+    backend = _check(x, w1, b1, w2, b2, backend, adaptor=True)
+    if backend in ("numba", "warp"):
+        return untraced(_Mlp.apply, x, w1, b1, w2, b2, False, backend)[0]
+    if backend == "tinycudann":
         from stages.kernels.adaptors import tinycudann
 
         return untraced(tinycudann.mlp, x, w1, b1, w2, b2)
@@ -35,16 +42,23 @@ def mlp(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, *, backend: s
 def mlp_with_slope(
     x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, *, backend: str = "auto"
 ) -> tuple[Tensor, Tensor]:
-    """The perceptron and the derivative of its first output by its input, w1^T (w2[0] * [hidden > 0]).
+    """Evaluate the perceptron and its first output's derivative by the input, w1^T (w2[0] * [hidden > 0]).
 
     The slope is piecewise constant in x and b1, so it sends gradients to w1 and w2 only, which is what ordinary
     differentiation of this expression gives: no double backward is needed for a loss on normals. tinycudann has no such
     op, nor a second derivative to make it of: under that name it goes by device and dtype.
+    Args:
+        x: [N, I].
+        w1: [H, I].
+        b1: [H].
+        w2: [O, H].
+        b2: [O].
+        backend: as in mlp.
     Returns: out [N, O] and slope [N, I].
     """
-    chosen = _check(x, w1, b1, w2, b2, backend)
-    if chosen in ("numba", "warp"):
-        return untraced(_Mlp.apply, x, w1, b1, w2, b2, True, chosen)
+    backend = _check(x, w1, b1, w2, b2, backend)
+    if backend in ("numba", "warp"):
+        return untraced(_Mlp.apply, x, w1, b1, w2, b2, True, backend)
     hidden = torch.addmm(b1, x, w1.T)  # [N, H]
     slope = (w2[0] * (hidden > 0).to(x.dtype)) @ w1
     return torch.addmm(b2, hidden.relu(), w2.T), slope
@@ -53,14 +67,14 @@ def mlp_with_slope(
 def _check(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, backend: str, adaptor: bool = False) -> str:
     check_weights(x.shape[-1], w1, b1, w2, b2)
     check_shape("x", x, (None, w1.shape[1]))
-    chosen = choose_backend(backend, x, w1, b1, w2, b2, family="mlp", adaptor=adaptor)
+    choice = choose_backend(backend, x, w1, b1, w2, b2, family="mlp", adaptor=adaptor)
     sizes = (x.shape[1], w2.shape[0])
-    if chosen == "warp" and not all(1 <= size <= most for size, most in zip(sizes, MLP_MAX, strict=True)):
+    if choice == "warp" and not all(1 <= size <= limit for size, limit in zip(sizes, MLP_MAX, strict=True)):
         if backend == "warp":
             widths = "{} inputs and {} outputs".format(*MLP_MAX)
             raise ValueError(f"backend: 'warp' is written for 1 to {widths}, got {sizes[0]} and {sizes[1]}")
         return "torch"
-    return chosen
+    return choice
 
 
 def check_weights(inputs: int, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, outputs: int | None = None) -> None:

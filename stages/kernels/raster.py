@@ -13,7 +13,7 @@ from torch import Tensor
 from stages.errors import check_shape
 from stages.kernels.backend import choose_backend
 from stages.kernels.dispatch import module
-from stages.kernels.indices import check_indices, vouch
+from stages.kernels.indices import check_indices, set_extent
 from stages.kernels.reference import antialias as reference_antialias
 from stages.kernels.reference import raster as twin
 from stages.kernels.untraced import stepped_over, untraced
@@ -22,7 +22,7 @@ TRIANGLES_MAX = 1 << 24  # ids travel as float32, exact up to here
 
 
 def rasterise(clip: Tensor, triangles: Tensor, height: int, width: int, *, backend: str = "auto") -> Tensor:
-    """Visible triangle at every pixel centre, with perspective-correct barycentrics.
+    """Find the visible triangle at every pixel centre, with perspective-correct barycentrics.
 
     Args:
         clip: [B, V, 4] OpenGL clip coordinates.
@@ -42,18 +42,18 @@ def rasterise(clip: Tensor, triangles: Tensor, height: int, width: int, *, backe
     _check_float("clip", clip)
     if height < 1 or width < 1:
         raise ValueError(f"height, width: wanted at least 1 pixel, got {height} x {width}")
-    chosen = choose_backend(backend, clip, family="raster", adaptor=True)
-    if chosen == "torch":
+    backend = choose_backend(backend, clip, family="raster", adaptor=True)
+    if backend == "torch":
         return twin.rasterise(clip, triangles, height, width)
-    if chosen == "nvdiffrast":
+    if backend == "nvdiffrast":
         from stages.kernels.adaptors import nvdiffrast
 
         return untraced(nvdiffrast.rasterise, clip, triangles, height, width)
-    return untraced(_Rasterise.apply, clip, triangles, height, width, chosen)
+    return untraced(_Rasterise.apply, clip, triangles, height, width, backend)
 
 
 def interpolate(attributes: Tensor, rast: Tensor, triangles: Tensor, *, backend: str = "auto") -> Tensor:
-    """Attributes of the visible surface at every pixel.
+    """Interpolate the attributes of the visible surface at every pixel.
 
     Args:
         attributes: [V, C], or [B, V, C] for attributes per view.
@@ -68,30 +68,32 @@ def interpolate(attributes: Tensor, rast: Tensor, triangles: Tensor, *, backend:
     _check_float("rast", rast)
     _check_triangles(triangles, attributes.shape[-2])
     batched = attributes if attributes.ndim == 3 else attributes[None]
-    chosen = choose_backend(backend, attributes, rast, family="raster", adaptor=True)
-    if chosen == "torch":
+    backend = choose_backend(backend, attributes, rast, family="raster", adaptor=True)
+    if backend == "torch":
         return twin.interpolate(batched, rast, triangles)
-    if chosen == "nvdiffrast":
+    if backend == "nvdiffrast":
         from stages.kernels.adaptors import nvdiffrast
 
         return untraced(nvdiffrast.interpolate, batched, rast, triangles)
-    return untraced(_Interpolate.apply, batched, rast, triangles, chosen)
+    return untraced(_Interpolate.apply, batched, rast, triangles, backend)
 
 
 def edge_topology(triangles: Tensor, vertices: int, *, backend: str = "auto") -> Tensor:
-    """Which half-edges belong together, for antialias; once per topology (3 ms for 82k triangles).
+    """Pair the half-edges of a mesh, for antialias; once per topology (3 ms for 82k triangles).
 
     Args:
-        triangles: [F, 3] int32 into `vertices` vertices.
+        triangles: [F, 3] int32.
+        vertices: how many there are; indices are below it.
+        backend: a key of stages.kernels.backend.BACKENDS.
     Returns: [F, 3] int32; half-edge 3 f + k lies opposite corner k of triangle f. -1 where no other triangle or more
         than one shares the edge. Vertices at one place under two indices are two vertices.
     """
     _check_triangles(triangles, vertices)
-    chosen = choose_backend(backend, triangles.new_empty(0, dtype=torch.float32), family="raster")
-    if chosen == "torch":
+    backend = choose_backend(backend, triangles.new_empty(0, dtype=torch.float32), family="raster")
+    if backend == "torch":
         return reference_antialias.edge_topology(triangles, vertices)
-    topology = untraced(_edge_topology, chosen, triangles, vertices)
-    return vouch(topology, -1, 3 * len(triangles) - 1)
+    topology = untraced(_edge_topology, backend, triangles, vertices)
+    return set_extent(topology, -1, 3 * len(triangles) - 1)
 
 
 def antialias(
@@ -126,18 +128,18 @@ def antialias(
     if topology.dtype != torch.int32:
         raise ValueError(f"topology: wanted dtype int32, got {str(topology.dtype).removeprefix('torch.')}")
     check_indices("topology", topology, 3 * len(triangles), start=-1)
-    chosen = choose_backend(backend, colour, rast, clip, family="raster", adaptor=True)
-    if chosen == "torch":
+    backend = choose_backend(backend, colour, rast, clip, family="raster", adaptor=True)
+    if backend == "torch":
         return reference_antialias.antialias(colour, rast, clip, triangles, topology)
-    if chosen == "nvdiffrast":
+    if backend == "nvdiffrast":
         from stages.kernels.adaptors import nvdiffrast
 
         return untraced(nvdiffrast.antialias, colour, rast, clip, triangles)
-    return untraced(_Antialias.apply, colour, rast, clip, triangles, topology, chosen)
+    return untraced(_Antialias.apply, colour, rast, clip, triangles, topology, backend)
 
 
 def texture(image: Tensor, uv: Tensor, *, backend: str = "auto") -> Tensor:
-    """Bilinear texture look-up, clamped at the border.
+    """Look up a texture bilinearly, clamped at the border.
 
     Args:
         image: [TH, TW, C], row 0 at the top (v = 1).
@@ -151,18 +153,18 @@ def texture(image: Tensor, uv: Tensor, *, backend: str = "auto") -> Tensor:
         raise ValueError(f"image: wanted at least one texel, got shape {list(image.shape)}")
     _check_float("image", image)
     _check_float("uv", uv)
-    chosen = choose_backend(backend, image, uv, family="raster", adaptor=True)
-    if chosen == "torch":
+    backend = choose_backend(backend, image, uv, family="raster", adaptor=True)
+    if backend == "torch":
         return twin.texture(image, uv)
-    if chosen == "nvdiffrast":
+    if backend == "nvdiffrast":
         from stages.kernels.adaptors import nvdiffrast
 
         return untraced(nvdiffrast.texture, image, uv)
-    return untraced(_Texture.apply, image, uv.reshape(-1, 2), chosen).reshape(*uv.shape[:-1], image.shape[2])
+    return untraced(_Texture.apply, image, uv.reshape(-1, 2), backend).reshape(*uv.shape[:-1], image.shape[2])
 
 
 def vertex_normals(vertices: Tensor, triangles: Tensor, *, backend: str = "auto") -> Tensor:
-    """Area-weighted unit vertex normals: the normalised sum of the cross products of a vertex's triangles.
+    """Return area-weighted unit vertex normals: a vertex's cross products, summed and normalised.
 
     Args:
         vertices: [V, 3].
@@ -172,10 +174,10 @@ def vertex_normals(vertices: Tensor, triangles: Tensor, *, backend: str = "auto"
     check_shape("vertices", vertices, (None, 3))
     _check_float("vertices", vertices)
     _check_triangles(triangles, len(vertices))
-    chosen = choose_backend(backend, vertices, family="raster")
-    if chosen == "torch":
+    backend = choose_backend(backend, vertices, family="raster")
+    if backend == "torch":
         return twin.vertex_normals(vertices, triangles)
-    return untraced(_VertexNormals.apply, vertices, triangles, chosen)
+    return untraced(_VertexNormals.apply, vertices, triangles, backend)
 
 
 def _check_triangles(triangles: Tensor, vertices: int) -> None:

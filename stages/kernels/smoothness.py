@@ -19,7 +19,7 @@ from stages.kernels.untraced import stepped_over, untraced
 def smoothness(
     vertices: Tensor, faces: Tensor, edges: Tensor, sides: Tensor, *, backend: str = "auto"
 ) -> tuple[Tensor, Tensor]:
-    """Two smoothness terms, both means over the mesh, so that neither grows with it.
+    """Compute two smoothness terms, both means over the mesh, so that neither grows with it.
 
     bend: mean over the edges of 1 - cos between the normals of the two faces (Magic3D's angular difference of adjacent
     faces), weighted by the smaller of their areas: marching tetrahedra makes slivers, whose normals turn by 1 / height
@@ -46,13 +46,13 @@ def smoothness(
     check_indices("faces", faces, len(vertices))
     check_indices("edges", edges, len(vertices))
     check_indices("sides", sides, len(faces))
-    chosen = choose_backend(backend, vertices, family="marching")
-    if chosen == "torch":
+    backend = choose_backend(backend, vertices, family="marching")
+    if backend == "torch":
         return (
             twin.bend(vertices, faces, sides),
             twin.rough(vertices, faces, edges),
         )
-    values = untraced(_Smoothness.apply, vertices, faces.int(), edges.int(), sides.int(), chosen)
+    values = untraced(_Smoothness.apply, vertices, faces.int(), edges.int(), sides.int(), backend)
     return values[0], values[1]
 
 

@@ -16,21 +16,21 @@ from stages.kernels.untraced import stepped_over, untraced
 
 
 def linear_to_srgb(linear: Tensor, *, backend: str = "auto") -> Tensor:
-    """12.92 x up to KNEE, 1.055 x^(1 / 2.4) - 0.055 beyond; input clamped to [0, 1], finite gradient at 0.
+    """Convert to sRGB: 12.92 x up to KNEE, else 1.055 x^(1 / 2.4) - 0.055; finite gradient at 0.
 
     Args:
-        linear: of any shape.
+        linear: of any shape, clamped to [0, 1].
         backend: torch or numba; others mean torch.
     Returns: of the same shape. What is not a number stays so.
     """
-    chosen = choose_backend(backend, linear, family="raster")
-    if chosen == "numba":
+    backend = choose_backend(backend, linear, family="raster")
+    if backend == "numba":
         return untraced(_Curve.apply, linear)
     return twin.linear_to_srgb(linear)
 
 
 def srgb_to_linear(srgb: Tensor) -> Tensor:
-    """Inverse of :func:`linear_to_srgb`; input clamped to [0, 1]."""
+    """Invert :func:`linear_to_srgb`; input clamped to [0, 1]."""
     srgb = srgb.clamp(0, 1)
     return torch.where(srgb <= 0.04045, srgb / 12.92, ((srgb.clamp_min(0.04045) + 0.055) / 1.055) ** 2.4)
 

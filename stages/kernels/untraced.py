@@ -19,7 +19,7 @@ def _call(function: Callable, *arguments):
 
 
 def untraced(function: Callable, *arguments):
-    """function(*arguments), outside of any graph that torch.compile is building.
+    """Call function(*arguments) outside of any graph that torch.compile is building.
 
     torch.compiler.disable does that, but loads the compiler (1.6 s), so it is put on once that is loaded anyway. Until
     then nothing can be tracing. Afterwards a call costs 0.4 us more.
@@ -34,7 +34,7 @@ def untraced(function: Callable, *arguments):
 
 
 def stepped_over(function: Callable) -> Callable:
-    """A decorator: the function is called through :func:`untraced`; for backward passes, which a step may contain."""
+    """Decorate a function to be called through :func:`untraced`; for backward passes, which a step may contain."""
 
     @wraps(function)
     def call(*arguments):

@@ -56,20 +56,23 @@ def march(
     thin_stride: int = 1,
     backend: str = "auto",
 ) -> Samples:
-    """Samples at distances near + (k + jitter) step_size, k = 0, 1, ..., where they fall into occupied cells.
+    """Sample rays at distances near + (k + jitter) step_size, k = 0, 1, ..., inside occupied cells.
 
     Thin cells, of value 2, are sampled `thin_stride` times more coarsely: of their steps k only those with
     k = floor(4096 jitter) modulo thin_stride are taken, with `thin_stride` times the interval. Over random jitter that
     leaves every optical depth's mean as it is, and spends little on the halo of low density around an object.
 
     Args:
-        rays_o, rays_d: [R, 3], unit directions. near and far are the ray's crossings of the box [-1, 1]^3 (near >= 0).
-            A ray without a direction (shorter than 1e-6) or that is not finite has neither, and gets no samples.
+        rays_o: [R, 3] origins.
+        rays_d: [R, 3] unit directions. near and far are the ray's crossings of the box [-1, 1]^3 (near >= 0). A ray
+            without a direction (shorter than 1e-6) or that is not finite has neither, and gets no samples.
         occupancy: [G, G, G] bool or uint8, indexed [x, y, z], over the box: 0 empty, 1 occupied, 2 thin.
         step_size: world length of an interval.
         jitter: [R] in [0, 1).
         thin_stride: at least 1; 1 treats thin as occupied.
+        backend: a key of stages.kernels.backend.BACKENDS.
     Returns: packed samples. Not differentiable in: anything.
+    Raises: ValueError naming argument, wanted and got.
     """
     check_shape("rays_o", rays_o, (None, 3))
     check_shape("rays_d", rays_d, (rays_o.shape[0], 3))
@@ -79,44 +82,53 @@ def march(
         raise ValueError(f"step_size: wanted a positive length, got {step_size}")
     if thin_stride < 1:
         raise ValueError(f"thin_stride: wanted at least 1, got {thin_stride}")
-    chosen = choose_backend(backend, rays_o, rays_d, jitter, family="volume")
+    backend = choose_backend(backend, rays_o, rays_d, jitter, family="volume")
     arguments = (rays_o.detach(), rays_d.detach(), occupancy, step_size, jitter.detach(), thin_stride)
-    return Samples(*(twin.march(*arguments) if chosen == "torch" else untraced(_march, chosen, *arguments)))
+    return Samples(*(twin.march(*arguments) if backend == "torch" else untraced(_march, backend, *arguments)))
 
 
 def composite(
     sigmas: Tensor, values: Tensor, samples: Samples, *, backend: str = "auto"
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Emission-absorption compositing of packed samples, one pass per ray with the running transmittance.
+    """Composite packed samples by emission and absorption, one pass per ray with the running transmittance.
 
-    Args: sigmas [N] >= 0; values [N, C].
+    Args:
+        sigmas: [N], at least 0.
+        values: [N, C].
+        samples: as march gives them.
+        backend: a key of stages.kernels.backend.BACKENDS.
     Returns: out [R, C], weights [N], opacity [R], depth [R]; all differentiable in sigmas and (out) in values.
     Not differentiable in: samples.
     """
     n = len(samples)
     check_shape("sigmas", sigmas, (n,))
     check_shape("values", values, (n, None))
-    chosen = choose_backend(backend, sigmas, values, family="volume")
-    if chosen != "torch":
+    backend = choose_backend(backend, sigmas, values, family="volume")
+    if backend != "torch":
         packed = (samples.t, samples.delta, samples.ray_offsets)
-        return untraced(_Composite.apply, sigmas, values, *packed, chosen)
+        return untraced(_Composite.apply, sigmas, values, *packed, backend)
     return twin.composite(sigmas, values, samples.t, samples.delta, samples.ray_offsets)
 
 
-def visible(
+def cull(
     sigmas: Tensor, samples: Samples, threshold: float, min_optical_depth: float = 0.0, *, backend: str = "auto"
 ) -> tuple[Tensor, Samples]:
-    """Drop samples that cannot matter, for a field whose density is known from a cheap pass without gradients.
+    """Drop samples that cannot be seen, by a density from a cheap pass without gradients.
 
-    Left out are those that less than `threshold` of the light reaches (early termination), and those whose own optical
+    Left out are those whose transmittance is below `threshold` (early termination), and those whose own optical
     depth sigma delta is below `min_optical_depth`. One whose density is nan stays, for the picture to show it.
-    Args: sigmas [N]; threshold in [0, 1); min_optical_depth >= 0; zeros keep everything.
+    Args:
+        sigmas: [N].
+        samples: as march gives them.
+        threshold: transmittance, in [0, 1); 0 keeps everything.
+        min_optical_depth: at least 0; 0 keeps everything.
+        backend: a key of stages.kernels.backend.BACKENDS.
     Returns: indices [M] of the samples kept, ascending, and those samples. Not differentiable in: anything.
     """
     check_shape("sigmas", sigmas, (len(samples),))
-    chosen = choose_backend(backend, sigmas, family="volume")
+    backend = choose_backend(backend, sigmas, family="volume")
     arguments = (sigmas.detach(), samples.delta, samples.ray_offsets, threshold, min_optical_depth)
-    index, offsets = twin.visible(*arguments) if chosen == "torch" else untraced(_visible, chosen, *arguments)
+    index, offsets = twin.cull(*arguments) if backend == "torch" else untraced(_cull, backend, *arguments)
     return index, Samples(samples.t.index_select(0, index), samples.delta.index_select(0, index), offsets)
 
 
@@ -124,8 +136,8 @@ def _march(backend: str, *arguments):
     return module(backend, "volume").march(*arguments)
 
 
-def _visible(backend: str, *arguments):
-    return module(backend, "volume").visible(*arguments)
+def _cull(backend: str, *arguments):
+    return module(backend, "volume").cull(*arguments)
 
 
 class _Composite(torch.autograd.Function):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from stages.cameras import Views, rays
-from stages.kernels.volume import composite, march, visible
+from stages.kernels.volume import composite, cull, march
 from stages.phases import phase
 from stages.render.shade import ALBEDO, Shading, shade
 
@@ -125,9 +125,7 @@ def render_field(
         points = _points(rays_o, rays_d, samples)
     with torch.no_grad(), phase("density pass"):
         features = field.features(points)
-        keep, samples = visible(
-            field.density(points, features), samples, sampling.early_stop, sampling.min_optical_depth
-        )
+        keep, samples = cull(field.density(points, features), samples, sampling.early_stop, sampling.min_optical_depth)
         points, features = points.index_select(0, keep), features.index_select(0, keep)
 
     directions = rays_d.index_select(0, samples.rays)  # [N, 3]

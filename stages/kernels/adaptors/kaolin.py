@@ -22,22 +22,22 @@ from stages.kernels.reference.marching import crossing_edges
 def march(
     positions: Tensor, sdf: Tensor, edges: Tensor, tets: Tensor, tet_edges: Tensor, guard: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Vertices [V, 3], faces [F, 3] int32 and the lattice edge [V] int32 of each vertex; see marching_tetrahedra.
+    """Return vertices [V, 3], faces [F, 3] int32 and each vertex's lattice edge [V] int32; see marching_tetrahedra.
 
     Raises: ValueError where an edge changes sign that belongs to no tetrahedron: kaolin does not see such edges.
     """
     from kaolin.ops.conversions import marching_tetrahedra
 
-    chosen = crossing_edges(sdf.detach(), edges)  # [V]
-    if not len(chosen):
-        return positions.new_zeros(0, 3), edges.new_zeros(0, 3, dtype=torch.int32), chosen.int()
-    moved = torch.where(sdf < 0, sdf - guard, sdf + guard)  # not sign(): an exact zero is outside and has a gradient
-    surface = marching_tetrahedra(positions[None], tets.long(), moved[None], return_tet_idx=True)
+    crossing = crossing_edges(sdf.detach(), edges)  # [V]
+    if not len(crossing):
+        return positions.new_zeros(0, 3), edges.new_zeros(0, 3, dtype=torch.int32), crossing.int()
+    guarded = torch.where(sdf < 0, sdf - guard, sdf + guard)  # not sign(): an exact zero is outside and has a gradient
+    surface = marching_tetrahedra(positions[None], tets.long(), guarded[None], return_tet_idx=True)
     vertices, faces, owners = (batch[0] for batch in surface)
-    if len(vertices) != len(chosen):
-        got = f"{len(chosen)} crossing edges, {len(vertices)} of them in a tetrahedron"
+    if len(vertices) != len(crossing):
+        got = f"{len(crossing)} crossing edges, {len(vertices)} of them in a tetrahedron"
         raise ValueError(f"edges: wanted every crossing edge in a tetrahedron (the kaolin backend), got {got}")
-    low, high = edges[chosen].long().aminmax(dim=1)
+    low, high = edges[crossing].long().aminmax(dim=1)
     order = (low * positions.shape[0] + high).argsort()  # kaolin's vertex k lies on edge chosen[order[k]]
     by_tet = owners.argsort(stable=True)
-    return vertices[order.argsort()], order[faces[by_tet]].int(), chosen.int()
+    return vertices[order.argsort()], order[faces[by_tet]].int(), crossing.int()

@@ -25,7 +25,7 @@ from stages.kernels.reference import raster as twin
 
 @cache
 def context(device: torch.device):
-    """The rasteriser's buffers, one a device for the life of the process."""
+    """Return the rasteriser's buffers, one a device for the life of the process."""
     import nvdiffrast.torch as dr
 
     return dr.RasterizeCudaContext(device)
@@ -36,7 +36,7 @@ def _mirrored(clip: Tensor) -> Tensor:
 
 
 def rasterise(clip: Tensor, triangles: Tensor, height: int, width: int) -> Tensor:
-    """[B, H, W, 4] of clip [B, V, 4] and triangles [F, 3] int32; see raster.rasterise."""
+    """Return [B, H, W, 4] of clip [B, V, 4] and triangles [F, 3] int32; see raster.rasterise."""
     import nvdiffrast.torch as dr
 
     if not clip.numel() or not triangles.numel():
@@ -46,7 +46,7 @@ def rasterise(clip: Tensor, triangles: Tensor, height: int, width: int) -> Tenso
 
 
 def interpolate(attributes: Tensor, rast: Tensor, triangles: Tensor) -> Tensor:
-    """[B, H, W, C] of attributes [B or 1, V, C]; see raster.interpolate."""
+    """Return [B, H, W, C] of attributes [B or 1, V, C]; see raster.interpolate."""
     import nvdiffrast.torch as dr
 
     if not attributes.numel() or not rast.numel() or not triangles.numel():
@@ -55,7 +55,7 @@ def interpolate(attributes: Tensor, rast: Tensor, triangles: Tensor) -> Tensor:
 
 
 def antialias(colour: Tensor, rast: Tensor, clip: Tensor, triangles: Tensor) -> Tensor:
-    """[B, H, W, C] with silhouettes blended; see raster.antialias. nvdiffrast finds the topology itself."""
+    """Blend silhouettes, [B, H, W, C]; see raster.antialias. nvdiffrast finds the topology itself."""
     import nvdiffrast.torch as dr
 
     if not colour.numel() or not clip.numel() or not triangles.numel():
@@ -64,7 +64,7 @@ def antialias(colour: Tensor, rast: Tensor, clip: Tensor, triangles: Tensor) -> 
 
 
 def texture(image: Tensor, uv: Tensor) -> Tensor:
-    """[..., C] of image [H, W, C] at uv [..., 2]; see raster.texture."""
+    """Return [..., C] of image [H, W, C] at uv [..., 2]; see raster.texture."""
     import nvdiffrast.torch as dr
 
     if not image.numel() or not uv.numel():

@@ -41,7 +41,7 @@ GRADIENT_SUM = 64.0  # times tiny-cuda-nn's own 128 and hidden values up to 8: 6
 
 
 def hash_encode(points: Tensor, table: Tensor, spec: HashGridSpec) -> Tensor:
-    """[N, L * F] of points [N, 3] and table [T, F]; differentiable in both, once; see hashgrid.hash_encode."""
+    """Return [N, L * F] of points [N, 3] and table [T, F]; differentiable in both, once; see hashgrid.hash_encode."""
     _check(spec)
     if not len(points):
         return _nothing(points, table).reshape(0, spec.width)
@@ -51,7 +51,7 @@ def hash_encode(points: Tensor, table: Tensor, spec: HashGridSpec) -> Tensor:
 
 
 def hash_gradient(points: Tensor, table: Tensor, spec: HashGridSpec, g: Tensor) -> Tensor:
-    """J^T g [N, 3]; differentiable in table and g, by the grid's second derivative; see hashgrid.hash_gradient."""
+    """Return J^T g [N, 3], differentiable in table and g by the grid's second derivative; see hashgrid."""
     _check(spec)
     points = points.detach()
     if not len(points):
@@ -139,7 +139,7 @@ def _one_level(spec: HashGridSpec, level: int, device: torch.device):
 
 
 def mlp(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
-    """[N, O] of x [N, I]; differentiable in every argument, once; see mlp.mlp."""
+    """Return [N, O] of x [N, I]; differentiable in every argument, once; see mlp.mlp."""
     (hidden, inputs), outputs = w1.shape, w2.shape[0]
     if not len(x):
         return (x.sum() + 0 * sum(v.sum() for v in (w1, b1, w2))) * x.new_zeros(0, outputs) + b2

@@ -35,12 +35,12 @@ def edge_topology(triangles, vertices):
             start[key[e] + 1] += 1
         for v in range(vertices):
             start[v + 1] += start[v]
-        placed = np.empty(count, np.int32)
+        sorted_edges = np.empty(count, np.int32)
         for n in range(count):
             e = order[n]
-            placed[start[key[e]]] = e
+            sorted_edges[start[key[e]]] = e
             start[key[e]] += 1
-        order = placed
+        order = sorted_edges
     opposite = np.full((triangles.shape[0], 3), -1, np.int32)
     n = 0
     while n < count:
@@ -84,12 +84,12 @@ def _crossing(screen, i, j, line, along, across):
 @njit(cache=True, nogil=True)
 def _first_silhouette(screen, triangles, opposite, facing, f, line, here, direction, along, across):
     """First silhouette half-edge met from triangle f along +-`along` within a pixel of `here`, or -1."""
-    entered = -1
+    entry = -1
     for _ in range(STEPS_MAX):
         best, best_t = -1, -np.inf
         for k in range(3):
             i, j = triangles[f, (k + 1) % 3], triangles[f, (k + 2) % 3]
-            if k == entered or (screen[i, across] > line) == (screen[j, across] > line):
+            if k == entry or (screen[i, across] > line) == (screen[j, across] > line):
                 continue
             t = direction * (_crossing(screen, i, j, line, along, across) - here)
             if t > best_t:
@@ -99,7 +99,7 @@ def _first_silhouette(screen, triangles, opposite, facing, f, line, here, direct
         if _silhouette(triangles, opposite, facing, f, best):
             return 3 * f + best
         o = opposite[f, best]
-        f, entered = o // 3, o % 3
+        f, entry = o // 3, o % 3
     return -1
 
 
@@ -107,7 +107,7 @@ def _first_silhouette(screen, triangles, opposite, facing, f, line, here, direct
 def _walk_edges(screen, triangles, opposite, facing, rast, pixels, ends, weights):
     """Kept crossings of one view; with empty output arrays, only an upper bound of their number."""
     height, width = rast.shape[0], rast.shape[1]
-    found = 0
+    count = 0
     for f in range(triangles.shape[0]):
         if facing[f] == UNDRAWABLE:
             continue
@@ -125,7 +125,7 @@ def _walk_edges(screen, triangles, opposite, facing, rast, pixels, ends, weights
             high = min(max(max(screen[i, across], screen[j, across]), 0.0), np.float64(lines))
             first, last = np.int64(np.ceil(low - 0.5)), min(np.int64(np.ceil(high - 0.5)), lines)
             if len(pixels) == 0:
-                found += max(last - first, 0)
+                count += max(last - first, 0)
                 continue
             for n in range(first, last):
                 line = n + 0.5
@@ -144,19 +144,19 @@ def _walk_edges(screen, triangles, opposite, facing, rast, pixels, ends, weights
                     near, here, direction = id1 - 1, m + 1.5, -1.0
                 hit = _first_silhouette(screen, triangles, opposite, facing, near, line, here, direction, along, across)
                 if hit == 3 * f + k or (hit >= 0 and hit == o):
-                    pixels[found, 0], pixels[found, 1] = y0 * width + x0, y1 * width + x1
-                    ends[found, 0], ends[found, 1] = i, j
-                    weights[found] = at - (m + 1.0)
-                    found += 1
-    return found
+                    pixels[count, 0], pixels[count, 1] = y0 * width + x0, y1 * width + x1
+                    ends[count, 0], ends[count, 1] = i, j
+                    weights[count] = at - (m + 1.0)
+                    count += 1
+    return count
 
 
 @njit(cache=True, nogil=True)
-def _prepare(b, clip, triangles, opposite, rast, screen, facing, found):
-    none = np.empty((0, 2), np.int32)
+def _prepare(b, clip, triangles, opposite, rast, screen, facing, counts):
+    empty = np.empty((0, 2), np.int32)
     _project(clip[b], rast.shape[1], rast.shape[2], screen[b])
     _facing(screen[b], triangles, facing[b])
-    found[b] = _walk_edges(screen[b], triangles, opposite, facing[b], rast[b], none, none, np.empty(0, np.float64))
+    counts[b] = _walk_edges(screen[b], triangles, opposite, facing[b], rast[b], empty, empty, np.empty(0, np.float64))
 
 
 @njit(cache=True, nogil=True)
@@ -170,30 +170,30 @@ def _blend(colour, pixels, weights, out):
 
 
 @njit(cache=True, nogil=True)
-def _antialias(b, triangles, opposite, rast, screen, facing, colour, start, found, pixels, ends, weights, out):
-    s = slice(start[b], start[b] + found[b])
-    found[b] = (
+def _antialias(b, triangles, opposite, rast, screen, facing, colour, start, counts, pixels, ends, weights, out):
+    s = slice(start[b], start[b] + counts[b])
+    counts[b] = (
         _walk_edges(screen[b], triangles, opposite, facing[b], rast[b], pixels[s], ends[s], weights[s])
-        if found[b] > 0
+        if counts[b] > 0
         else 0
     )
-    s = slice(start[b], start[b] + found[b])
+    s = slice(start[b], start[b] + counts[b])
     _blend(colour[b], pixels[s], weights[s], out[b])
 
 
 def antialias_forward(colour, rast, clip, triangles, opposite):
-    """Antialiased colour [B, H, W, C] and the crossings (start, found, pixels, ends, weights) for the backward."""
+    """Return antialiased colour [B, H, W, C] and the crossings (start, counts, pixels, ends, weights)."""
     batch, height, width, channels = colour.shape
     screen = np.empty((batch, clip.shape[1], 3), np.float64)
     facing = np.empty((batch, len(triangles)), np.uint8)
-    found = np.zeros(batch, np.int64)
-    each(batch, _prepare, clip, triangles, opposite, rast, screen, facing, found)
-    start = np.cumsum(found) - found
-    total = int(found.sum())
+    counts = np.zeros(batch, np.int64)
+    each(batch, _prepare, clip, triangles, opposite, rast, screen, facing, counts)
+    start = np.cumsum(counts) - counts
+    total = int(counts.sum())
     pixels, ends, weights = np.empty((total, 2), np.int32), np.empty((total, 2), np.int32), np.empty(total, np.float64)
     flat = colour.reshape(batch, height * width, channels)
     out = flat.copy()
-    crossings = (start, found, pixels, ends, weights)
+    crossings = (start, counts, pixels, ends, weights)
     each(batch, _antialias, triangles, opposite, rast, screen, facing, flat, *crossings, out)
     return out.reshape(colour.shape), crossings
 
@@ -236,14 +236,14 @@ def _unblend(clip, height, width, colour, grad, pixels, ends, weights, grad_colo
 
 @njit(cache=True, nogil=True)
 def _antialias_backward(
-    b, clip, height, width, colour, grad, start, found, pixels, ends, weights, grad_colour, grad_clip
+    b, clip, height, width, colour, grad, start, counts, pixels, ends, weights, grad_colour, grad_clip
 ):  # fmt: skip
-    s = slice(start[b], start[b] + found[b])
+    s = slice(start[b], start[b] + counts[b])
     _unblend(clip[b], height, width, colour[b], grad[b], pixels[s], ends[s], weights[s], grad_colour[b], grad_clip[b])
 
 
 def antialias_backward(colour, clip, crossings, grad):
-    """Gradients of colour [B, H, W, C] and clip [B, V, 4]."""
+    """Return gradients of colour [B, H, W, C] and clip [B, V, 4]."""
     batch, height, width, channels = colour.shape
     flat = (batch, height * width, channels)
     grad_colour, grad_clip = grad.reshape(flat).copy(), np.zeros(clip.shape, np.float64)

@@ -36,11 +36,11 @@ APART = 8  # levels from which on a point's features fill more than a cache line
 def _load(points, first, last, x):
     zero, one = np.float32(0), np.float32(1)
     for p in range(first, last):
-        broken = zero * points[p, 0] + zero * points[p, 1] + zero * points[p, 2]  # nan or 0
+        nan = zero * points[p, 0] + zero * points[p, 1] + zero * points[p, 2]  # nan or 0
         for axis in range(3):
             value = points[p, axis]
             value = value if value > zero else zero
-            x[axis, p - first] = (value if value < one else one) + broken
+            x[axis, p - first] = (value if value < one else one) + nan
 
 
 @njit
@@ -137,8 +137,8 @@ def _encode(part, points, table, resolutions, offsets, dense, mask, up, span, ou
     first, last = part * span, min(len(points), (part + 1) * span)
     wide = span > SPAN
     apart = wide and levels >= APART
-    found = np.empty((levels, 2 * (last - first)) if apart else (0, 0), np.float32)
-    to = found if apart else out
+    level_major = np.empty((levels, 2 * (last - first)) if apart else (0, 0), np.float32)
+    to = level_major if apart else out
     x, u = np.empty((3, last - first), np.float32), np.empty((3, last - first), np.float32)
     rows, f = np.empty((CORNERS, BLOCK), np.uint32), np.empty((3, BLOCK), np.float32)
     weights = np.empty((CORNERS, BLOCK), np.float32)
@@ -161,8 +161,8 @@ def _encode(part, points, table, resolutions, offsets, dense, mask, up, span, ou
     if apart:
         for p in range(last - first):
             for level in range(levels):
-                out[first + p, column + 2 * level] = found[level, 2 * p]
-                out[first + p, column + 2 * level + 1] = found[level, 2 * p + 1]
+                out[first + p, column + 2 * level] = level_major[level, 2 * p]
+                out[first + p, column + 2 * level + 1] = level_major[level, 2 * p + 1]
 
 
 @njit
@@ -291,22 +291,22 @@ def _features(points: Tensor, table: Tensor, spec, up: Tensor | None, out: Tenso
 
 
 def encode(points: Tensor, table: Tensor, spec) -> Tensor:
-    """Features [N, 2 L]."""
+    """Return features [N, 2 L]."""
     return _features(points, table, spec, None)
 
 
 def encode_into(points: Tensor, table: Tensor, spec, out: Tensor, column: int) -> None:
-    """Features from a column of `out` [N, W] on."""
+    """Write features from a column of `out` [N, W] on."""
     _features(points, table, spec, None, out, column)
 
 
 def directional(points: Tensor, table: Tensor, spec, up: Tensor) -> Tensor:
-    """J up, [N, 2 L]: the gradient of J^T g in g."""
+    """Return J up, [N, 2 L]: the gradient of J^T g in g."""
     return _features(points, table, spec, up)
 
 
 def gradient(points: Tensor, table: Tensor, spec, g: Tensor) -> Tensor:
-    """J^T g, [N, 3]."""
+    """Return J^T g, [N, 3]."""
     out = torch.empty(points.shape[0], 3)
     span = _span(spec, len(points), torch.get_num_threads())
     apart, slopes = span > SPAN and spec.levels >= APART, _array(g)

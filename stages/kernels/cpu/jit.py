@@ -25,7 +25,7 @@ _lost: list[str] = []  # why kernels that this process compiles are not kept
 
 
 def njit(function: Callable | None = None, **options):
-    """numba.njit; with `cache=True`, kernels compiled from other sources than today's are forgotten first.
+    """Compile as numba.njit; with `cache=True`, kernels compiled from other sources than today's are forgotten first.
 
     Where there is no place for numba's cache the kernels are compiled all the same, and :func:`cache_trouble` says why
     they are not kept. Raises: UserError where numba's compiler is switched off.
@@ -33,10 +33,10 @@ def njit(function: Callable | None = None, **options):
     if function is None:
         return lambda function: njit(function, **options)
     check_compiler()
-    wanted = options.pop("cache", False)
+    caching = options.pop("cache", False)
     compiled = numba.njit(function, **options)
     source = Path(function.__code__.co_filename)
-    if wanted and _has_place(source):
+    if caching and _has_place(source):
         try:
             compiled.enable_caching()
         except RuntimeError:  # numba has tried every place that it knows

@@ -22,7 +22,7 @@ def _direction(x, y, z, shortest):
 
 
 @njit(cache=True, nogil=True, inline="always")
-def _seen(normals, points, light, p, shortest):
+def _incidence(normals, points, light, p, shortest):
     """Direction of the normal and to the light as of _direction, and their cosine, also where it is negative."""
     q = p if len(light) > 1 else 0
     if shortest > np.float32(0):
@@ -38,7 +38,7 @@ def _seen(normals, points, light, p, shortest):
 def _forward(task, albedo, normals, points, light, ambient, diffuse, shortest, out):
     zero = np.float32(0)
     for p in range(task * CHUNK, min(len(normals), (task + 1) * CHUNK)):
-        _, _, cosine = _seen(normals, points, light, p, shortest)
+        _, _, cosine = _incidence(normals, points, light, p, shortest)
         factor = ambient + diffuse * (zero if cosine < zero else cosine)
         a = p if len(albedo) > 1 else 0
         for k in range(3):
@@ -49,7 +49,7 @@ def _forward(task, albedo, normals, points, light, ambient, diffuse, shortest, o
 def _backward(task, albedo, normals, points, light, ambient, diffuse, shortest, grad, g_albedo, g_normals, g_points):
     zero = np.float32(0)
     for p in range(task * CHUNK, min(len(normals), (task + 1) * CHUNK)):
-        n, t, cosine = _seen(normals, points, light, p, shortest)
+        n, t, cosine = _incidence(normals, points, light, p, shortest)
         a = p if len(albedo) > 1 else 0
         if len(g_albedo) > 0:
             factor = ambient + diffuse * (zero if cosine < zero else cosine)

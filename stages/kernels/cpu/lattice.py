@@ -33,7 +33,7 @@ def _union(a, b, shift, out):
 
 @njit(cache=True, nogil=True)
 def union_shifted(ids, shifts):
-    """Sorted union of ids and of ids + s for every shift s."""
+    """Return the sorted union of ids and of ids + s for every shift s."""
     total = ids
     for s in shifts:
         out = np.empty(total.shape[0] + ids.shape[0], np.int64)
@@ -51,19 +51,19 @@ def neighbours(ids, shifts, ahead, behind):
         shift = shifts[k]
         j = 0
         for i in range(n):
-            wanted = ids[i] + shift
-            while j < n and ids[j] < wanted:
+            target = ids[i] + shift
+            while j < n and ids[j] < target:
                 j += 1
             if j == n:
                 break
-            if ids[j] == wanted:
+            if ids[j] == target:
                 ahead[i, k] = j
                 behind[j, k] = i
 
 
 @njit(cache=True, nogil=True)
 def number_edges(ahead):
-    """Edges [E, 2] from every vertex to those ahead of it, and their numbers [N, K] (-1 where there is none)."""
+    """Return edges [E, 2] from every vertex to those ahead of it, and their numbers [N, K] (-1 where there is none)."""
     n, directions = ahead.shape
     number = np.full((n, directions), -1, np.int32)
     count = 0
@@ -89,11 +89,11 @@ def tetrahedra(centre, ahead, behind, number, moves):
     (direction, 1 or -1). Edges 01, 02, 03 start at the centre, 12 and 13 at vertex 1, 23 at vertex 2.
     """
     n, patterns = centre.shape[0], moves.shape[0]
-    room = 0
+    capacity = 0
     for i in range(n):
-        room += patterns if centre[i] else 0
-    tets = np.empty((room, 4), np.int32)
-    tet_edges = np.empty((room, 6), np.int32)
+        capacity += patterns if centre[i] else 0
+    tets = np.empty((capacity, 4), np.int32)
+    tet_edges = np.empty((capacity, 6), np.int32)
     count = 0
     vertex = np.empty(4, np.int32)
     edge = np.empty(6, np.int32)
@@ -102,18 +102,18 @@ def tetrahedra(centre, ahead, behind, number, moves):
             continue
         for p in range(patterns):
             vertex[0] = i
-            whole = True
+            complete = True
             for e in range(6):
                 start = vertex[0] if e < 3 else vertex[1] if e < 5 else vertex[2]
                 k = moves[p, e, 0]
-                there = ahead[start, k] if moves[p, e, 1] > 0 else behind[start, k]
-                if there < 0:
-                    whole = False
+                neighbour = ahead[start, k] if moves[p, e, 1] > 0 else behind[start, k]
+                if neighbour < 0:
+                    complete = False
                     break
-                edge[e] = number[start, k] if moves[p, e, 1] > 0 else number[there, k]
+                edge[e] = number[start, k] if moves[p, e, 1] > 0 else number[neighbour, k]
                 if e < 3:
-                    vertex[e + 1] = there
-            if whole:
+                    vertex[e + 1] = neighbour
+            if complete:
                 for k in range(4):  # numbers, not rows: numpy's broadcasting is 2 s to compile
                     tets[count, k] = vertex[k]
                 for k in range(6):
@@ -143,10 +143,10 @@ def _iterate(block, near, degree, scale, keep, add, step, following, x, residual
         total = np.float32(0)
         for k in range(directions):
             total += step[near[i, k]]
-        own = step[i]
-        x[i] += own
-        residual[i] -= own + scale * (degree[i] * own - total)
-        following[i] = keep * own + add * residual[i]
+        s = step[i]
+        x[i] += s
+        residual[i] -= s + scale * (degree[i] * s - total)
+        following[i] = keep * s + add * residual[i]
 
 
 def diffuse(neighbours, values, scale: float, pairs: list[tuple[float, float]], theta: float):

@@ -122,18 +122,18 @@ def _mesh_edges(faces, n):
 
 
 def march(positions, sdf, edges, tets, tet_edges, guard: float):
-    """All numpy: float32 [N, 3], [N]; int32 [E, 2], [T, 4], [T, 6]."""
+    """Return vertices, faces and edges, all numpy: from float32 [N, 3], [N]; int32 [E, 2], [T, 4], [T, 6]."""
     return _march(positions, sdf, edges, tets, tet_edges, np.float32(guard), _TABLE)
 
 
 def crossing_backward(positions, sdf, edges, crossing, guard: float, grad):
-    """Gradients (positions [N, 3], sdf [N]) of the crossing points from grad [V, 3], summed in vertex order."""
+    """Return gradients (positions [N, 3], sdf [N]) of the crossing points from grad [V, 3], summed in vertex order."""
     grad_positions, grad_sdf = np.zeros_like(positions), np.zeros_like(sdf)
     _crossing_backward(positions, sdf, edges, crossing, np.float32(guard), grad, grad_positions, grad_sdf)
     return grad_positions, grad_sdf
 
 
 def mesh_edges(faces, vertices: int):
-    """Edges and sides of faces int32 [F, 3]; None where the surface is not closed and oriented."""
+    """Return edges and sides of faces int32 [F, 3]; None where the surface is not closed and oriented."""
     edges, sides, closed = _mesh_edges(faces, vertices)
     return (edges, sides) if closed else None

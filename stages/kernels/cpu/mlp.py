@@ -140,38 +140,38 @@ def _array(tensor: Tensor) -> np.ndarray:
     return tensor.detach().contiguous().numpy()
 
 
-def _padded(tensor: Tensor, *multiples: int) -> Tensor:
+def _pad(tensor: Tensor, *multiples: int) -> Tensor:
     """The tensor with zeros behind it up to multiples of these sizes, dimension by dimension; itself where it fits."""
-    missing = [-size % multiple for size, multiple in zip(tensor.shape, multiples, strict=True)]
-    if not any(missing):
+    padding = [-size % multiple for size, multiple in zip(tensor.shape, multiples, strict=True)]
+    if not any(padding):
         return tensor
-    return torch.nn.functional.pad(tensor, [m for pair in ((0, m) for m in reversed(missing)) for m in pair])
+    return torch.nn.functional.pad(tensor, [m for pair in ((0, m) for m in reversed(padding)) for m in pair])
 
 
-def _whole_tiles(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _padded(x, 1, NARROW), _padded(w1, NARROW, NARROW), _padded(b1, NARROW), _padded(w2, NARROW, NARROW)
+def _pad_tiles(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _pad(x, 1, NARROW), _pad(w1, NARROW, NARROW), _pad(b1, NARROW), _pad(w2, NARROW, NARROW)
 
 
 def forward(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, with_slope: bool) -> tuple[Tensor, Tensor]:
-    """out [N, O] and slope [N, I] (empty [0, I] unless asked for)."""
+    """Return out [N, O] and slope [N, I] (empty [0, I] unless asked for)."""
     n, inputs = x.shape
     out = torch.empty(n, w2.shape[0])
-    x, w1, b1, w2 = _whole_tiles(x, w1, b1, w2)
+    x, w1, b1, w2 = _pad_tiles(x, w1, b1, w2)
     slope = torch.empty(n if with_slope else 0, x.shape[1])
-    arrays = (_array(v) for v in (x, w1.T, b1, w2.T, _padded(b2, NARROW), w2[0][:, None] * w1))
+    arrays = (_array(v) for v in (x, w1.T, b1, w2.T, _pad(b2, NARROW), w2[0][:, None] * w1))
     each(PARTS, _forward, *arrays, out.numpy(), slope.numpy())
     return out, slope[:, :inputs]
 
 
 def backward(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, grad_out: Tensor, grad_slope: Tensor | None):
-    """Gradients in x, w1, b1, w2, b2."""
+    """Return gradients in x, w1, b1, w2, b2."""
     (n, inputs), hidden, outputs = x.shape, w1.shape[0], w2.shape[0]
-    x, w1, b1, w2 = _whole_tiles(x, w1, b1, w2)
-    slope = torch.zeros(0, x.shape[1]) if grad_slope is None else _padded(grad_slope, 1, NARROW)
+    x, w1, b1, w2 = _pad_tiles(x, w1, b1, w2)
+    slope = torch.zeros(0, x.shape[1]) if grad_slope is None else _pad(grad_slope, 1, NARROW)
     gx = torch.empty(n, x.shape[1])
     shapes = (w1.shape, (ROWS, *b1.shape), w2.shape, w2.shape[:1], w1.shape)
     parts = [torch.zeros(PARTS, *shape) for shape in shapes]
-    arrays = (_array(v) for v in (x, w1, w1.T, b1, w2, _padded(grad_out, 1, NARROW), slope))
+    arrays = (_array(v) for v in (x, w1, w1.T, b1, w2, _pad(grad_out, 1, NARROW), slope))
     each(PARTS, _backward, *arrays, gx.numpy(), *(v.numpy() for v in parts))
     gw1, gb1, gw2, gb2, gv = (v.sum(0) for v in parts)
     if grad_slope is not None:  # slope = m v, v = w2[0] w1 row by row

@@ -13,7 +13,7 @@ from stages.kernels.reference.raster import NORMAL_SQUARE_MIN
 
 @njit
 def spanning_edges(vertices, triangles, f):
-    """The edges u and v of triangle f from its first corner to the others, in float64."""
+    """Return the edges u and v of triangle f from its first corner to the others, in float64."""
     a, b, c = triangles[f, 0], triangles[f, 1], triangles[f, 2]
     ax, ay, az = np.float64(vertices[a, 0]), np.float64(vertices[a, 1]), np.float64(vertices[a, 2])
     ux, uy, uz = vertices[b, 0] - ax, vertices[b, 1] - ay, vertices[b, 2] - az
@@ -23,7 +23,7 @@ def spanning_edges(vertices, triangles, f):
 
 @njit
 def add_cross(vertices, triangles, f, total):
-    """The cross product u x v of triangle f, also added to its corners' sums [V, 3]."""
+    """Return the cross product u x v of triangle f, and add it to its corners' sums [V, 3]."""
     ux, uy, uz, vx, vy, vz = spanning_edges(vertices, triangles, f)
     nx, ny, nz = uy * vz - uz * vy, uz * vx - ux * vz, ux * vy - uy * vx
     for i in (triangles[f, 0], triangles[f, 1], triangles[f, 2]):
@@ -35,7 +35,7 @@ def add_cross(vertices, triangles, f, total):
 
 @njit
 def add_cross_gradient(vertices, triangles, f, gx, gy, gz, out):
-    """From the gradient in triangle f's cross product to that in its corners, added to out [V, 3]."""
+    """Turn the gradient in triangle f's cross product into that in its corners, added to out [V, 3]."""
     a, b, c = triangles[f, 0], triangles[f, 1], triangles[f, 2]
     ux, uy, uz, vx, vy, vz = spanning_edges(vertices, triangles, f)
     bx, by, bz = vy * gz - vz * gy, vz * gx - vx * gz, vx * gy - vy * gx
@@ -53,7 +53,7 @@ def add_cross_gradient(vertices, triangles, f, gx, gy, gz, out):
 
 @njit(cache=True, nogil=True)
 def normals_forward(vertices, triangles, out, length):
-    """Unit normals [V, 3] and the lengths [V] of the area-weighted sums; length 0 and +y where there is none."""
+    """Fill unit normals [V, 3] and the lengths [V] of the area-weighted sums; length 0 and +y where there is none."""
     total = np.zeros((len(vertices), 3), np.float64)
     for f in range(len(triangles)):
         add_cross(vertices, triangles, f, total)

@@ -21,19 +21,19 @@ def _sample(rast, triangles, vertices, colours, normals, light, ambient, diffuse
     i, j, k = triangles[f, 0], triangles[f, 1], triangles[f, 2]
     u, v = rast[0], rast[1]
     w = np.float32(1.0) - u - v
-    lit = ambient
+    shading = ambient
     if diffuse != 0.0:
-        dot = square = far = np.float32(0.0)
+        dot = square = light_square = np.float32(0.0)
         for c in range(3):
             n = u * normals[i, c] + v * normals[j, c] + w * normals[k, c]
             towards = light[c] - (u * vertices[i, c] + v * vertices[j, c] + w * vertices[k, c])
             dot += n * towards
             square += n * n
-            far += towards * towards
+            light_square += towards * towards
         if dot > 0.0:
-            lit += diffuse * dot / np.sqrt(square * far)
+            shading += diffuse * dot / np.sqrt(square * light_square)
     for c in range(3):
-        out[c] += (u * colours[i, c] + v * colours[j, c] + w * colours[k, c]) * lit
+        out[c] += (u * colours[i, c] + v * colours[j, c] + w * colours[k, c]) * shading
 
 
 @njit(cache=True, nogil=True)
@@ -49,9 +49,9 @@ def _row(row, rast, triangles, vertices, colours, normals, light, ambient, diffu
                 if rast[b, sy, sx, 3] > 0.0:
                     hit += 1
                     _sample(rast[b, sy, sx], triangles, vertices, colours, normals, light[b], ambient, diffuse, total)
-        rest = np.float32(n * n - hit)
+        uncovered = np.float32(n * n - hit)
         for c in range(3):
-            out[b, y, x, c] = (total[c] + rest * background[b, y, x, c]) / np.float32(n * n)
+            out[b, y, x, c] = (total[c] + uncovered * background[b, y, x, c]) / np.float32(n * n)
 
 
 @njit(cache=True, nogil=True)
@@ -61,6 +61,6 @@ def _band(task, rast, triangles, vertices, colours, normals, light, ambient, dif
 
 
 def picture(rast, triangles, vertices, colours, normals, light, ambient, diffuse, background, out):
-    """out [B, S, S, 3] from rast [B, nS, nS, 4], vertex attributes [V, 3], light [B, 3] and background like out."""
+    """Fill out [B, S, S, 3] from rast [B, nS, nS, 4], vertex attributes [V, 3], light [B, 3] and a background."""
     tasks = -(-out.shape[0] * out.shape[1] // ROWS)
     each(tasks, _band, rast, triangles, vertices, colours, normals, light, ambient, diffuse, background, out)

@@ -62,10 +62,10 @@ def _find_rows(screen, triangles, first, last, height, width, rows):
 @njit(cache=True, nogil=True)
 def _edge(ax, ay, bx, by, sign):
     """Coefficients of A x + (B y + C), positive on one side of the line a-b; always taken from the same end."""
-    turned = (ax > bx) | ((ax == bx) & (ay > by))  # no branch: half of the edges are
-    px, py = bx if turned else ax, by if turned else ay
-    qx, qy = ax if turned else bx, ay if turned else by
-    side = -sign if turned else sign
+    swapped = (ax > bx) | ((ax == bx) & (ay > by))  # no branch: half of the edges are
+    px, py = bx if swapped else ax, by if swapped else ay
+    qx, qy = ax if swapped else bx, ay if swapped else by
+    side = -sign if swapped else sign
     ea = -(qy - py)
     eb = qx - px
     ec = -(ea * px + eb * py)
@@ -89,7 +89,7 @@ def _narrow(ea, er, lo, hi):
 @njit(cache=True, nogil=True)
 def _fill_band(screen, triangles, rows, order, away, y_lo, y_hi, width, depth, ids):
     """Draw the triangles `order` into rows y_lo .. y_hi; of those that turn `away`, on a closed body drawn after the
-    others, most lie with all of their box behind what is there already, which is quicker found out than drawn."""
+    others, most are hidden with all of their box, and testing that is quicker than drawing them."""
     for f in order:
         r0, r1 = max(rows[f, 0], y_lo), min(rows[f, 1], y_hi)
         a, b, c = triangles[f, 0], triangles[f, 1], triangles[f, 2]
@@ -105,10 +105,10 @@ def _fill_band(screen, triangles, rows, order, away, y_lo, y_hi, width, depth, i
         if not abs(area) > AREA_MIN:
             continue
         if away and right - left <= PIXELS and abs(area) > AREA_SURE:
-            least, covered = min(z0, z1, z2) - DEPTH_SURE, True
+            nearest, hidden = min(z0, z1, z2) - DEPTH_SURE, True
             for y in range(r0, r1):
-                covered &= hides(depth, (y - y_lo) * depth.shape[1] + left, right - left, least)
-            if covered:
+                hidden &= hides(depth, (y - y_lo) * depth.shape[1] + left, right - left, nearest)
+            if hidden:
                 continue
         sign = 1.0 if area > 0.0 else -1.0
         inverse = 1.0 / abs(area)
@@ -170,21 +170,21 @@ def _count_part(task, parts, screen, triangles, height, width, rows, count):
     b, part = task // parts, task % parts
     first, last = part * len(triangles) // parts, (part + 1) * len(triangles) // parts
     _find_rows(screen[b], triangles, first, last, height, width, rows[b])
-    mine, found = rows[b], count[b, part]
+    spans, bins = rows[b], count[b, part]
     for f in range(first, last):
-        for band in range(mine[f, 0] >> SHIFT, (mine[f, 1] + BAND - 1) >> SHIFT):
-            found[2 * band + mine[f, 2]] += 1
+        for band in range(spans[f, 0] >> SHIFT, (spans[f, 1] + BAND - 1) >> SHIFT):
+            bins[2 * band + spans[f, 2]] += 1
 
 
 @njit(cache=True, nogil=True)
 def _sort_part(task, parts, rows, start, order):
     """Write their numbers into `order` from `start` on, which moves along."""
     b, part = task // parts, task % parts
-    mine, to = rows[b], start[b, part]
-    for f in range(part * len(mine) // parts, (part + 1) * len(mine) // parts):
-        for band in range(mine[f, 0] >> SHIFT, (mine[f, 1] + BAND - 1) >> SHIFT):
-            order[to[2 * band + mine[f, 2]]] = f
-            to[2 * band + mine[f, 2]] += 1
+    spans, to = rows[b], start[b, part]
+    for f in range(part * len(spans) // parts, (part + 1) * len(spans) // parts):
+        for band in range(spans[f, 0] >> SHIFT, (spans[f, 1] + BAND - 1) >> SHIFT):
+            order[to[2 * band + spans[f, 2]]] = f
+            to[2 * band + spans[f, 2]] += 1
 
 
 @njit(cache=True, nogil=True)
@@ -196,8 +196,8 @@ def _raster_band(task, clip, screen, triangles, rows, order, first, rast):
     depth = np.full((y_hi - y_lo, width + PIXELS), np.inf, np.float64)
     ids = np.zeros((y_hi - y_lo, width + PIXELS), np.int32)
     for away in range(2):
-        chosen = order[first[2 * task + away] : first[2 * task + away + 1]]
-        _fill_band(screen[b], triangles, rows[b], chosen, away, y_lo, y_hi, width, depth, ids)
+        members = order[first[2 * task + away] : first[2 * task + away + 1]]
+        _fill_band(screen[b], triangles, rows[b], members, away, y_lo, y_hi, width, depth, ids)
     _resolve_band(clip[b], triangles, y_lo, height, width, depth, ids, rast[b])
 
 
@@ -222,7 +222,7 @@ def rasterise_forward(clip, triangles, rast):
 
 
 def private_copies(owners: int, pixels: int) -> int:
-    """How many accumulators a scatter gets, a multiple of the outputs it has; by shape alone, so bytes repeat."""
+    """Return how many accumulators a scatter gets, a multiple of the outputs it has; by shape alone."""
     return owners * max(1, -(-4 // owners)) if pixels >= 1 << 16 else owners
 
 
@@ -245,8 +245,8 @@ def _reduce(block, private, out):
                 out[o, v, k] = total
 
 
-def reduced(private, owners: int):
-    """Sums [O, V, C] float32 of private [P, V, C] float64 in order, P / O of them each."""
+def sum_copies(private, owners: int):
+    """Return sums [O, V, C] float32 of private [P, V, C] float64 in order, P / O of them each."""
     out = np.empty((owners, *private.shape[1:]), np.float32)
     each(-(-out.shape[1] // REDUCED), _reduce, private, out)
     return out
@@ -291,7 +291,7 @@ def rasterise_backward(clip, triangles, rast, grad):
     copies = private_copies(clip.shape[0], rast.size // 4)
     private = np.zeros((copies, *clip.shape[1:]), np.float64)
     each(copies, _rasterise_backward, clip, triangles, rast, grad, private)
-    return reduced(private, len(clip))
+    return sum_copies(private, len(clip))
 
 
 @njit(cache=True, nogil=True)
@@ -319,7 +319,7 @@ def _by_owner(attributes, picture):
 
 
 def interpolate_forward(attributes, rast, triangles, out):
-    """out [B, H, W, C] from attributes [1 or B, V, C]."""
+    """Fill out [B, H, W, C] from attributes [1 or B, V, C]."""
     picture, owners = _by_owner(attributes, rast), attributes.shape[0]
     parts = -(-picture.shape[1] // PIXELS_PART)
     each(owners * parts, _interpolate, parts, attributes, picture, triangles, _by_owner(attributes, out))
@@ -351,7 +351,7 @@ def _interpolate_backward(task, parts, attributes, rast, triangles, grad, privat
 
 
 def interpolate_backward(attributes, rast, triangles, grad):
-    """Gradients of attributes [1 or B, V, C] and of rast [B, H, W, 4]."""
+    """Return gradients of attributes [1 or B, V, C] and of rast [B, H, W, 4]."""
     owners = attributes.shape[0]
     copies = private_copies(owners, rast.size // 4)
     private = np.zeros((copies, *attributes.shape[1:]), np.float64)
@@ -359,4 +359,4 @@ def interpolate_backward(attributes, rast, triangles, grad):
     pictures = (_by_owner(attributes, rast), triangles, _by_owner(attributes, grad))
     parts = copies // max(owners, 1)
     each(copies, _interpolate_backward, parts, attributes, *pictures, private, _by_owner(attributes, grad_rast))
-    return reduced(private, owners), grad_rast
+    return sum_copies(private, owners), grad_rast

@@ -46,7 +46,7 @@ def _look_up(task, image, height, width, uv, out):
 
 
 def texture_forward(image, uv, out):
-    """out [N, C] from image [H, W, C] at uv [N, 2], v up."""
+    """Fill out [N, C] from image [H, W, C] at uv [N, 2], v up."""
     each(-(-len(uv) // BLOCK), _look_up, image.reshape(-1), *image.shape[:2], uv, out)
 
 
@@ -89,7 +89,7 @@ def _slopes(task, image, height, width, uv, grad, out, places):
 
 
 def texture_backward(image, uv, grad):
-    """Gradients of image [H, W, C] and uv [N, 2]."""
+    """Return gradients of image [H, W, C] and uv [N, 2]."""
     height, width, _ = image.shape
     bands = max(1, min(height, 16, -(-image.size // BAND)))  # by shape alone, so bytes repeat
     texels, points = np.empty(image.size, np.float32), np.empty(uv.shape, np.float32)

@@ -18,7 +18,7 @@ _pool: ThreadPoolExecutor | None = None
 
 
 def each(tasks: int, kernel: Callable[..., object], *arguments: object) -> None:
-    """kernel(task, *arguments) for every task in range(tasks), handed out one by one.
+    """Run kernel(task, *arguments) for every task in range(tasks), handed out one by one.
 
     Args:
         kernel: compiled with nogil; its tasks do not depend on each other.

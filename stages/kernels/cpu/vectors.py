@@ -35,8 +35,8 @@ class _Code:
             if isinstance(kind, types.Array):
                 self.values.append(context.make_array(kind)(context, builder, value).data)
             else:
-                wanted = types.intp if isinstance(kind, types.Integer) else kind
-                self.values.append(context.cast(builder, value, kind, wanted))
+                target = types.intp if isinstance(kind, types.Integer) else kind
+                self.values.append(context.cast(builder, value, kind, target))
 
     def load(self, data, at, kind=None):
         """A scalar, or a vector of `kind`, aligned like its elements."""
@@ -51,14 +51,14 @@ class _Code:
         pointer = self.builder.bitcast(self.builder.gep(data, [at]), vector.type.as_pointer())
         self.builder.store(vector, pointer).align = 4
 
-    def spread(self, scalar, kind):
+    def splat(self, scalar, kind):
         """The scalar in every lane."""
         zero = ir.Constant(_I32, 0)
         one = self.builder.insert_element(ir.Constant(kind, ir.Undefined), scalar, zero)
         lanes = ir.Constant(ir.VectorType(_I32, kind.count), [0] * kind.count)
         return self.builder.shuffle_vector(one, ir.Constant(kind, ir.Undefined), lanes)
 
-    def fused(self, a, b, c):
+    def multiply_add(self, a, b, c):
         return self.builder.fadd(self.builder.fmul(a, b, flags=_CONTRACT), c, flags=_CONTRACT)
 
     def row(self, rows, corner: int, p, start):
@@ -93,8 +93,8 @@ def _tile_of(columns: int):
             line = code.load(b, builder.add(b_at, builder.mul(loop.index, b_row)), lanes)
             first = builder.add(a_at, builder.mul(loop.index, a_step))
             for q, total in enumerate(sums):
-                factor = code.spread(code.load(a, row(first, a_row, q)), lanes)
-                builder.store(code.fused(factor, line, builder.load(total)), total)
+                factor = code.splat(code.load(a, row(first, a_row, q)), lanes)
+                builder.store(code.multiply_add(factor, line, builder.load(total)), total)
         for q, total in enumerate(sums):
             code.store(builder.load(total), c, row(c_at, c_row, q))
 
@@ -103,7 +103,7 @@ def _tile_of(columns: int):
 
 @intrinsic
 def product_tile(typing, c, c_at, c_row, d, d_at, d_row, a, a_at, a_row, a_step, b, b_at, b_row, steps):
-    """A tile of c = d + a b, kept in registers: c[q, j] = d[q, j] + sum over k < steps of a[q, k] b[k, j].
+    """Compute a tile of c = d + a b in registers: c[q, j] = d[q, j] + sum over k < steps of a[q, k] b[k, j].
 
     q < ROWS, j < COLUMNS; element c[q, j] lies at c_at + q c_row + j, d[q, j] at d_at + q d_row + j, a[q, k] at
     a_at + q a_row + k a_step, b[k, j] at b_at + k b_row + j.
@@ -114,7 +114,7 @@ def product_tile(typing, c, c_at, c_row, d, d_at, d_row, a, a_at, a_row, a_step,
 
 @intrinsic
 def narrow_product_tile(typing, c, c_at, c_row, d, d_at, d_row, a, a_at, a_row, a_step, b, b_at, b_row, steps):
-    """product_tile of NARROW columns."""
+    """Compute a product_tile of NARROW columns."""
     kinds = (c, c_at, c_row, d, d_at, d_row, a, a_at, a_row, a_step, b, b_at, b_row, steps)
     return types.void(*kinds), _tile_of(NARROW)
 
@@ -139,15 +139,15 @@ def fetch_rows(typing, table, start, rows, p):
 
 @intrinsic
 def gather_sum(typing, table, start, rows, weights, p, out, out_at):
-    """out[out_at : out_at + 2] = sum over c of weights[c, p] table[start + rows[c, p]]; both [CORNERS, BLOCK]."""
+    """Set out[out_at : out_at + 2] to the sum over c of weights[c, p] table[start + rows[c, p]]."""
 
     def generate(code: _Code) -> None:
         table, start, rows, weights, p, out, out_at = code.values
         total = ir.Constant(_PAIR, [0.0, 0.0])
         for corner in range(CORNERS):
             at, row = code.row(rows, corner, p, start)
-            weight = code.spread(code.load(weights, at), _PAIR)
-            total = code.fused(weight, code.load(table, row, _PAIR), total)
+            weight = code.splat(code.load(weights, at), _PAIR)
+            total = code.multiply_add(weight, code.load(table, row, _PAIR), total)
         code.store(total, out, out_at)
 
     return types.void(table, start, rows, weights, p, out, out_at), _returning_nothing(generate)
@@ -155,7 +155,7 @@ def gather_sum(typing, table, start, rows, weights, p, out, out_at):
 
 @intrinsic
 def gather_dot(typing, table, start, rows, p, g, g_at, out):
-    """out[c, p] = table[start + rows[c, p]] . g[g_at : g_at + 2] for every corner; out, rows [CORNERS, BLOCK]."""
+    """Set out[c, p] to table[start + rows[c, p]] . g[g_at : g_at + 2] for every corner; [CORNERS, BLOCK]."""
 
     def generate(code: _Code) -> None:
         table, start, rows, p, g, g_at, out = code.values
@@ -172,7 +172,7 @@ def gather_dot(typing, table, start, rows, p, g, g_at, out):
 
 @intrinsic
 def scatter_add(typing, table, start, rows, p, weights, values, values_at):
-    """table[start + rows[c, p]] += weights[c, p] values[values_at : values_at + 2], corner after corner."""
+    """Add weights[c, p] values[values_at : values_at + 2] to table[start + rows[c, p]], corner after corner."""
 
     def generate(code: _Code) -> None:
         table, start, rows, p, weights, values, values_at = code.values
@@ -183,7 +183,7 @@ def scatter_add(typing, table, start, rows, p, weights, values, values_at):
 
 @intrinsic
 def scatter_add_two(typing, table, start, rows, p, weights, values, more_weights, more_values, values_at):
-    """scatter_add of two weights and values at once."""
+    """Add two weights and values at once, as scatter_add."""
 
     def generate(code: _Code) -> None:
         table, start, rows, p, weights, values, more_weights, more_values, values_at = code.values
@@ -199,29 +199,29 @@ def _scatter(code: _Code, table, start, rows, p, terms) -> None:
         at, row = code.row(rows, corner, p, start)
         total = code.load(table, row, _PAIR)
         for weights, value in terms:
-            total = code.fused(code.spread(code.load(weights, at), _PAIR), value, total)
+            total = code.multiply_add(code.splat(code.load(weights, at), _PAIR), value, total)
         code.store(total, table, row)
 
 
 @intrinsic
-def hides(typing, depth, at, count, least):
-    """Whether all of depth[at : at + count], count <= PIXELS, is below `least`; reads PIXELS of them."""
+def hides(typing, depth, at, count, nearest):
+    """Say whether all of depth[at : at + count], count <= PIXELS, is below `nearest`; reads PIXELS of them."""
 
     def generate(context, builder, signature, arguments):
         code = _Code(context, builder, signature, arguments)
-        depth, at, count, least = code.values
+        depth, at, count, nearest = code.values
         lanes, marks = ir.VectorType(_F64, PIXELS), ir.VectorType(_I64, PIXELS)
-        beyond = builder.icmp_signed(">=", ir.Constant(marks, list(range(PIXELS))), code.spread(count, marks))
-        nearer = builder.fcmp_ordered("<", code.load(depth, at, lanes), code.spread(least, lanes))
+        beyond = builder.icmp_signed(">=", ir.Constant(marks, list(range(PIXELS))), code.splat(count, marks))
+        nearer = builder.fcmp_ordered("<", code.load(depth, at, lanes), code.splat(nearest, lanes))
         bits = ir.IntType(PIXELS)
         return builder.icmp_unsigned("==", builder.bitcast(builder.or_(beyond, nearer), bits), ir.Constant(bits, -1))
 
-    return types.boolean(depth, at, count, least), generate
+    return types.boolean(depth, at, count, nearest), generate
 
 
 @intrinsic
 def write_pixel(typing, clip, triangles, number, fx, fy, depth, depth_at, rast, at):
-    """rast[at : at + 4] = (u, v, depth[depth_at], number): the ray's barycentrics in triangle number - 1.
+    """Set rast[at : at + 4] to (u, v, depth[depth_at], number): the ray's barycentrics in triangle number - 1.
 
     The corners' x and y are taken with the pixel's ray (fx, fy) moved to the origin: homogeneous, perspective-exact.
     clip: [V, 4] float32; triangles: [F, 3] int32; number: at least 1. All is computed in float64, products and sums
@@ -236,7 +236,7 @@ def write_pixel(typing, clip, triangles, number, fx, fy, depth, depth_at, rast, 
         def pick(vector, *lanes: int):
             return builder.shuffle_vector(vector, vector, ir.Constant(ir.VectorType(_I32, len(lanes)), list(lanes)))
 
-        ray = builder.insert_element(code.spread(fx, two), fy, ir.Constant(_I32, 1))
+        ray = builder.insert_element(code.splat(fx, two), fy, ir.Constant(_I32, 1))
         corners = []
         first = builder.mul(builder.sub(number, ir.Constant(_I64, 1)), ir.Constant(_I64, 3))
         for k in range(3):
@@ -280,25 +280,25 @@ def draw_pixels(typing, depth, ids, at, x, right, number, edges, z0, z1, z2, inv
             return ir.Constant(lanes, [value] * PIXELS)
 
         centre = builder.fadd(
-            code.spread(builder.sitofp(x, _F64), lanes), ir.Constant(lanes, [k + 0.5 for k in range(PIXELS)])
+            code.splat(builder.sitofp(x, _F64), lanes), ir.Constant(lanes, [k + 0.5 for k in range(PIXELS)])
         )
-        drawn = builder.fcmp_ordered("<", centre, code.spread(builder.sitofp(right, _F64), lanes))
+        covered = builder.fcmp_ordered("<", centre, code.splat(builder.sitofp(right, _F64), lanes))
         total = None
         for k, z in enumerate((z0, z1, z2)):
             slope, start = (builder.extract_value(edges, 2 * k + j) for j in range(2))
-            weight = builder.fadd(builder.fmul(code.spread(slope, lanes), centre), code.spread(start, lanes))
-            drawn = builder.and_(drawn, builder.fcmp_ordered(">=", weight, every(0.0)))
-            term = builder.fmul(weight, code.spread(z, lanes))
+            weight = builder.fadd(builder.fmul(code.splat(slope, lanes), centre), code.splat(start, lanes))
+            covered = builder.and_(covered, builder.fcmp_ordered(">=", weight, every(0.0)))
+            term = builder.fmul(weight, code.splat(z, lanes))
             total = term if total is None else builder.fadd(total, term)
-        here = builder.fmul(total, code.spread(inverse, lanes))
-        before, other = code.load(depth, at, lanes), code.load(ids, at, marks)
-        own = code.spread(builder.trunc(number, _I32), marks)
+        new_depth = builder.fmul(total, code.splat(inverse, lanes))
+        old_depth, old_id = code.load(depth, at, lanes), code.load(ids, at, marks)
+        new_id = code.splat(builder.trunc(number, _I32), marks)
         for sign, bound in ((">=", -1.0), ("<=", 1.0)):
-            drawn = builder.and_(drawn, builder.fcmp_ordered(sign, here, every(bound)))
-        first = builder.and_(builder.fcmp_ordered("==", here, before), builder.icmp_signed("<", own, other))
-        drawn = builder.and_(drawn, builder.or_(first, builder.fcmp_ordered("<", here, before)))
+            covered = builder.and_(covered, builder.fcmp_ordered(sign, new_depth, every(bound)))
+        tie = builder.and_(builder.fcmp_ordered("==", new_depth, old_depth), builder.icmp_signed("<", new_id, old_id))
+        covered = builder.and_(covered, builder.or_(tie, builder.fcmp_ordered("<", new_depth, old_depth)))
         # Always stored: whether any of them is drawn cannot be foretold, and a wrong guess costs more than two stores.
-        code.store(builder.select(drawn, here, before), depth, at)
-        code.store(builder.select(drawn, own, other), ids, at)
+        code.store(builder.select(covered, new_depth, old_depth), depth, at)
+        code.store(builder.select(covered, new_id, old_id), ids, at)
 
     return types.void(depth, ids, at, x, right, number, edges, z0, z1, z2, inverse), _returning_nothing(generate)

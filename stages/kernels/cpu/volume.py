@@ -17,8 +17,8 @@ CHUNK = 1024  # rays per task
 def _crossings(o, d):
     """near and far, both 0 for a ray that is not finite or has no direction: inside the box it would have no end."""
     length = np.sqrt(d[0] * d[0] + d[1] * d[1] + d[2] * d[2])
-    going = np.float32(SHORTEST) < length < np.float32(np.inf)
-    if not (going and np.isfinite(o[0]) and np.isfinite(o[1]) and np.isfinite(o[2])):
+    valid = np.float32(SHORTEST) < length < np.float32(np.inf)
+    if not (valid and np.isfinite(o[0]) and np.isfinite(o[1]) and np.isfinite(o[2])):
         return np.float32(0), np.float32(0)
     near, far = np.float32(0), np.float32(np.inf)
     one = np.float32(1)
@@ -95,17 +95,17 @@ def _composite(chunk, sigmas, values, t, delta, offsets, out, weights, opacity, 
     rays, channels = out.shape
     one = np.float32(1)
     for r in range(chunk * CHUNK, min(rays, (chunk + 1) * CHUNK)):
-        light, total, distance = one, np.float32(0), np.float32(0)
+        transmittance, weight_sum, depth_sum = one, np.float32(0), np.float32(0)
         for i in range(offsets[r], offsets[r + 1]):
-            rest = np.exp(-sigmas[i] * delta[i])
-            w = light * (one - rest)
-            light *= rest
+            one_minus_alpha = np.exp(-sigmas[i] * delta[i])
+            w = transmittance * (one - one_minus_alpha)
+            transmittance *= one_minus_alpha
             weights[i] = w
-            total += w
-            distance += w * t[i]
+            weight_sum += w
+            depth_sum += w * t[i]
             for c in range(channels):
                 out[r, c] += w * values[i, c]
-        opacity[r], depth[r] = total, distance
+        opacity[r], depth[r] = weight_sum, depth_sum
 
 
 @njit(cache=True, nogil=True)
@@ -116,40 +116,40 @@ def _composite_backward(
     rays, channels = g_out.shape
     one = np.float32(1)
     for r in range(chunk * CHUNK, min(rays, (chunk + 1) * CHUNK)):
-        light = one
+        transmittance = one
         for i in range(offsets[r], offsets[r + 1]):
-            rest = np.exp(-sigmas[i] * delta[i])
-            w = light * (one - rest)
-            light *= rest
+            one_minus_alpha = np.exp(-sigmas[i] * delta[i])
+            w = transmittance * (one - one_minus_alpha)
+            transmittance *= one_minus_alpha
             a = g_weights[i] + g_opacity[r] + g_depth[r] * t[i]
             for c in range(channels):
                 a += g_out[r, c] * values[i, c]
                 g_values[i, c] = w * g_out[r, c]
-            g_sigmas[i] = light * a  # the first term; w a is kept in place of the light until the way back
+            g_sigmas[i] = transmittance * a  # the first term; w a waits in g_weights for the way back
             g_weights[i] = w * a
-        behind = np.float32(0)
+        suffix_sum = np.float32(0)
         for i in range(offsets[r + 1] - 1, offsets[r] - 1, -1):
-            g_sigmas[i] = delta[i] * (g_sigmas[i] - behind)
-            behind += g_weights[i]
+            g_sigmas[i] = delta[i] * (g_sigmas[i] - suffix_sum)
+            suffix_sum += g_weights[i]
 
 
 @njit(cache=True, nogil=True)
-def _visible(chunk, sigmas, delta, offsets, threshold, min_optical_depth, kept, index, write):
-    """Counts into kept[r + 1], or writes index from kept[r]."""
+def _cull(chunk, sigmas, delta, offsets, threshold, min_optical_depth, offsets_out, index, write):
+    """Counts into offsets_out[r + 1], or writes index from offsets_out[r]."""
     rays = offsets.shape[0] - 1
     for r in range(chunk * CHUNK, min(rays, (chunk + 1) * CHUNK)):
-        depth, count = np.float32(0), 0
+        accumulated_depth, count = np.float32(0), 0
         for i in range(offsets[r], offsets[r + 1]):
-            if np.exp(-depth) < threshold:
+            if np.exp(-accumulated_depth) < threshold:
                 break
-            own = sigmas[i] * delta[i]
-            depth += own
-            if not own < min_optical_depth:  # nan stays
+            optical_depth = sigmas[i] * delta[i]
+            accumulated_depth += optical_depth
+            if not optical_depth < min_optical_depth:  # nan stays
                 if write:
-                    index[kept[r] + count] = i
+                    index[offsets_out[r] + count] = i
                 count += 1
         if not write:
-            kept[r + 1] = count
+            offsets_out[r + 1] = count
 
 
 def _array(tensor: Tensor) -> np.ndarray:
@@ -159,13 +159,13 @@ def _array(tensor: Tensor) -> np.ndarray:
 def march(
     rays_o: Tensor, rays_d: Tensor, occupancy: Tensor, step_size: float, jitter: Tensor, thin_stride: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """t [N], delta [N] and ray_offsets [R + 1]."""
+    """Return t [N], delta [N] and ray_offsets [R + 1]."""
     cells = _array(occupancy.to(torch.uint8))
-    used = [np.flatnonzero(cells.any(axis=axes)) for axes in ((1, 2), (0, 2), (0, 1))]
+    occupied = [np.flatnonzero(cells.any(axis=axes)) for axes in ((1, 2), (0, 2), (0, 1))]
     offsets = np.zeros(rays_o.shape[0] + 1, dtype=np.int64)
-    if not used[0].size:
+    if not occupied[0].size:
         return torch.zeros(0), torch.zeros(0), torch.from_numpy(offsets)
-    low, high = (np.array([u[k] for u in used], dtype=np.int64) for k in (0, -1))
+    low, high = (np.array([u[k] for u in occupied], dtype=np.int64) for k in (0, -1))
     rays = (
         _array(rays_o),
         _array(rays_d),
@@ -187,7 +187,7 @@ def march(
 
 
 def composite(sigmas: Tensor, values: Tensor, t: Tensor, delta: Tensor, ray_offsets: Tensor) -> tuple[Tensor, ...]:
-    """out [R, C], weights [N], opacity [R], depth [R]."""
+    """Return out [R, C], weights [N], opacity [R], depth [R]."""
     rays = ray_offsets.shape[0] - 1
     out, weights = torch.zeros(rays, values.shape[1]), torch.empty_like(t)
     opacity, depth = torch.empty(rays), torch.empty(rays)
@@ -199,7 +199,7 @@ def composite(sigmas: Tensor, values: Tensor, t: Tensor, delta: Tensor, ray_offs
 def composite_backward(
     sigmas: Tensor, values: Tensor, t: Tensor, delta: Tensor, ray_offsets: Tensor, g_out, g_weights, g_opacity, g_depth
 ) -> tuple[Tensor, Tensor]:
-    """Gradients in sigmas and values; any of the four upstream gradients may be None."""
+    """Return gradients in sigmas and values; any of the four upstream gradients may be None."""
     rays = ray_offsets.shape[0] - 1
     g_sigmas, g_values = torch.empty_like(t), torch.empty(values.shape)
     g_out = torch.zeros(rays, values.shape[1]) if g_out is None else g_out
@@ -212,20 +212,20 @@ def composite_backward(
     return g_sigmas, g_values
 
 
-def visible(
+def cull(
     sigmas: Tensor, delta: Tensor, ray_offsets: Tensor, threshold: float, min_optical_depth: float
 ) -> tuple[Tensor, Tensor]:
-    """Indices [M] of the samples to keep, and their ray_offsets [R + 1]."""
-    kept = np.zeros(ray_offsets.shape[0], dtype=np.int64)
+    """Return indices [M] of the samples to keep, and their ray_offsets [R + 1]."""
+    offsets_out = np.zeros(ray_offsets.shape[0], dtype=np.int64)
     inputs = (
         *(_array(v) for v in (sigmas, delta, ray_offsets)),
         np.float32(threshold),
         np.float32(min_optical_depth),
-        kept,
+        offsets_out,
     )
-    tasks = -(-(len(kept) - 1) // CHUNK)
-    each(tasks, _visible, *inputs, np.zeros(0, dtype=np.int64), False)
-    np.cumsum(kept, out=kept)
-    index = torch.empty(int(kept[-1]), dtype=torch.int64)
-    each(tasks, _visible, *inputs, index.numpy(), True)
-    return index, torch.from_numpy(kept)
+    tasks = -(-(len(offsets_out) - 1) // CHUNK)
+    each(tasks, _cull, *inputs, np.zeros(0, dtype=np.int64), False)
+    np.cumsum(offsets_out, out=offsets_out)
+    index = torch.empty(int(offsets_out[-1]), dtype=torch.int64)
+    each(tasks, _cull, *inputs, index.numpy(), True)
+    return index, torch.from_numpy(offsets_out)

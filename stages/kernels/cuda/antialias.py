@@ -213,7 +213,7 @@ def _blend(
 
 
 def antialias_forward(colour: Tensor, rast: Tensor, clip: Tensor, triangles: Tensor, opposite: Tensor):
-    """Antialiased colour [B, H, W, C] and the crossings (triangles, edges, weights) for the backward."""
+    """Return antialiased colour [B, H, W, C] and the crossings (triangles, edges, weights) for the backward."""
     batch, height, width, _ = colour.shape
     device = colour.device
     screen = project(clip, height, width)
@@ -302,7 +302,7 @@ def _slide_back(
 
 
 def antialias_backward(colour: Tensor, clip: Tensor, crossings: tuple, grad: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of colour [B, H, W, C] and clip [B, V, 4]."""
+    """Return gradients of colour [B, H, W, C] and clip [B, V, 4]."""
     triangles, edges, weights = crossings
     grad_colour = torch.empty_like(colour)
     launch(_blend_back, tuple(colour.shape), (grad, weights, grad_colour))

@@ -279,21 +279,21 @@ def _features(points: Tensor, spec) -> Tensor:
 
 
 def encode(points: Tensor, table: Tensor, spec) -> Tensor:
-    """Features [N, 2 L]."""
+    """Return features [N, 2 L]."""
     out = _features(points, spec)
     launch(_encode, (spec.levels, points.shape[0]), (points, _packed(table), *_grid(points, spec), out))
     return out
 
 
 def gradient(points: Tensor, table: Tensor, spec, g: Tensor) -> Tensor:
-    """J^T g, [N, 3]."""
+    """Return J^T g, [N, 3]."""
     out = points.new_empty(points.shape[0], 3)
     launch(_gradient, points.shape[0], (points, _packed(table), *_grid(points, spec), g, out))
     return out
 
 
 def directional(points: Tensor, table: Tensor, spec, up: Tensor) -> Tensor:
-    """J up, [N, 2 L]: the gradient of J^T g in g."""
+    """Return J up, [N, 2 L]: the gradient of J^T g in g."""
     out = _features(points, spec)
     launch(_directional, (spec.levels, points.shape[0]), (points, _packed(table), *_grid(points, spec), up, out))
     return out

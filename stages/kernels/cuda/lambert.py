@@ -19,17 +19,17 @@ class Direction:
 
     vector: wp.vec3
     scale: float
-    whole: float
+    unclamped: float
 
 
 @wp.func
 def _direction(v: wp.vec3, shortest: float) -> Direction:
     length = wp.sqrt(v[0] * v[0] + v[1] * v[1] + v[2] * v[2])
     d = Direction()
-    d.whole = 1.0
+    d.unclamped = 1.0
     if length < shortest:  # nan is not, and goes on
         length = shortest
-        d.whole = 0.0
+        d.unclamped = 0.0
     d.scale = 1.0 / length
     d.vector = v * d.scale
     return d
@@ -40,7 +40,7 @@ def _normal(normals: wp.array(dtype=wp.vec3), p: int, shortest: float) -> Direct
     d = Direction()
     d.vector = normals[p]
     d.scale = 1.0
-    d.whole = 0.0
+    d.unclamped = 0.0
     if shortest > 0.0:
         d = _direction(normals[p], shortest)
     return d
@@ -78,17 +78,17 @@ def _backward(
     p = wp.tid()
     n, t = _normal(normals, p, shortest), _to_light(points, light, p)
     cosine = _cosine(n, t)
-    lit = cosine
+    clamped_cosine = cosine
     g = diffuse * wp.dot(grad[p], albedo[wp.min(p, albedo.shape[0] - 1)])
     if cosine < 0.0:
-        lit = 0.0
+        clamped_cosine = 0.0
         g = 0.0
     if g_albedo.shape[0] > 0:
-        g_albedo[p] = grad[p] * (ambient + diffuse * lit)
+        g_albedo[p] = grad[p] * (ambient + diffuse * clamped_cosine)
     if g_normals.shape[0] > 0:  # of n = v / |v|: (g t - (g t . n) n) / |v|
-        g_normals[p] = (t.vector * g - n.vector * (g * cosine * n.whole)) * n.scale
+        g_normals[p] = (t.vector * g - n.vector * (g * cosine * n.unclamped)) * n.scale
     if g_points.shape[0] > 0:
-        g_points[p] = (t.vector * (g * cosine * t.whole) - n.vector * g) * t.scale
+        g_points[p] = (t.vector * (g * cosine * t.unclamped) - n.vector * g) * t.scale
 
 
 def lambert_forward(

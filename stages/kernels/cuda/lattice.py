@@ -24,7 +24,7 @@ def _iterate(
 ):
     """x += step, residual -= (I + scale (D - A)) step, following = keep step + add residual."""
     i = wp.tid()
-    mine = step[i]
+    s = step[i]
     total = wp.float32(0.0)
     degree = int(0)
     for k in range(neighbours.shape[1]):
@@ -32,10 +32,10 @@ def _iterate(
         if j >= 0:
             total += step[j]
             degree += 1
-    rest = residual[i] - (mine + scale * (wp.float32(degree) * mine - total))
-    x[i] = x[i] + mine
-    residual[i] = rest
-    following[i] = keep * mine + add * rest
+    r = residual[i] - (s + scale * (wp.float32(degree) * s - total))
+    x[i] = x[i] + s
+    residual[i] = r
+    following[i] = keep * s + add * r
 
 
 def diffuse(neighbours: Tensor, values: Tensor, scale: float, coefficients: list, theta: float) -> Tensor:

@@ -28,7 +28,7 @@ BLOCK = 256  # threads per CUDA block: 8 warps, and up to 8 blocks an SM; also W
 
 @lru_cache(maxsize=1)
 def missing() -> str | None:
-    """Why Warp cannot be used here, or None; asked once, and it imports warp."""
+    """Return why Warp cannot be used here, or None; it imports warp."""
     try:
         import warp  # noqa: F401
     except Exception as error:  # a broken install raises more than ImportError
@@ -37,7 +37,7 @@ def missing() -> str | None:
 
 
 def require() -> None:
-    """Raises: UserError where warp cannot be imported."""
+    """Refuse to go on where warp cannot be imported. Raises: UserError."""
     if missing():
         fix = "pip install 'text3d-pipeline[cuda]', or choose another backend"
         raise UserError("backend 'warp' cannot be used", f"warp-lang does not import: {missing()}", fix)
@@ -60,7 +60,7 @@ def _start():
 
 
 def missing_cuda() -> str | None:
-    """Why Warp cannot launch on a GPU here, or None; it starts Warp."""
+    """Return why Warp cannot launch on a GPU here, or None; it starts Warp."""
     return missing() or (None if _start().is_cuda_available() else "Warp finds no CUDA device")
 
 
@@ -128,13 +128,13 @@ def launch(kernel, dim: int | tuple[int, ...], arguments: tuple, *, block: int =
 
 def _array(warp, parameter, tensor: Tensor, device: torch.device):
     """Descriptor of a tensor's memory as the array type that a kernel's parameter wants."""
-    wanted, name = parameter.type, parameter.label
+    expected, name = parameter.type, parameter.label
     if tensor.device != device or device.type not in ("cpu", "cuda"):
         raise ValueError(f"{name}: wanted a tensor on {device} (a CPU or CUDA device), got {tensor.device}")
-    inner = len(getattr(wanted.dtype, "_shape_", ()))
-    if tensor.ndim - inner != wanted.ndim:
-        raise ValueError(f"{name}: wanted {wanted.ndim + inner} dimensions, got shape {list(tensor.shape)}")
+    inner = len(getattr(expected.dtype, "_shape_", ()))
+    if tensor.ndim - inner != expected.ndim:
+        raise ValueError(f"{name}: wanted {expected.ndim + inner} dimensions, got shape {list(tensor.shape)}")
     try:
-        return warp.from_torch(tensor, dtype=wanted.dtype, requires_grad=False, return_ctype=True)
+        return warp.from_torch(tensor, dtype=expected.dtype, requires_grad=False, return_ctype=True)
     except RuntimeError as error:
         raise ValueError(f"{name}: {error}") from error

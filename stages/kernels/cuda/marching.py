@@ -117,9 +117,15 @@ def _place_faces(
 
 
 def march(positions: Tensor, sdf: Tensor, edges: Tensor, tets: Tensor, tet_edges: Tensor, guard: float):
-    """Vertices [V, 3], faces [F, 3] int32 and the edge [V] int32 of each vertex.
+    """Return vertices [V, 3], faces [F, 3] int32 and the edge [V] int32 of each vertex.
 
-    Args: float32 [N, 3], [N]; int32 [E, 2], [T, 4], [T, 6].
+    Args:
+        positions: [N, 3] float32.
+        sdf: [N] float32.
+        edges: [E, 2] int32.
+        tets: [T, 4] int32.
+        tet_edges: [T, 6] int32.
+        guard: as in marching_tetrahedra.
     """
     device, n_edges, n_tets = sdf.device, len(edges), len(tets)
     table = _table(device)
@@ -170,7 +176,7 @@ def _place_back(
 
 
 def crossing_backward(positions: Tensor, sdf: Tensor, edges: Tensor, crossing: Tensor, guard: float, grad: Tensor):
-    """Gradients (positions [N, 3], sdf [N]) of the crossing points from grad [V, 3]."""
+    """Return gradients (positions [N, 3], sdf [N]) of the crossing points from grad [V, 3]."""
 
     def run(peak: Tensor, total: Tensor, unit: float) -> None:
         launch(_place_back, len(crossing), (positions, sdf, edges, crossing, guard, grad, peak, total, unit))
@@ -180,7 +186,7 @@ def crossing_backward(positions: Tensor, sdf: Tensor, edges: Tensor, crossing: T
 
 
 def mesh_edges(faces: Tensor, vertices: int) -> tuple[Tensor, Tensor] | None:
-    """Edges [M, 2] and sides [M, 2] int32 of faces [F, 3] int32; None where the surface is not closed and oriented."""
+    """Return edges [M, 2] and sides [M, 2] of faces [F, 3], all int32; None unless closed and oriented."""
     start, end = faces.reshape(-1).long(), faces.roll(-1, 1).reshape(-1).long()
     low, high = torch.minimum(start, end), torch.maximum(start, end)
     key = (low * vertices + high) * 2 + (start > end)  # an edge's two half edges: 2 n upwards, 2 n + 1 downwards

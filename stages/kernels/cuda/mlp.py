@@ -44,7 +44,7 @@ LOAD_ROW = """
 
 @lru_cache(maxsize=16)
 def kernels(inputs: int, outputs: int) -> SimpleNamespace:
-    """The kernels `forward` and `backward` for so many inputs and outputs (a multiple of 4), in their own module."""
+    """Build `forward` and `backward` for so many inputs and outputs (a multiple of 4), in their own module."""
     width = inputs + -inputs % 4
     module = wp.get_module(f"text3d.mlp_{inputs}_{outputs}")
     options = {"enable_backward": False, "max_unroll": MLP_MAX[0], "block_dim": THREADS}
@@ -136,21 +136,21 @@ def _prepare(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor) -> tuple[SimpleNames
 
 
 def forward(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, with_slope: bool) -> tuple[Tensor, Tensor]:
-    """out [N, O] and slope [N, I] (empty [0, I] unless asked for), the slope stored feature by feature."""
+    """Return out [N, O] and slope [N, I] (empty [0, I] unless asked for), the slope stored feature by feature."""
     n, inputs = x.shape
     out, slope = x.new_empty(n, w2.shape[0]), x.new_empty(inputs, n if with_slope else 0).T
-    built, arguments = _prepare(x, w1, b1, w2)
-    launch(built.forward, n, (*arguments, b2, out, slope), block=THREADS)
+    compiled, arguments = _prepare(x, w1, b1, w2)
+    launch(compiled.forward, n, (*arguments, b2, out, slope), block=THREADS)
     return out, slope
 
 
 def backward(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, grad_out: Tensor, grad_slope: Tensor | None):
-    """Gradients in x, w1, b1, w2, b2."""
+    """Return gradients in x, w1, b1, w2, b2."""
     (n, inputs), count = x.shape, w1.shape[0]
     gx, hidden, g_hidden = x.new_empty(inputs, n).T, x.new_empty(count, n), x.new_empty(count, n)
     active = x.new_empty((count, n) if grad_slope is not None else (0, 0))
-    built, arguments = _prepare(x, w1, b1, w2)
-    launch(built.backward, n, (*arguments, grad_out, gx, hidden, g_hidden, active), block=THREADS)
+    compiled, arguments = _prepare(x, w1, b1, w2)
+    launch(compiled.backward, n, (*arguments, grad_out, gx, hidden, g_hidden, active), block=THREADS)
     gw1, gw2 = _sum_of_products(g_hidden, x), _sum_of_products(grad_out.T, hidden.T)
     if grad_slope is not None:
         m = _sum_of_products(active, grad_slope)
@@ -161,10 +161,10 @@ def backward(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, grad_out: Tensor, gr
 
 def _sum_of_products(left: Tensor, right: Tensor) -> Tensor:
     """left [A, N] times right [N, B] as a sum over pieces of points, [A, B]."""
-    whole = right.shape[0] - right.shape[0] % PIECE
-    total = left[:, whole:] @ right[whole:]
-    if whole:
-        pieces = (whole // PIECE, PIECE)
-        lefts, rights = left[:, :whole].unflatten(1, pieces), right[:whole].unflatten(0, pieces)
+    full = right.shape[0] - right.shape[0] % PIECE
+    total = left[:, full:] @ right[full:]
+    if full:
+        pieces = (full // PIECE, PIECE)
+        lefts, rights = left[:, :full].unflatten(1, pieces), right[:full].unflatten(0, pieces)
         total += torch.bmm(lefts.transpose(0, 1), rights).sum(0)
     return total

@@ -15,7 +15,7 @@ from stages.kernels.reference.raster import NORMAL_SQUARE_MIN
 
 wp.set_module_options({"enable_backward": False, "fuse_fp": False})
 
-LEAST = wp.constant(wp.float64(NORMAL_SQUARE_MIN))
+SQUARE_MIN = wp.constant(wp.float64(NORMAL_SQUARE_MIN))
 UP = wp.constant(wp.vec3d(0.0, 1.0, 0.0))
 
 
@@ -42,7 +42,7 @@ def _forward(
         total += wp.cross(_vertex(vertices, triangles[f, 1]) - a, _vertex(vertices, triangles[f, 2]) - a)
     square = wp.dot(total, total)
     unit, size = UP, wp.float64(0.0)
-    if square > LEAST:
+    if square > SQUARE_MIN:
         size = wp.sqrt(square)
         unit = total / size
     length[v] = size
@@ -97,14 +97,14 @@ def _backward(
 
 
 def incidence(triangles: Tensor, vertices: int) -> tuple[Tensor, Tensor]:
-    """Corners 3 f + k in order of their vertex, [3 F] int64, and where each vertex's begin, [V + 1] int64."""
+    """Return corners 3 f + k in order of their vertex, [3 F] int64, and where each vertex's begin, [V + 1] int64."""
     owners, corners = torch.sort(triangles.reshape(-1), stable=True)
     numbers = torch.arange(vertices + 1, dtype=owners.dtype, device=owners.device)
     return corners, torch.searchsorted(owners, numbers)
 
 
 def normals_forward(vertices: Tensor, triangles: Tensor, out: Tensor, length: Tensor) -> None:
-    """Unit normals [V, 3] and the lengths [V] (float64) of the area-weighted sums; 0 and +y where there is none."""
+    """Fill unit normals [V, 3] and the lengths [V] (float64) of the area-weighted sums; 0 and +y for none."""
     corners, first = incidence(triangles, len(vertices))
     launch(_forward, len(vertices), (vertices, triangles, corners, first, out, length))
 

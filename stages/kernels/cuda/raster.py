@@ -349,7 +349,7 @@ def _interpolate(
 
 
 def interpolate_forward(attributes: Tensor, rast: Tensor, triangles: Tensor, out: Tensor) -> None:
-    """out [B, H, W, C] from attributes [1 or B, V, C]."""
+    """Fill out [B, H, W, C] from attributes [1 or B, V, C]."""
     launch(_interpolate, tuple(out.shape), (attributes, rast, triangles, out))
 
 
@@ -385,7 +385,7 @@ def _interpolate_back(
 
 
 def interpolate_backward(attributes: Tensor, rast: Tensor, triangles: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of attributes [1 or B, V, C] and of rast [B, H, W, 4]."""
+    """Return gradients of attributes [1 or B, V, C] and of rast [B, H, W, 4]."""
     grad_rast = torch.empty_like(rast)
 
     def run(peak: Tensor, total: Tensor, unit: float) -> None:

@@ -14,7 +14,7 @@ from stages.kernels.reference.raster import NORMAL_SQUARE_MIN
 wp.set_module_options({"enable_backward": False, "fuse_fp": False})
 
 f64 = wp.float64
-LEAST = wp.constant(wp.float64(NORMAL_SQUARE_MIN))
+SQUARE_MIN = wp.constant(wp.float64(NORMAL_SQUARE_MIN))
 
 
 @wp.func
@@ -35,7 +35,7 @@ def _faces(
     cross = wp.cross(points[faces[f, 1]] - a, points[faces[f, 2]] - a)
     square = wp.dot(cross, cross)
     area, normal = f64(0.0), wp.vec3d()
-    if square > LEAST:
+    if square > SQUARE_MIN:
         area = wp.sqrt(square)
         normal = cross / area
     areas[f] = area
@@ -49,14 +49,14 @@ def _edges(
     sides: wp.array2d(dtype=wp.int32),
     normals: wp.array(dtype=wp.vec3d),
     areas: wp.array(dtype=wp.float64),
-    found: wp.array(dtype=wp.vec3d),
+    edge_terms: wp.array(dtype=wp.vec3d),
 ):
     """Length, weight and weighted bend of each edge."""
     e = wp.tid()
     i, j = sides[e, 0], sides[e, 1]
     weight = wp.min(areas[i], areas[j])
     bend = f64(1.0) - wp.dot(normals[i], normals[j])
-    found[e] = wp.vec3d(wp.length(points[edges[e, 1]] - points[edges[e, 0]]), weight, weight * bend)
+    edge_terms[e] = wp.vec3d(wp.length(points[edges[e, 1]] - points[edges[e, 0]]), weight, weight * bend)
 
 
 @wp.kernel(grid_stride=False)
@@ -78,7 +78,7 @@ def _differences(
 def _turn(
     sides: wp.array2d(dtype=wp.int32),
     normals: wp.array(dtype=wp.vec3d),
-    found: wp.array(dtype=wp.vec3d),
+    edge_terms: wp.array(dtype=wp.vec3d),
     peak: wp.array(dtype=wp.float32),
     total: wp.array(dtype=wp.int64),
     unit: wp.float64,
@@ -86,8 +86,8 @@ def _turn(
     """Minus the weighted normals across each face's edges: the gradient in its own, but for the weights' sum."""
     e = wp.tid()
     i, j = sides[e, 0], sides[e, 1]
-    _add(peak, total, unit, i, -found[e][1] * normals[j])
-    _add(peak, total, unit, j, -found[e][1] * normals[i])
+    _add(peak, total, unit, i, -edge_terms[e][1] * normals[j])
+    _add(peak, total, unit, j, -edge_terms[e][1] * normals[i])
 
 
 @wp.kernel(grid_stride=False)
@@ -114,35 +114,35 @@ def smoothness(vertices: Tensor, faces: Tensor, edges: Tensor, sides: Tensor, va
     device, count, points = vertices.device, len(vertices), vertices.double()
     normals = torch.zeros(len(faces), 3, dtype=torch.float64, device=device)
     areas = torch.zeros(len(faces), dtype=torch.float64, device=device)
-    found = torch.zeros(len(edges), 3, dtype=torch.float64, device=device)
+    edge_terms = torch.zeros(len(edges), 3, dtype=torch.float64, device=device)
     launch(_faces, len(faces), (points, faces, normals, areas))
-    launch(_edges, len(edges), (points, edges, sides, normals, areas, found))
-    length, weight, bent = found.sum(0)
+    launch(_edges, len(edges), (points, edges, sides, normals, areas, edge_terms))
+    length, weight, bend_sum = edge_terms.sum(0)
     length, weight = (length / max(len(edges), 1)).clamp_min(1e-12), weight.clamp_min(1e-30)
     ends = edges.reshape(-1)
     degree = torch.zeros(count, dtype=torch.int64, device=device).index_add_(0, ends, torch.ones_like(ends).long())
     degree = degree.clamp_min(1)
     terms = 2 * max(len(edges), len(faces), 1)
 
-    def collected(kernel, dim: int, rows: int, *arguments: Tensor) -> Tensor:
+    def vertex_sums(kernel, dim: int, rows: int, *arguments: Tensor) -> Tensor:
         def run(peak: Tensor, total: Tensor, unit: float) -> None:
             launch(kernel, dim, (*arguments, peak, total, unit))
 
         return cuda_sums.collect((rows, 3), terms, device, run)
 
-    umbrella = collected(_differences, len(edges), count, edges, points)
+    umbrella = vertex_sums(_differences, len(edges), count, edges, points)
     upwards = torch.empty_like(vertices, memory_format=torch.contiguous_format)
     sizes = torch.empty(count, dtype=torch.float64, device=device)
     normals_forward(vertices, faces, upwards, sizes)
     upwards = upwards.double() * (sizes > 0)[:, None]
     scale = 1 / (degree * length)
     along = (umbrella * upwards).sum(1) * scale
-    values[0], values[1] = bent / weight, along.square().sum() / max(count, 1)
+    values[0], values[1] = bend_sum / weight, along.square().sum() / max(count, 1)
     if len(grads) == 0:
         return
     slopes = (2 / max(count, 1) * along * scale)[:, None] * upwards
-    grads[1] = collected(_differences, len(edges), count, edges, slopes)
-    turned = collected(_turn, len(edges), len(faces), sides, normals, found) / weight
-    flat = turned - (turned * normals).sum(1, keepdim=True) * normals
+    grads[1] = vertex_sums(_differences, len(edges), count, edges, slopes)
+    turns = vertex_sums(_turn, len(edges), len(faces), sides, normals, edge_terms) / weight
+    flat = turns - (turns * normals).sum(1, keepdim=True) * normals
     slopes = torch.where(areas[:, None] > 0, flat / areas[:, None].clamp_min(1e-300), 0.0).contiguous()
-    grads[0] = collected(_corners, len(faces), count, points, faces, slopes)
+    grads[0] = vertex_sums(_corners, len(faces), count, points, faces, slopes)

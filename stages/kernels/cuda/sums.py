@@ -39,9 +39,9 @@ def add(
         if size > peak[at]:  # a stale read costs an atomic, never a wrong result
             wp.atomic_max(peak, at, size)
     else:
-        most = peak[at]
-        if most > wp.float32(0.0) and wp.isfinite(most):
-            wp.atomic_add(total, at, wp.int64(wp.rint(term / wp.float64(most) * unit)))
+        largest = peak[at]
+        if largest > wp.float32(0.0) and wp.isfinite(largest):
+            wp.atomic_add(total, at, wp.int64(wp.rint(term / wp.float64(largest) * unit)))
 
 
 def collect(shape: tuple[int, ...], terms: int, device: torch.device, run: Callable[[Tensor, Tensor, float], None]):

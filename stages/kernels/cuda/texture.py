@@ -49,7 +49,7 @@ def _look_up(image: wp.array3d(dtype=wp.float32), uv: wp.array(dtype=wp.vec2f), 
 
 
 def texture_forward(image: Tensor, uv: Tensor, out: Tensor) -> None:
-    """out [N, C] from image [H, W, C] at uv [N, 2], v up."""
+    """Fill out [N, C] from image [H, W, C] at uv [N, 2], v up."""
     launch(_look_up, tuple(out.shape), (image, uv, out))
 
 
@@ -83,7 +83,7 @@ def _look_up_back(
 
 
 def texture_backward(image: Tensor, uv: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of image [H, W, C] and uv [N, 2]."""
+    """Return gradients of image [H, W, C] and uv [N, 2]."""
     grad_uv = torch.empty_like(uv)
 
     def run(peak: Tensor, total: Tensor, unit: float) -> None:

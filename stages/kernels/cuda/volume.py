@@ -1,6 +1,6 @@
 """Ray marching and compositing in Warp, one thread a ray; definitions in reference/volume.py.
 
-Marching and dropping samples run twice, to count and to write, with a prefix sum between them. The sum's last value is
+Marching and culling samples run twice, to count and to write, with a prefix sum between them. The sum's last value is
 the length of what comes out, and reading it is the one wait for the device in each of the two ops: everything
 downstream is allocated at that length. A fixed budget of samples would do without the wait, but would either waste the
 field's evaluations or drop samples silently. Compositing never waits, and nothing here adds atomically.
@@ -93,16 +93,16 @@ def _weights(
     depth: wp.array(dtype=wp.float32),
 ):
     r = wp.tid()
-    light, total, distance = float(1.0), float(0.0), float(0.0)
+    transmittance, weight_sum, depth_sum = float(1.0), float(0.0), float(0.0)
     for i in range(int(offsets[r]), int(offsets[r + 1])):
-        rest = wp.exp(-sigmas[i] * delta[i])
-        w = light * (1.0 - rest)
-        light *= rest
+        one_minus_alpha = wp.exp(-sigmas[i] * delta[i])
+        w = transmittance * (1.0 - one_minus_alpha)
+        transmittance *= one_minus_alpha
         weights[i] = w
-        total += w
-        distance += w * t[i]
-    opacity[r] = total
-    depth[r] = distance
+        weight_sum += w
+        depth_sum += w * t[i]
+    opacity[r] = weight_sum
+    depth[r] = depth_sum
 
 
 @wp.kernel(grid_stride=False)
@@ -141,17 +141,17 @@ def _composite_backward(
     """
     r = wp.tid()
     low, high = int(offsets[r]), int(offsets[r + 1])
-    constant, sloped = float(0.0), float(0.0)
+    g_ray_opacity, g_ray_depth = float(0.0), float(0.0)
     if g_opacity.shape[0] > 0:
-        constant = g_opacity[r]
+        g_ray_opacity = g_opacity[r]
     if g_depth.shape[0] > 0:
-        sloped = g_depth[r]
-    light = float(1.0)
+        g_ray_depth = g_depth[r]
+    transmittance = float(1.0)
     for i in range(low, high):
-        rest = wp.exp(-sigmas[i] * delta[i])
-        w = light * (1.0 - rest)
-        light *= rest
-        a = constant + sloped * t[i]
+        one_minus_alpha = wp.exp(-sigmas[i] * delta[i])
+        w = transmittance * (1.0 - one_minus_alpha)
+        transmittance *= one_minus_alpha
+        a = g_ray_opacity + g_ray_depth * t[i]
         if g_weights.shape[0] > 0:
             a += g_weights[i]
         for c in range(values.shape[1]):
@@ -160,39 +160,39 @@ def _composite_backward(
                 up = g_out[r, c]
             a += up * values[i, c]
             g_values[i, c] = w * up
-        g_sigmas[i] = light * a
+        g_sigmas[i] = transmittance * a
         gains[i] = w * a
-    behind = float(0.0)
+    suffix_sum = float(0.0)
     for back in range(high - low):
         i = high - 1 - back
-        g_sigmas[i] = delta[i] * (g_sigmas[i] - behind)
-        behind += gains[i]
+        g_sigmas[i] = delta[i] * (g_sigmas[i] - suffix_sum)
+        suffix_sum += gains[i]
 
 
 @wp.kernel(grid_stride=False)
-def _visible(
+def _cull(
     sigmas: wp.array(dtype=wp.float32),
     delta: wp.array(dtype=wp.float32),
     offsets: wp.array(dtype=wp.int64),
     threshold: float,
     min_optical_depth: float,
     counts: wp.array(dtype=wp.int64),
-    kept: wp.array(dtype=wp.int64),
+    offsets_out: wp.array(dtype=wp.int64),
     index: wp.array(dtype=wp.int64),
 ):
-    """Counts into counts[r] where it is not empty, else writes from kept[r]."""
+    """Counts into counts[r] where it is not empty, else writes from offsets_out[r]."""
     r = wp.tid()
     at = wp.int64(0)
     if counts.shape[0] == 0:
-        at = kept[r]
-    depth = float(0.0)
+        at = offsets_out[r]
+    accumulated_depth = float(0.0)
     count = wp.int64(0)
     for i in range(int(offsets[r]), int(offsets[r + 1])):
-        if wp.exp(-depth) < threshold:
+        if wp.exp(-accumulated_depth) < threshold:
             break
-        own = sigmas[i] * delta[i]
-        depth += own
-        if not (own < min_optical_depth):  # nan stays
+        optical_depth = sigmas[i] * delta[i]
+        accumulated_depth += optical_depth
+        if not (optical_depth < min_optical_depth):  # nan stays
             if counts.shape[0] == 0:
                 index[int(at + count)] = wp.int64(i)
             count += wp.int64(1)
@@ -209,7 +209,7 @@ def _ends(counts: Tensor) -> tuple[Tensor, int]:
 def march(
     rays_o: Tensor, rays_d: Tensor, occupancy: Tensor, step_size: float, jitter: Tensor, thin_stride: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """t [N], delta [N] and ray_offsets [R + 1]. Waits once, for N."""
+    """Return t [N], delta [N] and ray_offsets [R + 1]. Waits once, for N."""
     rays = rays_o.shape[0]
     ray = (rays_o, rays_d, occupancy.to(torch.uint8), step_size, jitter, thin_stride)
     none, no_counts = rays_o.new_empty(0), torch.empty(0, dtype=torch.int64, device=rays_o.device)
@@ -222,7 +222,7 @@ def march(
 
 
 def composite(sigmas: Tensor, values: Tensor, t: Tensor, delta: Tensor, ray_offsets: Tensor) -> tuple[Tensor, ...]:
-    """out [R, C], weights [N], opacity [R], depth [R]."""
+    """Return out [R, C], weights [N], opacity [R], depth [R]."""
     rays, channels = ray_offsets.shape[0] - 1, values.shape[1]
     out, weights = values.new_empty(rays, channels), torch.empty_like(t)
     opacity, depth = t.new_empty(rays), t.new_empty(rays)
@@ -234,7 +234,7 @@ def composite(sigmas: Tensor, values: Tensor, t: Tensor, delta: Tensor, ray_offs
 def composite_backward(
     sigmas: Tensor, values: Tensor, t: Tensor, delta: Tensor, ray_offsets: Tensor, g_out, g_weights, g_opacity, g_depth
 ) -> tuple[Tensor, Tensor]:
-    """Gradients in sigmas and values; any of the four upstream gradients may be None."""
+    """Return gradients in sigmas and values; any of the four upstream gradients may be None."""
     none = t.new_empty(0)
     g_sigmas, gains, g_values = torch.empty_like(t), torch.empty_like(t), values.new_empty(values.shape)
     g_out = none.view(0, 0) if g_out is None else g_out
@@ -244,15 +244,15 @@ def composite_backward(
     return g_sigmas, g_values
 
 
-def visible(
+def cull(
     sigmas: Tensor, delta: Tensor, ray_offsets: Tensor, threshold: float, min_optical_depth: float
 ) -> tuple[Tensor, Tensor]:
-    """Indices [M] of the samples to keep, and their ray_offsets [R + 1]. Waits once, for M."""
+    """Return indices [M] of the samples to keep, and their ray_offsets [R + 1]. Waits once, for M."""
     rays, device = ray_offsets.shape[0] - 1, sigmas.device
     none, counts = (torch.empty(n, dtype=torch.int64, device=device) for n in (0, rays))
     inputs = (sigmas, delta, ray_offsets, threshold, min_optical_depth)
-    launch(_visible, rays, (*inputs, counts, none, none))
-    kept, total = _ends(counts)
+    launch(_cull, rays, (*inputs, counts, none, none))
+    offsets_out, total = _ends(counts)
     index = torch.empty(total, dtype=torch.int64, device=device)
-    launch(_visible, rays if total else 0, (*inputs, none, kept, index))
-    return index, kept
+    launch(_cull, rays if total else 0, (*inputs, none, offsets_out, index))
+    return index, offsets_out

@@ -33,15 +33,15 @@ def edge_topology(triangles: Tensor, vertices: int) -> Tensor:
 
 
 def silhouettes(points: Tensor, drawable: Tensor, triangles: Tensor, opposite: Tensor) -> Tensor:
-    """Whether the surface ends or turns away at each half-edge [F, 3] of one view."""
+    """Say whether the surface ends or turns away at each half-edge [F, 3] of one view."""
     a, b, c = points[triangles.long()][..., :2].unbind(1)
     front = ((b - a)[:, 0] * (c - a)[:, 1] - (c - a)[:, 0] * (b - a)[:, 1]) > 0  # [F]
-    drawn = drawable[triangles.long()].all(1)
+    drawable_faces = drawable[triangles.long()].all(1)
     other = opposite.long().clamp_min(0)
     start = triangles.roll(-1, 1)  # [F, 3] where half-edges begin
     against = start != start.reshape(-1)[other]
     turns = (front[:, None] != front[other // 3]) == against
-    return (opposite < 0) | ~drawn[other // 3] | turns
+    return (opposite < 0) | ~drawable_faces[other // 3] | turns
 
 
 def crossings(clip: Tensor, rast: Tensor, triangles: Tensor, opposite: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -51,11 +51,11 @@ def crossings(clip: Tensor, rast: Tensor, triangles: Tensor, opposite: Tensor) -
     """
     height, width, _ = rast.shape
     drawable = screen(clip.detach().double(), height, width)[1]
-    kept = torch.where(drawable[:, None], clip.double(), 1.0)  # what is not finite would send back nan, not nothing
-    points, _ = screen(kept, height, width)
+    safe_clip = torch.where(drawable[:, None], clip.double(), 1.0)  # else nan would flow back
+    points, _ = screen(safe_clip, height, width)
     edge = silhouettes(points.detach(), drawable, triangles, opposite)
-    found = [_walk(points, edge, rast, triangles.long(), opposite.long(), axis) for axis in (0, 1)]
-    return tuple(torch.cat(parts) for parts in zip(*found, strict=True))
+    walks = [_walk(points, edge, rast, triangles.long(), opposite.long(), axis) for axis in (0, 1)]
+    return tuple(torch.cat(parts) for parts in zip(*walks, strict=True))
 
 
 def _walk(points: Tensor, edge: Tensor, rast: Tensor, triangles: Tensor, opposite: Tensor, along: int):
@@ -65,15 +65,15 @@ def _walk(points: Tensor, edge: Tensor, rast: Tensor, triangles: Tensor, opposit
     p, q = (pixel[:, :-1], pixel[:, 1:]) if along == 0 else (pixel[:-1], pixel[1:])
     p, q = p.reshape(-1), q.reshape(-1)
     depth, ids = rast[..., 2].detach().reshape(-1), rast[..., 3].detach().reshape(-1).long()
-    apart = ids[p] != ids[q]
-    p, q = p[apart], q[apart]
+    differ = ids[p] != ids[q]
+    p, q = p[differ], q[differ]
     ahead = (ids[q] == 0) | ((ids[p] > 0) & (depth[p] <= depth[q]))  # the first pixel is the nearer one
     f = torch.where(ahead, ids[p], ids[q]) - 1
     row, column = (p // width).double() + 0.5, (p % width).double() + 0.5
     here, line = (column, row) if along == 0 else (row, column)
     direction = torch.where(ahead, 1.0, -1.0).double()
     origin = here + (~ahead).double()
-    entered = torch.full_like(f, -1)
+    entry = torch.full_like(f, -1)
     live = torch.arange(len(f), device=f.device)
     hits = []
     flat = points.detach()
@@ -82,10 +82,10 @@ def _walk(points: Tensor, edge: Tensor, rast: Tensor, triangles: Tensor, opposit
             break
         corner = flat[triangles[f[live]]]  # [L, 3, 3]
         i, j = corner.roll(-1, 1), corner.roll(-2, 1)
-        cut = (i[..., across] > line[live, None]) != (j[..., across] > line[live, None])
-        cut &= torch.arange(3, device=f.device) != entered[live, None]
+        crosses = (i[..., across] > line[live, None]) != (j[..., across] > line[live, None])
+        crosses &= torch.arange(3, device=f.device) != entry[live, None]
         at = _crossing(i, j, line[live, None], along, across)
-        t = torch.where(cut, direction[live, None] * (at - origin[live, None]), -torch.inf)
+        t = torch.where(crosses, direction[live, None] * (at - origin[live, None]), -torch.inf)
         t, k = t.max(1)
         inside = (t <= 1) & (t > -torch.inf)
         live, k = live[inside], k[inside]
@@ -93,16 +93,16 @@ def _walk(points: Tensor, edge: Tensor, rast: Tensor, triangles: Tensor, opposit
         hits.append((live[ends], 3 * f[live][ends] + k[ends]))
         live, k = live[~ends], k[~ends]
         o = opposite[f[live], k]
-        f[live], entered[live] = o // 3, o % 3
+        f[live], entry[live] = o // 3, o % 3
     pair, half = (torch.cat(parts) for parts in zip(*hits, strict=True)) if hits else (live, live)
     ends = torch.stack([triangles[half // 3, (half + 1) % 3], triangles[half // 3, (half + 2) % 3]], -1)
     i, j = points[ends[:, 0]], points[ends[:, 1]]
     rise = (j - i).detach().abs()
-    wanted = rise[:, 1] >= rise[:, 0] if along == 0 else rise[:, 1] < rise[:, 0]
-    weights = _crossing(i[wanted], j[wanted], line[pair][wanted], along, across) - here[pair][wanted] - 0.5
+    owned = rise[:, 1] >= rise[:, 0] if along == 0 else rise[:, 1] < rise[:, 0]
+    weights = _crossing(i[owned], j[owned], line[pair][owned], along, across) - here[pair][owned] - 0.5
     split = weights.detach().abs() <= 0.5
-    pair = pair[wanted][split]
-    return torch.stack([p[pair], q[pair]], -1), ends[wanted][split], weights[split]
+    pair = pair[owned][split]
+    return torch.stack([p[pair], q[pair]], -1), ends[owned][split], weights[split]
 
 
 def _crossing(i: Tensor, j: Tensor, line: Tensor, along: int, across: int) -> Tensor:

@@ -14,15 +14,15 @@ PRIME_Y, PRIME_Z = 2654435761, 805459861  # Instant NGP eq. 4; the factor of x i
 
 
 def corners(points: Tensor, level: int, spec) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The eight table rows around each point at one level, and the trilinear weights with their slopes.
+    """Return the eight table rows around each point at one level, and the trilinear weights with their slopes.
 
     A point that is not finite lies in cell 0 with fractions of nan, so that what is made of it is nan.
     Returns: rows [N, 8] int64; the fraction within the cell [N, 3]; the cell corner bits [8, 3];
         inside [N, 3], 1 where the clamped coordinate still moves with the point.
     """
     resolution, offset = spec.resolutions[level], spec.offsets[level]
-    broken = (0 * points).sum(-1, keepdim=True)  # [N, 1], nan or 0
-    scaled = (points.clamp(0, 1) + broken) * resolution  # [N, 3]
+    nan = (0 * points).sum(-1, keepdim=True)  # [N, 1], nan or 0
+    scaled = (points.clamp(0, 1) + nan) * resolution  # [N, 3]
     cell = scaled.detach().nan_to_num(0.0).floor().clamp(max=resolution - 1)
     fraction = scaled - cell
     bits = torch.tensor([[c & 1, c >> 1 & 1, c >> 2] for c in range(8)], device=points.device)  # [8, 3]
@@ -37,7 +37,7 @@ def corners(points: Tensor, level: int, spec) -> tuple[Tensor, Tensor, Tensor, T
 
 
 def hash_encode(points: Tensor, table: Tensor, spec) -> Tensor:
-    """Interpolated features of every level side by side, [N, L * F]; differentiable in points and table."""
+    """Interpolate the features of every level side by side, [N, L * F]; differentiable in points and table."""
     features = []
     for level in range(spec.levels):
         rows, fraction, bits, _ = corners(points, level, spec)

@@ -11,7 +11,7 @@ LIGHT_MIN = 1e-12  # a light nearer than this shines from nowhere
 def lambert(
     albedo: Tensor, normals: Tensor, points: Tensor, light: Tensor, ambient: float, diffuse: float, shortest: float
 ) -> Tensor:
-    """[N, 3]; see lambert.py."""
+    """Return shaded colours [N, 3]; see lambert.py."""
     unit = normalize(normals, dim=-1, eps=shortest) if shortest else normals
     towards = normalize(light - points, dim=-1, eps=LIGHT_MIN)
     cosine = (unit * towards).sum(-1, keepdim=True).clamp_min(0)

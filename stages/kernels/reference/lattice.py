@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def chebyshev(strength: float, tolerance: float) -> tuple[list[tuple[float, float]], float]:
-    """Coefficients of the Chebyshev iteration for a spectrum in [1, 1 + 2 strength] (Saad 2003, alg. 12.1).
+    """Return coefficients of the Chebyshev iteration for a spectrum in [1, 1 + 2 strength] (Saad 2003, alg. 12.1).
 
     Returns: pairs (factor of the last step, factor of the residual), enough of them that the error of every eigenvector
         falls below `tolerance`, and the divisor of the first step.

@@ -28,13 +28,13 @@ TRIANGLES = (
 
 
 def crossing_edges(sdf: Tensor, edges: Tensor) -> Tensor:
-    """Indices [V] of the edges with exactly one end inside (sdf < 0), ascending."""
+    """Return indices [V] of the edges with exactly one end inside (sdf < 0), ascending."""
     inside = sdf < 0
     return torch.nonzero(inside[edges[:, 0].long()] != inside[edges[:, 1].long()])[:, 0]
 
 
 def crossing_points(positions: Tensor, sdf: Tensor, ends: Tensor, guard: float) -> Tensor:
-    """Points [V, 3] where edges with `ends` [V, 2] cross zero, distances kept `guard` away from it."""
+    """Return points [V, 3] where edges with `ends` [V, 2] cross zero, distances kept `guard` away from it."""
     a, b = ends[:, 0].long(), ends[:, 1].long()
     size = torch.where(sdf < 0, -sdf, sdf) + guard  # not abs: its gradient at an exact zero is 0
     from_a, from_b = size[a], size[b]
@@ -45,11 +45,11 @@ def crossing_points(positions: Tensor, sdf: Tensor, ends: Tensor, guard: float) 
 def march(
     positions: Tensor, sdf: Tensor, edges: Tensor, tets: Tensor, tet_edges: Tensor, guard: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Vertices [V, 3], faces [F, 3] int32 and the edge [V] int32 of each vertex."""
-    chosen = crossing_edges(sdf.detach(), edges)
-    vertices = crossing_points(positions, sdf, edges[chosen], guard)
+    """Return vertices [V, 3], faces [F, 3] int32 and the edge [V] int32 of each vertex."""
+    crossing = crossing_edges(sdf.detach(), edges)
+    vertices = crossing_points(positions, sdf, edges[crossing], guard)
     number = torch.full((edges.shape[0],), -1, dtype=torch.int32, device=edges.device)
-    number[chosen] = torch.arange(len(chosen), dtype=torch.int32, device=edges.device)
+    number[crossing] = torch.arange(len(crossing), dtype=torch.int32, device=edges.device)
     bits = torch.tensor([1, 2, 4, 8], device=tets.device)
     code = ((sdf.detach() < 0)[tets.long()] * bits).sum(-1)  # [T]
     table = torch.tensor(TRIANGLES, device=tets.device)
@@ -57,11 +57,11 @@ def march(
     corners = table[code[active]].reshape(-1, 2, 3)  # [A, 2, 3]
     of_tet = tet_edges[active].long()[:, None].expand(-1, 2, -1)
     faces = number[torch.gather(of_tet, 2, corners.clamp_min(0))]
-    return vertices, faces[corners[..., 0] >= 0].reshape(-1, 3), chosen.int()
+    return vertices, faces[corners[..., 0] >= 0].reshape(-1, 3), crossing.int()
 
 
 def mesh_edges(faces: Tensor, vertices: int) -> tuple[Tensor, Tensor]:
-    """Edges [M, 2] int32 and their faces [M, 2] int32 of a closed oriented surface; see marching.mesh_edges."""
+    """Return edges [M, 2] int32 and their faces [M, 2] int32 of a closed oriented surface; see marching.mesh_edges."""
     start, end = faces.reshape(-1).long(), faces.roll(-1, 1).reshape(-1).long()
     face = torch.arange(faces.shape[0], device=faces.device).repeat_interleave(3)
     forward = start < end

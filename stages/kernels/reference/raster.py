@@ -42,8 +42,8 @@ def _nearest(clip: Tensor, triangles: Tensor, height: int, width: int) -> tuple[
     depth = torch.full((height * width,), torch.inf, dtype=torch.float64, device=device)
     ids = torch.full((height * width,), -1, dtype=torch.long, device=device)
     points, drawable = screen(clip, height, width)
-    kept = drawable[triangles].all(1).nonzero()[:, 0]
-    x, y, z = points[triangles[kept]].unbind(-1)  # [K, 3]
+    faces = drawable[triangles].all(1).nonzero()[:, 0]
+    x, y, z = points[triangles[faces]].unbind(-1)  # [K, 3]
     left = (x.amin(1).clamp(0, width) - 0.5).ceil().long()
     right = (x.amax(1).clamp(0, width) - 0.5).floor().long() + 1
     top = (y.amin(1).clamp(0, height) - 0.5).ceil().long()
@@ -54,7 +54,7 @@ def _nearest(clip: Tensor, triangles: Tensor, height: int, width: int) -> tuple[
     edges = torch.stack([torch.stack(_edge(x, y, (k + 1) % 3, (k + 2) % 3), -1) for k in range(3)], 1)  # [K, 3, 3]
     edges = edges * area.sign()[:, None, None]
     for part in _chunks(count):
-        owner = torch.repeat_interleave(part, count[part])  # [P] which kept triangle
+        owner = torch.repeat_interleave(part, count[part])  # [P] which drawable triangle
         before = count[part].cumsum(0) - count[part]
         rank = torch.arange(len(owner), device=device) - torch.repeat_interleave(before, count[part])
         column, row = left[owner] + rank % columns[owner], top[owner] + rank // columns[owner]
@@ -66,9 +66,10 @@ def _nearest(clip: Tensor, triangles: Tensor, height: int, width: int) -> tuple[
         inside = (weight >= 0).all(1) & (value >= -1) & (value <= 1)
         owner, pixel, value = owner[inside], (row * width + column)[inside], value[inside]
         nearest = depth.scatter_reduce(0, pixel, value, "amin")
-        ids[nearest < depth] = len(triangles)  # a nearer one came: whatever was there has lost
-        won = value == nearest[pixel]
-        first = torch.where(ids < 0, len(triangles), ids).scatter_reduce(0, pixel[won], kept[owner[won]], "amin")
+        ids[nearest < depth] = len(triangles)  # farther than a triangle of this part
+        is_nearest = value == nearest[pixel]
+        pixel, owner = pixel[is_nearest], owner[is_nearest]
+        first = torch.where(ids < 0, len(triangles), ids).scatter_reduce(0, pixel, faces[owner], "amin")
         ids, depth = torch.where(first == len(triangles), -1, first), nearest
     depth = torch.where(ids < 0, 0.0, depth)
     return ids.reshape(height, width), depth.reshape(height, width)
@@ -86,15 +87,15 @@ def _edge(x: Tensor, y: Tensor, a: int, b: int) -> tuple[Tensor, Tensor, Tensor]
 
 def _chunks(count: Tensor) -> list[Tensor]:
     """Runs of consecutive indices whose counts sum to about PAIRS, leaving out the empty ones."""
-    used = count.nonzero()[:, 0]
-    if not len(used):
+    nonempty = count.nonzero()[:, 0]
+    if not len(nonempty):
         return []
-    batch = (count[used].cumsum(0) - 1) // PAIRS
-    return list(torch.split(used, torch.unique_consecutive(batch, return_counts=True)[1].tolist()))
+    batch = (count[nonempty].cumsum(0) - 1) // PAIRS
+    return list(torch.split(nonempty, torch.unique_consecutive(batch, return_counts=True)[1].tolist()))
 
 
 def barycentrics(clip: Tensor, triangles: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """u, v [B, H, W] of triangle `ids` [B, H, W] (-1: none, gives 0) on the pixel's ray; differentiable in clip."""
+    """Return u, v [B, H, W] of triangle `ids` [B, H, W] (-1: none, 0) on the pixel's ray; differentiable in clip."""
     _, height, width = ids.shape
     view, row, column = (ids >= 0).nonzero(as_tuple=True)
     corners = triangles.long()[ids[view, row, column]]  # [N, 3]
@@ -135,12 +136,12 @@ def texture(image: Tensor, uv: Tensor) -> Tensor:
 
 
 def vertex_normals(vertices: Tensor, triangles: Tensor) -> Tensor:
-    """Area-weighted unit normals [V, 3]; +y, without gradient, where there is none."""
+    """Return area-weighted unit normals [V, 3]; +y, without gradient, where there is none."""
     corners = triangles.long().T.reshape(-1)  # [3 F]
     a, b, c = vertices.double().index_select(0, corners).reshape(3, -1, 3)
     face = torch.linalg.cross(b - a, c - a)
     total = torch.zeros_like(vertices, dtype=torch.float64).index_add(0, corners, face.repeat(3, 1))
     square = total.square().sum(-1, keepdim=True)
-    found = square > NORMAL_SQUARE_MIN
+    valid = square > NORMAL_SQUARE_MIN
     up = torch.tensor([0.0, 1.0, 0.0], dtype=torch.float64, device=vertices.device)
-    return torch.where(found, total * torch.where(found, square, 1).rsqrt(), up).to(vertices.dtype)
+    return torch.where(valid, total * torch.where(valid, square, 1).rsqrt(), up).to(vertices.dtype)

@@ -16,7 +16,7 @@ def face_cross(vertices: Tensor, faces: Tensor) -> Tensor:
 
 
 def unit(vectors: Tensor) -> tuple[Tensor, Tensor]:
-    """Unit vectors and lengths [., 1]; zero, without gradient, for one too short to have a direction."""
+    """Return unit vectors and lengths [., 1]; zero, without gradient, for one too short to have a direction."""
     square = vectors.square().sum(-1, keepdim=True)
     valid = square > NORMAL_SQUARE_MIN
     length = torch.where(valid, square, 1).sqrt()
@@ -24,7 +24,7 @@ def unit(vectors: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def bend(vertices: Tensor, faces: Tensor, sides: Tensor) -> Tensor:
-    """Area-weighted mean of 1 - cos across the edges."""
+    """Return the area-weighted mean of 1 - cos across the edges."""
     normals, area = unit(face_cross(vertices, faces))
     first, second = sides[:, 0].long(), sides[:, 1].long()
     cosine = (normals.index_select(0, first) * normals.index_select(0, second)).sum(-1)
@@ -46,7 +46,7 @@ def rough(vertices: Tensor, faces: Tensor, edges: Tensor) -> Tensor:
 
 
 def umbrella(vertices: Tensor, edges: Tensor) -> Tensor:
-    """From every vertex to the mean of its neighbours, [V, 3], in units of the mean edge length (held constant)."""
+    """Return the step from every vertex to the mean of its neighbours, [V, 3], in mean edge lengths (held constant)."""
     a, b = edges[:, 0].long(), edges[:, 1].long()
     start, end = vertices.index_select(0, a), vertices.index_select(0, b)
     with torch.no_grad():

@@ -14,7 +14,7 @@ OPAQUE = 1e4  # an optical depth: exp(-OPAQUE) is 0 in float64 too
 
 
 def box_crossings(rays_o: Tensor, rays_d: Tensor) -> tuple[Tensor, Tensor]:
-    """near and far [R] of the box [-1, 1]^3 by the slab method; far < near where the ray misses it.
+    """Return near and far [R] of the box [-1, 1]^3 by the slab method; far < near where the ray misses it.
 
     Both are 0 for a ray that is not finite or has no direction: inside the box it would have no end.
     """
@@ -23,14 +23,14 @@ def box_crossings(rays_o: Tensor, rays_d: Tensor) -> tuple[Tensor, Tensor]:
     a, b = (-1 - rays_o) * inverse, (1 - rays_o) * inverse
     near, length = torch.minimum(a, b).amax(-1).clamp_min(0), rays_d.norm(dim=-1)
     far = torch.minimum(torch.maximum(a, b).amin(-1), near + DIAGONAL / length)  # from far away, both are rounded
-    going = (length > SHORTEST) & length.isfinite() & near.isfinite()
-    return torch.where(going, near, 0), torch.where(going, far, 0)
+    valid = (length > SHORTEST) & length.isfinite() & near.isfinite()
+    return torch.where(valid, near, 0), torch.where(valid, far, 0)
 
 
 def march(
     rays_o: Tensor, rays_d: Tensor, occupancy: Tensor, step_size: float, jitter: Tensor, thin_stride: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """t [N], delta [N] and ray_offsets [R + 1]."""
+    """Return t [N], delta [N] and ray_offsets [R + 1]."""
     grid, device = occupancy.shape[0], rays_o.device
     ts, deltas, counts = [torch.zeros(0, device=device)], [torch.zeros(0, device=device)], []
     for low in range(0, rays_o.shape[0], CHUNK):
@@ -42,8 +42,8 @@ def march(
         position = o[:, None] + t[..., None] * d[:, None]  # [r, K, 3]
         cell = ((position + 1) * (0.5 * grid)).floor().long().clamp(0, grid - 1)
         value = occupancy[cell.unbind(-1)].to(torch.uint8)
-        chosen = (k - (4096 * j[:, None]).long()) % thin_stride == 0
-        keep = (t < far[:, None]) & ((value == 1) | ((value == 2) & chosen))
+        on_stride = (k - (4096 * j[:, None]).long()) % thin_stride == 0
+        keep = (t < far[:, None]) & ((value == 1) | ((value == 2) & on_stride))
         ts.append(t[keep])
         deltas.append(torch.where(value[keep] == 2, float(thin_stride * step_size), float(step_size)).to(t.dtype))
         counts.append(keep.sum(1))
@@ -60,25 +60,26 @@ def _in_front(values: Tensor, ray_offsets: Tensor, rays: Tensor) -> Tensor:
 
 
 def _transmittance(sigmas: Tensor, delta: Tensor, ray_offsets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Light reaching each sample and its alpha, both [N], and the ray of each sample [N]; log-space running sums.
+    """Transmittance and alpha of each sample, both [N], and the ray of each sample [N]; log-space running sums.
 
     What is nan stays in its ray, and what is opaque stays small: neither spoils the sum for the rays behind it.
     """
     index = torch.arange(ray_offsets.shape[0] - 1, device=sigmas.device)
     rays = torch.repeat_interleave(index, ray_offsets.diff())
-    depth = sigmas * delta
-    blind = depth.isnan()
-    before = _in_front(torch.where(blind, 0, depth).clamp(max=OPAQUE), ray_offsets, rays).to(depth.dtype)
-    light = torch.where(_in_front(blind, ray_offsets, rays) > 0, math.nan, torch.exp(-before))
-    return light, 1 - torch.exp(-depth), rays
+    optical_depth = sigmas * delta
+    is_nan = optical_depth.isnan()
+    finite = torch.where(is_nan, 0, optical_depth).clamp(max=OPAQUE)
+    before = _in_front(finite, ray_offsets, rays).to(optical_depth.dtype)
+    transmittance = torch.where(_in_front(is_nan, ray_offsets, rays) > 0, math.nan, torch.exp(-before))
+    return transmittance, 1 - torch.exp(-optical_depth), rays
 
 
 def composite(
     sigmas: Tensor, values: Tensor, t: Tensor, delta: Tensor, ray_offsets: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """out [R, C], weights [N], opacity [R], depth [R]."""
-    light, alpha, rays = _transmittance(sigmas, delta, ray_offsets)
-    weights = light * alpha
+    """Return out [R, C], weights [N], opacity [R], depth [R]."""
+    transmittance, alpha, rays = _transmittance(sigmas, delta, ray_offsets)
+    weights = transmittance * alpha
     count = ray_offsets.shape[0] - 1
     out = values.new_zeros(count, values.shape[1]).index_add(0, rays, weights[:, None] * values)
     opacity = sigmas.new_zeros(count).index_add(0, rays, weights)
@@ -86,12 +87,12 @@ def composite(
     return out, weights, opacity, depth
 
 
-def visible(
+def cull(
     sigmas: Tensor, delta: Tensor, ray_offsets: Tensor, threshold: float, min_optical_depth: float
 ) -> tuple[Tensor, Tensor]:
-    """Indices [M] of the samples to keep, and their ray_offsets [R + 1]."""
-    light, _, rays = _transmittance(sigmas, delta, ray_offsets)
-    keep = ~(light < threshold) & ~(sigmas * delta < min_optical_depth)  # nan stays
+    """Return indices [M] of the samples to keep, and their ray_offsets [R + 1]."""
+    transmittance, _, rays = _transmittance(sigmas, delta, ray_offsets)
+    keep = ~(transmittance < threshold) & ~(sigmas * delta < min_optical_depth)  # nan stays
     counts = torch.zeros(ray_offsets.shape[0] - 1, dtype=torch.int64, device=sigmas.device)
     counts = counts.index_add(0, rays, keep.to(torch.int64))
     return keep.nonzero()[:, 0], torch.nn.functional.pad(counts.cumsum(0), (1, 0))
