@@ -1,4 +1,4 @@
-"""What a step's pictures are composited over, and what guidance is therefore shown.
+"""Backdrops of a step's renders, and the pictures that guidance is given.
 
 The background is the learned environment (stages/fields/background.py). A backdrop is whatever stands behind the object
 in a picture: that environment, a flat colour, or one of several pictures (Dream Fields' augmentation).
@@ -21,8 +21,8 @@ Under = Tensor | Callable[[Tensor], Tensor]  # as render_field takes it
 
 
 @dataclass(frozen=True)
-class Shown:
-    """What guidance is shown of a render.
+class GuideInputs:
+    """The inputs of guidance for a render.
 
     Args:
         colour: [N, H, W, 3] linear.
@@ -42,11 +42,11 @@ class Backdrop(Protocol):
     def under(self) -> Under:
         """What the renderer composites over."""
 
-    def part(self, chosen: slice) -> Backdrop:
-        """Return what is behind these of the views."""
+    def part(self, index: slice) -> Backdrop:
+        """Return the backdrop of these views."""
 
-    def show(self, images: VolumeImages, views: Views) -> Shown:
-        """Return what guidance sees of the renders over `under`; differentiable in their colour and opacity."""
+    def show(self, images: VolumeImages, views: Views) -> GuideInputs:
+        """Return guidance's inputs from renders over `under`; differentiable in their colour and opacity."""
 
 
 class PlainBackdrop:
@@ -59,13 +59,13 @@ class PlainBackdrop:
     def __init__(self, under: Under) -> None:
         self.under = under
 
-    def part(self, chosen: slice) -> PlainBackdrop:
-        """Return what is behind these of the views."""
-        return PlainBackdrop(self.under[chosen]) if isinstance(self.under, Tensor) else self
+    def part(self, index: slice) -> PlainBackdrop:
+        """Return the backdrop of these views."""
+        return PlainBackdrop(self.under[index]) if isinstance(self.under, Tensor) else self
 
-    def show(self, images: VolumeImages, views: Views) -> Shown:
+    def show(self, images: VolumeImages, views: Views) -> GuideInputs:
         """Return the renders as they are."""
-        return Shown(images.colour, views, images.backdrop.detach())
+        return GuideInputs(images.colour, views, images.backdrop.detach())
 
 
 class PictureBackdrop:
@@ -80,11 +80,11 @@ class PictureBackdrop:
         self.pictures, self.copies = pictures, copies
         self.under = torch.zeros(3)
 
-    def part(self, chosen: slice) -> PictureBackdrop:
-        """Return what is behind these of the views."""
-        return PictureBackdrop(self.pictures[chosen.start * self.copies : chosen.stop * self.copies], self.copies)
+    def part(self, index: slice) -> PictureBackdrop:
+        """Return the backdrop of these views."""
+        return PictureBackdrop(self.pictures[index.start * self.copies : index.stop * self.copies], self.copies)
 
-    def show(self, images: VolumeImages, views: Views) -> Shown:
+    def show(self, images: VolumeImages, views: Views) -> GuideInputs:
         """Return each render once on each of its pictures."""
         colour = show_on(images.colour, images.opacity, self.pictures)
-        return Shown(colour, views[torch.arange(len(views)).repeat_interleave(self.copies)], self.pictures)
+        return GuideInputs(colour, views[torch.arange(len(views)).repeat_interleave(self.copies)], self.pictures)

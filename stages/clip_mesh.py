@@ -120,6 +120,10 @@ class ClipMeshStage:
         seed: of all that is drawn.
         previous: an asset whose mesh to start from, in the scene; None starts from a sphere.
     Source: CLIP-Mesh (arXiv 2203.13333).
+
+    Example:
+        >>> guidance = ClipGuidance(scorer, ClipGuidanceSettings(), ViewPrompts("a red mug"), torch.Generator())
+        >>> stage = ClipMeshStage(ClipMeshSettings(steps=400), guidance, torch.device("cpu"), seed=0)
     """
 
     name = "clipmesh"
@@ -154,10 +158,10 @@ class ClipMeshStage:
 
     def _start(self) -> ControlMesh:
         s = self.settings
-        given = self.previous.mesh
-        if given is None:
+        mesh = self.previous.mesh
+        if mesh is None:
             return control_sphere(s.radius, s.control, s.texture_size, s.padding)
-        return control_mesh(given, s.control_faces, s.texture_size, s.padding, s.unwrap)
+        return control_mesh(mesh, s.control_faces, s.texture_size, s.padding, s.unwrap)
 
     def _build(self, start: ControlMesh, colour: Tensor, normal: Tensor) -> None:
         """Everything that follows from the topology, and the parameters with their optimiser."""
@@ -209,23 +213,23 @@ class ClipMeshStage:
             backdrops = random_backdrops(s.backdrops, s.views_per_step, s.resolution, self.generator).to(self.device)
         looks = [(torch.arange(s.views_per_step), shading)]
         if progress < s.bare_until:  # every second view, since neighbours in the batch are neighbours on the orbit
-            bare = Shading(shading.ambient, shading.diffuse, textureless=True)
-            looks = [(looks[0][0][k::2], look) for k, look in ((1, shading), (0, bare))]
+            textureless = Shading(shading.ambient, shading.diffuse, textureless=True)
+            looks = [(looks[0][0][k::2], look) for k, look in ((1, shading), (0, textureless))]
 
         totals: dict[str, float] = {}
         loss = vertices.new_zeros(())
-        for chosen, look in looks:
-            if len(chosen) == 0:
+        for part, look in looks:
+            if len(part) == 0:
                 continue
-            share, seen = len(chosen) / s.views_per_step, views[chosen]
+            share, part_views = len(part) / s.views_per_step, views[part]
             with phase("render", times):
-                images = self._render(vertices, maps, seen, s.resolution, look, backdrops[chosen])
+                images = self._render(vertices, maps, part_views, s.resolution, look, backdrops[part])
             with phase("guidance", times):
-                guided = self.guidance(
-                    images.colour, seen, progress, look.textureless, background=backdrops[chosen], shading=look
+                output = self.guidance(
+                    images.colour, part_views, progress, look.textureless, backdrop=backdrops[part], shading=look
                 )
-            loss = loss + share * guided.loss
-            add_metrics(totals, guided.metrics | {"cover": float(images.mask.detach().mean())}, share)
+            loss = loss + share * output.loss
+            add_metrics(totals, output.metrics | {"cover": float(images.mask.detach().mean())}, share)
         with phase("regularisers", times):
             rough = laplacian(self.control, self.control_edges)
             loss = loss + s.laplacian.at(progress) * rough

@@ -98,6 +98,12 @@ class CoarseStage:
             whose settings must be those of these ones. None begins as `settings.start` says.
     Raises: UserError for views that cannot be rendered in equal parts.
     Source: DreamFusion (arXiv 2209.14988), Magic3D (arXiv 2211.10440) sec. 4.1.
+
+    Example:
+        >>> stage = CoarseStage(CoarseSettings(steps=200), guidance, torch.device("cpu"), seed=0)
+        >>> while stage.step_index < stage.steps:
+        ...     metrics = stage.step()
+        >>> asset = stage.finish()
     """
 
     name = "coarse"
@@ -151,14 +157,14 @@ class CoarseStage:
             shading = sample_shading(s.shading, progress, self.generator)
             backdrop = self._backdrop()
 
-        for chosen in equal_parts(s.views_per_step, s.accumulate):
-            seen, behind = views[chosen], backdrop.part(chosen)
+        for part in equal_parts(s.views_per_step, s.accumulate):
+            part_views, part_backdrop = views[part], backdrop.part(part)
             with phase("render", times):
                 images = render_field(
                     self.field,
-                    behind.under,
+                    part_backdrop.under,
                     self.occupancy.cells,
-                    seen,
+                    part_views,
                     s.resolution,
                     s.resolution,
                     shading=shading,
@@ -166,21 +172,21 @@ class CoarseStage:
                     sampling=self.sampling,
                     generator=self.generator,
                 )
-            shown = behind.show(images, seen)
+            inputs = part_backdrop.show(images, part_views)
             with phase("guidance", times):
-                guided = self.guidance(
-                    shown.colour,
-                    shown.views,
+                output = self.guidance(
+                    inputs.colour,
+                    inputs.views,
                     progress,
                     shading.textureless,
-                    background=shown.backdrop,
+                    backdrop=inputs.backdrop,
                     shading=shading,
                 )
             with phase("regularisers", times):
-                loss, metrics = self._regularised(guided.loss, images, seen, progress)
+                loss, metrics = self._regularised(output.loss, images, part_views, progress)
             with phase("backward", times):
                 (loss / s.accumulate).backward()
-            add_metrics(totals, guided.metrics | metrics, 1 / s.accumulate)
+            add_metrics(totals, output.metrics | metrics, 1 / s.accumulate)
 
         with phase("optimiser", times):
             totals["grad_norm"] = self._update(progress)

@@ -117,6 +117,12 @@ class FineStage:
             whose colours the field learns first. None starts from a sphere of no particular colour.
     Raises: UserError for views that cannot be rendered in equal parts.
     Source: Magic3D (arXiv 2211.10440) sec. 4.2, DMTet (arXiv 2111.04276).
+
+    Example:
+        >>> stage = FineStage(FineSettings(steps=80), guidance, torch.device("cpu"), seed=0, previous=asset)
+        >>> while stage.step_index < stage.steps:
+        ...     metrics = stage.step()
+        >>> mesh = stage.finish().mesh
     """
 
     name = "fine"
@@ -173,8 +179,8 @@ class FineStage:
         if self.settings.geometry == "dmtet":
             return self._moving(self._first_dmtet())
         if self.previous.density is None and mesh is not None:
-            shown = creased(mesh)  # the same triangles, shaded without the seams and edges turned over that files have
-            triangles = torch.from_numpy(shown.vertices), torch.from_numpy(shown.faces)
+            creased_mesh = creased(mesh)  # shaded without a file's seams and flipped edges
+            triangles = torch.from_numpy(creased_mesh.vertices), torch.from_numpy(creased_mesh.faces)
             return LockedGeometry(*triangles, self.device, source=mesh)
         surface = self._first_dmtet().surface()
         return LockedGeometry(surface.vertices, surface.faces, self.device)
@@ -239,19 +245,19 @@ class FineStage:
             backdrop = self._backdrop()
 
         totals, self.start = self.start, {}
-        for chosen in equal_parts(s.views_per_step, s.accumulate):
-            seen, behind = views[chosen], backdrop[chosen]
+        for part in equal_parts(s.views_per_step, s.accumulate):
+            part_views, part_backdrop = views[part], backdrop[part]
             with phase("render", times):
-                images = self._render(leaf, surface.faces, seen, s.resolution, shading, behind)
+                images = self._render(leaf, surface.faces, part_views, s.resolution, shading, part_backdrop)
             with phase("guidance", times):
-                guided = self.guidance(
-                    images.colour, seen, progress, shading.textureless, background=behind, shading=shading
+                output = self.guidance(
+                    images.colour, part_views, progress, shading.textureless, backdrop=part_backdrop, shading=shading
                 )
             with phase("backward", times):
-                if guided.loss.requires_grad:  # a view that misses a locked mesh has nothing to learn from
-                    (guided.loss / s.accumulate).backward()
+                if output.loss.requires_grad:  # a view that misses a locked mesh has nothing to learn from
+                    (output.loss / s.accumulate).backward()
             cover = {"cover": float(images.mask.detach().mean())}
-            add_metrics(totals, guided.metrics | cover, 1 / s.accumulate)
+            add_metrics(totals, output.metrics | cover, 1 / s.accumulate)
         with phase("regularisers", times):
             totals |= _size(leaf, surface.faces) | geometry.regularise(leaf, surface)
         with phase("backward", times):

@@ -60,6 +60,9 @@ class ParticleStage:
         seed: of the first particle; the others' follow from it.
         previous: see CoarseStage; all particles begin with it.
     Raises: UserError for steps that cannot be shared equally, and for a chosen particle that does not exist.
+
+    Example:
+        >>> stage = ParticleStage(ParticleSettings(steps=400, particles=2), guidance, torch.device("cpu"), seed=0)
     """
 
     name = "coarse"

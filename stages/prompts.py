@@ -73,23 +73,23 @@ class PromptSettings(BaseModel):
 
     @field_validator("per_view", "per_view_negative", "contradictions")
     @classmethod
-    def _known_classes(cls, value: dict[str, str] | dict[str, list[str]]) -> dict[str, str] | dict[str, list[str]]:
-        for name, given in value.items():
+    def _check_classes(cls, value: dict[str, str] | dict[str, list[str]]) -> dict[str, str] | dict[str, list[str]]:
+        for name, texts in value.items():
             if name not in CLASSES:
                 raise ValueError(f"unknown view class {name!r}; allowed: {', '.join(CLASSES)}")
-            if not given or not all(text.strip() for text in ([given] if isinstance(given, str) else given)):
+            if not texts or not all(text.strip() for text in ([texts] if isinstance(texts, str) else texts)):
                 raise ValueError(f"the text of view class {name!r} is empty")
         return value
 
     @model_validator(mode="after")
-    def _sides_are_told_apart(self) -> PromptSettings:
+    def _check_sides(self) -> PromptSettings:
         for name in (*self.per_view, *self.per_view_negative, *self.contradictions):
             if name.endswith(" side") and not self.sides:
                 raise ValueError(f"view class {name!r} needs sides: true; without it both sides are 'side'")
         return self
 
     @model_validator(mode="after")
-    def _blend_needs_words(self) -> PromptSettings:
+    def _check_blend(self) -> PromptSettings:
         if self.blend != "classes" and not self.view_words and not self.per_view:
             raise ValueError(f"blend: {self.blend} has nothing to mix with view_words: false and no per_view")
         return self
@@ -111,12 +111,13 @@ def view_class(azimuth_deg: float, elevation_deg: float, settings: PromptSetting
 
 
 def without_contradictions(prompt: str, view: str, more: dict[str, list[str]] | None = None) -> str:
-    """The prompt without the words that a view contradicts; a dropped noun takes its 'with ...' or 'and ...' along.
+    """Return the prompt without the words that a view contradicts.
 
-    "a smiling cat with big eyes" from behind is "a cat", and "a knight and a smiling princess" keeps its princess.
-    Nothing is dropped if nothing would be left.
+    A dropped noun takes its 'with ...' or 'and ...' along: "a smiling cat with big eyes" from behind is "a cat", and
+    "a knight and a smiling princess" keeps its princess. Nothing is dropped if nothing would be left.
 
     Args:
+        prompt: the user's words.
         view: a class of CLASSES.
         more: further words or phrases by class; those of "side" count for both sides.
     """
@@ -133,8 +134,8 @@ def without_contradictions(prompt: str, view: str, more: dict[str, list[str]] | 
     text = re.sub(r"\s+(?=[,.;])|^[\s,;]+", "", " ".join(text.split()))
     text = re.sub(r"([,;])(?:\s*[,;])+", r"\1", text).rstrip(" ,;")
     text = re.sub(r",?\s+(?:with|and|showing|of)(?=,|$)", "", text)
-    left = [word for word in re.findall(r"\w+", text.lower()) if word not in ("a", "an", "the", "of", "with", "and")]
-    return text if left else prompt
+    words = [word for word in re.findall(r"\w+", text.lower()) if word not in ("a", "an", "the", "of", "with", "and")]
+    return text if words else prompt
 
 
 def _article(match: re.Match[str]) -> str:
@@ -144,8 +145,10 @@ def _article(match: re.Match[str]) -> str:
 
 
 def azimuth_blend(azimuth_deg: float, sides: bool = False) -> tuple[str, str, float]:
-    """The two classes that a view lies between, and the share r of the first: front - side over |azimuth| 0 to 90 deg,
-    side - back over 90 to 180, as stable-dreamfusion and threestudio interpolate."""
+    """Return the two classes that a view lies between, and the share r of the first.
+
+    Front - side over |azimuth| 0 to 90 deg, side - back over 90 to 180; as stable-dreamfusion and threestudio do.
+    """
     azimuth = (azimuth_deg + 180) % 360 - 180
     side = ("left side" if azimuth > 0 else "right side") if sides else "side"
     away = abs(azimuth) / 90
@@ -171,26 +174,35 @@ def perp_neg_weights(azimuth_deg: float) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class ViewText:
-    """What one view asks for.
+    """The texts of one view; its embedding is share * text + (1 - share) * other.
 
-    text, other, share: the embedding is share * text + (1 - share) * other; share 1 is the text alone.
-    negative: what to move away from. against: texts pushed away by Perp-Neg, with their weights <= 0.
+    Args:
+        text: the prompt with the view's words.
+        other: the text that it is mixed with.
+        share: in [0, 1]; 1 is the text alone.
+        negative: what to move away from.
+        perp_neg: Perp-Neg's negative texts, each with its weight <= 0.
     """
 
     text: str
     other: str
     share: float
     negative: str
-    against: tuple[tuple[str, float], ...] = ()
+    perp_neg: tuple[tuple[str, float], ...] = ()
 
 
 class ViewPrompts:
-    """All texts a run can ask its prior for, and which of them each view needs.
+    """All texts that a run can give its prior, and which of them each view needs.
 
     Args:
         prompt: the user's words.
         negative: what to move away from; empty means the unconditional model.
         settings: how the view and the shading enter the words.
+    Raises: UserError for an empty prompt.
+
+    Example:
+        >>> ViewPrompts("a red mug").text("back")
+        'a red mug, back view'
     """
 
     def __init__(self, prompt: str, negative: str = "", settings: PromptSettings | None = None) -> None:
@@ -233,8 +245,8 @@ class ViewPrompts:
         """Return the prompt of each view's class, whatever the blend."""
         return [self.text(view, textureless) for view in self.classes(views)]
 
-    def asked(self, views: Views, textureless: bool = False) -> list[ViewText]:
-        """Return what each view asks for: its class's text, or the mixture that its azimuth gives it."""
+    def view_texts(self, views: Views, textureless: bool = False) -> list[ViewText]:
+        """Return the texts of each view: its class's, or the mixture that its azimuth gives."""
         s = self.settings
         texts = []
         for view, azimuth in zip(self.classes(views), views.azimuth_deg.tolist(), strict=True):
@@ -244,12 +256,12 @@ class ViewPrompts:
                 continue
             first, second, share = azimuth_blend(azimuth, s.sides)
             ends = self.text(first, textureless), self.text(second, textureless)
-            against: tuple[tuple[str, float], ...] = ()
+            perp_neg: tuple[tuple[str, float], ...] = ()
             if s.blend == "perp_neg":
-                pushed = ends if second != "back" else (ends[0], self.text("front", textureless))
+                negatives = ends if second != "back" else (ends[0], self.text("front", textureless))
                 weights = perp_neg_weights(azimuth)
-                against = tuple((text, s.perp_neg * w) for text, w in zip(pushed, weights, strict=True))
-            texts.append(ViewText(*ends, share, negative, against))
+                perp_neg = tuple((text, s.perp_neg * w) for text, w in zip(negatives, weights, strict=True))
+            texts.append(ViewText(*ends, share, negative, perp_neg))
         return texts
 
     def all_texts(self) -> list[str]:
@@ -262,11 +274,11 @@ class ViewPrompts:
         return list(dict.fromkeys(texts))
 
 
-def _of_class(given: dict[str, str], view: str | None) -> str | None:
-    """What was given by hand for a class; for one side what was given for both."""
-    if view in ("left side", "right side") and view not in given:
+def _of_class(texts: dict[str, str], view: str | None) -> str | None:
+    """Return the text of a class, that of "side" for a side without its own; None without any."""
+    if view in ("left side", "right side") and view not in texts:
         view = "side"
-    return given[view].strip() if view in given else None
+    return texts[view].strip() if view in texts else None
 
 
 def check_length(texts: list[str], count: Callable[[str], int], limit: int) -> None:

@@ -38,9 +38,9 @@ class Noisy:
     def __init__(self):
         self.generator, self.calls = torch.Generator().manual_seed(7), []
 
-    def __call__(self, images, views, progress, textureless=False, *, background, shading):
+    def __call__(self, images, views, progress, textureless=False, *, backdrop, shading):
         assert textureless == shading.textureless and 0 <= progress < 1
-        self.calls.append((len(views), textureless, views.azimuth_deg, background))
+        self.calls.append((len(views), textureless, views.azimuth_deg, backdrop))
         noise = torch.randn(images.shape, generator=self.generator)
         return SimpleNamespace(loss=((images - 0.4 + 0.1 * noise).square()).mean(), metrics={"clip": 20.0})
 

@@ -43,9 +43,9 @@ def ball_images(views, size, background, shading=ALBEDO):
 class PosedImages:
     """Guidance towards exact renders: squared error, summed over pixels and channels, averaged over views."""
 
-    def __call__(self, images, views, progress, textureless=False, *, background, shading):
+    def __call__(self, images, views, progress, textureless=False, *, backdrop, shading):
         assert textureless == shading.textureless and 0 <= progress < 1
-        target = ball_images(views, images.shape[1], background, shading)
+        target = ball_images(views, images.shape[1], backdrop, shading)
         error = (linear_to_srgb(images) - linear_to_srgb(target)).square()
         return SimpleNamespace(loss=0.5 * error.sum() / len(views), metrics={"mse": float(error.detach().mean())})
 
@@ -56,7 +56,7 @@ class Noisy:
     def __init__(self):
         self.generator = torch.Generator().manual_seed(7)
 
-    def __call__(self, images, views, progress, textureless=False, *, background, shading):
+    def __call__(self, images, views, progress, textureless=False, *, backdrop, shading):
         noise = torch.randn(images.shape, generator=self.generator)
         loss = ((images - 0.4 + 0.1 * noise) * (1 + progress)).square().sum() / len(views)
         return SimpleNamespace(loss=loss, metrics={"agreement_db": 12.3})
@@ -179,9 +179,9 @@ def test_copies_of_a_view_show_one_object_on_different_pictures():
     seen = []
 
     class Spy(Noisy):
-        def __call__(self, images, views, *args, background, **kwargs):
-            seen.append((images.detach(), views, background))
-            return super().__call__(images, views, *args, background=background, **kwargs)
+        def __call__(self, images, views, *args, backdrop, **kwargs):
+            seen.append((images.detach(), views, backdrop))
+            return super().__call__(images, views, *args, backdrop=backdrop, **kwargs)
 
     stage = CoarseStage(small(backdrops=BackdropSettings(copies=3)), Spy(), torch.device("cpu"), 0, None)
     stage.step()

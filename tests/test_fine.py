@@ -40,15 +40,15 @@ class Target:
         self.noise, self.generator = noise, torch.Generator().manual_seed(0)
         self.calls = []
 
-    def render(self, views, size, shading, background):
-        return render_mesh(self.vertices, self.faces, colour, views, size, size, shading=shading, backdrop=background)
+    def render(self, views, size, shading, backdrop):
+        return render_mesh(self.vertices, self.faces, colour, views, size, size, shading=shading, backdrop=backdrop)
 
-    def __call__(self, images, views, progress, textureless=False, *, background=None, shading=None):
-        assert images.shape[:3] == background.shape[:3] and textureless == shading.textureless
+    def __call__(self, images, views, progress, textureless=False, *, backdrop=None, shading=None):
+        assert images.shape[:3] == backdrop.shape[:3] and textureless == shading.textureless
         self.calls.append((len(views), progress))
         noise = self.noise * torch.randn(images.shape, generator=self.generator)  # so that its generator matters
         with torch.no_grad():
-            wanted = self.render(views, images.shape[1], shading, background).colour
+            wanted = self.render(views, images.shape[1], shading, backdrop).colour
         loss = (images + noise - wanted).square().sum() * 4096 / images[0].numel() / len(views)
         error = (images.detach() - wanted).square().mean()
         return GuidanceOutput(loss, {"agreement_db": float(-10 * torch.log10(error + 1e-10))})

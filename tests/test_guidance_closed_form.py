@@ -37,7 +37,7 @@ def slope(prior, **settings):
     generator = torch.Generator().manual_seed(0)
     one = torch.rand(1, 16, 16, 3, generator=generator)
     picture = one.expand(32, -1, -1, -1).clone().requires_grad_()
-    guidance(picture, views, 0.5, background=torch.full((32, 16, 16, 3), 0.5)).loss.backward()
+    guidance(picture, views, 0.5, backdrop=torch.full((32, 16, 16, 3), 0.5)).loss.backward()
     gradient = (picture.grad * 32 / 2).double()
     y = prior.image_set(ViewContext(views[0], torch.full((1, 16, 16, 3), 0.5)))[0, 0].permute(1, 2, 0)
     away = ((one[0] * 2 - 1) - y).double()

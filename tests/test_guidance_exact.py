@@ -11,7 +11,7 @@ from stages.guidance.exact import (
     ReferenceSettings,
     class_views,
     crease_normals,
-    fitted,
+    fit_scene,
     load_reference,
     mixture_noise,
 )
@@ -87,10 +87,10 @@ def test_guidance_with_the_exact_pose_is_noise_free_reconstruction():
     prior = ReferencePrior(two_tone_box(), ReferenceSettings(resolution=24))
     settings = GuidanceSettings(scale=1.0, t_min=0.4, t_max=0.4)
     guidance = Guidance(prior, settings, ViewPrompts("box"), torch.Generator().manual_seed(0))
-    views, background = orbit_views([20.0, 140.0], 25.0), torch.rand(2, 24, 24, 3)
+    views, backdrop = orbit_views([20.0, 140.0], 25.0), torch.rand(2, 24, 24, 3)
     images = torch.rand(2, 24, 24, 3, requires_grad=True)
-    guidance(images, views, 0.0, background=background).loss.backward()
-    target = linear_to_srgb(prior.render(views, background=background))
+    guidance(images, views, 0.0, backdrop=backdrop).loss.backward()
+    target = linear_to_srgb(prior.render(views, backdrop=backdrop))
     srgb = linear_to_srgb(images.detach())
     alpha_bar = prior.alphas_cumprod[400].item()
     # grad on x in [-1, 1]: w alpha / sigma (x - y) / B, and x = 2 srgb - 1
@@ -106,22 +106,22 @@ def test_target_itself_gets_no_gradient_and_full_agreement():
     views = orbit_views([0.0, 100.0], 10.0)
     shading, grey = Shading(0.3, 0.7), torch.full((2, 32, 32, 3), 0.2)
     images = prior.render(views, shading, grey).requires_grad_()
-    output = guidance(images, views, 0.2, background=grey, shading=shading)
+    output = guidance(images, views, 0.2, backdrop=grey, shading=shading)
     output.loss.backward()
     assert images.grad.abs().max() < 1e-3 and output.metrics["agreement_db"] > 60
-    other = guidance(images, views, 0.2, background=grey, shading=Shading(0.3, 0.7, textureless=True))
+    other = guidance(images, views, 0.2, backdrop=grey, shading=Shading(0.3, 0.7, textureless=True))
     assert other.metrics["agreement_db"] < 30
 
 
 def test_render_shows_colour_shading_and_background_where_they_belong():
     prior = ReferencePrior(two_tone_box(), ReferenceSettings(resolution=64, supersample=4))
     view = orbit_views([0.0], 0.0)
-    background = torch.rand(1, 64, 64, 3, generator=torch.Generator().manual_seed(0))
-    image = prior.render(view, Shading(), background)
-    torch.testing.assert_close(image[0, :8], background[0, :8])
+    backdrop = torch.rand(1, 64, 64, 3, generator=torch.Generator().manual_seed(0))
+    image = prior.render(view, Shading(), backdrop)
+    torch.testing.assert_close(image[0, :8], backdrop[0, :8])
     top, bottom = image[0, 25, 32], image[0, 39, 32]
     assert top[1] > 0.4 > top[0] and bottom[0] > 0.4 > bottom[1]
-    bare = prior.render(view, Shading(0.25, 0.0, textureless=True), background)
+    bare = prior.render(view, Shading(0.25, 0.0, textureless=True), backdrop)
     torch.testing.assert_close(bare[0, 32, 32], torch.full((3,), 0.2))
 
 
@@ -131,7 +131,7 @@ def test_supersampled_render_converges_to_pixel_coverage():
     coverage = {}
     for n in (1, 2, 8):
         prior = ReferencePrior(two_tone_box(), ReferenceSettings(resolution=32, supersample=n))
-        coverage[n] = 1 - (prior.render(views, background=white) - prior.render(views, background=black)).mean(-1)
+        coverage[n] = 1 - (prior.render(views, backdrop=white) - prior.render(views, backdrop=black)).mean(-1)
     assert set(coverage[1].unique().tolist()) <= {0.0, 1.0}
     error = {n: (coverage[n] - coverage[8]).abs().mean().item() for n in (1, 2)}
     assert error[2] < 0.6 * error[1]
@@ -194,15 +194,15 @@ def test_a_mesh_whose_squares_float32_cannot_hold_is_fitted_without_a_warning():
     corners = np.array([[0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1]], np.float32) * np.float32(1e37)
     faces = np.array([[0, 2, 1], [0, 1, 3], [1, 2, 3], [0, 3, 2]], np.int32)
     with np.errstate(all="raise", under="ignore"):
-        radius = np.linalg.norm(fitted(Mesh(corners, faces)).vertices, axis=1).max()
+        radius = np.linalg.norm(fit_scene(Mesh(corners, faces)).vertices, axis=1).max()
     assert radius == pytest.approx(0.8, abs=0.2)
 
 
 def test_mesh_outside_the_scene_is_fitted_and_one_inside_is_left_alone():
     small, large = two_tone_box(0.3), two_tone_box(3.0)
-    assert fitted(small) is small
+    assert fit_scene(small) is small
     moved = Mesh(large.vertices + 5, large.faces, large.colours)
-    radius = np.linalg.norm(fitted(moved).vertices, axis=1)
+    radius = np.linalg.norm(fit_scene(moved).vertices, axis=1)
     np.testing.assert_allclose(radius, 0.8, atol=1e-5)
 
 
@@ -229,7 +229,7 @@ def test_mesh_files_keep_colours_and_textures(tmp_path):
     trimesh.Trimesh(quad, faces, visual=visual, process=False).export(tmp_path / "quad.glb")
     prior = load_reference(ReferenceSettings(mesh=str(tmp_path / "quad.glb"), resolution=64))
     assert prior.mesh.texture is not None
-    image = prior.render(orbit_views([0.0], 0.0), background=torch.zeros(3))[0]
+    image = prior.render(orbit_views([0.0], 0.0), backdrop=torch.zeros(3))[0]
     torch.testing.assert_close(image[26, 32], torch.tensor([1.0, 0.0, 0.0]), atol=0.02, rtol=0)
     torch.testing.assert_close(image[38, 32], torch.tensor([0.0, 0.0, 1.0]), atol=0.02, rtol=0)
 

@@ -15,7 +15,7 @@ from pipeline.runs.run import start_run
 from stages.cameras import orbit_views
 from stages.errors import UserError
 from stages.guidance.guidance import GuidanceSettings
-from stages.guidance.residuals import RULES, Residual, Rule, RuleSettings, most_predictions
+from stages.guidance.residuals import RULES, Residual, Rule, RuleSettings, max_predictions
 from stages.prompts import ViewPrompts
 from stages.ramp import Ramp
 from tests.gaussian_prior import images, make
@@ -38,8 +38,8 @@ class PullSettings(RuleSettings):
 
 def pull(inputs, settings):
     """SDS with a factor of its own."""
-    z_t = inputs.noisy(inputs.eps)
-    eps_hat, eps_y = inputs.guided(z_t, inputs.t, settings)
+    z_t = inputs.add_noise(inputs.eps)
+    eps_hat, eps_y = inputs.guide(z_t, inputs.t, settings)
     return Residual(settings.rule.strength.at(inputs.progress) * (eps_hat - inputs.eps), eps_hat, eps_y, z_t)
 
 
@@ -59,7 +59,7 @@ def toy():
 def test_rule_of_the_table_has_its_settings_its_errors_and_its_count(toy, capsys):
     settings = GuidanceSettings(rule={"name": "pull", "floor": 0.5}, scale=1.0)
     assert settings.rule == PullSettings(name="pull", floor=0.5)
-    assert most_predictions(settings, ViewPrompts("a mug")) == 7
+    assert max_predictions(settings, ViewPrompts("a mug")) == 7
     config = load_config(None, ["guidance.fine.rule=pull", "guidance.fine.rule.strength=3"], {})
     assert config.guidance.fine.rule.strength.at(0.5) == 3 and config.guidance.coarse.rule.name == "sds"
     with pytest.raises(UserError) as caught:

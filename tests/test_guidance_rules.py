@@ -131,12 +131,12 @@ def test_rescale_gives_the_guided_x0_the_conditional_contrast():
     alpha_bar = torch.tensor([0.5, 0.1], dtype=torch.float64)
     from stages.guidance.prior import x0_from_eps
 
-    full = rules.rescaled(5 * eps_hat, eps_y, z, alpha_bar, 1.0)
+    full = rules.rescale_cfg(5 * eps_hat, eps_y, z, alpha_bar, 1.0)
     wanted = x0_from_eps(eps_y, z, alpha_bar).std((1, 2, 3))
     torch.testing.assert_close(x0_from_eps(full, z, alpha_bar).std((1, 2, 3)), wanted)
-    half = rules.rescaled(5 * eps_hat, eps_y, z, alpha_bar, 0.5)
+    half = rules.rescale_cfg(5 * eps_hat, eps_y, z, alpha_bar, 0.5)
     torch.testing.assert_close(half, (full + 5 * eps_hat) / 2)
-    assert rules.rescaled(eps_hat, eps_y, z, alpha_bar, 0.0) is eps_hat
+    assert rules.rescale_cfg(eps_hat, eps_y, z, alpha_bar, 0.0) is eps_hat
 
 
 def test_surrogate_has_the_given_gradient_over_the_batch():
@@ -148,9 +148,9 @@ def test_surrogate_has_the_given_gradient_over_the_batch():
 
 def test_guided_needs_both_branches_unless_the_scale_is_one():
     eps = torch.randn(1, 3, 2, 2)
-    assert rules.guided(eps, None, 1.0) is eps
+    assert rules.classifier_free_guidance(eps, None, 1.0) is eps
     with pytest.raises(ValueError, match="scale: wanted 1 .* got 7.5"):
-        rules.guided(eps, None, 7.5)
+        rules.classifier_free_guidance(eps, None, 7.5)
 
 
 def test_one_network_call_per_step_and_no_unconditional_branch_at_scale_one():

@@ -10,8 +10,8 @@ from stages.guidance.prior import path_alphas_cumprod, scaled_linear_alphas_cump
 from stages.guidance.schedules import (
     TIMESTEPS,
     WEIGHTINGS,
+    at_or_above_sd_noise,
     dreamtime_table,
-    noisier_than_stable_diffusions,
     stratified,
     to_index,
 )
@@ -27,11 +27,11 @@ def flow_alphas(shift=3.0, steps=1000):
 
 
 def test_noise_levels_are_compared_and_not_timesteps():
-    assert noisier_than_stable_diffusions(0.2, ALPHAS).tolist() == [False] * 200 + [True] * 800
+    assert at_or_above_sd_noise(0.2, ALPHAS).tolist() == [False] * 200 + [True] * 800
     rounded = ALPHAS.double() * (1 + 1e-6 * torch.randn(1000, generator=torch.Generator().manual_seed(0)))
-    assert torch.equal(noisier_than_stable_diffusions(0.2, rounded), noisier_than_stable_diffusions(0.2, ALPHAS))
+    assert torch.equal(at_or_above_sd_noise(0.2, rounded), at_or_above_sd_noise(0.2, ALPHAS))
     flow = flow_alphas()
-    first = noisier_than_stable_diffusions(0.2, flow).nonzero()[0].item()
+    first = at_or_above_sd_noise(0.2, flow).nonzero()[0].item()
     # alpha_bar 0.754 is sigma / alpha = 0.571, so sigma 0.364 on the flow's path: k = sigma / (3 - 2 sigma) = 0.160
     assert first == pytest.approx(160, abs=1)
 

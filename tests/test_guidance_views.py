@@ -5,13 +5,13 @@ import torch
 
 from stages.cameras import orbit_views
 from stages.errors import UserError
-from stages.guidance.compatibility import check_fit
+from stages.guidance.compatibility import check_compatibility
 from stages.guidance.conditions import Conditions
 from stages.guidance.diffusion.prior import load_prior
 from stages.guidance.guidance import Guidance, GuidanceSettings
 from stages.guidance.prior import add_noise, x0_from_eps
-from stages.guidance.residuals import RULES, StepInputs, most_predictions
-from stages.guidance.rules import guided, perp_neg
+from stages.guidance.residuals import RULES, StepInputs, max_predictions
+from stages.guidance.rules import classifier_free_guidance, perp_neg
 from stages.prompts import PromptSettings, ViewPrompts, perp_neg_weights
 from tests import tiny_folders
 from tests.gaussian_prior import VIEWS, GaussianPrior, images, k_of, with_rule
@@ -103,7 +103,7 @@ def test_perp_neg_in_a_step_is_its_formula_on_the_predictions(rule):
     weights = [0.7 * torch.tensor(w) for w in zip(perp_neg_weights(60.0), perp_neg_weights(150.0), strict=True)]
     pushed = perp_neg(eps_y, reference, [predicted(0.6, -0.4), predicted(-0.4, 0.6)], weights)
     if rule == "sds":
-        wanted = guided(pushed, reference, SCALE) - eps
+        wanted = classifier_free_guidance(pushed, reference, SCALE) - eps
     elif rule == "csd":
         wanted = SCALE * (pushed - eps_0)
     else:
@@ -123,17 +123,21 @@ def test_perp_neg_asks_for_two_further_predictions_and_none_from_above():
 def step_of(rule, phi=0.0, blend="perp_neg", scale=SCALE):
     """(residual, eps_hat, eps_y, predictions by branch) of a rule where the branches are known tensors."""
     generator = torch.Generator().manual_seed(3)
-    names = ("prompt", "negative", "empty", "against 0", "against 1")
+    names = ("prompt", "negative", "empty", "perp_neg 0", "perp_neg 1")
     known = {name: torch.randn(2, 3, 4, 4, generator=generator) for name in names}
     x, eps = torch.randn(2, 2, 3, 4, 4, generator=generator)
-    problem = StepInputs(
-        x, eps, torch.tensor([T, T]), GaussianPrior.alphas_cumprod, 0.5, lambda z, t, *asked: [known[a] for a in asked]
+    inputs = StepInputs(
+        x,
+        eps,
+        torch.tensor([T, T]),
+        GaussianPrior.alphas_cumprod,
+        0.5,
+        lambda z, t, *branches: [known[branch] for branch in branches],
+        perp_neg_weights=[torch.tensor([-1.5, -0.5]), torch.tensor([-0.7, -1.2])] if blend == "perp_neg" else [],
     )
-    if blend == "perp_neg":
-        problem.against = [torch.tensor([-1.5, -0.5]), torch.tensor([-0.7, -1.2])]
     own = {"rule": rule, "negative_share": (0.0, 1.0, 0.4, 0.6)}
     settings = GuidanceSettings(**with_rule(own), scale=scale, rescale=phi)
-    return RULES[rule].residual(problem, settings), known
+    return RULES[rule].residual(inputs, settings), known
 
 
 @pytest.mark.parametrize("rule", ["sds", "csd", "nfsd"])
@@ -193,12 +197,12 @@ def test_most_predictions_at_once_are_those_counted_beforehand(rule, negative, b
     guidance = make(prompts, rule=rule, scale=scale)
     for progress in (0.0, 0.25, 0.5):
         guidance(images(batch=1, side=8), orbit_views([60.0], 10.0), progress)
-    assert most_predictions(guidance.settings, prompts) == max(guidance.prior.calls)
+    assert max_predictions(guidance.settings, prompts) == max(guidance.prior.calls)
 
 
 def test_embeddings_of_several_branches_are_mixed_in_the_prompt_only():
     prompts = ViewPrompts("a mug", "bad", PromptSettings(blend="interpolated"))
-    conditions = Conditions(ViewPrior(), prompts).of(orbit_views([45.0, 90.0], 10.0))
+    conditions = Conditions(ViewPrior(), prompts).for_views(orbit_views([45.0, 90.0], 10.0))
     means = conditions.embedding("prompt", "negative", "empty")[:, 0]
     torch.testing.assert_close(means, torch.tensor([0.1, -0.4, 0.8, 0.8, -0.1, -0.1]))
 
@@ -253,11 +257,12 @@ class Sampler(GaussianPrior):
     ],
 )
 def test_rule_that_does_not_fit_the_prior_or_the_prompts_is_refused(prior, settings, prompts, what):
+    prompts = ViewPrompts("a mug", settings=PromptSettings(**prompts))
     with pytest.raises(UserError, match=what) as caught:
-        check_fit(prior(), GuidanceSettings(**settings), ViewPrompts("a mug", settings=PromptSettings(**prompts)))
+        check_compatibility(prior(), GuidanceSettings(**settings), prompts)
     assert caught.value.why and caught.value.fix
 
 
 @pytest.mark.parametrize("rule", ["sds", "sjc", "ism", "sdi"])
 def test_rules_that_need_no_words_fit_a_prior_without(rule):
-    check_fit(Wordless(), GuidanceSettings(rule=rule, scale=1.0), ViewPrompts("a mug"))
+    check_compatibility(Wordless(), GuidanceSettings(rule=rule, scale=1.0), ViewPrompts("a mug"))

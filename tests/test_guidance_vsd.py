@@ -23,7 +23,7 @@ from stages.guidance.prior import (
     scaled_linear_alphas_cumprod,
 )
 from stages.guidance.residuals import RULES, StepInputs
-from stages.guidance.vsd import RenderScore, VsdSettings, attention_layers, camera_numbers, native_weight
+from stages.guidance.vsd import RenderScore, VsdSettings, attention_layers, camera_vector, prediction_weight
 from stages.prompts import ViewPrompts
 from tests import tiny_families, tiny_folders
 from tests.gaussian_prior import PROMPT, GaussianPrior, k_of
@@ -89,7 +89,7 @@ def renders(prior, batch=2, seed=0):
     x = prior.encode(torch.rand(batch, 64, 64, 3, generator=generator), generator).detach()
     t = torch.linspace(100, 800, batch).long()
     z = add_noise(x, torch.randn(x.shape, generator=generator), prior.alphas_cumprod[t])
-    camera = camera_numbers(orbit_views(torch.arange(batch) * 40.0, 20.0))
+    camera = camera_vector(orbit_views(torch.arange(batch) * 40.0, 20.0))
     return x, z, t, prior.embed(["a red mug", "a blue cat"] * (batch // 2)), camera
 
 
@@ -149,7 +149,7 @@ def test_a_step_of_vsd_tells_its_score_the_views(with_camera):
     conditions = guidance.prior.conditions
     guidance.prior.conditions = lambda embedding, context: seen.append(context) or conditions(embedding, context)
     views = orbit_views([0.0, 90.0])
-    guidance(torch.rand(2, 32, 32, 3), views, 0.0, background=torch.full((2, 32, 32, 3), 0.5))
+    guidance(torch.rand(2, 32, 32, 3), views, 0.0, backdrop=torch.full((2, 32, 32, 3), 0.5))
     assert [len(context) for context in seen] == [4, 2, 2, 2]  # both prompts; the score's look, and its two lessons
     assert all(context.views.azimuth_deg[:2].tolist() == [0.0, 90.0] for context in seen)
 
@@ -197,7 +197,7 @@ def test_errors_are_weighed_as_the_network_predicts():
     z, a, b = (torch.randn(2, 1, 1, 1, generator=generator) for _ in range(3))
     for kind in PREDICTIONS:
         eps = eps_from_prediction(a, z, alpha_bar, kind) - eps_from_prediction(b, z, alpha_bar, kind)
-        weighed = native_weight(alpha_bar, kind) * eps.flatten().square()
+        weighed = prediction_weight(alpha_bar, kind) * eps.flatten().square()
         torch.testing.assert_close(weighed, (a - b).flatten().square(), rtol=1e-4, atol=1e-5)
 
 

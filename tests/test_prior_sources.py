@@ -10,7 +10,7 @@ from pipeline import UserError, cli, generate, load_config, load_prior
 from pipeline.config.model import Config, config_model, read_config
 from pipeline.priors.source import Facts, Offer, PriorSource, check_guidance
 from pipeline.priors.sources import SOURCES, check_priors, parse_source
-from stages.guidance.compatibility import Described
+from stages.guidance.compatibility import PriorDescription
 from tests.gaussian_prior import GaussianPrior
 
 TINY = [
@@ -31,13 +31,13 @@ class GreySource(PriorSource):
     def facts(self, ask):
         if float(self.text.partition(":")[2]) > 1:
             raise UserError(f"prior.{ask.stage} = {self.text}", "nothing is brighter than white", "grey:0.5")
-        described = Described("grey", reads_prompts=False)
-        check_guidance(ask, described)
-        return Facts(described)
+        description = PriorDescription("grey", reads_prompts=False)
+        check_guidance(ask, description)
+        return Facts(description)
 
     def load(self, ask, facts, device, *, keep_text=False):
         prior = GaussianPrior()
-        prior.name, prior.reads_prompts = facts.described.name if facts.described else "grey", False
+        prior.name, prior.reads_prompts = facts.description.name if facts.description else "grey", False
         return prior
 
     @classmethod

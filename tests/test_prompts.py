@@ -149,7 +149,7 @@ def test_debias_drops_words_before_the_view_words_and_leaves_prompts_by_hand_alo
 def test_negative_prompt_by_view_class_replaces_the_common_one():
     settings = PromptSettings(sides=True, per_view_negative={"back": "a face", "side": "front"})
     prompts = ViewPrompts("a cat", "blurry", settings)
-    asked = prompts.asked(orbit_views([0.0, 90.0, 180.0, 270.0], 10.0))
+    asked = prompts.view_texts(orbit_views([0.0, 90.0, 180.0, 270.0], 10.0))
     assert [a.negative for a in asked] == ["blurry", "front", "a face", "front"]
     assert {"blurry", "a face", "front"} <= set(prompts.all_texts())
 
@@ -184,14 +184,14 @@ def test_perp_neg_weights_are_threestudios():
 
 def test_perp_neg_pushes_away_from_side_and_front_and_never_from_above():
     prompts = ViewPrompts("a cat", settings=PromptSettings(blend="perp_neg", perp_neg=2.0))
-    front, behind = prompts.asked(orbit_views([45.0, 180.0], 10.0))
+    front, behind = prompts.view_texts(orbit_views([45.0, 180.0], 10.0))
     assert (front.text, front.other, front.share) == ("a cat, front view", "a cat, side view", 0.5)
-    assert [text for text, _ in front.against] == ["a cat, front view", "a cat, side view"]
+    assert [text for text, _ in front.perp_neg] == ["a cat, front view", "a cat, side view"]
     assert (behind.text, behind.other, behind.share) == ("a cat, side view", "a cat, back view", 0.0)
-    assert [text for text, _ in behind.against] == ["a cat, side view", "a cat, front view"]
-    assert [w for _, w in behind.against] == pytest.approx([2 * w for w in perp_neg_weights(180.0)])
-    (above,) = prompts.asked(orbit_views([45.0], 80.0))
-    assert above.text == "a cat, overhead view" and above.share == 1 and above.against == ()
+    assert [text for text, _ in behind.perp_neg] == ["a cat, side view", "a cat, front view"]
+    assert [w for _, w in behind.perp_neg] == pytest.approx([2 * w for w in perp_neg_weights(180.0)])
+    (above,) = prompts.view_texts(orbit_views([45.0], 80.0))
+    assert above.text == "a cat, overhead view" and above.share == 1 and above.perp_neg == ()
 
 
 @pytest.mark.parametrize("blend", ["classes", "interpolated", "perp_neg"])
@@ -201,8 +201,8 @@ def test_all_texts_holds_everything_that_is_asked_for(blend):
     texts = set(prompts.all_texts())
     for elevation in (-10.0, 70.0):
         for textureless in (False, True):
-            for ask in prompts.asked(orbit_views(torch.arange(0.0, 360.0, 15.0), elevation), textureless):
-                assert {ask.text, ask.other, ask.negative, *(text for text, _ in ask.against)} <= texts
+            for ask in prompts.view_texts(orbit_views(torch.arange(0.0, 360.0, 15.0), elevation), textureless):
+                assert {ask.text, ask.other, ask.negative, *(text for text, _ in ask.perp_neg)} <= texts
                 assert 0 <= ask.share <= 1
 
 

@@ -33,7 +33,7 @@ from stages.cameras import Views, orbit_views
 from stages.errors import UserError
 from stages.guidance.clip import ClipScorer
 from stages.guidance.prior import ViewContext
-from stages.guidance.rules import ddim_step, guided
+from stages.guidance.rules import classifier_free_guidance, ddim_step
 from stages.paths import from_home
 from stages.pocket import world
 from stages.pocket.build import build
@@ -137,7 +137,7 @@ def ddim_samples(
         seen = None if views is None else ViewContext(views[start : start + n], torch.full((3,), GREY)).repeat(2)
         for t, after in zip(times, following, strict=True):
             eps_y, eps_0 = prior.predict_noise(z.repeat(2, 1, 1, 1), t.repeat(2 * n), both, seen).chunk(2)
-            z = ddim_step(z, guided(eps_y, eps_0, scale), alphas[t].repeat(n), after.repeat(n))
+            z = ddim_step(z, classifier_free_guidance(eps_y, eps_0, scale), alphas[t].repeat(n), after.repeat(n))
         pictures.append(prior.decode(z))
     return torch.cat(pictures)
 

@@ -44,7 +44,7 @@ class ClipSource(PriorSource):
     def facts(self, ask: Ask) -> Facts:
         """Refuse a folder that is no CLIP, words that it does not know, and prompts that it cannot be asked."""
         from stages.guidance.clip import check_captions, check_clip_folder, load_tokenizer, token_limit
-        from stages.guidance.clip_guidance import asked_texts, check_prompts
+        from stages.guidance.clip_guidance import all_texts, check_prompts
 
         folder, config = self.folder, ask.config
         check_clip_folder(folder)
@@ -55,7 +55,7 @@ class ClipSource(PriorSource):
             for text in (config.prompt, *config.prompts.per_view.values(), config.prompts.textureless_suffix):
                 check_words(text, known, f"the CLIP {folder}", another)
         tokenizer = load_tokenizer(folder)
-        texts = asked_texts(ask.prompts, config.guidance.clip)
+        texts = all_texts(ask.prompts, config.guidance.clip)
         check_captions(folder.name, tokenizer, token_limit(folder, tokenizer), texts)
         return Facts()
 

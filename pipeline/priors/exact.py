@@ -23,13 +23,13 @@ class ReferenceSource(PriorSource):
         return [f"guidance.{stage}", "reference"]
 
     def facts(self, ask: Ask) -> Facts:
-        from stages.guidance.compatibility import Described
+        from stages.guidance.compatibility import PriorDescription
         from stages.mesh.files.read import read_mesh
 
         read_mesh(_mesh(ask))
-        described = Described("reference", reads_prompts=False)
-        check_guidance(ask, described)
-        return Facts(described)
+        description = PriorDescription("reference", reads_prompts=False)
+        check_guidance(ask, description)
+        return Facts(description)
 
     def load(self, ask: Ask, facts: Facts, device: torch.device, *, keep_text: bool = False) -> Prior:
         from stages.guidance.exact import load_reference

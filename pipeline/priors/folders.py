@@ -40,7 +40,7 @@ class FolderSource(PriorSource):
         return [f"guidance.{stage}", "prior.diffusion"]
 
     def facts(self, ask: Ask) -> Facts:
-        from stages.guidance.compatibility import PIXELS, Described
+        from stages.guidance.compatibility import PIXELS, PriorDescription
         from stages.guidance.diffusion.families import family_of
         from stages.guidance.diffusion.folder import cached, check_hub
 
@@ -51,16 +51,16 @@ class FolderSource(PriorSource):
         if folder is not None:
             plan = _plan(folder, ask)
             space = None if "vae" in plan.classes else PIXELS
-            described = Described(path.name or self.text, plan.schedule.prediction, space)
-            check_guidance(ask, described)
-            return Facts(described, plan.family.name if "vae" in plan.classes else "", plan)
+            description = PriorDescription(path.name or self.text, plan.schedule.prediction, space)
+            check_guidance(ask, description)
+            return Facts(description, plan.family.name if "vae" in plan.classes else "", plan)
         if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", self.text) or self.text.startswith("."):
             raise self._unknown(ask)
         family, parts = family_of(check_hub(self.text, settings.revision))
         latent = "vae" in parts
-        described = Described(path.name, data_range=None if latent else PIXELS)
-        check_guidance(ask, described)
-        return Facts(described, family.name if latent else "")
+        description = PriorDescription(path.name, data_range=None if latent else PIXELS)
+        check_guidance(ask, description)
+        return Facts(description, family.name if latent else "")
 
     def _unknown(self, ask: Ask) -> UserError:
         others = [form for form in ask.forms if form != self.form]

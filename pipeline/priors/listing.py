@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def print_presets(as_json: bool) -> None:
-    """The built-in priors and the models worth naming: id, family, stage, size, memory, licence, whether to be had."""
+    """Print the built-in priors and the models worth naming: id, family, stage, size, memory, licence, status."""
     if as_json:
         print(json.dumps([asdict(preset) for preset in PRESETS], indent=2))
         return
@@ -42,8 +42,8 @@ def check_model(
     """Print what is in a model's folder and what is missing or wrong; exits with code 2 where anything is.
 
     Args:
-        source: a diffusers folder, or a hub id that this machine has in its cache. variant, resolution, revision: as
-            prior.diffusion has them.
+        source: a diffusers folder, or a hub id that this machine has in its cache.
+        variant, resolution, revision: as prior.diffusion has them.
     """
     from stages.guidance.diffusion.audit import audit
 

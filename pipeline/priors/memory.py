@@ -42,10 +42,10 @@ def forecast(prior: StagePrior, device: torch.device) -> str | None:
     if plan is None:
         return None
     from stages.guidance.diffusion.footprint import GB, footprint
-    from stages.guidance.residuals import RULES, most_predictions
+    from stages.guidance.residuals import RULES, max_predictions
 
     settings, guidance, views = ask.config.prior.diffusion, ask.guidance, images_at_once(ask)
-    predictions = views * most_predictions(guidance, ask.prompts)
+    predictions = views * max_predictions(guidance, ask.prompts)
     vsd = guidance.rule if "trainable" in RULES[guidance.rule.name].needs else None
     try:
         decodes = guidance.image_term > 0

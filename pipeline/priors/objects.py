@@ -21,7 +21,7 @@ class ObjectSource(PriorSource):
 
     def facts(self, ask: Ask) -> Facts:
         """Refuse a run whose object is missing, is another one, or does not fit the stage's guidance."""
-        from stages.guidance.compatibility import Described, check_fit
+        from stages.guidance.compatibility import PriorDescription, check_compatibility
 
         name, prior = self.text.removeprefix(PREFIX), ask.given
         if prior is None:
@@ -37,8 +37,8 @@ class ObjectSource(PriorSource):
                 f"the run listens to one called {name!r}",
                 "hand in that one",
             )
-        check_fit(prior, ask.guidance, ask.prompts)
-        return Facts(Described(prior.name, prior.prediction, prior.data_range, prior.reads_prompts))
+        check_compatibility(prior, ask.guidance, ask.prompts)
+        return Facts(PriorDescription(prior.name, prior.prediction, prior.data_range, prior.reads_prompts))
 
 
 def source_of(prior: Prior) -> str:

@@ -44,8 +44,8 @@ class PocketSource(PriorSource):
         return [f"guidance.{stage}", *(f"prior.diffusion.{name}" for name in loading)]
 
     def facts(self, ask: Ask) -> Facts:
-        """Words first, which is what users get wrong; then what the folder's small files say."""
-        from stages.guidance.compatibility import PIXELS, Described
+        """Check the words first, which are the commonest mistake, then what the folder's small files say."""
+        from stages.guidance.compatibility import PIXELS, PriorDescription
 
         folder = pocket_folder(ask.stage)
         words = pocket_words(folder)
@@ -56,13 +56,14 @@ class PocketSource(PriorSource):
             for text in (*ask.config.prompts.per_view.values(), ask.config.prompts.textureless_suffix):
                 check_words(text, more, *_READER)
         _check_length(ask, folder)
-        described = Described("pocket", str(scheduler.get("prediction_type")), None if "vae" in index else PIXELS)
-        check_guidance(ask, described)
+        data_range = None if "vae" in index else PIXELS
+        description = PriorDescription("pocket", str(scheduler.get("prediction_type")), data_range)
+        check_guidance(ask, description)
         if ask.lora is not None:
             from stages.guidance.diffusion.plan import make_plan
 
             make_plan(folder, ask.config.prior.diffusion, lora=ask.lora)
-        return Facts(described, notices=_notices(ask.config.prompt))
+        return Facts(description, notices=_notices(ask.config.prompt))
 
     def load(self, ask: Ask, facts: Facts, device: torch.device, *, keep_text: bool = False) -> Prior:
         from stages.guidance.diffusion.prior import load_prior

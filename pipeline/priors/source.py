@@ -15,7 +15,7 @@ from stages.errors import UserError
 if TYPE_CHECKING:
     import torch
 
-    from stages.guidance.compatibility import Described
+    from stages.guidance.compatibility import PriorDescription
     from stages.guidance.diffusion.lora import Lora
     from stages.guidance.diffusion.plan import Plan
     from stages.guidance.guide import Guide
@@ -92,13 +92,13 @@ class Facts:
     """What is known of a source once it is checked, before anything of it is loaded.
 
     Args:
-        described: of a diffusion prior, what rules and cures ask of it; None for another kind of guidance.
+        description: of a diffusion prior, what rules and cures ask of it; None for another kind of guidance.
         latents: the kind of model whose latents it has; empty for pixels and where it is not known.
         plan: how its folder will be loaded; None where it is not here yet, or is no folder.
         notices: what the user should know before the run begins, a line each.
     """
 
-    described: Described | None = None
+    description: PriorDescription | None = None
     latents: str = ""
     plan: Plan | None = None
     notices: tuple[str, ...] = ()
@@ -196,17 +196,17 @@ class PriorSource:
         return []
 
 
-def check_guidance(ask: Ask, described: Described) -> None:
+def check_guidance(ask: Ask, description: PriorDescription) -> None:
     """Raise UserError for what a stage's guidance asks of a prior and cannot have, as far as is known of it."""
     import torch
 
-    from stages.guidance.compatibility import check_described
+    from stages.guidance.compatibility import check_description
     from stages.guidance.diffusion.plan import network_dtype
     from stages.guidance.residuals import RULES
     from stages.guidance.vsd import check_loading
 
     settings, loading = ask.guidance, ask.config.prior.diffusion
-    check_described(described, settings, ask.prompts)
+    check_description(description, settings, ask.prompts)
     if "trainable" in RULES[settings.rule.name].needs:  # the network itself is looked at once it is there
         device = torch.device("cuda" if ask.config.device != "cpu" and torch.cuda.is_available() else "cpu")
-        check_loading(described.name, settings.rule, loading.offload, network_dtype(loading, None, device))
+        check_loading(description.name, settings.rule, loading.offload, network_dtype(loading, None, device))

@@ -11,8 +11,10 @@ from stages.errors import UserError
 
 
 def unknown_words(prompt: str, known: list[str]) -> list[str]:
-    """Words of the prompt outside `known`, in order, each once. Emoji and other signs beyond ASCII are words, too;
-    punctuation is none."""
+    """Return the words of the prompt outside `known`, in order, each once.
+
+    Emoji and other signs beyond ASCII are words, too; punctuation is none.
+    """
     words = re.findall(r"\w+|[^\w\s\x00-\x7f]+", unicodedata.normalize("NFC", prompt.lower()))
     words = [word for word in words if not all(unicodedata.category(letter)[0] in "PZ" for letter in word)]
     return list(dict.fromkeys(word for word in words if word not in known))

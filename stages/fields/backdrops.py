@@ -60,16 +60,16 @@ class BackdropSettings(BaseModel):
 
 
 def random_backdrops(settings: BackdropSettings, count: int, size: int, generator: torch.Generator) -> Tensor:
-    """`count` pictures of random kinds and blurs; linear colour [count, size, size, 3], on the CPU."""
+    """Draw `count` pictures of random kinds and blurs; linear colour [count, size, size, 3], on the CPU."""
     shares = torch.tensor([getattr(settings, kind) for kind in KINDS], dtype=torch.float64)
     kinds = torch.multinomial(shares, count, replacement=True, generator=generator)
     low, high = settings.blur
     deviation = (low + (high - low) * torch.rand(count, generator=generator)) * size
     pictures = torch.empty(count, size, size, 3)
     for k, kind in enumerate(KINDS):
-        chosen = (kinds == k).nonzero()[:, 0]
-        if len(chosen):
-            pictures[chosen] = _draw(kind, settings, len(chosen), size, generator)
+        index = (kinds == k).nonzero()[:, 0]
+        if len(index):
+            pictures[index] = _draw(kind, settings, len(index), size, generator)
     return srgb_to_linear(blurred(pictures, deviation))
 
 
@@ -96,7 +96,7 @@ def checkerboards(count: int, size: int, squares: int, generator: torch.Generato
 
 
 def fourier_textures(count: int, size: int, generator: torch.Generator) -> Tensor:
-    """Textures [count, size, size, 3] of Gaussian spectra with amplitude falling as frequency^-1.5, sRGB in (0, 1).
+    """Draw textures [count, size, size, 3] of Gaussian spectra, amplitude ~ frequency^-1.5, sRGB in (0, 1).
 
     Olah et al. 2018, "Differentiable image parameterizations", as Dream Fields uses it; the contrast is that of 224
     pixels at any size (unscaled, it grows with the root of the size).
@@ -112,7 +112,7 @@ def fourier_textures(count: int, size: int, generator: torch.Generator) -> Tenso
 
 
 def blurred(pictures: Tensor, deviation: Tensor) -> Tensor:
-    """Pictures [N, H, W, 3], each under its own Gaussian of standard deviation [N] in pixels, mirrored at the border.
+    """Blur pictures [N, H, W, 3], each by its own Gaussian of standard deviation [N] in pixels, mirrored at the border.
 
     The kernel reaches a thirty-second of the side, as the papers' 15 pixels at 224 do; deviation 0 changes nothing.
     """

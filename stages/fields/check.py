@@ -17,9 +17,12 @@ SOLID = 5.0  # density per world length that counts as matter: 0.2 lengths of it
 class Presence:
     """What a field holds, on a regular grid over the box [-1, 1]^3.
 
-    finite: share of densities that are numbers. peak: largest density. volume: share of the box above SOLID.
-    cover: mean opacity of the box seen along its three axes, the largest of the three.
-    faces: share of the box's surface layer above SOLID.
+    Args:
+        finite: share of densities that are numbers.
+        peak: largest density.
+        volume: share of the box above SOLID.
+        cover: mean opacity of the box seen along its three axes, the largest of the three.
+        faces: share of the box's surface layer above SOLID.
     """
 
     finite: float

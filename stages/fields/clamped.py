@@ -23,7 +23,7 @@ class _Clamped(torch.autograd.Function):
 
 
 def clamped(raw: Tensor) -> Tensor:
-    """Values in [0, 1] of any shape from unbounded ones: a logistic function's line at 0, cut off at the bounds.
+    """Map unbounded values of any shape into [0, 1]: a logistic function's line at 0, cut off at the bounds.
 
     Descending along its gradient is projected gradient descent: at a bound a value stays while the loss pulls it
     outwards, and comes back at full speed when the loss turns round. A logistic function's gradient vanishes there, so

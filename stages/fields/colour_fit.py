@@ -34,8 +34,8 @@ def fit_albedo(field: HashField, sample: Sample, settings: FitSettings, device: 
     Returns: root mean squared sRGB error over fresh points, in [0, 1].
     """
     if settings.steps == 0:
-        return _error(field, *_moved(sample(settings.points), device))
-    points, colours = _moved(sample(settings.points), device)
+        return _error(field, *_to_device(sample(settings.points), device))
+    points, colours = _to_device(sample(settings.points), device)
     mean = colours.mean(0).clamp(1e-3, 1 - 1e-3)
     field.start_albedo(mean)
     if float(linear_to_srgb(colours).std(0).max()) < PLAIN:
@@ -45,15 +45,15 @@ def fit_albedo(field: HashField, sample: Sample, settings: FitSettings, device: 
     for step in range(settings.steps):
         for group in optimiser.param_groups:
             group["lr"] = settings.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * step / settings.steps)))
-        points, colours = _moved(sample(settings.points), device)
+        points, colours = _to_device(sample(settings.points), device)
         loss = (linear_to_srgb(field.albedo(points)) - linear_to_srgb(colours)).square().mean()
         loss.backward()
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
-    return _error(field, *_moved(sample(settings.points), device))
+    return _error(field, *_to_device(sample(settings.points), device))
 
 
-def _moved(pair: tuple[Tensor, Tensor], device: torch.device | str) -> tuple[Tensor, Tensor]:
+def _to_device(pair: tuple[Tensor, Tensor], device: torch.device | str) -> tuple[Tensor, Tensor]:
     return pair[0].to(device), pair[1].to(device)
 
 

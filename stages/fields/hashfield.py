@@ -98,7 +98,7 @@ class Head(nn.Module):
 
 
 def without_gradient(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """A field's function of points [N, 3] without gradients and 131,072 points at a time, which bounds its memory."""
+    """Return a field's function of points [N, 3] without gradients, 131,072 points at a time to bound its memory."""
 
     def call(points: Tensor) -> Tensor:
         with torch.no_grad():
@@ -149,7 +149,7 @@ class HashField(nn.Module):
         return torch.cat([features, hash_encode(unit, self.detail, self.detail_spec)], -1)
 
     def density(self, points: Tensor, features: Tensor | None = None) -> Tensor:
-        """sigma [N]."""
+        """Return sigma [N]."""
         features = self.features(points) if features is None else features
         raw = mlp(features, *self.density_head.weights(self._mask))[:, 0]
         return self._activated(raw, points)
@@ -174,7 +174,7 @@ class HashField(nn.Module):
             self.albedo_head.b2.copy_(raw(colour))
 
     def forward(self, points: Tensor, known: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """sigma [N] and albedo [N, 3]; `known` features as in :meth:`features`."""
+        """Return sigma [N] and albedo [N, 3]; `known` features as in :meth:`features`."""
         features = self.features(points, known)
         if self.detail is not None:
             return self.density(points, features), self.albedo(points, features)
@@ -186,7 +186,7 @@ class HashField(nn.Module):
         return self._activated(density[:, 0], points), self._coloured(albedo)
 
     def density_and_normal(self, points: Tensor, known: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """sigma [N], unit normals [N, 3] pointing out of the density, albedo [N, 3]; `known` as in :meth:`features`.
+        """Return sigma [N], unit normals [N, 3] out of the density, and albedo [N, 3]; `known` as in :meth:`features`.
 
         Not differentiable in: points. A normal shrinks to zero where the gradient vanishes.
         """
@@ -205,7 +205,7 @@ class HashField(nn.Module):
         return s.density_scale * nn.functional.softplus(raw + blob)
 
     def albedo_parameters(self) -> list[nn.Parameter]:
-        """What a stage trains that refines colour alone: table, albedo head, and the detail table if there is one.
+        """Return the parameters of colour alone: table, albedo head, and the detail table if there is one.
 
         The table also carries the density, so train a deep copy whose density is no longer asked for.
         """

@@ -65,8 +65,8 @@ class OccupancyGrid(nn.Module):
         g, device = s.resolution, self.density.device
         index = torch.arange(g**3)
         if share >= s.warmup:
-            chosen = torch.rand(g**3, generator=generator) < s.share
-            index = index[chosen | (self.cells.flatten().cpu() != 0)]
+            sampled = torch.rand(g**3, generator=generator) < s.share
+            index = index[sampled | (self.cells.flatten().cpu() != 0)]
         corner = torch.stack([index // (g * g), index // g % g, index % g], -1)  # [M, 3]
         points = (corner + torch.rand(corner.shape, generator=generator)) * (2 / g) - 1
         values = self.density.view(-1)

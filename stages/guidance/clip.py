@@ -28,8 +28,9 @@ OPENAI_MEAN, OPENAI_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26
 class Preprocessing:
     """What a CLIPImageProcessor does to an sRGB image in [0, 1].
 
-    size: (height, width) to resize to, one number for the shorter side, or None for no resizing.
-    crop: (height, width) cut out of the middle, or None.
+    Args:
+        size: (height, width) to resize to, one number for the shorter side, or None for no resizing.
+        crop: (height, width) cut out of the middle, or None.
     """
 
     size: tuple[int, int] | int | None
@@ -40,7 +41,7 @@ class Preprocessing:
 
     @staticmethod
     def read(folder: Path) -> Preprocessing:
-        """From preprocessor_config.json, with CLIPImageProcessor's own defaults for absent keys."""
+        """Read preprocessor_config.json, with CLIPImageProcessor's own defaults for absent keys."""
         what = f"Cannot load the CLIP of {folder}"
         config = read_json(folder / "preprocessor_config.json", what)
         resample = config.get("resample", 3)
@@ -110,12 +111,12 @@ class ClipScorer:
         return float(self.model.logit_scale.exp())
 
     def embed_images(self, images: Tensor) -> Tensor:
-        """Unit embeddings [B, D] of linear images [B, H, W, 3] in [0, 1]; differentiable in them."""
+        """Embed linear images [B, H, W, 3] in [0, 1], unit [B, D]; differentiable in them."""
         check_shape("images", images, (None, None, None, 3))
         return self.embed_srgb(linear_to_srgb(images))
 
     def embed_srgb(self, images: Tensor) -> Tensor:
-        """Unit embeddings [B, D] of sRGB images [B, H, W, 3] in [0, 1]; differentiable in them."""
+        """Embed sRGB images [B, H, W, 3] in [0, 1], unit [B, D]; differentiable in them."""
         check_shape("images", images, (None, None, None, 3))
         pixels = self.preprocess(images.to(self.device, torch.float32))
         pooled = self.model.vision_model(pixel_values=pixels).pooler_output
@@ -123,7 +124,7 @@ class ClipScorer:
 
     @torch.no_grad()
     def embed_texts(self, texts: list[str]) -> Tensor:
-        """Unit embeddings [P, D]; each text is encoded once and remembered. UserError for one that does not fit."""
+        """Embed texts, unit [P, D]; each is encoded once and cached. Raises: UserError for one that does not fit."""
         new = list(dict.fromkeys(text for text in texts if text not in self._texts))
         if new:
             check_captions(self.name, self.tokenizer, self.limit, new)
@@ -136,12 +137,12 @@ class ClipScorer:
         return torch.stack([self._texts[text] for text in texts])
 
     def scores(self, images: Tensor, texts: list[str]) -> Tensor:
-        """Cosines [B, P] of linear images [B, H, W, 3] and texts; differentiable in the images."""
+        """Return cosines [B, P] of linear images [B, H, W, 3] and texts; differentiable in the images."""
         return self.embed_images(images) @ self.embed_texts(texts).T
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a CLIP's folder."""
+    """Load the tokenizer of a CLIP's folder."""
     import transformers
 
     return load_part(
@@ -152,7 +153,7 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def token_limit(folder: Path, tokenizer: Any) -> int:
-    """Tokens that a CLIP reads of a text, special tokens included."""
+    """Return how many tokens a CLIP reads of a text, special tokens included."""
     import transformers
 
     config = load_part(

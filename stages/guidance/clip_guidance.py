@@ -26,7 +26,7 @@ from stages.prompts import ViewPrompts, without_contradictions
 if TYPE_CHECKING:
     from stages.render.shade import Shading
 
-TEXTURELESS = "textureless"  # what without_contradictions knows these words by; no view class has that name
+TEXTURELESS = "textureless"  # key of these words in without_contradictions; no view class has that name
 
 
 class ClipGuidanceSettings(BaseModel):
@@ -52,11 +52,15 @@ class ClipGuidanceSettings(BaseModel):
 
 
 class ClipGuidance:
-    """A CLIP asked how well views show the words, with all its randomness in one generator.
+    """A Guide (guide.py): the mean cosine between renders and their prompts under a CLIP.
 
     Args:
-        scorer: the CLIP. settings: crops and weight. prompts: the words by view. generator: a CPU generator of its own.
-    Raises: UserError for a negative prompt or mixed prompts, which a cosine has no use for, and words that do not fit.
+        scorer: the CLIP.
+        settings: crops and weight.
+        prompts: the texts of a run by view.
+        generator: on the CPU, and of this guidance alone: all its randomness.
+    Raises: UserError for a negative prompt or mixed prompts, which a cosine cannot use, and texts that are too long.
+    Source: Dream Fields (arXiv 2112.01455) eq. 6, CLIP-Mesh (arXiv 2203.13333) eq. 3.
     """
 
     def __init__(
@@ -64,7 +68,7 @@ class ClipGuidance:
     ) -> None:
         check_prompts(scorer.name, prompts)
         self.scorer, self.settings, self.prompts, self.generator = scorer, settings, prompts, generator
-        scorer.embed_texts(asked_texts(prompts, settings))
+        scorer.embed_texts(all_texts(prompts, settings))
 
     def __call__(
         self,
@@ -73,53 +77,51 @@ class ClipGuidance:
         progress: float,
         textureless: bool = False,
         *,
-        background: Tensor | None = None,
+        backdrop: Tensor | None = None,
         shading: Shading | None = None,
     ) -> GuidanceOutput:
-        """The loss of linear images [B, H, W, 3] in [0, 1] seen from B views, and `clip`, 100 times the mean cosine.
+        """Return the loss of linear images [B, H, W, 3] in [0, 1] seen from B views; metric `clip`: 100 mean cosine.
 
-        Args:
-            images: linear colour, differentiable. views: their cameras. textureless: the images show no colours
-                (chooses the words). progress, background, shading: not used; a CLIP sees pixels alone.
+        Arguments as Guide has them; progress, backdrop and shading are not used.
         """
         check_shape("images", images, (len(views), None, None, 3))
         texts = self.prompts.texts(views, textureless)
         if textureless:
-            texts = [bare(text, self.settings) for text in texts]
+            texts = [textureless_prompt(text, self.settings) for text in texts]
         with phase("crop"):
-            seen = random_crops(images, self.settings.crop, self.settings.crops, self.generator)
+            crops = random_crops(images, self.settings.crop, self.settings.crops, self.generator)
         with phase("networks"):
-            found = self.scorer.embed_images(seen)  # [B crops, D]
-            wanted = self.scorer.embed_texts(texts).repeat_interleave(self.settings.crops, 0)
-            backward_phase("networks", seen, found)
-        cosine = (found * wanted).sum(-1).mean()
+            image_embeddings = self.scorer.embed_images(crops)  # [B crops, D]
+            text_embeddings = self.scorer.embed_texts(texts).repeat_interleave(self.settings.crops, 0)
+            backward_phase("networks", crops, image_embeddings)
+        cosine = (image_embeddings * text_embeddings).sum(-1).mean()
         return GuidanceOutput(-self.settings.weight * cosine, {"clip": 100 * float(cosine.detach())})
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The generator's state: all that makes a resumed guidance equal to an uninterrupted one."""
+        """Return the generator's state: all that makes a resumed guidance equal to an uninterrupted one."""
         return {"generator": self.generator.get_state()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Inverse of state_dict."""
+        """Take over what state_dict returned."""
         self.generator.set_state(state["generator"].cpu())
 
     def close(self) -> None:
-        """Nothing of the CLIP was changed."""
+        """Do nothing: the CLIP was not changed."""
 
 
-def bare(text: str, settings: ClipGuidanceSettings) -> str:
-    """The words of a textureless render."""
+def textureless_prompt(text: str, settings: ClipGuidanceSettings) -> str:
+    """Return a prompt without the words that textureless renders cannot show."""
     return without_contradictions(text, TEXTURELESS, {TEXTURELESS: settings.textureless_without})
 
 
-def asked_texts(prompts: ViewPrompts, settings: ClipGuidanceSettings) -> list[str]:
-    """Every text that a stage so guided can ask a CLIP about, without repetition."""
+def all_texts(prompts: ViewPrompts, settings: ClipGuidanceSettings) -> list[str]:
+    """Return every text that a stage can give the CLIP, without repetition."""
     texts = prompts.all_texts()
-    return list(dict.fromkeys([*texts, *(bare(text, settings) for text in texts)]))
+    return list(dict.fromkeys([*texts, *(textureless_prompt(text, settings) for text in texts)]))
 
 
 def check_prompts(clip: str, prompts: ViewPrompts) -> None:
-    """Raise UserError for what a diffusion prior can be asked and a CLIP cannot."""
+    """Raise UserError for prompts that a diffusion prior can use and the CLIP called `clip` cannot."""
     what = f"The CLIP {clip} cannot be asked that"
     if any(prompts.negatives()):
         raise UserError(what, "it has no negative prompt: a cosine is not guided away from words", "leave it empty")
@@ -130,11 +132,14 @@ def check_prompts(clip: str, prompts: ViewPrompts) -> None:
 
 
 def random_crops(images: Tensor, share: tuple[float, float], count: int, generator: torch.Generator) -> Tensor:
-    """Square crops at random places, `count` of each image, all of one random side (Dream Fields sec. 3.2).
+    """Cut square crops at random places, `count` of each image, all of one random side (Dream Fields sec. 3.2).
 
     Args:
-        images: [B, S, S, C]. share: range of the crop's side, as a share of S.
-    Returns: [B count, n, n, C], the crops of an image beside each other; the images themselves where nothing is cut.
+        images: [B, S, S, C].
+        share: range of the crop's side, as a share of S, in (0, 1].
+        count: crops of an image.
+        generator: on the CPU.
+    Returns: [B count, n, n, C], the crops of an image beside each other; the images themselves where n = S.
     """
     batch, _, width, channels = images.shape
     check_shape("images", images, (batch, width, width, channels))
@@ -145,5 +150,5 @@ def random_crops(images: Tensor, share: tuple[float, float], count: int, generat
     if side >= width:
         return repeated
     corners = (draws[1:] * (width - side + 1)).long().clamp_max(width - side).view(2, -1)  # [2, B count]
-    cut = [repeated[k, row : row + side, column : column + side] for k, (row, column) in enumerate(corners.T.tolist())]
-    return torch.stack(cut)
+    places = enumerate(corners.T.tolist())
+    return torch.stack([repeated[k, row : row + side, column : column + side] for k, (row, column) in places])

@@ -1,7 +1,7 @@
-"""Which rule and cure fits which prior: what does not ends here, in the user's terms, before any step.
+"""Checks that a rule and its settings work with a prior and the prompts, before any step.
 
-It is asked twice: before any work, of what a folder says of itself (:class:`Described`), so that a run does not end
-after its coarse stage; and of the prior itself once it is loaded.
+They are made twice: before any work, on the description of a prior that is not loaded (:class:`PriorDescription`), so
+that a run does not end after its coarse stage; and on the prior itself once it is loaded.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from stages.guidance.settings import GuidanceSettings
 from stages.guidance.vsd import check_trainable
 from stages.prompts import ViewPrompts
 
-WORDLESS = {  # why a rule with this need has no use for a prior that reads no prompts
+NEEDS_PROMPTS = {  # why a rule with this need does not work with a prior that reads no prompts
     "words": "it distils the difference that the prompt makes",
     "trainable": "it needs a network that learns",
 }
@@ -23,10 +23,16 @@ PIXELS = (-1.0, 1.0)
 
 
 @dataclass(frozen=True)
-class Described:
-    """A prior that is not loaded yet: what :func:`check_described` reads of it.
+class PriorDescription:
+    """What :func:`check_description` reads of a prior that is not loaded yet.
 
-    Defaults are for what is not known, such as of a hub id that is still to be fetched: they rule nothing out.
+    The defaults stand for what is not known, such as of a hub id that is still to be fetched: they rule nothing out.
+
+    Args:
+        name: as messages call it.
+        prediction: of PREDICTIONS.
+        data_range: of x; None where it is not known.
+        reads_prompts: whether its predictions depend on the prompt.
     """
 
     name: str
@@ -35,15 +41,15 @@ class Described:
     reads_prompts: bool = True
 
 
-def _check_wordless(settings: GuidanceSettings, prompts: ViewPrompts, name: str) -> None:
-    """Refuse what has no meaning with a prior that reads no prompts, such as the reference prior called `name`."""
-    for need, why in WORDLESS.items():
+def _check_without_prompts(settings: GuidanceSettings, prompts: ViewPrompts, name: str) -> None:
+    """Refuse what has no meaning with a prior called `name` that reads no prompts."""
+    for need, why in NEEDS_PROMPTS.items():
         if need in RULES[settings.rule.name].needs:
-            fitting = [other for other, rule in RULES.items() if not rule.needs & WORDLESS.keys()]
+            usable = [other for other, rule in RULES.items() if not rule.needs & NEEDS_PROMPTS.keys()]
             raise UserError(
                 f"rule={settings.rule.name} does not fit the prior {name}",
                 f"{why}, and this prior reads no prompt",
-                f"use rule={', '.join(fitting[:-1])} or {fitting[-1]} with it",
+                f"use rule={', '.join(usable[:-1])} or {usable[-1]} with it",
             )
     if prompts.settings.blend != "classes":
         raise UserError(
@@ -53,18 +59,18 @@ def _check_wordless(settings: GuidanceSettings, prompts: ViewPrompts, name: str)
         )
 
 
-def check_fit(prior: Prior, settings: GuidanceSettings, prompts: ViewPrompts) -> None:
-    """Raise UserError for a rule or cure that cannot work with this loaded prior or these prompts."""
-    check_described(prior, settings, prompts)
+def check_compatibility(prior: Prior, settings: GuidanceSettings, prompts: ViewPrompts) -> None:
+    """Raise UserError for a rule or setting that does not work with this loaded prior or these prompts."""
+    check_description(prior, settings, prompts)
     if "trainable" in RULES[settings.rule.name].needs:
         check_trainable(prior, settings.rule)
 
 
-def check_described(prior: Prior | Described, settings: GuidanceSettings, prompts: ViewPrompts) -> None:
-    """As :func:`check_fit`, as far as the settings and what :class:`Described` holds say."""
+def check_description(prior: Prior | PriorDescription, settings: GuidanceSettings, prompts: ViewPrompts) -> None:
+    """Raise UserError as :func:`check_compatibility`, from the settings and a description alone."""
     name, rule = settings.rule.name, RULES[settings.rule.name]
     if not prior.reads_prompts:
-        _check_wordless(settings, prompts, prior.name)
+        _check_without_prompts(settings, prompts, prior.name)
     if "invertible" in rule.needs and prior.prediction == "sample":
         raise UserError(
             f"rule={name} does not fit the prior {prior.name}",
@@ -88,20 +94,22 @@ def check_described(prior: Prior | Described, settings: GuidanceSettings, prompt
 
 
 def uses_negative(settings: GuidanceSettings) -> bool:
-    """Whether a stage so guided asks for the negative prompt: at scale 1 only the rules that have a term of their own
-    for it do."""
+    """Return whether these settings read the negative prompt: at scale 1 only rules with a term for it do."""
     return settings.scale != 1 or RULES[settings.rule.name].contrast
 
 
-def data_range(prior: Prior | Described, settings: GuidanceSettings) -> tuple[float, float] | None:
-    """The range x0_hat is brought back to, None without a threshold; UserError where the prior's range is not known."""
+def data_range(prior: Prior | PriorDescription, settings: GuidanceSettings) -> tuple[float, float] | None:
+    """Return the range that x0_hat is clamped to; None without a threshold.
+
+    Raises: UserError where the prior's range is not known.
+    """
     if settings.threshold == "none":
         return None
-    found = settings.threshold_range or prior.data_range
-    if found is None:
+    limits = settings.threshold_range or prior.data_range
+    if limits is None:
         raise UserError(
             f"threshold={settings.threshold} does not fit the prior {prior.name}",
             "its data are latents, whose range is not stated",
             "give threshold_range=[LOW, HIGH] beside it, or set threshold=none for this stage",
         )
-    return found
+    return limits

@@ -1,4 +1,4 @@
-"""What the prior is told for each view: embeddings of every text of a run, and which of them a view needs."""
+"""Text conditions of the prior: embeddings of every text of a run, and which of them each view needs."""
 
 from __future__ import annotations
 
@@ -15,40 +15,43 @@ from stages.prompts import ViewPrompts
 
 @dataclass(frozen=True)
 class ViewConditions:
-    """Embeddings of B views by branch: prompt, negative, empty and, under Perp-Neg, against 0, against 1.
+    """Embeddings of B views by branch: "prompt", "negative", "empty" and, under Perp-Neg, "perp_neg 0", "perp_neg 1".
 
-    embeddings: of all texts. rows, others, share: of a branch, the texts [B] of each view, the texts [B] they are mixed
-        with and the share [B] of the first; a branch without `others` is not mixed.
-    against: Perp-Neg's weights [B] <= 0 of each pushed branch; empty without it.
+    Args:
+        embeddings: of all texts of the run.
+        rows: by branch, the text [B] of each view as a row of `embeddings`.
+        others: by branch, the text [B] that it is mixed with; a branch that is not in it is not mixed.
+        share: [B], of the first text in a mixture.
+        perp_neg_weights: Perp-Neg's weights [B] <= 0 of its branches; empty without it.
     """
 
     embeddings: Any
     rows: dict[str, Tensor]
     others: dict[str, Tensor]
     share: Tensor
-    against: list[Tensor]
+    perp_neg_weights: list[Tensor]
 
     def distinct(self, *names: str) -> tuple[list[str], list[int]]:
-        """The first of each group of named branches that ask the same of every view, and each branch's group.
+        """Return the first of each group of named branches with the same texts for every view, and each branch's group.
 
-        Without a negative prompt `negative` is `empty`, so a rule that asks for both is answered with one prediction.
+        Without a negative prompt `negative` is `empty`, so a rule that reads both costs one prediction.
         """
         first: list[str] = []
         group: list[int] = []
         for name in names:
-            same = [k for k, other in enumerate(first) if self._asks_the_same(name, other)]
+            same = [k for k, other in enumerate(first) if self._same_texts(name, other)]
             group.append(same[0] if same else len(first))
             first += [] if same else [name]
         return first, group
 
-    def _asks_the_same(self, a: str, b: str) -> bool:
+    def _same_texts(self, a: str, b: str) -> bool:
         mixed = self.others.get(a), self.others.get(b)
         if mixed[0] is not mixed[1] and (mixed[0] is None or mixed[1] is None or not torch.equal(*mixed)):
             return False
         return torch.equal(self.rows[a], self.rows[b])
 
     def embedding(self, *names: str) -> Any:
-        """The embeddings of the named branches, one after the other: [len(names) B, ...]."""
+        """Return the embeddings of the named branches, one after the other: [len(names) B, ...]."""
         first = self.embeddings[torch.cat([self.rows[name] for name in names])]
         if not any(name in self.others for name in names):
             return first
@@ -58,8 +61,12 @@ class ViewConditions:
 
 
 class Conditions:
-    """All texts of a run, embedded at once; the prior's text encoder is released after, unless it is to be kept.
+    """All texts of a run, embedded at once.
 
+    Args:
+        prior: embeds the texts.
+        prompts: the texts by view.
+        release_text: whether the prior's text encoder is freed after.
     Raises: UserError from the prior for a text that its encoder would cut.
     """
 
@@ -72,27 +79,27 @@ class Conditions:
             prior.release_text_encoder()
 
     @property
-    def plain(self) -> Any:
-        """The embedding [1, ...] of the prompt as a front view asks for it."""
-        return self.of(orbit_views([0.0], 0.0)).embedding("prompt")
+    def front(self) -> Any:
+        """The embedding [1, ...] of the prompt for a front view."""
+        return self.for_views(orbit_views([0.0], 0.0)).embedding("prompt")
 
     def _rows(self, texts: list[str]) -> Tensor:
         return torch.tensor([self._index[text] for text in texts])
 
-    def of(self, views: Views, textureless: bool = False) -> ViewConditions:
-        """What B views ask for."""
-        asked = self.prompts.asked(views, textureless)
+    def for_views(self, views: Views, textureless: bool = False) -> ViewConditions:
+        """Return the conditions of B views; textureless: of renders without colours."""
+        texts = self.prompts.view_texts(views, textureless)
         rows = {
-            "prompt": self._rows([a.text for a in asked]),
-            "negative": self._rows([a.negative for a in asked]),
-            "empty": self._rows([""] * len(asked)),
+            "prompt": self._rows([view.text for view in texts]),
+            "negative": self._rows([view.negative for view in texts]),
+            "empty": self._rows([""] * len(texts)),
         }
-        others, share = {}, torch.tensor([a.share for a in asked], dtype=torch.float32)
-        if any(a.share != 1 for a in asked):
-            others["prompt"] = self._rows([a.other for a in asked])
-        against = []
-        for k in range(max(len(a.against) for a in asked)):
-            pushed = [a.against[k] if a.against else (a.text, 0.0) for a in asked]
-            rows[f"against {k}"] = self._rows([text for text, _ in pushed])
-            against.append(torch.tensor([weight for _, weight in pushed], dtype=torch.float32))
-        return ViewConditions(self._embeddings, rows, others, share, against)
+        others, share = {}, torch.tensor([view.share for view in texts], dtype=torch.float32)
+        if any(view.share != 1 for view in texts):
+            others["prompt"] = self._rows([view.other for view in texts])
+        perp_neg_weights = []
+        for k in range(max(len(view.perp_neg) for view in texts)):
+            pairs = [view.perp_neg[k] if view.perp_neg else (view.text, 0.0) for view in texts]
+            rows[f"perp_neg {k}"] = self._rows([text for text, _ in pairs])
+            perp_neg_weights.append(torch.tensor([weight for _, weight in pairs], dtype=torch.float32))
+        return ViewConditions(self._embeddings, rows, others, share, perp_neg_weights)

@@ -6,8 +6,8 @@ Data distribution p(x) = (1/K) sum_i N(x; y_i, s^2 I) over images y_i in [-1, 1]
 which is E[eps | z_t] exactly (Karras et al. 2022 app. B.3, with the variance-preserving scaling). With K = 1 and
 s = 0 the SDS residual eps_hat - eps is alpha / sigma (x - y), free of noise: the optimum is y and known.
 
-The set belongs to the asked view: one render at that very view (`pose: exact`), or renders from all over its view
-class at its distance and field of view (`pose: class`), with the asked light, shading and background.
+The set belongs to the view: one render at that very view (`pose: exact`), or renders from all over its view class at
+its distance and field of view (`pose: class`), with its light, shading and backdrop.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SCENE_RADIUS = 0.87
 
 
 class ReferenceSettings(BaseModel):
-    """Which images the reference prior knows."""
+    """The image set of the reference prior."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -51,10 +51,13 @@ class ReferenceSettings(BaseModel):
 
 
 def mixture_noise(z_t: Tensor, images: Tensor, alpha_bar: Tensor, std: float = 0.0) -> Tensor:
-    """E[eps | z_t] when x is one of K equally likely images blurred by `std`: the module's formula.
+    """Return E[eps | z_t] when x is one of K equally likely images blurred by `std`: the module's formula.
 
     Args:
-        z_t: [B, C, h, w]. images: [B, K, C, h, w]. alpha_bar: [B] below 1.
+        z_t: [B, C, h, w].
+        images: [B, K, C, h, w].
+        alpha_bar: [B], below 1.
+        std: standard deviation about each image, at least 0.
     Returns: [B, C, h, w].
     """
     alpha, sigma = per_sample(alpha_bar.sqrt(), z_t), per_sample((1 - alpha_bar).sqrt(), z_t)
@@ -73,8 +76,13 @@ class ReferencePrior:
     """The exact denoiser of renders of a mesh, in pixel space; prompts are ignored.
 
     Args:
-        mesh: what to rebuild, in world coordinates (see :func:`fitted`). settings: image set and resolution.
+        mesh: what to rebuild, in world coordinates (see :func:`fit_scene`).
+        settings: image set and resolution.
         prompts: the thresholds of the view classes.
+
+    Example:
+        >>> prior = ReferencePrior(read_mesh("mug.glb"), ReferenceSettings(resolution=64))
+        >>> guidance = Guidance(prior, GuidanceSettings(scale=1), ViewPrompts("anything"), torch.Generator())
     """
 
     name = "reference"
@@ -89,46 +97,52 @@ class ReferencePrior:
         self._corners = _corners(mesh)
 
     def embed(self, prompts: list[str]) -> Tensor:
-        """Nothing to know about prompts: zeros [P, 1]."""
+        """Return zeros [P, 1]: prompts are ignored."""
         return torch.zeros(len(prompts), 1)
 
     def encode(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        """sRGB images [B, H, W, 3] in [0, 1] to [B, 3, h, w] in [-1, 1]; resized when of another size."""
+        """Return [B, 3, h, w] in [-1, 1] of sRGB images [B, H, W, 3] in [0, 1], resized when of another size."""
         return resized(images.permute(0, 3, 1, 2) * 2 - 1, self.resolution)
 
     def decode(self, x: Tensor) -> Tensor:
-        """[B, 3, h, w] to sRGB images [B, h, w, 3] clamped to [0, 1]."""
+        """Return sRGB images [B, h, w, 3] clamped to [0, 1] of x [B, 3, h, w]."""
         return (x.permute(0, 2, 3, 1) / 2 + 0.5).clamp(0, 1)
 
     @torch.no_grad()
     def predict_noise(self, z_t: Tensor, t: Tensor, embedding: Tensor, context: ViewContext) -> Tensor:
-        """The exact eps for the image set of each asked view."""
+        """Return the exact eps for the image set of each view."""
         images = self.image_set(context).to(z_t)
         return mixture_noise(z_t, images, self.alphas_cumprod[t.cpu()], self.settings.std)
 
     @torch.no_grad()
     def image_set(self, context: ViewContext) -> Tensor:
-        """The K images [B, K, 3, h, w] in [-1, 1] that the prior knows for each view of the context."""
+        """Return the K images [B, K, 3, h, w] in [-1, 1] of each view of the context."""
         s, side, shading = self.settings, self.resolution, context.shading or ALBEDO
-        background = torch.tensor(s.background) if context.background is None else context.background.float().cpu()
-        background = background.expand(len(context), *background.shape[-3:]) if background.dim() == 4 else background
-        if background.dim() == 4 and background.shape[1:3] != (side, side):
-            background = resized(background.permute(0, 3, 1, 2), side).permute(0, 2, 3, 1)
+        backdrop = torch.tensor(s.background) if context.background is None else context.background.float().cpu()
+        backdrop = backdrop.expand(len(context), *backdrop.shape[-3:]) if backdrop.dim() == 4 else backdrop
+        if backdrop.dim() == 4 and backdrop.shape[1:3] != (side, side):
+            backdrop = resized(backdrop.permute(0, 3, 1, 2), side).permute(0, 2, 3, 1)
         views = context.views.to("cpu")
         if s.pose == "exact":
-            linear = self.render(views, shading, background)[:, None]  # [B, 1, h, w, 3]
+            linear = self.render(views, shading, backdrop)[:, None]  # [B, 1, h, w, 3]
         else:
             sets = []
             for k in range(len(views)):
                 group = class_views(views[k], s, self.prompts)
-                under = background[k : k + 1].expand(len(group), -1, -1, -1) if background.dim() == 4 else background
+                under = backdrop[k : k + 1].expand(len(group), -1, -1, -1) if backdrop.dim() == 4 else backdrop
                 sets.append(self.render(group, shading, under))
             linear = torch.stack(sets)  # [B, K, h, w, 3], every class having the same K
         return linear_to_srgb(linear).permute(0, 1, 4, 2, 3) * 2 - 1
 
     @torch.no_grad()
-    def render(self, views: Views, shading: Shading = ALBEDO, background: Tensor | None = None) -> Tensor:
-        """Linear renders [B, h, w, 3] of the mesh, box-filtered from supersample^2 samples a pixel."""
+    def render(self, views: Views, shading: Shading = ALBEDO, backdrop: Tensor | None = None) -> Tensor:
+        """Return linear renders [B, h, w, 3] of the mesh, box-filtered from supersample^2 samples a pixel.
+
+        Args:
+            views: B views.
+            shading: one for all views.
+            backdrop: linear colour, broadcastable to [B, h, w, 3]; None: the settings' `background`.
+        """
         from stages.kernels.raster import interpolate, rasterise
 
         vertices, triangles, attributes, texture = self._corners
@@ -143,17 +157,26 @@ class ReferencePrior:
             colour = F.grid_sample(source, grid, padding_mode="border", align_corners=False).permute(0, 2, 3, 1)
         colour = shade(colour, normals, positions, views.light[:, None, None], shading)
         pooled = F.avg_pool2d(torch.cat([colour * mask, mask], -1).permute(0, 3, 1, 2), n).permute(0, 2, 3, 1)
-        under = torch.tensor(self.settings.background) if background is None else background
-        return pooled[..., :3] + (1 - pooled[..., 3:]) * under
+        colour_behind = torch.tensor(self.settings.background) if backdrop is None else backdrop
+        return pooled[..., :3] + (1 - pooled[..., 3:]) * colour_behind
 
 
 def load_reference(settings: ReferenceSettings, prompts: PromptSettings | None = None) -> ReferencePrior:
-    """The reference prior of the mesh file that the settings name; UserError if it cannot be read."""
-    return ReferencePrior(fitted(read_mesh(settings.mesh)), settings, prompts)
+    """Load the reference prior of the mesh file that the settings name.
+
+    Args:
+        settings: `mesh` is the file.
+        prompts: the thresholds of the view classes.
+    Raises: UserError if the file cannot be read.
+
+    Example:
+        >>> prior = load_reference(ReferenceSettings(mesh="mug.glb"))
+    """
+    return ReferencePrior(fit_scene(read_mesh(settings.mesh)), settings, prompts)
 
 
-def fitted(mesh: Mesh) -> Mesh:
-    """The mesh itself if it lies within the scene's sphere, else centred on its box and scaled to radius 0.8."""
+def fit_scene(mesh: Mesh) -> Mesh:
+    """Return the mesh itself if it lies within the scene's sphere, else centred on its box and scaled to radius 0.8."""
     vertices = mesh.vertices
     if np.abs(vertices).max() > 1e15:  # whose squares float32 cannot hold
         vertices = vertices.astype(np.float64)
@@ -161,12 +184,12 @@ def fitted(mesh: Mesh) -> Mesh:
         return mesh
     centre = (vertices.min(0) + vertices.max(0)) / 2
     scale = FIT_RADIUS / max(float(np.linalg.norm(vertices - centre, axis=1).max()), 1e-12)
-    moved = ((vertices - centre) * scale).astype(np.float32)
-    return Mesh(moved, mesh.faces, mesh.colours, mesh.uv, mesh.uv_faces, mesh.texture)
+    vertices = ((vertices - centre) * scale).astype(np.float32)
+    return Mesh(vertices, mesh.faces, mesh.colours, mesh.uv, mesh.uv_faces, mesh.texture)
 
 
 def class_views(view: Views, settings: ReferenceSettings, prompts: PromptSettings) -> Views:
-    """Views spread over the class of one view, at its distance and field of view, its light moving with the camera."""
+    """Return views spread over the class of one view, at its distance and field of view; the light moves along."""
     name = view_class(float(view.azimuth_deg), float(view.elevation_deg), prompts)
     front, back = prompts.front_deg, prompts.back_deg
     n, low, high = settings.class_azimuths, *settings.class_elevation_deg
@@ -197,7 +220,7 @@ def class_views(view: Views, settings: ReferenceSettings, prompts: PromptSetting
 
 
 def crease_normals(vertices: np.ndarray, faces: np.ndarray, crease_deg: float = 40.0) -> np.ndarray:
-    """Unit normals [F, 3, 3] per face corner: area-weighted over the faces at the corner's position within the angle.
+    """Return unit normals [F, 3, 3] per face corner: area-weighted over the faces at its position within the angle.
 
     Vertices at equal positions count as one, so texture seams do not show; edges sharper than `crease_deg` do.
     """
@@ -209,15 +232,15 @@ def crease_normals(vertices: np.ndarray, faces: np.ndarray, crease_deg: float = 
     order = np.argsort(corner_vertex, kind="stable")
     counts = np.bincount(corner_vertex)
     starts = np.cumsum(counts) - counts
-    # every corner meets every corner at its vertex: pairs (mine, other)
+    # every corner meets every corner at its vertex: pairs (corner, other)
     degree = counts[corner_vertex]
-    mine = np.repeat(np.arange(len(corner_vertex)), degree)
-    rank = np.arange(len(mine)) - np.repeat(np.cumsum(degree) - degree, degree)
-    other = order[starts[corner_vertex[mine]] + rank]
-    close = np.einsum("ij,ij->i", unit[mine // 3], unit[other // 3]) >= np.cos(np.radians(crease_deg))
+    corner = np.repeat(np.arange(len(corner_vertex)), degree)
+    rank = np.arange(len(corner)) - np.repeat(np.cumsum(degree) - degree, degree)
+    other = order[starts[corner_vertex[corner]] + rank]
+    close = np.einsum("ij,ij->i", unit[corner // 3], unit[other // 3]) >= np.cos(np.radians(crease_deg))
     total = np.zeros((len(corner_vertex), 3))
     for k in range(3):
-        total[:, k] = np.bincount(mine[close], area[other[close] // 3, k], minlength=len(corner_vertex))
+        total[:, k] = np.bincount(corner[close], area[other[close] // 3, k], minlength=len(corner_vertex))
     length = np.linalg.norm(total, axis=1, keepdims=True)
     normals = np.where(length > 1e-20, total / np.maximum(length, 1e-20), np.repeat(unit, 3, 0))
     return normals.reshape(-1, 3, 3).astype(np.float32)

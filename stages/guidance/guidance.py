@@ -15,14 +15,14 @@ from torch import Tensor
 from stages.cameras import Views
 from stages.errors import UserError, check_shape
 from stages.guidance import rules
-from stages.guidance.compatibility import check_fit, data_range
+from stages.guidance.compatibility import check_compatibility, data_range
 from stages.guidance.conditions import Conditions
 from stages.guidance.guide import GuidanceOutput
 from stages.guidance.prior import Prior, ShapePrior, ViewContext, per_sample, resized, x0_from_eps
 from stages.guidance.residuals import RULES, Residual, StepInputs
 from stages.guidance.schedules import TIMESTEPS, WEIGHTINGS, stratified, to_index
 from stages.guidance.settings import GuidanceSettings
-from stages.guidance.vsd import RenderScore, camera_numbers
+from stages.guidance.vsd import RenderScore, camera_vector
 from stages.kernels.srgb import linear_to_srgb
 from stages.phases import phase
 from stages.prompts import ViewPrompts
@@ -35,20 +35,30 @@ __all__ = ["Guidance", "GuidanceOutput", "GuidanceSettings"]
 
 
 class Guidance:
-    """A Guide (guide.py): a prior asked under the prompts of the views.
+    """A Guide (guide.py): score distillation from a prior by a rule.
 
-    Its metrics:
-    agreement_db: PSNR in dB between x and the prior's own denoised x0 (conditional branch), data range 2; higher is
-        closer to what the prior would draw. t: mean timestep as a fraction. grad_rms: root mean square of the gradient
-        on x. nonfinite: share of gradient entries that the prior returned as NaN or infinity and that were dropped.
-    clamped: with a threshold, the share of the guided x0_hat's entries that lay outside the data range.
-    clipped: with grad_clip, the share of the gradient's entries that it held back.
-    score_error: with vsd, the mean squared error of the score of the renders; -1 marks a step it did not take.
+    Metrics of a call:
+        agreement_db: PSNR in dB between x and the prior's denoised x0 (conditional branch), data range 2; higher is
+            closer to what the prior would draw.
+        t: mean timestep, as a fraction of the schedule.
+        t_max: upper end of the range that t is drawn from, as a fraction.
+        grad_rms: root mean square of the gradient on x.
+        nonfinite: share of gradient entries that the prior returned as NaN or infinity and that were dropped.
+        clamped: with a threshold, the share of the guided x0_hat's entries outside the data range.
+        clipped: with grad_clip, the share of the gradient's entries that it clamped.
+        score_error: with vsd, the mean squared error of the score of the renders; -1 marks a step it did not take.
 
     Args:
         prior: any :class:`stages.guidance.prior.Prior`; prompts are embedded here.
-        settings: rule, schedule and weights. prompts: the words by view. generator: a CPU generator of its own.
-        release_text: whether the prior's text encoder is released after, for a prior that nobody asks again.
+        settings: rule, schedule and weights.
+        prompts: the texts of a run by view.
+        generator: on the CPU, and of this guidance alone: all its randomness.
+        release_text: whether the prior's text encoder is freed once the prompts are embedded.
+    Raises: UserError for a rule or setting that does not work with this prior or these prompts.
+
+    Example:
+        >>> guidance = Guidance(load_prior("pocket"), GuidanceSettings(), ViewPrompts("a red mug"), torch.Generator())
+        >>> guidance(images, views, progress=0.5).loss.backward()
     """
 
     def __init__(
@@ -61,7 +71,7 @@ class Guidance:
         release_text: bool = True,
     ) -> None:
         self.prior, self.settings, self.prompts, self.generator = prior, settings, prompts, generator
-        check_fit(prior, settings, prompts)
+        check_compatibility(prior, settings, prompts)
         self._data_range = data_range(prior, settings)
         self._conditions = Conditions(prior, prompts, release_text=release_text)
         self._score = (
@@ -75,25 +85,19 @@ class Guidance:
         progress: float,
         textureless: bool = False,
         *,
-        background: Tensor | None = None,
+        backdrop: Tensor | None = None,
         shading: Shading | None = None,
     ) -> GuidanceOutput:
-        """The distillation loss of linear images [B, H, W, 3] in [0, 1] seen from B views.
-
-        Args:
-            images: linear colour, differentiable. views: their cameras. progress: share of the stage done, in [0, 1].
-            textureless: the images are textureless renders (chooses the words).
-            background, shading: what the stage composited on (linear [B, H, W, 3]) and shaded with; see ViewContext.
-        """
+        """Return the distillation loss of linear images [B, H, W, 3] in [0, 1] seen from B views; see Guide."""
         check_shape("images", images, (len(views), None, None, 3))
         s, alphas_cumprod = self.settings, self.prior.alphas_cumprod
         t, low_high = self._timesteps(len(views), progress)
         with phase("encode"):
-            shown = linear_to_srgb(images) if s.srgb else images
-            x = self.prior.encode(shown, self.generator)
+            pictures = linear_to_srgb(images) if s.srgb else images
+            x = self.prior.encode(pictures, self.generator)
         eps = torch.randn(x.shape, generator=self.generator).to(x)
-        context = ViewContext(views, background if background is None else background.detach(), shading)
-        conditions, camera = self._conditions.of(views, textureless), camera_numbers(views)
+        context = ViewContext(views, backdrop if backdrop is None else backdrop.detach(), shading)
+        conditions, camera = self._conditions.for_views(views, textureless), camera_vector(views)
 
         def predict(z: Tensor, t: Tensor, *names: str) -> list[Tensor]:
             names, groups = conditions.distinct(*names)
@@ -108,13 +112,22 @@ class Guidance:
             return self._score.predict(z, t, conditions.embedding("prompt"), camera, context)
 
         with torch.no_grad(), phase("rule"):
-            inputs = StepInputs(x.detach(), eps, t, alphas_cumprod, progress, predict)
-            inputs.data_range, inputs.against, inputs.score = self._data_range, conditions.against, score
-            inputs.backdrop = self._backdrop(background, images)
+            inputs = StepInputs(
+                x.detach(),
+                eps,
+                t,
+                alphas_cumprod,
+                progress,
+                predict,
+                data_range=self._data_range,
+                backdrop=self._encode_backdrop(backdrop, images),
+                perp_neg_weights=conditions.perp_neg_weights,
+                score=score,
+            )
             result = RULES[s.rule.name].residual(inputs, s)
             alpha_bar = alphas_cumprod[t]
             w_t = WEIGHTINGS[s.weighting](alpha_bar)
-            gradient, nonfinite = _finite(per_sample(w_t, x) * result.residual, self.prior.name)
+            gradient, nonfinite = _drop_nonfinite(per_sample(w_t, x) * result.residual, self.prior.name)
             metrics = {
                 "agreement_db": _agreement_db(x0_from_eps(result.eps_y, result.z_t, alpha_bar), x),
                 "t": float(t.double().mean()) / alphas_cumprod.shape[0],
@@ -123,11 +136,11 @@ class Guidance:
             if s.grad_clip is not None:
                 limit = s.grad_clip.at(progress)
                 metrics["clipped"] = float((gradient.abs() > limit).double().mean())
-                gradient = rules.clipped(gradient, limit)
+                gradient = rules.clip_gradient(gradient, limit)
             metrics |= {"grad_rms": float(gradient.square().mean().sqrt()), "nonfinite": nonfinite}
         loss = rules.surrogate(x, gradient)
         if s.image_term > 0:
-            loss = loss + self._image_term(shown, result, s.image_term * w_t, alpha_bar)
+            loss = loss + self._image_term(pictures, result, s.image_term * w_t, alpha_bar)
         if self._score is not None:
             with phase("score"):
                 embedding = conditions.embedding("prompt")
@@ -135,25 +148,25 @@ class Guidance:
         return GuidanceOutput(loss, metrics)
 
     def shape(self) -> Radiance | None:
-        """The object of the prompt as density and colour at points, where the prior knows it in 3D; else None."""
-        return self.prior.shape(self._conditions.plain) if isinstance(self.prior, ShapePrior) else None
+        """Return the prompt's object as density and colour at points, where the prior knows it in 3D; else None."""
+        return self.prior.shape(self._conditions.front) if isinstance(self.prior, ShapePrior) else None
 
-    def _backdrop(self, background: Tensor | None, images: Tensor) -> Tensor | None:
-        """What the images were composited on, in the prior's space, where the settings want x0_hat put on it."""
+    def _encode_backdrop(self, backdrop: Tensor | None, images: Tensor) -> Tensor | None:
+        """Return the backdrop in the prior's space, where the settings want x0_hat put on it; else None."""
         if self.settings.backdrop_width is None:
             return None
-        if background is None:
-            raise ValueError("background: wanted what the images were composited on, for backdrop_width; got None")
-        behind = background.detach().expand_as(images)
-        return self.prior.encode(linear_to_srgb(behind) if self.settings.srgb else behind, self.generator)
+        if backdrop is None:
+            raise ValueError("backdrop: wanted what the images were composited on, for backdrop_width; got None")
+        pictures = backdrop.detach().expand_as(images)
+        return self.prior.encode(linear_to_srgb(pictures) if self.settings.srgb else pictures, self.generator)
 
-    def _image_term(self, shown: Tensor, result: Residual, weight: Tensor, alpha_bar: Tensor) -> Tensor:
+    def _image_term(self, pictures: Tensor, result: Residual, weight: Tensor, alpha_bar: Tensor) -> Tensor:
         """HiFA's second half: sRGB renders [B, H, W, 3] against what the rule's x0_hat decodes to."""
-        pixels = resized(shown.permute(0, 3, 1, 2), self.prior.resolution).permute(0, 2, 3, 1) * 2 - 1
+        pixels = resized(pictures.permute(0, 3, 1, 2), self.prior.resolution).permute(0, 2, 3, 1) * 2 - 1
         with torch.no_grad():
             decoded = self.prior.decode(x0_from_eps(result.eps_hat, result.z_t, alpha_bar)).to(pixels) * 2 - 1
             residual = per_sample(weight, pixels) * rules.image_term(pixels.detach(), decoded, alpha_bar)
-            residual, _ = _finite(residual, self.prior.name)
+            residual, _ = _drop_nonfinite(residual, self.prior.name)
         return rules.surrogate(pixels, residual)
 
     def _timesteps(self, batch: int, progress: float) -> tuple[Tensor, tuple[float, float]]:
@@ -165,19 +178,19 @@ class Guidance:
         return to_index(fraction, low, high, steps), (low, high)
 
     def close(self) -> None:
-        """Leave the prior as it was before: vsd's changes of its network are taken out."""
+        """Leave the prior as it was before: remove vsd's changes of its network."""
         if self._score is not None:
             self._score.detach()
 
     def state_dict(self) -> dict[str, Tensor]:
-        """All that makes a resumed guidance equal to an uninterrupted one: the generator, and vsd's score."""
+        """Return all that makes a resumed guidance equal to an uninterrupted one: the generator, and vsd's score."""
         state = {"generator": self.generator.get_state()}
         if self._score is not None:
             state |= {f"score.{key}": value for key, value in self._score.state_dict().items()}
         return state
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Inverse of state_dict."""
+        """Take over what state_dict returned."""
         self.generator.set_state(state["generator"])
         if self._score is not None:
             self._score.load_state_dict(
@@ -186,13 +199,13 @@ class Guidance:
 
 
 def _agreement_db(x0: Tensor, x: Tensor) -> float:
-    """PSNR of x0 against x, data range 2, within +-100 dB."""
+    """Return the PSNR of x0 against x, data range 2, within +-100 dB."""
     error = torch.nan_to_num((x0 - x).square().mean(), nan=1e10).clamp(1e-10, 1e10)
     return float(10 * torch.log10(4 / error))
 
 
-def _finite(gradient: Tensor, prior: str) -> tuple[Tensor, float]:
-    """The gradient with non-finite entries dropped, and their share; refuses when nothing finite is left."""
+def _drop_nonfinite(gradient: Tensor, prior: str) -> tuple[Tensor, float]:
+    """Return the gradient with non-finite entries set to 0, and their share. Raises: UserError where all are."""
     finite = torch.isfinite(gradient)
     share = 1 - float(finite.double().mean())
     if share == 0:

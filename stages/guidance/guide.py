@@ -1,4 +1,4 @@
-"""What a stage asks of its guidance, whichever it is: diffusion (guidance.py), a CLIP (clip_guidance.py), a toy."""
+"""The Guide protocol, a loss on the renders of a stage: of diffusion (guidance.py) or of a CLIP (clip_guidance.py)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class GuidanceOutput:
-    """What a step is told of its images.
+    """What a Guide returns for the images of a step.
 
     Args:
         loss: a surrogate whose gradient on the images matters, not its value.
@@ -37,7 +37,7 @@ class Guide(Protocol):
         progress: float,
         textureless: bool = False,
         *,
-        background: Tensor | None = None,
+        backdrop: Tensor | None = None,
         shading: Shading | None = None,
     ) -> GuidanceOutput:
         """Return the loss of linear images [B, H, W, 3] in [0, 1] seen from B views.
@@ -47,7 +47,7 @@ class Guide(Protocol):
             views: their cameras and lights.
             progress: share of the stage done, in [0, 1].
             textureless: whether the images show no colours, which chooses the words.
-            background: what the images were composited on, linear [B, H, W, 3].
+            backdrop: what the images were composited on, linear [B, H, W, 3].
             shading: what all of them were shaded with; None means plain albedo.
         """
 

@@ -7,7 +7,7 @@ Letters: x clean data in the prior's space [B, C, h, w]; eps unit noise; t integ
 
 Any other Gaussian path a_t x + s_t eps fits without new plumbing: dividing by sqrt(a_t^2 + s_t^2) makes it variance
 preserving with alpha_bar = a_t^2 / (a_t^2 + s_t^2) and leaves eps as it is. A rectified-flow prior therefore reports
-`path_alphas_cumprod(1 - sigma, sigma)`, multiplies z_t by `flow_scale` before it asks its network and turns the
+`path_alphas_cumprod(1 - sigma, sigma)`, multiplies z_t by `flow_scale` before it calls its network and turns the
 velocity into eps; a DDIM step between two noise levels is then the same as the flow's Euler step.
 """
 
@@ -31,11 +31,12 @@ PREDICTIONS = ("epsilon", "v_prediction", "sample", "flow_prediction")
 
 @dataclass(frozen=True)
 class ViewContext:
-    """What a prior may know of the images besides their pixels; of learned ones only those with a camera layout ask.
+    """What a prior is given of the images besides their pixels; learned priors read it if they have a layout.
 
-    views: the cameras and lights of the images, B of them.
-    background: linear colour [B, H, W, 3] (or [3]) that the stage composited on; None when it does not say.
-    shading: the shading the stage used for all views; None means plain albedo.
+    Args:
+        views: the cameras and lights of the images, B of them.
+        background: linear colour [B, H, W, 3] (or [3]) that the stage composited on; None where it is not known.
+        shading: the shading of all views; None means plain albedo.
     """
 
     views: Views
@@ -46,7 +47,7 @@ class ViewContext:
         return len(self.views)
 
     def repeat(self, times: int) -> ViewContext:
-        """The context of a batch repeated `times` over as a whole, as a guidance batch needs it."""
+        """Return the context of the batch repeated `times` over as a whole, as a guidance batch needs it."""
         if times == 1:
             return self
         index = torch.arange(len(self.views)).repeat(times)
@@ -59,14 +60,14 @@ class ViewContext:
 
 
 def is_flat(background: Tensor) -> bool:
-    """Whether a background [B, H, W, 3] is one colour a view, expanded."""
+    """Return whether a background [B, H, W, 3] is one colour a view, expanded."""
     return background.stride(1) == background.stride(2) == 0
 
 
 class Prior(Protocol):
-    """Something that predicts the noise in a noisy image of the prompt.
+    """A model that predicts the noise in a noisy image of the prompt.
 
-    What only some priors can do has protocols of its own: :class:`FreesText`, :class:`TrainablePrior`,
+    Protocols of abilities that only some priors have: :class:`FreesText`, :class:`TrainablePrior`,
     :class:`ShapePrior`.
     """
 
@@ -74,20 +75,20 @@ class Prior(Protocol):
     resolution: int  # side in pixels of the images that `encode` works at
     alphas_cumprod: Tensor  # [T] on the CPU, decreasing; float32, or float64 where 1 - alphas_cumprod gets small
     data_range: tuple[float, float] | None  # of x; None where it is not known, as for most latents
-    prediction: str  # of PREDICTIONS: what its predictions of the noise are made from
+    prediction: str  # of PREDICTIONS: what its network predicts
     reads_prompts: bool  # whether its predictions depend on the embeddings
 
     def embed(self, prompts: list[str]) -> Any:
-        """Embeddings of prompts: a tensor, or anything that a [N] long tensor indexes along its prompts."""
+        """Return the embeddings of prompts: a tensor, or anything that a [N] long tensor indexes along its prompts."""
 
     def encode(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        """sRGB images [B, H, W, 3] in [0, 1] to x [B, C, h, w], differentiable in the images."""
+        """Return x [B, C, h, w] of sRGB images [B, H, W, 3] in [0, 1], differentiable in them."""
 
     def decode(self, x: Tensor) -> Tensor:
-        """x [B, C, h, w] to sRGB images [B, H, W, 3] in [0, 1]."""
+        """Return sRGB images [B, H, W, 3] in [0, 1] of x [B, C, h, w]."""
 
     def predict_noise(self, z_t: Tensor, t: Tensor, embedding: Any, context: ViewContext) -> Tensor:
-        """eps [B, C, h, w] for noisy z_t at timesteps t [B] long under B embeddings; no gradient."""
+        """Return eps [B, C, h, w] for noisy z_t at timesteps t [B] long under B embeddings; no gradient."""
 
 
 @runtime_checkable
@@ -95,12 +96,12 @@ class FreesText(Protocol):
     """A prior whose text encoder takes memory and can go once the prompts are embedded."""
 
     def release_text_encoder(self) -> None:
-        """Free the text encoder's memory; what was embedded stays."""
+        """Free the text encoder's memory; embeddings stay."""
 
 
 @runtime_checkable
 class TrainablePrior(Protocol):
-    """A prior on whose network the score of the renders can be learned, and all that vsd.py asks of it."""
+    """A prior whose network vsd.py can train the score of the renders on."""
 
     name: str
     prediction: str  # of PREDICTIONS
@@ -110,22 +111,22 @@ class TrainablePrior(Protocol):
     offload: str  # "none": its weights stay on the device
 
     def noise(self, network: nn.Module, z_t: Tensor, t: Tensor, embedding: Any, **conditions: Any) -> Tensor:
-        """eps [B, C, h, w] by this network or one like it, with gradients in those of its weights that ask for them."""
+        """Return eps [B, C, h, w] by this network or one like it, with gradients in its weights that require them."""
 
     def conditions(self, embedding: Any, context: ViewContext | None) -> dict[str, Any]:
-        """What the network is given beyond the embedding for these views; nothing where they are not known."""
+        """Return the network's further inputs for these views; none where they are not known."""
 
 
 @runtime_checkable
 class ShapePrior(Protocol):
-    """A prior that may also know in 3D what it draws, as one with a layout does."""
+    """A prior that may also know its object in 3D, as one with a layout does."""
 
     def shape(self, embedding: Any) -> Radiance | None:
-        """The object that one embedding [1, ...] names, as density and colour at points; None if it knows none."""
+        """Return the object of one embedding [1, ...] as density and colour at points; None if it knows none."""
 
 
 def resized(images: Tensor, side: int) -> Tensor:
-    """Images [B, C, H, W] at [B, C, side, side], bilinear, filtered when shrinking; themselves if of that size."""
+    """Return images [B, C, H, W] at [B, C, side, side], bilinear, antialiased when shrinking."""
     if images.shape[-2:] == (side, side):
         return images
     shrinks = images.shape[-1] > side
@@ -133,17 +134,17 @@ def resized(images: Tensor, side: int) -> Tensor:
 
 
 def per_sample(values: Tensor, like: Tensor) -> Tensor:
-    """Values [B] shaped [B, 1, 1, 1] on the device and in the dtype of `like` [B, C, h, w]."""
+    """Return values [B] shaped [B, 1, 1, 1], on the device and in the dtype of `like` [B, C, h, w]."""
     return values.to(device=like.device, dtype=like.dtype).reshape(-1, *[1] * (like.dim() - 1))
 
 
 def add_noise(x: Tensor, eps: Tensor, alpha_bar: Tensor) -> Tensor:
-    """z_t = sqrt(alpha_bar) x + sqrt(1 - alpha_bar) eps (DDPM eq. 4); alpha_bar [B]."""
+    """Return z_t = sqrt(alpha_bar) x + sqrt(1 - alpha_bar) eps (DDPM eq. 4); alpha_bar [B]."""
     return per_sample(alpha_bar.sqrt(), x) * x + per_sample((1 - alpha_bar).sqrt(), x) * eps
 
 
 def eps_from_prediction(prediction: Tensor, z_t: Tensor, alpha_bar: Tensor, kind: str) -> Tensor:
-    """Noise from what a network predicts; v as in Salimans & Ho 2022 app. D, flow as in Liu et al. 2022 eq. 1.
+    """Return the noise of a network's prediction, v as in Salimans & Ho 2022 app. D, flow as in Liu et al. 2022 eq. 1.
 
     Exact at alpha_bar = 0 (zero terminal signal-to-noise) for v, sample and flow predictions.
     """
@@ -160,28 +161,28 @@ def eps_from_prediction(prediction: Tensor, z_t: Tensor, alpha_bar: Tensor, kind
 
 
 def flow_scale(alpha_bar: Tensor) -> Tensor:
-    """What takes z_t to the rectified path: (1 - s) x + s eps = flow_scale z_t with s = sigma / (alpha + sigma)."""
+    """Return the factor from z_t to (1 - s) x + s eps on the rectified path, s = sigma / (alpha + sigma)."""
     return 1 / (alpha_bar.sqrt() + (1 - alpha_bar).sqrt())
 
 
 def x0_from_eps(eps: Tensor, z_t: Tensor, alpha_bar: Tensor) -> Tensor:
-    """Clean data of a noise prediction (DDPM eq. 15); alpha_bar is floored at 1e-6, where x0 is not determined."""
+    """Return the clean data of a noise prediction (DDPM eq. 15); alpha_bar is floored at 1e-6."""
     alpha_bar = alpha_bar.clamp_min(1e-6)
     return (z_t - per_sample((1 - alpha_bar).sqrt(), z_t) * eps) / per_sample(alpha_bar.sqrt(), z_t)
 
 
 def eps_from_x0(x0: Tensor, z_t: Tensor, alpha_bar: Tensor) -> Tensor:
-    """Noise of a clean-data prediction: eps = (z_t - alpha x0) / sigma; needs alpha_bar < 1."""
+    """Return the noise of a clean-data prediction, eps = (z_t - alpha x0) / sigma; alpha_bar < 1."""
     alpha, sigma = per_sample(alpha_bar.sqrt(), z_t), per_sample((1 - alpha_bar).sqrt(), z_t)
     return (z_t - alpha * x0) / sigma
 
 
 def path_alphas_cumprod(a: Tensor, s: Tensor) -> Tensor:
-    """alpha_bar of the Gaussian path a x + s eps after scaling it to be variance preserving (see module docstring)."""
+    """Return alpha_bar of the Gaussian path a x + s eps scaled to be variance preserving (see module docstring)."""
     return a**2 / (a**2 + s**2)
 
 
 def scaled_linear_alphas_cumprod(steps: int = 1000, start: float = 0.00085, end: float = 0.012) -> Tensor:
-    """Stable Diffusion's schedule: sqrt(beta) linear; float32 [steps]."""
+    """Return Stable Diffusion's schedule: sqrt(beta) linear; float32 [steps]."""
     betas = torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float64) ** 2
     return torch.cumprod(1 - betas, 0).float()

@@ -16,8 +16,8 @@ from torch import Tensor
 from stages.guidance.prior import eps_from_x0, per_sample, x0_from_eps
 
 
-def guided(eps_y: Tensor, eps_0: Tensor | None, scale: float) -> Tensor:
-    """Classifier-free guidance, Ho & Salimans 2022 eq. 6 with s = 1 + w; eps_0 is not needed at s = 1."""
+def classifier_free_guidance(eps_y: Tensor, eps_0: Tensor | None, scale: float) -> Tensor:
+    """Return eps_0 + s (eps_y - eps_0), Ho & Salimans 2022 eq. 6 with s = 1 + w; eps_0 is not needed at s = 1."""
     if eps_0 is None:
         if scale != 1:
             raise ValueError(f"scale: wanted 1 without an unconditional prediction, got {scale}")
@@ -25,8 +25,8 @@ def guided(eps_y: Tensor, eps_0: Tensor | None, scale: float) -> Tensor:
     return eps_0 + scale * (eps_y - eps_0)
 
 
-def rescaled(eps_hat: Tensor, eps_y: Tensor, z_t: Tensor, alpha_bar: Tensor, phi: float) -> Tensor:
-    """CFG rescale: x0 gets back the standard deviation of the conditional x0, blended by phi in [0, 1].
+def rescale_cfg(eps_hat: Tensor, eps_y: Tensor, z_t: Tensor, alpha_bar: Tensor, phi: float) -> Tensor:
+    """Return eps_hat with the standard deviation of its x0 set to that of the conditional x0, to a share phi in [0, 1].
 
     Lin et al. 2023 (arXiv 2305.08891) eq. 15-16, applied to x0 as in MVDream; phi = 0 changes nothing.
     """
@@ -38,20 +38,24 @@ def rescaled(eps_hat: Tensor, eps_y: Tensor, z_t: Tensor, alpha_bar: Tensor, phi
     return eps_from_x0(x0 * (phi * ratio + 1 - phi), z_t, alpha_bar)
 
 
-def perp_neg(eps_y: Tensor, eps_0: Tensor, against: list[Tensor], weights: list[Tensor]) -> Tensor:
-    """Perp-Neg (Armandpour et al., arXiv 2304.04968, as threestudio adds it up): eps_y, pushed away from other views.
+def perp_neg(eps_y: Tensor, eps_0: Tensor, negatives: list[Tensor], weights: list[Tensor]) -> Tensor:
+    """Return eps_y moved away from negatives: eps_y + sum_i w_i (d_i - its part along d_y), d = eps - eps_0.
 
-    eps_y + sum_i w_i (d_i - its part along d_y), d = eps - eps_0: only what a negative says beyond the prompt itself is
-    used, so the prompt is never weakened. Stands in for eps_y in any rule: guided() then multiplies it all by s.
+    Only the part of a negative perpendicular to the prompt is used, so the prompt is never weakened. It replaces eps_y
+    in any rule: classifier-free guidance then multiplies all of it by s.
+    Source: Perp-Neg (Armandpour et al., arXiv 2304.04968), summed as in threestudio.
 
     Args:
-        against: predictions under the negatives. weights: of each, [B] <= 0.
+        eps_y: prediction under the prompt [B, C, h, w].
+        eps_0: prediction that differences are taken from, like eps_y.
+        negatives: predictions under the negatives, like eps_y.
+        weights: of each negative, [B] <= 0.
     """
     d_y = eps_y - eps_0
     axes = tuple(range(1, d_y.dim()))
     squared = d_y.square().sum(axes, keepdim=True).clamp_min(1e-12)
     total = eps_y
-    for eps_i, weight in zip(against, weights, strict=True):
+    for eps_i, weight in zip(negatives, weights, strict=True):
         d_i = eps_i - eps_0
         along = (d_i * d_y).sum(axes, keepdim=True) / squared
         total = total + per_sample(weight, d_y) * (d_i - along * d_y)
@@ -59,7 +63,7 @@ def perp_neg(eps_y: Tensor, eps_0: Tensor, against: list[Tensor], weights: list[
 
 
 def dynamic_threshold(x0: Tensor, data_range: tuple[float, float], quantile: float) -> Tensor:
-    """Imagen's dynamic thresholding (arXiv 2205.11487 sec. 2.3) of x0 [B, C, h, w], each sample by itself.
+    """Return x0 [B, C, h, w] under Imagen's dynamic thresholding (arXiv 2205.11487 sec. 2.3), each sample by itself.
 
     In units where the range is [-1, 1]: clamp to [-s, s] and divide by s = max(1, quantile of |x0|), so that a sample
     within its range is left alone. Static thresholding (ibid.) is the clamp with s = 1.
@@ -70,8 +74,8 @@ def dynamic_threshold(x0: Tensor, data_range: tuple[float, float], quantile: flo
     return centre + half * u.clamp(-ends, ends) / ends
 
 
-def on_backdrop(x0: Tensor, backdrop: Tensor, width: float) -> Tensor:
-    """x0 [B, C, h, w] with its own backdrop exchanged for the one its render was composited on, of the same shape.
+def replace_backdrop(x0: Tensor, backdrop: Tensor, width: float) -> Tensor:
+    """Return x0 [B, C, h, w] with its backdrop replaced by the one its render was composited on, of the same shape.
 
     At high noise a prior can only guess what is behind the object, and the difference between its guess and the true
     backdrop is a residual that distillation can remove with fog alone. What x0 shows at its rim, the median of a frame
@@ -85,12 +89,12 @@ def on_backdrop(x0: Tensor, backdrop: Tensor, width: float) -> Tensor:
 
 
 def sds(eps_hat: Tensor, eps: Tensor) -> Tensor:
-    """Score distillation sampling, DreamFusion eq. 3: eps_hat - eps."""
+    """Return eps_hat - eps: score distillation sampling, DreamFusion eq. 3."""
     return eps_hat - eps
 
 
 def sjc(eps_hat: Tensor) -> Tensor:
-    """Score Jacobian chaining without SDS's variance reduction (arXiv 2212.00774 eq. 14): -(D - z)/sigma = eps_hat.
+    """Return -(D - z)/sigma = eps_hat: score Jacobian chaining (arXiv 2212.00774 eq. 14), without variance reduction.
 
     Its variance-reduced form -(D - x)/sigma is :func:`sds` exactly.
     """
@@ -98,9 +102,9 @@ def sjc(eps_hat: Tensor) -> Tensor:
 
 
 def csd(eps_y: Tensor, eps_0: Tensor, eps_n: Tensor | None = None, negative: float = 0.0) -> Tensor:
-    """Classifier score distillation (arXiv 2310.19415 eq. 8 and 12): eps_y - eps_0, no added noise in it.
+    """Return eps_y - eps_0: classifier score distillation (arXiv 2310.19415 eq. 8 and 12), without the added noise.
 
-    With a negative prompt the reference point moves from eps_0 to eps_n as `negative` goes from 0 to 1.
+    With a negative prompt the reference moves from eps_0 to eps_n as `negative` goes from 0 to 1.
     """
     if eps_n is None or negative == 0:
         return eps_y - eps_0
@@ -108,7 +112,7 @@ def csd(eps_y: Tensor, eps_0: Tensor, eps_n: Tensor | None = None, negative: flo
 
 
 def nfsd(eps_y: Tensor, eps_0: Tensor, eps_n: Tensor, scale: float, low_noise: Tensor) -> Tensor:
-    """Noise-free score distillation (arXiv 2310.17590 eq. 8): delta_D + s delta_C.
+    """Return delta_D + s delta_C: noise-free score distillation (arXiv 2310.17590 eq. 8).
 
     delta_C = eps_y - eps_0; delta_D = eps_0 where `low_noise` [B] bool (t < 200 of Stable Diffusion's 1000, or what is
     as noisy on another schedule), else eps_0 - eps_n.
@@ -118,42 +122,46 @@ def nfsd(eps_y: Tensor, eps_0: Tensor, eps_n: Tensor, scale: float, low_noise: T
 
 
 def vsd(eps_hat: Tensor, eps_phi: Tensor) -> Tensor:
-    """Variational score distillation (ProlificDreamer, arXiv 2305.16213 eq. 9): eps_hat - eps_phi.
+    """Return eps_hat - eps_phi: variational score distillation (ProlificDreamer, arXiv 2305.16213 eq. 9).
 
     eps_phi(z_t; t, y, c) predicts the noise on the present renders. Where they are one fixed image it is eps itself and
-    the rule is SDS; where they are distributed as the prior says the residual is zero at every point, not on average.
+    the rule is SDS; where they are distributed as the prior the residual is zero at every point, not on average.
     """
     return eps_hat - eps_phi
 
 
 def image_term(images: Tensor, images_hat: Tensor, alpha_bar: Tensor) -> Tensor:
-    """HiFA's image-space residual (arXiv 2305.18766 sec. 3.1) on images in [-1, 1]: alpha / sigma (x - decoded x0_hat).
+    """Return alpha / sigma (x - decoded x0_hat): HiFA's image-space residual (arXiv 2305.18766 sec. 3.1).
 
     The factor, threestudio's, gives it the units of a noise residual: in a pixel space it is the SDS residual again.
-    images, images_hat: [B, H, W, 3].
+
+    Args:
+        images: [B, H, W, 3] in [-1, 1].
+        images_hat: decoded x0_hat, like images.
+        alpha_bar: [B].
     """
     ratio = (alpha_bar / (1 - alpha_bar)).sqrt()
     return per_sample(ratio, images) * (images - images_hat)
 
 
 def ism(eps_hat_t: Tensor, eps_0_s: Tensor) -> Tensor:
-    """Interval score matching (LucidDreamer, arXiv 2311.11284 eq. 14): eps_hat(z_t, y) - eps_0(z_s), s < t inverted."""
+    """Return eps_hat(z_t, y) - eps_0(z_s), s < t inverted: interval score matching (arXiv 2311.11284 eq. 14)."""
     return eps_hat_t - eps_0_s
 
 
 def ddim_step(z: Tensor, eps: Tensor, alpha_bar: Tensor, alpha_bar_next: Tensor) -> Tensor:
-    """Deterministic DDIM move (Song et al. 2021 eq. 12, eta 0) between noise levels, either way; all alpha_bar [B]."""
+    """Move z by deterministic DDIM (Song et al. 2021 eq. 12, eta 0) between noise levels [B], in either direction."""
     x0 = x0_from_eps(eps, z, alpha_bar)
     return per_sample(alpha_bar_next.sqrt(), z) * x0 + per_sample((1 - alpha_bar_next).sqrt(), z) * eps
 
 
-def clipped(gradient: Tensor, limit: float | None) -> Tensor:
-    """D-SDS's clamp of each entry of the gradient to [-limit, limit] (arXiv 2303.15413), its limit ramping up."""
+def clip_gradient(gradient: Tensor, limit: float | None) -> Tensor:
+    """Return the gradient with each entry clamped to [-limit, limit], D-SDS (arXiv 2303.15413); None: unchanged."""
     return gradient if limit is None else gradient.clamp(-limit, limit)
 
 
 def surrogate(x: Tensor, gradient: Tensor) -> Tensor:
-    """A scalar whose gradient in x is `gradient` / B: 0.5 ||x - stopgrad(x - gradient)||^2 summed over C, h, w.
+    """Return a scalar whose gradient in x is `gradient` / B: 0.5 ||x - stopgrad(x - gradient)||^2 summed over C, h, w.
 
     Its value is half the squared length of the gradient and says nothing about progress.
     """

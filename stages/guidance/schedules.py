@@ -1,10 +1,10 @@
-"""Which timestep a step looks at, and how much it counts.
+"""Timestep schedules and weightings: which t a step uses, and w_t.
 
 Fractions are of the prior's own steps: t = 0.02 is timestep 20 of 1000. They are no noise levels, since priors differ:
 t = 0.5 has alpha_bar 0.28 in Stable Diffusion's schedule, which the papers' numbers are for, 0.49 in the cosine one of
 the pocket prior and of DeepFloyd IF, and 0.10 in Stable Diffusion 3's flow with shift 3, whose t = 0.35 is as noisy as
-0.5 there (configs/flow.yaml). What a paper says of a noise level is looked up by alpha_bar. `progress` in [0, 1] is the
-share of the stage done.
+0.5 there (configs/flow.yaml). A paper's noise level is compared by alpha_bar. `progress` in [0, 1] is the share of the
+stage done.
 A timestep schedule is a function (progress, low, high, u [B] in [0, 1), alphas_cumprod [T]) -> t [B] as fractions;
 a weighting is a function alpha_bar [B] -> w_t [B]. Both are chosen by name from a dict.
 """
@@ -23,7 +23,7 @@ TimestepSchedule = Callable[[float, float, float, Tensor, Tensor], Tensor]
 
 
 def stratified(batch: int, generator: torch.Generator) -> Tensor:
-    """One uniform draw in each of `batch` equal parts of [0, 1), in random order, float64 [batch]."""
+    """Draw one uniform number in each of `batch` equal parts of [0, 1), in random order; float64 [batch]."""
     u = torch.rand(batch, generator=generator, dtype=torch.float64)
     return (torch.randperm(batch, generator=generator) + u) / batch
 
@@ -44,7 +44,7 @@ def _sqrt(progress: float, low: float, high: float, u: Tensor, alphas_cumprod: T
 
 
 def dreamtime_table(alphas_cumprod: Tensor, low: float, high: float) -> Tensor:
-    """DreamTime's share of the run spent at or above each timestep, float64 [T] from 1 at the lowest to ~0.
+    """Return DreamTime's share of the run spent at or above each timestep, float64 [T] from 1 at the lowest to ~0.
 
     W(t) = sqrt((1 - alpha_bar) / alpha_bar) * exp(-(t - m)^2 / (2 s^2)) outside [m2, m1], plain in between, with
     m1 800, m2 500, s1 300, s2 100 of 1000 (arXiv 2306.12422 sec. 4.2 as the project's fact sheet reads it).
@@ -56,7 +56,7 @@ def dreamtime_table(alphas_cumprod: Tensor, low: float, high: float) -> Tensor:
     steps = alphas_cumprod.shape[0]
     alpha_bar = alphas_cumprod.double().clamp(1e-6, 1 - 1e-6)
     w = ((1 - alpha_bar) / alpha_bar).sqrt()
-    t = _as_stable_diffusions(alpha_bar)
+    t = _sd_timesteps(alpha_bar)
     w = w * torch.gradient(t)[0] + 1e-12 if steps > 1 else w
     w = torch.where(t > 800, w * torch.exp(-((t - 800) ** 2) / (2 * 300**2)), w)
     w = torch.where(t < 500, w * torch.exp(-((t - 500) ** 2) / (2 * 100**2)), w)
@@ -66,14 +66,14 @@ def dreamtime_table(alphas_cumprod: Tensor, low: float, high: float) -> Tensor:
     return tail / tail[0]
 
 
-def _as_stable_diffusions(alpha_bar: Tensor) -> Tensor:
-    """The timesteps of 1000, with fractions, at which Stable Diffusion's schedule has noise levels alpha_bar [B]."""
-    theirs = scaled_linear_alphas_cumprod().double()
-    snr, levels = torch.logit(alpha_bar), torch.logit(theirs).flip(0)  # ascending
+def _sd_timesteps(alpha_bar: Tensor) -> Tensor:
+    """Return the timesteps of 1000, with fractions, where Stable Diffusion's schedule has alpha_bar [B]."""
+    sd_alphas_cumprod = scaled_linear_alphas_cumprod().double()
+    snr, levels = torch.logit(alpha_bar), torch.logit(sd_alphas_cumprod).flip(0)  # ascending
     right = torch.searchsorted(levels, snr).clamp(1, len(levels) - 1)
     low, high = levels[right - 1], levels[right]
-    place = right - 1 + ((snr - low) / (high - low)).clamp(0, 1)
-    return len(levels) - 1 - place
+    position = right - 1 + ((snr - low) / (high - low)).clamp(0, 1)
+    return len(levels) - 1 - position
 
 
 def _dreamtime(progress: float, low: float, high: float, u: Tensor, alphas_cumprod: Tensor) -> Tensor:
@@ -100,19 +100,19 @@ WEIGHTINGS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def noisier_than_stable_diffusions(fraction: float, alpha_bar: Tensor) -> Tensor:
-    """Whether noise levels alpha_bar [B] lie at or above a fraction of Stable Diffusion's schedule: [B] bool.
+def at_or_above_sd_noise(fraction: float, alpha_bar: Tensor) -> Tensor:
+    """Return whether noise levels alpha_bar [B] lie at or above a fraction of Stable Diffusion's schedule: [B] bool.
 
-    For thresholds that a paper gives as timesteps of that schedule, on the schedule of any prior.
+    It applies a threshold that a paper gives as a timestep of that schedule to the schedule of any prior.
     """
     alphas_cumprod = scaled_linear_alphas_cumprod().double()
     k = math.ceil(fraction * len(alphas_cumprod) - 1e-9)
-    # halfway to the step before: folders' own rounding moves no timestep across
+    # halfway to the step before, so that rounding in a folder moves no timestep across
     return alpha_bar.double() < (alphas_cumprod[k - 1] + alphas_cumprod[k]) / 2
 
 
 def to_index(fraction: Tensor, low: float, high: float, steps: int) -> Tensor:
-    """Integer timesteps [B] of fractions, kept within the ones that lie in [low, high]."""
+    """Return integer timesteps [B] of fractions, clamped to those in [low, high]."""
     first = min(math.ceil(low * steps - 1e-9), steps - 1)
     last = max(first, min(math.floor(high * steps + 1e-9), steps - 1))
     return (fraction * steps).round().long().clamp(first, last)

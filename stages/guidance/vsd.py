@@ -1,10 +1,10 @@
-"""The score of the present renders, learned beside a run: the other half of variational score distillation.
+"""The score of the present renders, trained during a run, for variational score distillation.
 
-VSD (ProlificDreamer, arXiv 2305.16213) puts eps_phi(z_t; t, y, c), the noise that a model of the present renders sees,
-where SDS has the added noise. eps_phi is the prior's own network, UNet or transformer, either with low-rank terms on
-its attention (LoRA, Hu et al. 2021: y = W x + U D x) or copied whole, and is told the camera c by a term added to the
-embedding of the time. Both terms begin at zero, so eps_phi begins as the prior under the prompt, and under what a
-prior with a camera part is told of the views. Plain denoising of renders trains it (eq. 8).
+VSD (ProlificDreamer, arXiv 2305.16213) replaces the added noise of SDS by eps_phi(z_t; t, y, c), the noise predicted by
+a model of the present renders. eps_phi is the prior's network, UNet or transformer, either with low-rank terms on its
+attention (LoRA, Hu et al. 2021: y = W x + U D x) or a full copy, and is conditioned on the camera c by a term added to
+the time embedding. Both terms begin at zero, so eps_phi begins as the prior under the prompt (and under the camera
+conditions of a prior that has any). Denoising of renders trains it (eq. 8).
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from stages.cameras import Views
 from stages.errors import UserError
 from stages.guidance.prior import Prior, TrainablePrior, ViewContext, add_noise
 
-# diffusers' names: what LoRA changes, and where the time is embedded, with the layer that gives the embedding's width
+# diffusers' names: the layers that LoRA changes, and the module of the time embedding with its last layer
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 TIME = {"time_embedding": "linear_2", "time_text_embed": "timestep_embedder.linear_2"}
-CAMERA = 13  # numbers that say a camera: the upper three rows of c2w and the tangent of half the field of view
-HIDDEN = 64  # width of the camera's embedding
+CAMERA_SIZE = 13  # the upper three rows of c2w and the tangent of half the field of view
+CAMERA_WIDTH = 64  # hidden width of the camera's embedding
 
 
 class VsdSettings(BaseModel):
@@ -44,18 +44,19 @@ class VsdSettings(BaseModel):
 
 
 class RenderScore:
-    """eps_phi: predicts the noise on renders and learns from them. Its whole state is in state_dict().
+    """eps_phi: predicts the noise on renders and is trained on them. Its whole state is in state_dict().
 
     Args:
         prior: one that is a TrainablePrior.
-        settings: kind and learning. generator: a CPU generator, read for the first weights only.
-    Raises: UserError for a prior whose network cannot learn.
+        settings: model and training.
+        generator: on the CPU; draws the initial weights.
+    Raises: UserError for a prior whose network cannot be trained.
     """
 
     def __init__(self, prior: Prior | TrainablePrior, settings: VsdSettings, generator: torch.Generator) -> None:
         self.prior = prior = check_trainable(prior, settings)
         self.settings, self.device = settings, prior.device
-        self._camera: Tensor | None = None  # of the samples that a running call has not seen yet
+        self._camera: Tensor | None = None  # of the samples still to be processed by a running call
         self._active = False
         self._hooks: list[Any] = []  # in the prior's network, where it is not a copy
         self.parameters: dict[str, nn.Parameter] = {}
@@ -69,15 +70,15 @@ class RenderScore:
         self._add_camera(generator)
         self.optimiser = torch.optim.Adam(self.parameters.values(), lr=settings.lr, betas=(0.9, 0.99), eps=1e-15)
 
-    def _new(self, name: str, rows: int, columns: int, std: float, generator: torch.Generator) -> nn.Parameter:
+    def _parameter(self, name: str, rows: int, columns: int, std: float, generator: torch.Generator) -> nn.Parameter:
         value = std * torch.randn(rows, columns, generator=generator) if std else torch.zeros(rows, columns)
         self.parameters[name] = nn.Parameter(value.to(self.device))
         return self.parameters[name]
 
     def _add_low_rank(self, name: str, layer: nn.Linear, generator: torch.Generator) -> None:
         rank = min(self.settings.rank, layer.in_features, layer.out_features)
-        down = self._new(f"{name}.down", rank, layer.in_features, 1 / rank, generator)
-        up = self._new(f"{name}.up", layer.out_features, rank, 0.0, generator)
+        down = self._parameter(f"{name}.down", rank, layer.in_features, 1 / rank, generator)
+        up = self._parameter(f"{name}.up", layer.out_features, rank, 0.0, generator)
 
         def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
             if not self._active:
@@ -87,9 +88,9 @@ class RenderScore:
         self._hooks.append(layer.register_forward_hook(hook))
 
     def _add_camera(self, generator: torch.Generator) -> None:
-        time, width = time_module(self.unet)
-        inner = self._new("camera.in", HIDDEN, CAMERA, 1 / math.sqrt(CAMERA), generator)
-        outer = self._new("camera.out", width, HIDDEN, 0.0, generator)
+        time, width = time_embedding(self.unet)
+        inner = self._parameter("camera.in", CAMERA_WIDTH, CAMERA_SIZE, 1 / math.sqrt(CAMERA_SIZE), generator)
+        outer = self._parameter("camera.out", width, CAMERA_WIDTH, 0.0, generator)
 
         def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
             if not self._active:
@@ -100,7 +101,7 @@ class RenderScore:
         self._hooks.append(time.register_forward_hook(hook))
 
     def detach(self) -> None:
-        """Take the score out of the prior's network, which is then as it was; the score predicts nothing any more."""
+        """Remove the score's hooks from the prior's network, which is then as before; it cannot predict after."""
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
@@ -108,14 +109,20 @@ class RenderScore:
     def noise(
         self, z_t: Tensor, t: Tensor, embedding: Tensor, camera: Tensor, context: ViewContext | None = None
     ) -> Tensor:
-        """eps_phi [B, C, h, w] of noisy renders z_t at t [B] under embeddings and cameras [B, 13].
+        """Return eps_phi [B, C, h, w], with gradients in the score's parameters.
 
-        context: what the prior itself is told of the views; None where they are not known. Not differentiable in: it.
+        Args:
+            z_t: noisy renders [B, C, h, w].
+            t: timesteps [B].
+            embedding: of B prompts.
+            camera: [B, 13], see camera_vector.
+            context: the views for a prior with camera conditions; None where they are not known.
+        Not differentiable in: context.
         """
-        told = self.prior.conditions(embedding, context)
+        conditions = self.prior.conditions(embedding, context)
         self._active, self._camera = True, camera
         try:
-            return self.prior.noise(self.unet, z_t, t, embedding, **told)
+            return self.prior.noise(self.unet, z_t, t, embedding, **conditions)
         finally:
             self._active, self._camera = False, None
 
@@ -123,7 +130,7 @@ class RenderScore:
     def predict(
         self, z_t: Tensor, t: Tensor, embedding: Tensor, camera: Tensor, context: ViewContext | None = None
     ) -> Tensor:
-        """:meth:`noise` without gradients."""
+        """Return :meth:`noise` without gradients."""
         return self.noise(z_t, t, embedding, camera.to(self.device), context)
 
     def train(
@@ -134,23 +141,29 @@ class RenderScore:
         generator: torch.Generator,
         context: ViewContext | None = None,
     ) -> float:
-        """Eq. 8: Adam steps of ||eps_phi - eps||^2 on renders x [B, C, h, w], t uniform over the schedule.
+        """Take Adam steps on ||eps_phi - eps||^2 (eq. 8) of renders, t uniform over the schedule.
 
-        The error is weighed as the prior's own prediction type weighs it, and summed over a sample, which keeps half
-        precision's gradients away from zero; Adam does not see the scale.
+        The error is weighted as by the loss of the prior's prediction type, and summed over a sample, which keeps half
+        precision's gradients away from zero; Adam does not depend on the scale.
+
+        Args:
+            x: renders in the prior's space [B, C, h, w].
+            embedding: of B prompts.
+            camera: [B, 13], see camera_vector.
+            generator: on the CPU; draws timesteps, noise and which cameras are dropped.
+            context: as in :meth:`noise`.
         Returns: the mean squared error an entry of the last step; -1 for one that was not finite and not taken.
         """
         s, steps, mean = self.settings, self.prior.alphas_cumprod.shape[0], -1.0
         for _ in range(s.updates):
             t = torch.randint(0, steps, (len(x),), generator=generator)
             eps = torch.randn(x.shape, generator=generator).to(x)
-            shown = (torch.rand(len(x), generator=generator) >= s.camera_drop).to(camera)
+            keep = (torch.rand(len(x), generator=generator) >= s.camera_drop).to(camera)
             alpha_bar = self.prior.alphas_cumprod[t]
             with torch.enable_grad():
-                seen = (camera * shown[:, None]).to(x)
-                noise = self.noise(add_noise(x, eps, alpha_bar), t, embedding, seen, context)
+                noise = self.noise(add_noise(x, eps, alpha_bar), t, embedding, (camera * keep[:, None]).to(x), context)
                 square = (noise - eps).square().flatten(1)
-                weight = native_weight(alpha_bar, self.prior.prediction).to(square)
+                weight = prediction_weight(alpha_bar, self.prior.prediction).to(square)
                 loss = (weight * square.sum(1)).mean()
             self.optimiser.zero_grad(set_to_none=True)
             if not torch.isfinite(loss):
@@ -163,7 +176,7 @@ class RenderScore:
         return mean
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Weights and Adam's moments by name; flat."""
+        """Return weights and Adam's moments by name; flat."""
         state = {f"weight.{name}": p.detach().clone() for name, p in self.parameters.items()}
         for name, p in self.parameters.items():
             state |= {f"adam.{name}.{key}": value.clone() for key, value in self.optimiser.state.get(p, {}).items()}
@@ -171,7 +184,7 @@ class RenderScore:
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Inverse of state_dict on a score made with the same settings for the same prior."""
+        """Take over a state_dict of a score made with the same settings for the same prior."""
         for name, p in self.parameters.items():
             p.copy_(state[f"weight.{name}"])
             if f"adam.{name}.step" in state:
@@ -180,7 +193,7 @@ class RenderScore:
 
 
 def attention_layers(unet: nn.Module) -> dict[str, nn.Linear]:
-    """The linear layers of a UNet's attention, by name."""
+    """Return the linear layers of a network's attention, by name."""
     return {
         name: module
         for name, module in unet.named_modules()
@@ -188,14 +201,14 @@ def attention_layers(unet: nn.Module) -> dict[str, nn.Linear]:
     }
 
 
-def camera_numbers(views: Views) -> Tensor:
-    """What eps_phi is told of the cameras: [B, 13], c2w's upper three rows and tan(fov / 2)."""
+def camera_vector(views: Views) -> Tensor:
+    """Return the camera condition of eps_phi [B, 13]: the upper three rows of c2w and tan(fov / 2)."""
     pose = views.c2w[:, :3].flatten(1).float()
     return torch.cat([pose, torch.tan(torch.deg2rad(views.fov_deg.float()) / 2)[:, None]], 1)
 
 
-def native_weight(alpha_bar: Tensor, prediction: str) -> Tensor:
-    """What turns a squared error of eps into one of the thing that a network predicts: [B].
+def prediction_weight(alpha_bar: Tensor, prediction: str) -> Tensor:
+    """Return the weight [B] that turns a squared error of eps into one of a prediction type's own target.
 
     At a given z an error of v, of x0 and of a flow's velocity is that of eps times 1 / alpha, sigma / alpha and
     (alpha + sigma) / alpha (see prior.eps_from_prediction); bounded where the schedule has no signal left.
@@ -210,8 +223,8 @@ def native_weight(alpha_bar: Tensor, prediction: str) -> Tensor:
     return (1 + ((1 - alpha_bar) / alpha_bar).sqrt()) ** 2
 
 
-def time_module(network: nn.Module) -> tuple[nn.Module, int] | None:
-    """Where a network embeds the time, and the width of that embedding; None where it is not known."""
+def time_embedding(network: nn.Module) -> tuple[nn.Module, int] | None:
+    """Return the module that embeds the time and the width of that embedding; None where it is not known."""
     for name, last in TIME.items():
         if hasattr(network, name):
             module = getattr(network, name)
@@ -220,23 +233,26 @@ def time_module(network: nn.Module) -> tuple[nn.Module, int] | None:
 
 
 def check_trainable(prior: Prior | TrainablePrior, settings: VsdSettings) -> TrainablePrior:
-    """Return the prior itself. Raises: UserError unless VSD can learn a score from it."""
+    """Return the prior itself. Raises: UserError unless its network can be trained for VSD."""
     what = f"rule=vsd does not fit the prior {prior.name}"
     fix = "use a diffusers folder, or another rule (csd and ism work at the same low scale)"
     if not isinstance(prior, TrainablePrior):
         raise UserError(what, "it has no network that could learn the score of the renders", fix)
     network = prior.unet
-    if time_module(network) is None or not attention_layers(network):
+    if time_embedding(network) is None or not attention_layers(network):
         raise UserError(what, f"its {type(network).__name__} lacks a time embedding or attention to change", fix)
     check_loading(prior.name, settings, prior.offload, next(network.parameters()).dtype)
     return prior
 
 
 def check_loading(name: str, settings: VsdSettings, offload: str, dtype: torch.dtype) -> None:
-    """Raise UserError for a way of loading the prior called `name` that leaves nothing to learn on.
+    """Raise UserError for a way of loading a prior under which its network cannot be trained.
 
     Args:
-        offload, dtype: of its network, as DiffusionSettings and plan.network_dtype have them.
+        name: of the prior, for the message.
+        settings: of vsd.
+        offload: as in DiffusionSettings.
+        dtype: of the network.
     """
     what = f"rule=vsd does not fit the prior {name}"
     if offload != "none":

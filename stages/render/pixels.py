@@ -10,13 +10,13 @@ from torch import Tensor
 
 
 def take(picture: Tensor, pixels: Tensor) -> Tensor:
-    """Values [N, C] of a picture [..., C] at flat pixel indices [N], of which no two are the same."""
+    """Read values [N, C] of a picture [..., C] at flat pixel indices [N], all different."""
     return _Take.apply(picture, pixels)
 
 
-def place(values: Tensor, pixels: Tensor, under: Tensor) -> Tensor:
-    """The picture `under` [..., C] with values [N, C] at flat pixel indices [N], of which no two are the same."""
-    return _Place.apply(values, pixels, under)
+def place(values: Tensor, pixels: Tensor, canvas: Tensor) -> Tensor:
+    """Return the picture `canvas` [..., C] with values [N, C] at flat pixel indices [N], all different."""
+    return _Place.apply(values, pixels, canvas)
 
 
 class _Take(torch.autograd.Function):
@@ -34,16 +34,16 @@ class _Take(torch.autograd.Function):
 
 class _Place(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, values: Tensor, pixels: Tensor, under: Tensor) -> Tensor:
+    def forward(ctx, values: Tensor, pixels: Tensor, canvas: Tensor) -> Tensor:
         ctx.save_for_backward(pixels)
-        out = under.clone(memory_format=torch.contiguous_format)
+        out = canvas.clone(memory_format=torch.contiguous_format)
         out.view(-1, out.shape[-1]).index_copy_(0, pixels, values)
         return out
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         (pixels,) = ctx.saved_tensors
-        in_under = None
+        grad_canvas = None
         if ctx.needs_input_grad[2]:
-            in_under = place(grad.new_zeros(len(pixels), grad.shape[-1]), pixels, grad)
-        return take(grad, pixels) if ctx.needs_input_grad[0] else None, None, in_under
+            grad_canvas = place(grad.new_zeros(len(pixels), grad.shape[-1]), pixels, grad)
+        return take(grad, pixels) if ctx.needs_input_grad[0] else None, None, grad_canvas

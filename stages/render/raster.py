@@ -28,9 +28,15 @@ PLAIN = 0.8  # albedo of a mesh without colours
 
 
 @dataclass(frozen=True)
-class Seen:
-    """What the covered pixels show: flat indices [N], world points and interpolated normals [N, 3], which are not unit;
-    camera positions [B, 3]."""
+class VisiblePoints:
+    """The surface points under the N covered pixels.
+
+    Args:
+        pixels: [N] flat indices.
+        points: [N, 3] in the world.
+        normals: [N, 3] interpolated, not unit.
+        cameras: [B, 3] positions.
+    """
 
     pixels: Tensor
     points: Tensor
@@ -40,17 +46,17 @@ class Seen:
 
 @dataclass(frozen=True)
 class MeshImages:
-    """What a mesh looks like; zeros where it is not, except colour, which shows the backdrop there."""
+    """Renders of a mesh; zero where it is not, except colour, which is the backdrop's there."""
 
     colour: Tensor  # [B, H, W, 3] linear
     mask: Tensor  # [B, H, W, 1] coverage in [0, 1], antialiased
     rast: Tensor  # [B, H, W, 4] see stages.kernels.raster.rasterise
-    seen: Seen
+    visible: VisiblePoints
 
     @property
     def normal(self) -> Tensor:
         """[B, H, W, 3] unit, world; made when asked for, which an optimisation does not."""
-        return self._image(_unit(self.seen.normals))
+        return self._image(_unit(self.visible.normals))
 
     @property
     def normal_picture(self) -> Tensor:
@@ -62,11 +68,11 @@ class MeshImages:
     def depth(self) -> Tensor:
         """[B, H, W, 1] distance from the camera along the pixel's ray; made when asked for."""
         _, height, width, _ = self.mask.shape
-        camera = self.seen.cameras.index_select(0, self.seen.pixels // (height * width))
-        return self._image(torch.linalg.vector_norm(self.seen.points - camera, dim=-1, keepdim=True))
+        camera = self.visible.cameras.index_select(0, self.visible.pixels // (height * width))
+        return self._image(torch.linalg.vector_norm(self.visible.points - camera, dim=-1, keepdim=True))
 
     def _image(self, values: Tensor) -> Tensor:
-        return place(values, self.seen.pixels, values.new_zeros(*self.mask.shape[:3], values.shape[-1]))
+        return place(values, self.visible.pixels, values.new_zeros(*self.mask.shape[:3], values.shape[-1]))
 
 
 def _unit(normals: Tensor) -> Tensor:
@@ -147,11 +153,11 @@ def render_mesh(
     light = views.light if batch == 1 else views.light.index_select(0, covered // (height * width))
     shaded = shade(colours[0], normals, points, light, shading, shortest=NORMAL_MIN, backend=backend)
     backdrop = backdrop.expand(batch, height, width, 3)
-    under = torch.cat([backdrop, backdrop.new_zeros(batch, height, width, 1)], -1)
-    hard = place(torch.cat([shaded, torch.ones_like(shaded[:, :1])], -1), covered, under)
+    canvas = torch.cat([backdrop, backdrop.new_zeros(batch, height, width, 1)], -1)
+    hard = place(torch.cat([shaded, torch.ones_like(shaded[:, :1])], -1), covered, canvas)
     with phase("antialias"):
         colour, mask = antialias(hard, rast, clip, triangles, topology, backend=backend).split([3, 1], -1)
-    return MeshImages(colour, mask, rast, Seen(covered, points, normals, views.position))
+    return MeshImages(colour, mask, rast, VisiblePoints(covered, points, normals, views.position))
 
 
 @torch.no_grad()
@@ -166,7 +172,7 @@ def render_vertex_colours(
     smooth: bool = True,
     backend: str = "auto",
 ) -> Tensor:
-    """Pictures of a mesh with vertex colours, box-filtered from supersample^2 samples a pixel; no gradients.
+    """Render pictures of a mesh with vertex colours, box-filtered from supersample^2 samples a pixel; no gradients.
 
     Args:
         mesh: with colours (linear; light grey where it has none).
@@ -185,13 +191,13 @@ def render_vertex_colours(
         vertices, colours = vertices[corners], colours[corners]
         triangles = torch.arange(len(corners), dtype=torch.int32).view(-1, 3)
     normals = vertex_normals(vertices, triangles, backend=backend)
-    under = (torch.zeros(3) if backdrop is None else backdrop).expand(len(views), size, size, 3)
+    canvas = (torch.zeros(3) if backdrop is None else backdrop).expand(len(views), size, size, 3)
     fine = size * supersample
     rast = rasterise(to_clip(vertices, views), triangles, fine, fine, backend=backend)
     if choose_backend(backend, vertices, family="raster") == "numba":
         out = torch.empty(len(views), size, size, 3)
         tensors = (rast, triangles, vertices, colours, normals, views.light)
-        module("numba", "picture").picture(*tensors, shading.ambient, shading.diffuse, under, out)
+        module("numba", "picture").picture(*tensors, shading.ambient, shading.diffuse, canvas, out)
         return out
     planes = interpolate(torch.cat([vertices, normals, colours], -1), rast, triangles, backend=backend)
     points, normals, colours = planes.split(3, -1)
@@ -201,4 +207,4 @@ def render_vertex_colours(
     mask = (rast[..., 3:] > 0).to(colour.dtype)
     samples = torch.cat([colour * mask, mask], -1).view(len(views), size, supersample, size, supersample, 4)
     pooled = samples.mean((2, 4))
-    return pooled[..., :3] + (1 - pooled[..., 3:]) * under
+    return pooled[..., :3] + (1 - pooled[..., 3:]) * canvas

@@ -71,8 +71,11 @@ class TextureMaterial:
 
 
 def tangents(vertices: Tensor, faces: Tensor, uv: Tensor, uv_faces: Tensor) -> tuple[Tensor, Tensor]:
-    """Directions of growing u at the texture's vertices [T, 3], not unit and not yet square to a normal, and +1 or -1
-    for every face [F], -1 where the chart is mirrored. Differentiable in the vertices."""
+    """Return tangents at the texture's vertices [T, 3], unit but not square to a normal, and each face's handedness.
+
+    Tangents are directions of growing u; handedness [F] is -1 where the chart is mirrored, else +1. Differentiable in
+    the vertices.
+    """
     p = vertices.index_select(0, faces.reshape(-1).long()).view(-1, 3, 3)
     q = uv.index_select(0, uv_faces.reshape(-1).long()).view(-1, 3, 2)
     edge, other = p[:, 1] - p[:, 0], p[:, 2] - p[:, 0]
@@ -86,8 +89,10 @@ def tangents(vertices: Tensor, faces: Tensor, uv: Tensor, uv_faces: Tensor) -> t
 
 
 def blurred_maps(maps: Tensor, kernel: int, sigma: float) -> Tensor:
-    """Maps [H, W, C] under a Gaussian of `kernel` (odd) texels and standard deviation `sigma`, mirrored at the border:
-    CLIP-Mesh's low-pass filter against speckles."""
+    """Blur maps [H, W, C] by a Gaussian of `kernel` (odd) texels and deviation `sigma`, mirrored at the border.
+
+    CLIP-Mesh's low-pass filter against speckles.
+    """
     if kernel == 1 or sigma == 0:
         return maps
     x = torch.arange(kernel, dtype=torch.float64) - kernel // 2

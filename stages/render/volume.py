@@ -146,8 +146,8 @@ def render_field(
         out, weights, opacity, depth = composite(sigma, values, samples)
 
     shape = (len(views), height, width)
-    behind = backdrop(rays_d).reshape(*shape, 3) if callable(backdrop) else backdrop.to(device).expand(*shape, 3)
-    image = out[:, :3].reshape(*shape, 3) + (1 - opacity).reshape(*shape, 1) * behind
+    pixels = backdrop(rays_d).reshape(*shape, 3) if callable(backdrop) else backdrop.to(device).expand(*shape, 3)
+    image = out[:, :3].reshape(*shape, 3) + (1 - opacity).reshape(*shape, 1) * pixels
     orientation = torch.zeros((), device=device)
     if normal is not None:
         facing = (normal * directions).sum(-1).clamp_min(0).square()
@@ -157,7 +157,7 @@ def render_field(
         opacity=opacity.reshape(*shape, 1),
         depth=depth.reshape(*shape, 1),
         normal=None if normal is None else out[:, 3:].reshape(*shape, 3),
-        backdrop=behind,
+        backdrop=pixels,
         orientation=orientation,
         samples=len(samples),
     )

@@ -44,23 +44,25 @@ class Finding:
 
 
 def audit(folder: Path, variant: str | None = None, resolution: int | None = None) -> list[Finding]:
-    """Findings on every part of a folder, the family first; no exception for what is wrong with it."""
+    """Check every part of a folder, the family first; returns findings, raises nothing for a fault."""
     try:
         family, classes = family_of(folder)
     except UserError as error:
         return [Finding("model_index.json", False, error.why, error.fix)]
-    findings = [] if not (folder / "pocket.json").exists() else [_finding("pocket.json", partial(_words, folder))]
-    findings = [finding for finding in findings if not finding.ok]
-    findings = [*findings, Finding("family", True, f"{family.name} ({classes[family.part]})")]
+    findings = []
+    if (folder / "pocket.json").exists():
+        words = _finding("pocket.json", partial(_pocket_words, folder))
+        findings += [] if words.ok else [words]
+    findings.append(Finding("family", True, f"{family.name} ({classes[family.part]})"))
     configs: Configs = {}
     for component in components(family, classes):
         findings.append(_part(folder, family, classes, component, variant, configs))
     if all(finding.ok for finding in findings):
-        findings += _whole(folder, family, classes, configs, resolution)
+        findings += _combination(folder, family, classes, configs, resolution)
     return findings
 
 
-def _words(folder: Path) -> str:
+def _pocket_words(folder: Path) -> str:
     """The words of a pocket prior."""
     path = folder / "pocket.json"
     words = read_json(path, f"Cannot load the prior {folder}").get("words")
@@ -74,7 +76,7 @@ def _part(
 ) -> Finding:
     """One component; its config is left in `configs`."""
 
-    def look() -> str:
+    def check() -> str:
         files = check_component(folder, component, variant)
         if component.stem is not None:
             config = read_configs(folder, family, {component.part: component.class_name})[component.part]
@@ -86,12 +88,12 @@ def _part(
             return f"{component.class_name}, {total / 1e6:.1f} M parameters in {kinds}"
         return component.class_name
 
-    return _finding(component.part, look)
+    return _finding(component.part, check)
 
 
-def _finding(part: str, look: Callable[[], str]) -> Finding:
+def _finding(part: str, check: Callable[[], str]) -> Finding:
     try:
-        return Finding(part, True, look())
+        return Finding(part, True, check())
     except UserError as error:
         return Finding(part, False, error.why, error.fix)
 
@@ -99,17 +101,18 @@ def _finding(part: str, look: Callable[[], str]) -> Finding:
 def _compare(component: Component, config: Any, headers: dict[str, Header]) -> None:
     """That the files hold each tensor of the class with this config, in its shape."""
     shapes = {_plain(name): tuple(tensor.shape) for name, tensor in _tensors(component, config).items()}
-    got = {_plain(name): header.shape for name, header in headers.items()}
+    stored = {_plain(name): header.shape for name, header in headers.items()}
     what, fix = component.part, "weights and config.json are not of the same model: get both again"
-    absent = [name for name in shapes if name not in got]
-    if absent:
-        why = f"{len(absent)} tensors are missing from its weights, {absent[0]} first, by its config.json"
+    missing = [name for name in shapes if name not in stored]
+    if missing:
+        why = f"{len(missing)} tensors are missing from its weights, {missing[0]} first, by its config.json"
         raise UserError(what, why, fix)
     # some old autoencoders keep a linear layer as a convolution of one pixel, which loads all the same
-    wrong = [name for name in shapes if [n for n in got[name] if n != 1] != [n for n in shapes[name] if n != 1]]
+    wrong = [name for name in shapes if [n for n in stored[name] if n != 1] != [n for n in shapes[name] if n != 1]]
     if wrong:
         name = wrong[0]
-        why = f"{len(wrong)} tensors have another shape than config.json says: {name} {got[name]}, not {shapes[name]}"
+        which = f"{name} {stored[name]}, not {shapes[name]}"
+        why = f"{len(wrong)} tensors have another shape than config.json says: {which}"
         raise UserError(what, why, fix)
 
 
@@ -139,7 +142,7 @@ def _plain(name: str) -> str:
     return name.removeprefix("text_model.")
 
 
-def _whole(
+def _combination(
     folder: Path, family: Family, classes: dict[str, str], configs: Configs, resolution: int | None
 ) -> list[Finding]:
     """What only shows when the parts are there: that they fit each other."""

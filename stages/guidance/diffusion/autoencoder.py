@@ -19,7 +19,8 @@ class Autoencoder:
     """A frozen autoencoder. All tensors are [B, C, h, w]; pictures are in [-1, 1].
 
     Args:
-        module: the diffusers module, in evaluation mode. sample: latents drawn from the posterior, not its mean.
+        module: the diffusers module, in evaluation mode.
+        sample: latents drawn from the posterior, not its mean.
         one_by_one: encode and decode pictures one at a time and recompute each in the backward pass.
     """
 
@@ -37,7 +38,7 @@ class Autoencoder:
         self._std = 1.0 if std is None else torch.tensor(std).reshape(channels_first)
 
     def encode(self, pictures: Tensor, generator: torch.Generator) -> Tensor:
-        """Latents float32 of pictures, differentiable in them; the posterior's noise comes from the generator."""
+        """Encode pictures to latents float32, differentiable in them; the posterior's noise is the generator's."""
         with no_autocast(pictures.device):
             mean, std = self._each(self._posterior, pictures.to(self._dtype))
         latents = mean.float()
@@ -47,7 +48,7 @@ class Autoencoder:
         return (latents - _on(self._shift, latents)) * self.scale / _on(self._std, latents)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Pictures float32 of latents; not clamped."""
+        """Decode latents to pictures float32, not clamped."""
         z = latents * _on(self._std, latents) / self.scale + _on(self._shift, latents)
         with no_autocast(latents.device):
             (pictures,) = self._each(lambda part: (self.module.decode(part).sample,), z.to(self._dtype))
@@ -68,13 +69,13 @@ class Autoencoder:
 
 
 def downsampling(config) -> int:
-    """Pixels a latent's side: 2 to the number of halvings."""
+    """Return the pixels along a latent's side: 2 to the number of halvings."""
     blocks = getattr(config, "encoder_block_out_channels", None) or config.block_out_channels
     return 2 ** (len(blocks) - 1)
 
 
 def no_autocast(device: torch.device) -> AbstractContextManager:
-    """The networks run in the precision they were loaded in, whatever the caller's."""
+    """Switch autocast off: networks run in the precision they were loaded in."""
     return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 

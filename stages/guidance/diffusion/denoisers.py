@@ -5,7 +5,7 @@ network's own units, tokens [B, L, D] and pooled [B, P] of the prompts (P = 0 fo
 network's prediction [B, C, h, w], whatever it predicts.
 
 A conditioned prior (ControlNet residuals, an IP-Adapter's image embedding) has its way in: the keyword arguments of
-`Denoiser.__call__` go to the network unchanged, and a prior knows the views when it predicts.
+`Denoiser.__call__` go to the network unchanged, and a prior has the views when it predicts.
 """
 
 from __future__ import annotations
@@ -24,9 +24,13 @@ from torch import Tensor
 class Geometry:
     """Sizes that follow from a folder's configs.
 
-    resolution: side of the pictures in pixels. latents: side of x. channels: of x. patch: pixels or latents a side
-    that a UNet sees as channels. image_tokens: that a transformer makes of one picture. pooled_width: numbers in the
-    pooled text embedding.
+    Args:
+        resolution: side of the pictures in pixels.
+        latents: side of x.
+        channels: of x.
+        patch: pixels or latents a side that a UNet sees as channels.
+        image_tokens: that a transformer makes of one picture.
+        pooled_width: numbers in the pooled text embedding.
     """
 
     resolution: int
@@ -45,9 +49,12 @@ class Denoiser:
     """A network with its family's calling convention; every network of the same shape may be called in its place.
 
     Args:
-        network: the module, in evaluation mode. call: its family's function below.
+        network: the module, in evaluation mode.
+        call: its family's function below.
         geometry: the sizes that the folder's configs give.
-        device, dtype: where and in what precision it runs. embedded_guidance: the guidance a distilled Flux is told.
+        device: where it runs.
+        dtype: its precision.
+        embedded_guidance: the guidance input of a distilled Flux.
     """
 
     def __init__(
@@ -72,7 +79,7 @@ class Denoiser:
 
 
 def join_pooled(tokens: Tensor, pooled: Tensor | None) -> Tensor:
-    """Tokens [P, L, D] with the pooled embedding [P, W] as further rows, filled with zeros: [P, L + ceil(W / D), D].
+    """Append the pooled embedding [P, W] to tokens [P, L, D] as rows, zero-padded: [P, L + ceil(W / D), D].
 
     One tensor a prompt keeps prompts easy to index, to average and to interpolate, the pooled part with the rest.
     """
@@ -84,7 +91,7 @@ def join_pooled(tokens: Tensor, pooled: Tensor | None) -> Tensor:
 
 
 def split_pooled(embedding: Tensor, pooled_width: int) -> tuple[Tensor, Tensor]:
-    """Inverse of :func:`join_pooled`: tokens [P, L, D] and pooled [P, W]."""
+    """Split what :func:`join_pooled` joined: tokens [P, L, D] and pooled [P, W]."""
     rows = math.ceil(pooled_width / embedding.shape[-1])
     length = embedding.shape[1] - rows
     return embedding[:, :length], embedding[:, length:].flatten(1)[:, :pooled_width]
@@ -98,9 +105,9 @@ def call_unet(network, z, timestep, tokens, pooled, denoiser, **conditions) -> T
 
 
 def call_sdxl(network, z, timestep, tokens, pooled, denoiser, **conditions) -> Tensor:
-    """SDXL (arXiv 2307.01952 sec. 2.2): pooled text and [original h, w, crop top, left, target h, w] in pixels.
+    """Call SDXL (arXiv 2307.01952 sec. 2.2): pooled text and [original h, w, crop top, left, target h, w] in pixels.
 
-    The sizes say what the pipeline says by default: an uncropped picture of the asked resolution.
+    The sizes are the pipeline's defaults: an uncropped picture of the working resolution.
     """
     side = denoiser.resolution
     sizes = torch.tensor([side, side, 0, 0, side, side], dtype=tokens.dtype, device=z.device)

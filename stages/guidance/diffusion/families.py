@@ -37,10 +37,17 @@ Configs = dict[str, Any]  # by part
 class Family:
     """One kind of folder.
 
-    part, network: the denoiser's folder and class. encoders: its text encoders in order. vae: required, or optional
-    where a model may work on pixels. call: see denoisers.py. join: one tensor of the encoders' outputs and the
-    network's config. text_widths: of the encoders' configs. network_widths: what the network's config asks for.
-    wants_bfloat16: its activations leave float16's range.
+    Args:
+        name: as messages call it.
+        part: the denoiser's folder.
+        network: the denoiser's class.
+        encoders: its text encoders in order.
+        call: see denoisers.py.
+        join: one tensor of the encoders' outputs and the network's config.
+        text_widths: of the encoders' configs.
+        network_widths: what the network's config asks for.
+        vae_required: whether it needs an autoencoder; else it may work on pixels.
+        wants_bfloat16: whether its activations leave float16's range.
     """
 
     name: str
@@ -161,7 +168,7 @@ FAMILIES = (STABLE_DIFFUSION, DEEPFLOYD, SDXL, SD3, FLUX)
 
 
 def family_of(folder: Path) -> tuple[Family, dict[str, str]]:
-    """The family of a folder and the class of each part that the family uses.
+    """Return the family of a folder and the class of each part that the family uses.
 
     Raises: UserError where the index is missing or damaged, or lists what no family here has.
     """
@@ -207,7 +214,7 @@ def _unet_family(folder: Path, classes: dict[str, str]) -> Family:
 
 
 def check_folder(folder: Path, variant: str | None = None) -> tuple[Family, dict[str, str]]:
-    """family_of, after checking that every part's files are there. Raises: UserError naming the first that is not."""
+    """Return family_of a folder after checking all files of its parts. Raises: UserError for the first missing."""
     family, classes = family_of(folder)
     for component in components(family, classes):
         check_component(folder, component, variant)
@@ -215,19 +222,19 @@ def check_folder(folder: Path, variant: str | None = None) -> tuple[Family, dict
 
 
 def components(family: Family, classes: dict[str, str]) -> list[Component]:
-    """The parts of a folder of that family."""
+    """Return the parts of a folder of that family."""
     weights = {family.part: "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}
     weights |= {spec.part: "model" for spec in family.encoders}
     return [Component(part, name, weights.get(part)) for part, name in classes.items()]
 
 
 def encoder_specs(family: Family, classes: dict[str, str]) -> list[EncoderSpec]:
-    """The family's text encoders that the folder has."""
+    """Return the family's text encoders that the folder has."""
     return [spec for spec in family.encoders if spec.part in classes]
 
 
 def read_configs(folder: Path, family: Family, classes: dict[str, str]) -> Configs:
-    """The configs of the networks and text encoders by part, with their classes' defaults filled in."""
+    """Read the configs of the networks and text encoders by part, with their classes' defaults filled in."""
     import diffusers
     import transformers
 
@@ -235,8 +242,8 @@ def read_configs(folder: Path, family: Family, classes: dict[str, str]) -> Confi
     for part in (family.part, "vae"):
         if part in classes:
             kind = getattr(diffusers, classes[part])
-            given = read_json(folder / part / "config.json", f"Cannot load the {part} of {folder}")
-            configs[part] = SimpleNamespace(**(_defaults(kind) | given))
+            overrides = read_json(folder / part / "config.json", f"Cannot load the {part} of {folder}")
+            configs[part] = SimpleNamespace(**(_defaults(kind) | overrides))
     for spec in encoder_specs(family, classes):
         kind = getattr(transformers, classes[spec.part]).config_class
         configs[spec.part] = load_part(
@@ -246,17 +253,17 @@ def read_configs(folder: Path, family: Family, classes: dict[str, str]) -> Confi
 
 
 def with_autoencoder(folder: Path, configs: Configs, classes: dict[str, str]) -> tuple[Configs, dict[str, str]]:
-    """configs and classes with the autoencoder of another folder in the place of the model's own."""
+    """Return configs and classes with the autoencoder replaced by that of another folder."""
     import diffusers
 
     what = f"Cannot load the autoencoder {folder}"
     directory = folder if (folder / "config.json").is_file() else folder / "vae"
-    given = read_json(directory / "config.json", what)
-    name = str(given.get("_class_name"))
+    overrides = read_json(directory / "config.json", what)
+    name = str(overrides.get("_class_name"))
     if name not in AUTOENCODERS:
         raise unsupported(what, "class", name, AUTOENCODERS)
     check_files(directory, "diffusion_pytorch_model", None, what)
-    config = SimpleNamespace(**(_defaults(getattr(diffusers, name)) | given))
+    config = SimpleNamespace(**(_defaults(getattr(diffusers, name)) | overrides))
     if config.latent_channels != configs["vae"].latent_channels:
         raise UserError(
             what,
@@ -278,7 +285,7 @@ def _defaults(kind: type) -> dict[str, Any]:
 
 
 def check_sizes(family: Family, configs: Configs, folder: Path, resolution: int | None = None) -> Geometry:
-    """That the parts belong together, and the sizes that follow.
+    """Check that the parts belong together, and return the sizes that follow.
 
     Args:
         resolution: side in pixels to work at; None for what the folder was trained at.
@@ -288,10 +295,11 @@ def check_sizes(family: Family, configs: Configs, folder: Path, resolution: int 
     if family.part == "unet":
         _check_unet(network, what)
     texts = [configs[spec.part] for spec in family.encoders if spec.part in configs]
-    got, expected = family.text_widths(texts, network), family.network_widths(network)
-    for numbers, asked, where in zip(got, expected, ("a token", "in the pooled embedding"), strict=True):
-        if numbers != asked:
-            why = f"its text encoder gives {numbers} numbers {where} and its {family.part} wants {asked}"
+    widths, expected_widths = family.text_widths(texts, network), family.network_widths(network)
+    places = ("a token", "in the pooled embedding")
+    for width, expected_width, where in zip(widths, expected_widths, places, strict=True):
+        if width != expected_width:
+            why = f"its text encoder gives {width} numbers {where} and its {family.part} wants {expected_width}"
             raise UserError(what, why, "use the parts of one model (SDXL's refiner is none for this)")
     vae = configs.get("vae")
     channels, factor = (3, 1) if vae is None else (vae.latent_channels, downsampling(vae))
@@ -308,7 +316,7 @@ def check_sizes(family: Family, configs: Configs, folder: Path, resolution: int 
             f"it cannot work at {side} pixels a side",
             f"set prior.diffusion.resolution to a multiple of {step}{limit}; it was trained at {trained}",
         )
-    return Geometry(side, side // factor, channels, unshuffled, (side // step) ** 2, expected[1])
+    return Geometry(side, side // factor, channels, unshuffled, (side // step) ** 2, expected_widths[1])
 
 
 def _patch(family: Family, network: Any, channels: int, what: str) -> int:
@@ -343,5 +351,5 @@ def _check_unet(config: Any, what: str) -> None:
 
 
 def unsupported(what: str, part: str, got: str, supported: tuple[str, ...]) -> UserError:
-    """The error for a part whose class no family here has."""
+    """Return the error for a part whose class no family has."""
     return UserError(what, f"its {part} is a {got}, which is not supported", f"supported: {', '.join(supported)}")

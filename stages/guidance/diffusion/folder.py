@@ -36,7 +36,7 @@ class Component:
 
 
 def locate(path_or_id: str, revision: str | None = None, variant: str | None = None) -> Path:
-    """The folder of a model: a local one first, else the hub's snapshot (from its cache when offline).
+    """Find the folder of a model: a local one first, else the hub's snapshot (from its cache when offline).
 
     Raises: UserError when there is no such folder, or the hub does not give it.
     """
@@ -55,7 +55,7 @@ def locate(path_or_id: str, revision: str | None = None, variant: str | None = N
 
 
 def locate_autoencoder(path_or_id: str) -> Path:
-    """The folder of an autoencoder alone, or of a model whose vae/ is meant; local first, hub id second."""
+    """Find the folder of an autoencoder alone, or of a model whose vae/ is meant; local first, hub id second."""
     path = from_home(path_or_id)
     if not path.exists() and _HUB_ID.fullmatch(path_or_id):
         # The hub's patterns let * cross folders: a name's beginning keeps the rest of a whole model away.
@@ -72,7 +72,7 @@ def locate_autoencoder(path_or_id: str) -> Path:
 
 
 def snapshot(model_id: str, revision: str | None = None) -> Path | None:
-    """The snapshot of a hub id that is on this machine, whole or not; None for none, or for what is no hub id."""
+    """Return this machine's snapshot of a hub id, complete or not; None without one, or for what is no hub id."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
@@ -94,7 +94,7 @@ def _partial(error: Exception) -> Path | None:
 
 
 def cached(model_id: str, revision: str | None = None, variant: str | None = None) -> Path | None:
-    """The snapshot of a hub id that is on this machine, whole; None for none, or for what is no hub id."""
+    """Return this machine's complete snapshot of a hub id; None without one, or for what is no hub id."""
     folder = snapshot(model_id, revision)
     if folder is None:
         return None
@@ -110,8 +110,10 @@ def cached(model_id: str, revision: str | None = None, variant: str | None = Non
 
 
 def check_hub(model_id: str, revision: str | None = None) -> Path:
-    """The folder of a hub id that is not on this machine, with its index alone: a mistyped or gated id, or a hub out of
-    reach, is refused before any work. Raises: UserError."""
+    """Fetch the index of a hub id that is not on this machine; returns its folder.
+
+    A mistyped or gated id, or a hub out of reach, is refused before any work. Raises: UserError.
+    """
     from huggingface_hub import constants
 
     what, preset = f"Cannot load the prior {model_id}", find_preset(model_id)
@@ -123,7 +125,7 @@ def check_hub(model_id: str, revision: str | None = None) -> Path:
 
 
 def fetch_index(model_id: str, revision: str | None, what: str) -> Path:
-    """The folder of a hub id with its model_index.json, of which it asks the hub."""
+    """Fetch the model_index.json of a hub id; returns its folder."""
     return _snapshot(model_id, revision, ["model_index.json"], what)
 
 
@@ -177,7 +179,7 @@ def _snapshot(repo_id: str, revision: str | None, patterns: list[str], what: str
 
 
 def read_json(path: Path, what: str) -> dict[str, Any]:
-    """A JSON object from a file, or a UserError."""
+    """Read a JSON object from a file. Raises: UserError where it is missing or damaged."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -190,13 +192,13 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
 
 
 def read_index(folder: Path) -> dict[str, str]:
-    """Class name by part of a folder's model_index.json; parts it sets to null are left out."""
+    """Return the class name by part of a folder's model_index.json; parts it sets to null are left out."""
     index = read_json(folder / "model_index.json", f"Cannot load the prior {folder}")
     return {k: v[1] for k, v in index.items() if isinstance(v, list) and len(v) == 2 and isinstance(v[1], str)}
 
 
 def check_component(folder: Path, component: Component, variant: str | None = None) -> list[Path]:
-    """That a part's files are there; returns its weight files. Raises: UserError naming what is not."""
+    """Check that a part's files are there and return its weight files. Raises: UserError naming what is not."""
     what, directory = f"Cannot load the prior {folder}", folder / component.part
     if not directory.is_dir():
         raise UserError(
@@ -214,7 +216,7 @@ def check_component(folder: Path, component: Component, variant: str | None = No
 
 def _check_texts(directory: Path, what: str) -> None:
     """Refuse a part with a small file that is cut, emptied or of another type, by the file's name: the libraries' own
-    readers pass it over, or tell of a slip of theirs."""
+    readers ignore it, or report an error of their own."""
     for path in sorted(directory.iterdir()):
         if path.suffix == ".json" and not read_json(path, what) and path.name in _NEVER_EMPTY:
             raise UserError(what, f"{path} says nothing", "copy or download it again")
@@ -250,7 +252,7 @@ def load_part(folder: Path, part: str, load: Callable[[], Any]) -> Any:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No progress bars and no warnings of the two libraries while a part loads; what matters is checked here."""
+    """Switch off progress bars and warnings of the two libraries while a part loads; what matters is checked here."""
     from diffusers.utils import logging as diffusers_log
     from transformers.utils import logging as transformers_log
 

@@ -2,8 +2,8 @@
 
 Weights: counted in the headers of the files, in the precision they will run in. Images and gradients: the networks are
 built on torch's meta device, which has shapes and no memory, and run once there, forward and backward, while the
-tensors that are alive are summed. Attention is counted as the fused kernels have it, without its matrix. VSD's lesson,
-a forward and backward pass through the denoiser, and what it learns with are in it; the renderer's own memory is not.
+tensors that are alive are summed. Attention is counted as the fused kernels have it, without its matrix. VSD's training
+step, a forward and backward pass through the denoiser, and its optimiser are in it; the renderer's memory is not.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from stages.guidance.diffusion.folder import quiet
 from stages.guidance.diffusion.plan import Plan, network_dtype, vae_dtype
 from stages.guidance.diffusion.text import token_limit
 from stages.guidance.diffusion.weights import Header, parameter_count
-from stages.guidance.vsd import CAMERA, RenderScore, VsdSettings
+from stages.guidance.vsd import CAMERA_SIZE, RenderScore, VsdSettings
 
 if TYPE_CHECKING:
     from stages.guidance.diffusion.settings import DiffusionSettings
@@ -40,9 +40,11 @@ _BLOCK = re.compile(r"((?:\w*blocks)\.\d+|mid_block)\.")
 class Footprint:
     """Bytes on the prior's device.
 
-    weights: of the denoiser and the autoencoder, which stay, by part; `vsd` is what that rule learns. text: of each
-    text encoder, freed after the prompts are embedded, by part; none when they are embedded elsewhere. images: what a
-    step adds to the weights.
+    Args:
+        weights: of the denoiser and the autoencoder, which stay, by part; `vsd` is that rule's parameters and moments.
+        text: of each text encoder, freed after the prompts are embedded, by part; none when they are embedded
+            elsewhere.
+        images: activations and gradients of a step.
     """
 
     dtype: torch.dtype
@@ -56,7 +58,7 @@ class Footprint:
         return max([*self.text.values(), sum(self.weights.values()) + self.images])
 
     def describe(self) -> str:
-        """One line for people."""
+        """Return the footprint as one line of text."""
         stay = " + ".join(f"{part} {size / GB:.2f}" for part, size in self.weights.items())
         text = ", ".join(f"{size / GB:.2f}" for size in self.text.values()) or "none here"
         return (
@@ -75,12 +77,13 @@ def footprint(
     vsd: VsdSettings | None = None,
     decodes: bool = False,
 ) -> Footprint:
-    """The footprint of a planned prior.
+    """Compute the footprint of a planned prior.
 
     Args:
-        images: pictures encoded in one step. predictions: pictures in the largest batch the rule asks noise for.
-        vsd: how the score of the renders is learned beside it; None for other rules.
-        decodes: the rule looks at what a prediction decodes to (HiFA's image term).
+        images: pictures encoded in one step.
+        predictions: images in the largest batch that the rule predicts noise for.
+        vsd: settings of the score of the renders; None for other rules.
+        decodes: whether the rule decodes predictions (HiFA's image term).
     """
     family = plan.family
     dtype = network_dtype(settings, family, device)
@@ -94,19 +97,19 @@ def footprint(
             weights[part] = parameter_count(headers) * vae_dtype(family, plan.configs["vae"], dtype).itemsize
         elif settings.text_device == "prior":
             text[part] = parameter_count(headers) * dtype.itemsize
-    kept, encoding = _encoding(plan, settings, dtype, images)
-    predicting = _prediction(plan, dtype, min(predictions, settings.max_batch or predictions))
+    saved_bytes, encoding_peak = _encoding(plan, settings, dtype, images)
+    prediction_peak = _prediction(plan, dtype, min(predictions, settings.max_batch or predictions))
     if vsd is not None:
-        learned, lesson = _lesson(plan, dtype, images, vsd)
-        weights["vsd"] = 3 * 4 * learned  # float32, each with Adam's two moments
-        predicting = max(predicting, lesson)
+        trainable, training_bytes = _training(plan, dtype, images, vsd)
+        weights["vsd"] = 3 * 4 * trainable  # float32, each with Adam's two moments
+        prediction_peak = max(prediction_peak, training_bytes)
     if decodes:
-        predicting = max(predicting, _decoding(plan, settings, dtype, images))
-    return Footprint(dtype, weights, text, max(encoding, kept + predicting))
+        prediction_peak = max(prediction_peak, _decoding(plan, settings, dtype, images))
+    return Footprint(dtype, weights, text, max(encoding_peak, saved_bytes + prediction_peak))
 
 
 def resident(headers: dict[str, Header]) -> int:
-    """Parameters of a network with offloaded blocks that are on the device at once: all but the blocks, and one."""
+    """Count the parameters of a network with offloaded blocks that share the device: all but the blocks, and one."""
     blocks: dict[str, int] = {}
     for name, header in headers.items():
         match = _BLOCK.match(name)
@@ -156,7 +159,7 @@ def _vae(plan: Plan, dtype: torch.dtype) -> torch.nn.Module:
 
 
 def embedding_shape(plan: Plan) -> tuple[int, int]:
-    """(rows, width) of a prompt's embedding: tokens of all encoders, the pooled part behind them (join_pooled)."""
+    """Return (rows, width) of a prompt's embedding: all encoders' tokens, then the pooled part (join_pooled)."""
     encoded = []
     for spec in plan.encoders:
         config = plan.configs[spec.part]
@@ -190,8 +193,8 @@ def _prediction(plan: Plan, dtype: torch.dtype, batch: int) -> int:
         return live_bytes(denoiser.network, lambda: denoiser(*inputs))[1]
 
 
-def _lesson(plan: Plan, dtype: torch.dtype, batch: int, settings: VsdSettings) -> tuple[int, int]:
-    """Numbers that VSD's score learns, and bytes alive at once in its lesson on that many samples."""
+def _training(plan: Plan, dtype: torch.dtype, batch: int, settings: VsdSettings) -> tuple[int, int]:
+    """Return how many parameters VSD's score has, and the peak bytes of its training step on that many samples."""
     denoiser, inputs = _denoiser(plan, dtype, batch)
     prior = SimpleNamespace(
         name=plan.folder.name,
@@ -204,31 +207,31 @@ def _lesson(plan: Plan, dtype: torch.dtype, batch: int, settings: VsdSettings) -
         conditions=lambda embedding, context: {},
     )
     score = RenderScore(prior, settings, torch.Generator())
-    camera = torch.empty(batch, CAMERA, device="meta")
-    learned = sum(p.numel() for p in score.parameters.values())
-    return learned, live_bytes(score.unet, lambda: score.noise(*inputs, camera), backward=True)[1]
+    camera = torch.empty(batch, CAMERA_SIZE, device="meta")
+    trainable = sum(p.numel() for p in score.parameters.values())
+    return trainable, live_bytes(score.unet, lambda: score.noise(*inputs, camera), backward=True)[1]
 
 
 def live_bytes(network: torch.nn.Module, run: Callable[[], Tensor], backward: bool = False) -> tuple[int, int]:
-    """(bytes alive after `run`, the most alive at any time) of the tensors it makes; with its backward pass if asked.
+    """Return (bytes alive after `run`, peak bytes) of the tensors it makes, with its backward pass if asked.
 
     The network's own parameters are not counted. On any device; on meta nothing is computed.
     """
     counter = _Live({t.untyped_storage()._cdata for t in [*network.parameters(), *network.buffers()]})
     with _fused_attention(), counter:
         result = run()
-        kept = counter.now
+        after = counter.now
         if backward:
             result.sum().backward()
-    return kept, counter.peak
+    return after, counter.peak
 
 
 class _Live(TorchDispatchMode):
     """Sums the storages that operations return while they are alive."""
 
-    def __init__(self, own: set[int]) -> None:
+    def __init__(self, storages: set[int]) -> None:
         super().__init__()
-        self.sizes: dict[int, int] = dict.fromkeys(own, 0)
+        self.sizes: dict[int, int] = dict.fromkeys(storages, 0)
         self.now = self.peak = 0
 
     def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
@@ -240,10 +243,10 @@ class _Live(TorchDispatchMode):
                     self.sizes[storage._cdata] = storage.nbytes()
                     self.now += storage.nbytes()
                     self.peak = max(self.peak, self.now)
-                    weakref.finalize(storage, self._gone, storage._cdata)
+                    weakref.finalize(storage, self._free, storage._cdata)
         return result
 
-    def _gone(self, key: int) -> None:
+    def _free(self, key: int) -> None:
         self.now -= self.sizes.pop(key, 0)
 
 

@@ -55,7 +55,7 @@ _KEY = re.compile(
 _ROLES = {"lora_A": "down", "lora_down": "down", "lora_B": "up", "lora_up": "up"}
 _OTHER_KINDS = ("dora", "magnitude", "hada", "lokr", "lora_mid", "oft")
 _STEM = "diffusion_pytorch_model"
-_NOT_LEARNT = ("position_ids",)  # a count that some versions of transformers write beside the weights
+_BUFFERS = ("position_ids",)  # a count that some versions of transformers write beside the weights
 _OLD_TEXT = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
 _SGM_RESNET = {
     "in_layers_2": "conv1",
@@ -73,8 +73,8 @@ _SGM_SINGLE = {
 }
 
 
-class _Kept(NamedTuple):
-    """A whole tensor that stays in its file until it is merged: memory may not allow a text encoder twice."""
+class _WholeTensor(NamedTuple):
+    """A whole tensor, left in its file until it is merged: memory may not hold a text encoder twice."""
 
     path: Path
     key: str
@@ -91,14 +91,14 @@ class LowRank:
     alpha: float | None = None
 
     def delta(self, shape: torch.Size) -> Tensor:
-        """(alpha / r) U D as float32 in the shape of the weight."""
+        """Return (alpha / r) U D as float32 in the shape of the weight."""
         down, up = self.down.float().flatten(1), self.up.float().flatten(1)
         alpha = down.shape[0] if self.alpha is None else self.alpha
         return (alpha / down.shape[0]) * (up @ down).reshape(shape)
 
 
 class Target(Protocol):
-    """What a LoRA asks of the model that it is for; a Plan knows it before a weight is loaded."""
+    """What a LoRA reads of the model that it changes; a Plan has it before a weight is loaded."""
 
     family: Family
     configs: Configs
@@ -113,16 +113,16 @@ class Lora:
     """The changes of one file or folder, by part of the model.
 
     Args:
-        path: a safetensors file, a folder with one, or a diffusers folder of whole weights. scale: s, what every change
-            is multiplied by.
+        path: a safetensors file, a folder with one, or a diffusers folder of whole weights.
+        scale: s, the factor of every change.
     Raises: UserError for a file that is none, is pickled or holds something else.
     """
 
     def __init__(self, path: str | Path, scale: float = 1.0) -> None:
         self.scale, self.what = scale, f"Cannot use prior.lora={path}"
-        self.path, self._folder = _found(from_home(path), self.what)
+        self.path, self._folder = _resolve(from_home(path), self.what)
         self._changes: dict[str, dict[str, LowRank]] = {}
-        self._whole: dict[str, dict[str, _Kept]] = {}
+        self._whole: dict[str, dict[str, _WholeTensor]] = {}
         self.low_rank = False
         if self._folder:
             return
@@ -139,11 +139,11 @@ class Lora:
             )
 
     def check(self, plan: Target) -> None:
-        """That every key fits a layer of the planned networks, by their headers; needed before :meth:`merge`.
+        """Check that every key fits a layer of the planned networks, by their headers; needed before :meth:`merge`.
 
         Raises: UserError naming the keys that do not, or whose shape is of another model.
         """
-        self._read(plan.family, plan.configs)
+        self._read_file(plan.family, plan.configs)
         stems = plan.stems()
         for part in {**self._changes, **self._whole}:
             subfolder = plan.family.part if part == DENOISER else part
@@ -156,34 +156,34 @@ class Lora:
             else:
                 self._check_whole(subfolder, self._whole[part], {_plain(name): shape for name, shape in shapes.items()})
         if self._folder:
-            self._check_meaning(plan)
+            self._check_prediction(plan)
 
-    def _check_whole(self, part: str, given: dict[str, _Kept], shapes: dict[str, tuple[int, ...]]) -> None:
-        for name in [name for name in given if name.endswith(_NOT_LEARNT)]:
-            del given[name]
-        self._refuse([name for name in given if name not in shapes])
-        wrong = [name for name, kept in given.items() if kept.header.shape != shapes[name]]
+    def _check_whole(self, part: str, tensors: dict[str, _WholeTensor], shapes: dict[str, tuple[int, ...]]) -> None:
+        for name in [name for name in tensors if name.endswith(_BUFFERS)]:
+            del tensors[name]
+        self._refuse([name for name in tensors if name not in shapes])
+        wrong = [name for name, tensor in tensors.items() if tensor.header.shape != shapes[name]]
         self._refuse(wrong, "of another shape than the model's")
-        absent = [name for name in shapes if name not in given and not name.endswith(_NOT_LEARNT)]
-        if self._folder and absent:
-            why = f"its {part} lacks {len(absent)} of the model's {len(shapes)} tensors, {absent[0]} first"
+        missing = [name for name in shapes if name not in tensors and not name.endswith(_BUFFERS)]
+        if self._folder and missing:
+            why = f"its {part} lacks {len(missing)} of the model's {len(shapes)} tensors, {missing[0]} first"
             raise UserError(self.what, why, "get the folder again: half a personalisation looks like a bad one")
 
-    def _check_meaning(self, plan: Target) -> None:
+    def _check_prediction(self, plan: Target) -> None:
         """Stable Diffusion 2.1 has the same layers twice, one predicting epsilon and one v."""
         path = self.path / "scheduler" / "scheduler_config.json"
         if not path.is_file():
             return
         config = read_json(path, self.what)
         flow = config.get("_class_name") in FLOW
-        given = "flow_prediction" if flow else config.get("prediction_type", "epsilon")
-        if given != plan.schedule.prediction:
-            why = f"its model predicts {given} and the prior {plan.schedule.prediction}"
+        prediction = "flow_prediction" if flow else config.get("prediction_type", "epsilon")
+        if prediction != plan.schedule.prediction:
+            why = f"its model predicts {prediction} and the prior {plan.schedule.prediction}"
             raise UserError(self.what, why, f"give it as the prior itself: prior.coarse={self.path}")
 
     def _check_low_rank(self, part: str, shapes: dict[str, tuple[int, ...]]) -> None:
         changes = self._changes[part]
-        self._changes[part] = changes = {_spelled(flat, shapes): change for flat, change in changes.items()}
+        self._changes[part] = changes = {_current_name(flat, shapes): change for flat, change in changes.items()}
         self._refuse([change.key for flat, change in changes.items() if flat not in shapes])
         halves = [c.key for c in changes.values() if c.down is None or c.up is None]
         self._refuse(halves, "without their other half (down and up)")
@@ -208,11 +208,11 @@ class Lora:
             weight.data = (weight.data.float() + self.scale * delta).to(weight.dtype)
         tensors = {_plain(name): tensor for name, tensor in network.state_dict().items()}
         whole = self._whole.get(part, {})
-        for path in dict.fromkeys(kept.path for kept in whole.values()):
+        for path in dict.fromkeys(entry.path for entry in whole.values()):
             with safe_open(path, "pt") as file:
-                for name, kept in whole.items():
-                    if kept.path == path:
-                        self._replace(tensors[name], file.get_tensor(kept.key))
+                for name, entry in whole.items():
+                    if entry.path == path:
+                        self._replace(tensors[name], file.get_tensor(entry.key))
         return len(self._changes.get(part, {})) + len(self._whole.get(part, {}))
 
     def _replace(self, weight: Tensor, new: Tensor) -> None:
@@ -220,7 +220,7 @@ class Lora:
             new = torch.lerp(weight.float(), new.to(weight.device).float(), self.scale)
         weight.copy_(new)
 
-    def _read(self, family: Family, configs: Configs) -> None:
+    def _read_file(self, family: Family, configs: Configs) -> None:
         from safetensors.torch import load_file
 
         self._changes, self._whole = {}, {}
@@ -229,7 +229,7 @@ class Lora:
                 for path in files:
                     for key, header in read_header(path).items():
                         part, rest = (folder_part, key) if folder_part else _split(key)
-                        self._whole.setdefault(part, {})[_plain(rest)] = _Kept(path, key, header)
+                        self._whole.setdefault(part, {})[_plain(rest)] = _WholeTensor(path, key, header)
             return
         tensors = load_file(self.path)
         if family.name == "Flux" and not any(name.startswith(("transformer.", "text_encoder.")) for name in tensors):
@@ -286,13 +286,13 @@ class Lora:
             raise UserError(self.what, f"{self.path.name} has {len(keys)} keys {why}: {', '.join(keys[:3])}{more}", fix)
 
 
-def _found(path: Path, what: str) -> tuple[Path, dict[str, list[Path]]]:
-    """What a path names: a file and nothing, or a folder and its weight files by part of the model."""
+def _resolve(path: Path, what: str) -> tuple[Path, dict[str, list[Path]]]:
+    """Return a file and nothing, or a folder and its weight files by part of the model."""
     if path.is_dir():
         files = sorted(path.glob("*.safetensors"))
-        named = path / "pytorch_lora_weights.safetensors"
-        if named in files:
-            return named, {}
+        default_file = path / "pytorch_lora_weights.safetensors"
+        if default_file in files:
+            return default_file, {}
         if weight_files(path, _STEM):  # a unet/ or transformer/ itself
             return path, {DENOISER: weight_files(path, _STEM)}
         for part in ("unet", "transformer"):
@@ -342,13 +342,13 @@ def _flat(name: str, part: str) -> str:
     return flat
 
 
-def _spelled(flat: str, shapes: dict[str, tuple[int, ...]]) -> str:
-    """The layer meant: old files call an attention's last layer to_out, its first and only entry today."""
+def _current_name(flat: str, shapes: dict[str, tuple[int, ...]]) -> str:
+    """Return a layer's present name: old files call an attention's last layer to_out, now its first entry."""
     return f"{flat}_0" if flat not in shapes and flat.endswith("to_out") else flat
 
 
 def from_sgm(flat: str, layers: int) -> str:
-    """The diffusers name of a UNet layer that is named as in Stability's own code (kohya's SDXL files).
+    """Return the diffusers name of a UNet layer that is named as in Stability's own code (kohya's SDXL files).
 
     flat: with underscores. layers: layers_per_block of the UNet. Names of other kinds come back as they are.
     """

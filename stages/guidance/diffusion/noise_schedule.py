@@ -25,8 +25,10 @@ FLOW = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")
 class NoiseSchedule:
     """T noise levels, the lowest first, and what the network predicts at them.
 
-    alphas_cumprod: [T] on the CPU, decreasing; float64 for flows, whose 1 - alphas_cumprod is small at the start.
-    prediction: one of PREDICTIONS. timesteps: [T] what the network is told, integers or 1000 sigma.
+    Args:
+        alphas_cumprod: [T] on the CPU, decreasing; float64 for flows, whose 1 - alphas_cumprod is small at the start.
+        prediction: one of PREDICTIONS.
+        timesteps: [T] the network's time input, integers or 1000 sigma.
     """
 
     alphas_cumprod: Tensor
@@ -39,11 +41,13 @@ class NoiseSchedule:
 
 
 def load_schedule(folder: Path, class_name: str, image_tokens: int) -> NoiseSchedule:
-    """The schedule of a folder's scheduler/.
+    """Load the schedule of a folder's scheduler/.
 
     Args:
-        class_name: of the scheduler. image_tokens: of one picture at the prior's resolution, which moves the noise
-            levels of flows with dynamic shifting (Flux).
+        folder: of the model.
+        class_name: of the scheduler.
+        image_tokens: of one image at the prior's resolution, which moves the noise levels of flows with dynamic
+            shifting (Flux).
     Raises: UserError for a damaged or unsupported one.
     """
     import diffusers
@@ -82,7 +86,7 @@ def _flow(scheduler: Any, image_tokens: int, what: str) -> NoiseSchedule:
 
 
 def dynamic_shift(config: Any, image_tokens: int) -> float:
-    """mu, linear in the picture's tokens between the config's base and largest (Stable Diffusion 3 sec. 5.3.2)."""
+    """Return mu, linear in the image's tokens between the config's base and maximum (Stable Diffusion 3 sec. 5.3.2)."""
     low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
     first, last = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
     return first + (last - first) * (image_tokens - low) / (high - low)

@@ -58,13 +58,13 @@ class Plan:
         return encoder_specs(self.family, self.classes)
 
     def headers(self, part: str, stem: str) -> dict[str, Header]:
-        """The tensors of a part's weight files."""
+        """Return the tensors of a part's weight files."""
         directory = self.directories[part]
         variant = self.variant if directory.parent == self.folder else None
         return read_headers(check_files(directory, stem, variant, f"Cannot load the prior {self.folder}"))
 
     def stems(self) -> dict[str, str]:
-        """The stem of the weight files by part."""
+        """Return the stem of the weight files by part."""
         return {c.part: c.stem for c in components(self.family, self.classes) if c.stem is not None}
 
     def check_prompts(self, prompts: list[str]) -> None:
@@ -78,7 +78,7 @@ class Plan:
 def make_plan(
     folder: Path, settings: DiffusionSettings, prompts: list[str] | None = None, lora: Lora | None = None
 ) -> Plan:
-    """The plan of a folder for these settings, after checking that prompts and LoRA fit it.
+    """Plan how a folder is loaded under these settings, after checking that prompts and LoRA fit it.
 
     Raises: UserError for anything missing, damaged, unsupported or not belonging together.
     """
@@ -108,7 +108,7 @@ def make_plan(
 
 
 def network_dtype(settings: DiffusionSettings, family: Family | None, device: torch.device) -> torch.dtype:
-    """The precision that a family's networks run in on a device; None for a family that is not known yet."""
+    """Return the precision that a family's networks run in on a device; None for a family that is not known yet."""
     if settings.dtype != "auto":
         return DTYPES[settings.dtype]
     if device.type != "cuda":
@@ -117,6 +117,6 @@ def network_dtype(settings: DiffusionSettings, family: Family | None, device: to
 
 
 def vae_dtype(family: Family, config: Any, dtype: torch.dtype) -> torch.dtype:
-    """SDXL's own autoencoder overflows in float16 and says so (force_upcast), which its pipeline heeds."""
+    """Return the autoencoder's precision: float32 for SDXL's, which overflows in float16, else `dtype`."""
     upcast = family is SDXL and dtype == torch.float16 and getattr(config, "force_upcast", False)
     return torch.float32 if upcast else dtype

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 class Preset:
     """stay_gb: denoiser and autoencoder. text_gb: the largest text encoder, freed after the prompts are embedded.
 
-    status: open; gated (the licence must be accepted on its page, then `hf auth login`); withdrawn (see `instead`).
+    Args:
+        status: open; gated (the licence must be accepted on its page, then `hf auth login`); withdrawn (see `instead`).
     """
 
     id: str
@@ -68,5 +69,5 @@ PRESETS = (
 
 
 def find_preset(model_id: str) -> Preset | None:
-    """The preset of a hub id, None for one that is not in the list."""
+    """Return the preset of a hub id, None for one that is not in the list."""
     return next((preset for preset in PRESETS if preset.id == model_id), None)

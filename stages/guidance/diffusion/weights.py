@@ -31,14 +31,14 @@ class Header:
 
 
 def weight_files(directory: Path, stem: str, variant: str | None = None) -> list[Path]:
-    """The safetensors files of a component, shards in order; empty where there is none of that variant."""
+    """Return the safetensors files of a component, shards in order; empty where there is none of that variant."""
     dot = f".{variant}" if variant else ""
     whole = directory / f"{stem}{dot}.safetensors"
     return [whole] if whole.is_file() else sorted(directory.glob(f"{stem}{dot}-*-of-*.safetensors"))
 
 
 def check_files(directory: Path, stem: str, variant: str | None, what: str) -> list[Path]:
-    """The files of :func:`weight_files`, or a UserError that says what lies there in their place."""
+    """Return the files of :func:`weight_files`. Raises: UserError that names what is there in their place."""
     files = weight_files(directory, stem, variant)
     expected = directory / f"{stem}{'.' + variant if variant else ''}.safetensors"
     if files:
@@ -70,7 +70,7 @@ def _check_shards(files: list[Path], what: str) -> None:
 
 
 def read_header(path: Path) -> dict[str, Header]:
-    """Tensors of one safetensors file by name. Raises: UserError for a file that is cut or is none."""
+    """Read the tensors' headers of one safetensors file by name. Raises: UserError for a damaged file."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -95,10 +95,10 @@ def read_header(path: Path) -> dict[str, Header]:
 
 
 def read_headers(files: list[Path]) -> dict[str, Header]:
-    """Tensors of a component's files by name."""
+    """Read the tensors' headers of a component's files by name."""
     return {name: header for path in files for name, header in read_header(path).items()}
 
 
 def parameter_count(headers: dict[str, Header]) -> int:
-    """Numbers in all floating-point tensors."""
+    """Count the numbers in all floating-point tensors."""
     return sum(header.count for header in headers.values() if "F" in header.dtype)
