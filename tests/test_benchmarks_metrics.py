@@ -18,11 +18,6 @@ from stages.pocket import world
 from stages.pocket.build import build
 
 
-def test_clip_score_is_a_hundred_cosines():
-    assert metrics.clip_score(torch.tensor([1.0, 0.0]), torch.tensor([0.6, 0.8])) == pytest.approx(60)
-    assert metrics.clip_score(torch.tensor([1.0, 0.0]), torch.tensor([-1.0, 0.0])) == -100
-
-
 def test_mean_embedding_is_the_unit_bisector():
     mean = metrics.mean_embedding(torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
     assert torch.allclose(mean, torch.tensor([0.5, 0.5]).sqrt())

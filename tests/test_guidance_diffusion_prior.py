@@ -216,14 +216,6 @@ def test_text_encoder_is_freed_embeddings_stay_and_new_prompts_load_it_again(fol
     assert prior.text.encoders[0]._model is not None
 
 
-def test_unknown_words_are_named_by_word_tokenizers_only(priors):
-    prompt = "a Red dragon, front view on a zebra; dragon"
-    assert priors["pocket_latent"].unknown_words(prompt) == ["dragon", "on", "zebra"]
-    assert priors["pocket_latent"].known_words == sorted(tiny_folders.WORDS)
-    assert priors["stable_diffusion"].unknown_words("a dragon") == []
-    assert priors["stable_diffusion"].known_words is None
-
-
 def test_view_words_are_never_cut_off_silently(priors):
     with pytest.raises(UserError, match="too long.*is 20 tokens and the encoder reads 16.*shorten .* about 4 tokens"):
         priors["pocket_latent"].embed(["a red ball " * 5 + ", overhead view"])

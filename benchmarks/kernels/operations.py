@@ -60,7 +60,6 @@ class Case:
 
     name: str
     work: str
-    families: tuple[str, ...]
     shapes: dict[str, Any]
     call: Callable[[Names], Call]
     peers: str | None = None  # which function of benchmarks.kernels.peers has it: hash, cast, march or composite
@@ -143,7 +142,7 @@ def _hash_cases(v: Volume, spec: HashGridSpec) -> Iterator[Case]:
     def whole(names: Names) -> Tensor:
         return nerf_loss(v, table, spec, density, colour, seen, names)
 
-    more = {"families": ("hash",), "shapes": shapes}
+    more = {"shapes": shapes}
     yield Case(
         "hash_encode", FORWARD, call=lambda names: without_gradients(lambda: encoded(names)),
         peers="hash", inputs=(v.points, spec, None), **more,
@@ -153,7 +152,7 @@ def _hash_cases(v: Volume, spec: HashGridSpec) -> Iterator[Case]:
         peers="hash", inputs=(v.points, spec, up), **more,
     )  # fmt: skip
     yield Case(
-        "nerf_step", BOTH, ("hash", "mlp", "volume"), shapes | {"hidden": v.sizes.hidden},
+        "nerf_step", BOTH, shapes | {"hidden": v.sizes.hidden},
         call=lambda names: gradients(lambda: whole(names), [table, *density, *colour]),
     )  # fmt: skip
 
@@ -174,11 +173,9 @@ def _slope_cases(v: Volume, spec: HashGridSpec) -> Iterator[Case]:
         _, raw, gradient = hash_density(v.points, table, spec, tuple(weights), backend=names["hash"])
         return (raw * up).sum() + (gradient * along).sum()
 
+    yield Case("hash_gradient", BOTH, _shapes(v, spec), lambda names: gradients(lambda: slope(names), [table, g]))
     yield Case(
-        "hash_gradient", BOTH, ("hash",), _shapes(v, spec), lambda names: gradients(lambda: slope(names), [table, g])
-    )
-    yield Case(
-        "hash_density", BOTH, ("hash", "mlp"), _shapes(v, spec) | {"hidden": v.sizes.hidden},
+        "hash_density", BOTH, _shapes(v, spec) | {"hidden": v.sizes.hidden},
         lambda names: gradients(lambda: density(names), [table, *weights]),
     )  # fmt: skip
 
@@ -186,8 +183,7 @@ def _slope_cases(v: Volume, spec: HashGridSpec) -> Iterator[Case]:
 def _mlp_cases(v: Volume) -> Iterator[Case]:
     n, width = len(v.points), HashGridSpec().width
     x, weights, up, along = v.leaf(n, width), v.weights(width, 4), v.random(n, 4), v.random(n, width)
-    more = {"families": ("mlp",)}
-    more["shapes"] = v.shapes | {"inputs": width, "hidden": v.sizes.hidden, "outputs": 4}
+    more = {"shapes": v.shapes | {"inputs": width, "hidden": v.sizes.hidden, "outputs": 4}}
 
     def out(names: Names) -> Tensor:
         return mlp(x, *weights, backend=names["mlp"])
@@ -205,7 +201,7 @@ def _march_case(v: Volume) -> Case:
     jitter = torch.rand(len(v.rays_o), generator=v.generator).to(v.device)
     step = 2 * 3**0.5 / 80
     return Case(
-        "march", FORWARD, ("volume",), {"rays": len(v.rays_o), "grid": 64, "steps along the diagonal": 80},
+        "march", FORWARD, {"rays": len(v.rays_o), "grid": 64, "steps along the diagonal": 80},
         lambda names: lambda: march(v.rays_o, v.rays_d, v.occupancy, step, jitter, backend=names["volume"]),
         peers="march", inputs=(v.rays_o, v.rays_d, v.occupancy, step),
     )  # fmt: skip
@@ -214,7 +210,7 @@ def _march_case(v: Volume) -> Case:
 def _composite_cases(v: Volume) -> Iterator[Case]:
     n = len(v.points)
     sigmas, values, up = v.random(n).abs().requires_grad_(), v.leaf(n, 3), v.random(len(v.rays_o), 3)
-    more = {"families": ("volume",), "shapes": v.shapes | {"channels": 3}, "peers": "composite"}
+    more = {"shapes": v.shapes | {"channels": 3}, "peers": "composite"}
 
     def out(names: Names) -> Tensor:
         return composite(sigmas, values, v.samples, backend=names["volume"])[0]
@@ -229,7 +225,7 @@ def _composite_cases(v: Volume) -> Iterator[Case]:
     )  # fmt: skip
     dense = 20 * sigmas.detach()  # light runs out along most rays
     yield Case(
-        "cull", FORWARD, ("volume",), v.shapes | {"threshold": 1e-3, "min_optical_depth": 0.05},
+        "cull", FORWARD, v.shapes | {"threshold": 1e-3, "min_optical_depth": 0.05},
         lambda names: lambda: cull(dense, v.samples, 1e-3, 0.05, backend=names["volume"]),
     )  # fmt: skip
 
@@ -301,10 +297,9 @@ def raster_cases(sizes: Sizes, device: str) -> Iterator[Case]:
     topology = edge_topology(triangles, count)
     flat = interpolate(colours.detach(), rast, triangles).requires_grad_()
     shapes = {"pixels": side * side, "triangles": len(triangles), "covered": int((rast[..., 3] > 0).sum())}
-    raster = ("raster",)
 
     def case(name: str, work: str, call: Callable[[str], Call], shape: dict[str, Any] = shapes, **more: Any) -> Case:
-        return Case(name, work, raster, shape, lambda names: call(names["raster"]), **more)
+        return Case(name, work, shape, lambda names: call(names["raster"]), **more)
 
     yield case(
         "rasterise", FORWARD, lambda b: without_gradients(lambda: rasterise(clip, triangles, side, side, backend=b)),
@@ -369,24 +364,23 @@ def marching_cases(sizes: Sizes, device: str) -> Iterator[Case]:
     def marched(backend: str) -> Tensor:
         return (marching_tetrahedra(positions, sdf, edges, tets, tet_edges, guard=guard, backend=backend)[0] * up).sum()
 
-    marching = ("marching",)
     yield Case(
-        "marching_tetrahedra", BOTH, marching, shapes,
+        "marching_tetrahedra", BOTH, shapes,
         lambda b: gradients(lambda: marched(b["marching"]), [positions, sdf]),
     )  # fmt: skip
     yield Case(
-        "mesh_edges", FORWARD, marching, {"triangles": len(faces)},
+        "mesh_edges", FORWARD, {"triangles": len(faces)},
         lambda b: lambda: mesh_edges(faces, len(vertices), backend=b["marching"]),
     )  # fmt: skip
     leaf = vertices.clone().requires_grad_()
     closed = (faces, *mesh_edges(faces, len(vertices)))
     yield Case(
-        "smoothness", BOTH, marching, {"triangles": len(faces)},
+        "smoothness", BOTH, {"triangles": len(faces)},
         lambda b: gradients(lambda: sum(smoothness(leaf, *closed, backend=b["marching"])), [leaf]),
     )  # fmt: skip
     values = torch.randn(len(sdf), generator=torch.Generator().manual_seed(1)).to(device)
     yield Case(
-        "diffuse", FORWARD, marching, {"band vertices": len(sdf), "strength": 100.0},
+        "diffuse", FORWARD, {"band vertices": len(sdf), "strength": 100.0},
         lambda b: lambda: diffuse(values, near, 100.0, backend=b["marching"]),
     )  # fmt: skip
 

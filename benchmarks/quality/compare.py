@@ -72,8 +72,8 @@ def compare_cells(before: list[Line], after: list[Line], systems: list[str] | No
         sides = [[line for line in side if key_of(line) in common] for side in sides]
         if common:
             systems_found[system] = {"cells": len(common), "metrics": _metrics(*sides)}
-            for all_of_it, lines in zip(shared, sides, strict=True):
-                all_of_it += lines
+            for total, lines in zip(shared, sides, strict=True):
+                total.extend(lines)
     origins = {name: origin_of(lines) for name, lines in zip(("before", "after"), shared, strict=True) if lines}
     return origins | {"systems": systems_found}
 

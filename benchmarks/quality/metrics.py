@@ -27,11 +27,6 @@ def mean_embedding(embeddings: Tensor) -> Tensor:
     return F.normalize(embeddings.mean(0), dim=0)
 
 
-def clip_score(image: Tensor, text: Tensor) -> float:
-    """Return the CLIP score: 100 times the cosine of two unit embeddings [D]; not clipped at zero."""
-    return 100 * float(image @ text)
-
-
 def hits(scores: Tensor, truth: Tensor | list[int]) -> Tensor:
     """Return R-Precision at 1 of each asset.
 

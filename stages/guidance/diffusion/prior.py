@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 class DiffusionPrior:
     """A diffusers folder behind the protocols Prior, FreesText and TrainablePrior; made by :func:`load_prior`.
 
-    Beyond them: `unknown_words`, `known_words`, `latent`, `family`.
+    Beyond them: `latent`, whether it has an autoencoder; `family`.
     """
 
     reads_prompts = True
@@ -56,7 +56,6 @@ class DiffusionPrior:
         self.autoencoder, self.schedule, self.settings = vae, schedule, settings
         self.alphas_cumprod, self.prediction = schedule.alphas_cumprod, schedule.prediction
         self.resolution, self.patch = denoiser.resolution, denoiser.patch
-        self.known_words: list[str] | None = None
         self.layout: LayoutCondition | None = None
         self.latent = vae is not None
         self.data_range = None if self.latent else (-1.0, 1.0)
@@ -74,19 +73,15 @@ class DiffusionPrior:
         return None if self.autoencoder is None else self.autoencoder.module
 
     def embed(self, prompts: list[str]) -> Tensor:
-        """Embeddings [P, L, D] (see denoisers.join_pooled); UserError for a prompt longer than an encoder reads."""
+        """Embed prompts, [P, L, D] (see denoisers.join_pooled). Raises: UserError for one that is too long."""
         return self.text.embed(prompts)
 
     def release_text_encoder(self) -> None:
         """Free the text encoders' memory; what was embedded stays."""
         self.text.release()
 
-    def unknown_words(self, prompt: str) -> list[str]:
-        """Words that the tokenizer does not know (word-level tokenizers only)."""
-        return self.text.unknown_words(prompt)
-
     def encode(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        """sRGB images [B, H, W, 3] in [0, 1] to x [B, C, h, w] float32; images of another size are resized."""
+        """Encode sRGB images [B, H, W, 3] in [0, 1] to x [B, C, h, w] float32; images of another size are resized."""
         check_shape("images", images, (None, None, None, 3))
         x = resized(images.permute(0, 3, 1, 2) * 2 - 1, self.resolution)
         if self.autoencoder is None:
@@ -98,20 +93,22 @@ class DiffusionPrior:
 
     @torch.no_grad()
     def decode(self, x: Tensor) -> Tensor:
-        """x [B, C, h, w] to sRGB images [B, resolution, resolution, 3] clamped to [0, 1]."""
+        """Decode x [B, C, h, w] to sRGB images [B, resolution, resolution, 3] clamped to [0, 1]."""
         if self.autoencoder is not None:
             x = self.autoencoder.decode(x)
         return (x.permute(0, 2, 3, 1) / 2 + 0.5).clamp(0, 1)
 
     @torch.no_grad()
     def predict_noise(self, z_t: Tensor, t: Tensor, embedding: Tensor, context: ViewContext | None = None) -> Tensor:
-        """eps [B, C, h, w] in the dtype of z_t; one denoiser call, or several of at most `max_batch`."""
+        """Return eps [B, C, h, w] in the dtype of z_t; one denoiser call, or several of at most `max_batch`."""
         return self.noise(self.unet, z_t, t, embedding, **self.conditions(embedding, context))
 
     @torch.no_grad()
     def conditions(self, embedding: Tensor, context: ViewContext | None) -> dict[str, Any]:
-        """What the denoiser is given beyond the embedding for these views, for :meth:`noise`: what a layout tells;
-        nothing for a prior without that part, or where the views are not known."""
+        """Return the denoiser's further inputs for these views, as :meth:`noise` takes them: those of a layout.
+
+        None for a prior without a layout, or where the views are not known.
+        """
         if self.layout is None or context is None:
             return {}
         with phase("networks"):
@@ -119,15 +116,15 @@ class DiffusionPrior:
 
     @torch.no_grad()
     def shape(self, embedding: Tensor) -> Radiance | None:
-        """The objects of its layout as density and linear colour at points; None for a prior without one."""
+        """Return the objects of its layout as density and linear colour at points; None for a prior without one."""
         return None if self.layout is None else self.layout.shape(embedding)
 
     def noise(self, network: torch.nn.Module, z_t: Tensor, t: Tensor, embedding: Tensor, **conditions: Any) -> Tensor:
-        """predict_noise by this network or one like it, with gradients in those of its weights that ask for them.
+        """Predict noise by this network or one like it, with gradients in its weights that require them.
 
         conditions: what else its family's diffusers module takes, such as a ControlNet's residuals: a tensor, or a
             tuple of them, with a row for every sample (or without any axis). `mean` is ours: the mean mu [B, C, h, w]
-            of x that the network was taught to leave out; it is given z_t - sqrt(alpha_bar) mu, of the same noise.
+            of x that was subtracted in training; the network's input is z_t - sqrt(alpha_bar) mu, of the same noise.
         """
         t = t.cpu()
         alpha_bar = self.alphas_cumprod[t]
@@ -135,27 +132,27 @@ class DiffusionPrior:
         if mean is not None:
             z_t = z_t - per_sample(alpha_bar.sqrt(), z_t) * mean.to(z_t)
         z = z_t * per_sample(flow_scale(alpha_bar), z_t) if self.schedule.flow else z_t
-        z, told = z.to(self.device, self.dtype), self.schedule.timesteps[t].to(self.device)
+        z, timesteps = z.to(self.device, self.dtype), self.schedule.timesteps[t].to(self.device)
         limit = self.settings.max_batch or len(z)
         with no_autocast(self.device), phase("networks"):
             outputs = [
                 self.denoiser(
-                    *(rows[k : k + limit] for rows in (z, told, embedding)),
+                    *(rows[k : k + limit] for rows in (z, timesteps, embedding)),
                     network=network,
-                    **{name: _rows(given, k, limit, z.dtype) for name, given in conditions.items()},
+                    **{name: _rows(condition, k, limit, z.dtype) for name, condition in conditions.items()},
                 )
                 for k in range(0, len(z), limit)
             ]
         return eps_from_prediction(torch.cat(outputs).to(z_t), z_t, alpha_bar, self.prediction)
 
 
-def _rows(given: Any, first: int, count: int, dtype: torch.dtype) -> Any:
+def _rows(condition: Any, first: int, count: int, dtype: torch.dtype) -> Any:
     """Rows first .. first + count of a condition: of a tensor, of each tensor of a tuple; other things stay whole."""
-    if isinstance(given, tuple):
-        return tuple(_rows(one, first, count, dtype) for one in given)
-    if not isinstance(given, Tensor):
-        return given
-    return (given[first : first + count] if given.dim() else given).to(dtype)
+    if isinstance(condition, tuple):
+        return tuple(_rows(part, first, count, dtype) for part in condition)
+    if not isinstance(condition, Tensor):
+        return condition
+    return (condition[first : first + count] if condition.dim() else condition).to(dtype)
 
 
 def load_prior(
@@ -171,13 +168,19 @@ def load_prior(
     """Load a diffusers folder (local first, hub id second) as a prior with frozen weights.
 
     Args:
-        path_or_id: a folder with model_index.json, or owner/name on the hub. device: where the networks live.
+        path_or_id: a folder with model_index.json, or owner/name on the hub.
+        device: where the networks live.
         dtype: of the networks; None leaves it to `settings`.
+        settings: precision, resolution and memory; None: the defaults.
         prompts: embedded before the denoiser is loaded, each text encoder freed before the next, so that the memory
             needed is that of the largest part; None keeps the encoders until release_text_encoder.
         lora: weights merged into the networks as they are loaded.
         plan: of that folder for these settings and prompts, where it was made before; None makes it.
+    Returns: the prior, its text encoders kept unless `prompts` are given.
     Raises: UserError for anything missing, damaged or unsupported.
+
+    Example:
+        >>> prior = load_prior("stable-diffusion-v1-5/stable-diffusion-v1-5", "cuda")
     """
     settings, device = settings or DiffusionSettings(), torch.device(device)
     if plan is None:
@@ -206,9 +209,6 @@ def load_prior(
     prior = DiffusionPrior(name, family, denoiser, vae, text, plan.schedule, settings)
     if settings.camera and (folder / "layout").is_dir():
         prior.layout = LayoutCondition.load(folder / "layout").to(device)
-    words = folder / "pocket.json"
-    if words.is_file():
-        prior.known_words = sorted(read_json(words, f"Cannot load the prior {folder}").get("words", []))
     return prior
 
 

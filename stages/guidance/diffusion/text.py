@@ -21,11 +21,16 @@ from stages.prompts import check_length
 class EncoderSpec:
     """What a model family takes from one of its text encoders, as its diffusers pipeline does.
 
-    part, tokenizer: folders of the component. classes: transformers classes that may fill it.
-    tokens: hidden states taken, the last ones (after the final norm) or those before the last layer; none: not used.
-    pooled: the output that sums up the prompt. limit: tokens at most, where the family sets it; else the encoder does.
-    mask: padding masked out always, never, or as the encoder's config says. clean: prompts stripped, in lower case.
-    optional: a folder may leave it out.
+    Args:
+        part: folder of the encoder.
+        tokenizer: folder of its tokenizer.
+        classes: transformers classes that may fill it.
+        tokens: which hidden states are used, the last ones (after the final norm) or those before the last layer.
+        pooled: the output that sums up the prompt.
+        limit: tokens at most, where the family sets it; else the encoder does.
+        mask: padding masked out always, never, or as the encoder's config says.
+        clean: prompts stripped, in lower case.
+        optional: a folder may leave it out.
     """
 
     part: str
@@ -38,13 +43,13 @@ class EncoderSpec:
     clean: bool = False
     optional: bool = False
 
-    def cleaned(self, prompt: str) -> str:
-        """The prompt as the encoder is given it."""
+    def clean_text(self, prompt: str) -> str:
+        """Return the prompt as the encoder reads it."""
         return prompt.lower().strip() if self.clean else prompt
 
     def count(self, tokenizer: Any, prompt: str) -> int:
-        """Tokens of a prompt, special tokens included, without cutting or padding."""
-        return len(tokenizer(self.cleaned(prompt), padding=False, truncation=False, verbose=False).input_ids)
+        """Count the tokens of a prompt, special tokens included, without truncation or padding."""
+        return len(tokenizer(self.clean_text(prompt), padding=False, truncation=False, verbose=False).input_ids)
 
 
 Encoded = tuple[Tensor | None, Tensor | None]  # tokens [P, L, D], pooled [P, W]
@@ -54,7 +59,8 @@ class TextEncoder:
     """One tokenizer and its encoder.
 
     Args:
-        spec: what is taken from it. tokenizer: a transformers tokenizer with a padding token.
+        spec: what is taken from it.
+        tokenizer: a transformers tokenizer with a padding token.
         load: gives the encoder module in evaluation mode on its device; called again after :meth:`release`.
         config: the encoder's transformers config.
     """
@@ -63,50 +69,26 @@ class TextEncoder:
         self.spec, self.tokenizer, self._load = spec, tokenizer, load
         self._model: torch.nn.Module | None = None
         self.limit = token_limit(spec, tokenizer, config)
-        asks = bool(getattr(config, "use_attention_mask", False))
-        self.use_mask = spec.mask == "always" or (spec.mask == "config" and asks)
+        masks = bool(getattr(config, "use_attention_mask", False))
+        self.use_mask = spec.mask == "always" or (spec.mask == "config" and masks)
 
     def count(self, prompt: str) -> int:
-        """Tokens of a prompt; see EncoderSpec.count."""
+        """Count the tokens of a prompt; see EncoderSpec.count."""
         return self.spec.count(self.tokenizer, prompt)
 
-    def unknown_words(self, prompt: str) -> list[str]:
-        """Words of the prompt that the tokenizer maps to its unknown token, in order, each once.
-
-        Empty for byte-level tokenizers, which know every string.
-        """
-        unknown = self.tokenizer.unk_token_id
-        if unknown is None:
-            return []
-        text = self.spec.cleaned(prompt)
-        encoded = self.tokenizer(
-            text,
-            add_special_tokens=False,
-            padding=False,
-            truncation=False,
-            return_offsets_mapping=True,
-            verbose=False,
-        )
-        words = [
-            text[first:last]
-            for token, (first, last) in zip(encoded.input_ids, encoded.offset_mapping, strict=True)
-            if token == unknown
-        ]
-        return list(dict.fromkeys(word for word in words if any(c.isalnum() for c in word)))
-
     def load(self) -> torch.nn.Module:
-        """The encoder, loaded if it is not there."""
+        """Return the encoder, loading it first if needed."""
         if self._model is None:
             self._model = self._load()
         return self._model
 
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> Encoded:
-        """Tokens and pooled embedding of prompts padded to the encoder's length; None for what is not taken."""
+        """Encode prompts, padded to the encoder's length: tokens and pooled embedding, None for what is not taken."""
         model, spec = self.load(), self.spec
         device = next(model.parameters()).device
         tokens = self.tokenizer(
-            [self.spec.cleaned(p) for p in prompts],
+            [self.spec.clean_text(p) for p in prompts],
             padding="max_length",
             max_length=self.limit,
             truncation=True,
@@ -127,7 +109,8 @@ class PromptEncoder:
     """All text encoders of a prior; each prompt is encoded once and remembered.
 
     Args:
-        encoders: in the family's order. join: one tensor [P, L, D] from what they give, on `device`.
+        encoders: in the family's order.
+        join: one tensor [P, L, D] from what they give, on `device`.
         empty_is_zero: the empty prompt stands for zeros, as SDXL's pipeline has it.
     """
 
@@ -151,13 +134,8 @@ class PromptEncoder:
         for encoder in self.encoders:
             check_length(prompts, encoder.count, encoder.limit)
 
-    def unknown_words(self, prompt: str) -> list[str]:
-        """Words that no encoder knows (word-level tokenizers only)."""
-        lists = [encoder.unknown_words(prompt) for encoder in self.encoders]
-        return [word for word in lists[0] if all(word in other for other in lists)]
-
     def embed(self, prompts: list[str], keep: bool = True) -> Tensor:
-        """Embeddings [P, L, D] of prompts; refuses those that do not fit.
+        """Embed prompts, [P, L, D]. Raises: UserError for those that do not fit.
 
         keep: encoders stay loaded for further prompts until :meth:`release`; otherwise each is freed before the next
             is loaded, so that no two are in memory at once.
@@ -191,13 +169,13 @@ def _collect() -> None:
 
 
 def token_limit(spec: EncoderSpec, tokenizer: Any, config: Any) -> int:
-    """Tokens that an encoder reads of a prompt: the least that family, tokenizer and encoder allow."""
+    """Return how many tokens an encoder reads: the least that family, tokenizer and encoder allow."""
     limits = [tokenizer.model_max_length, getattr(config, "max_position_embeddings", None), spec.limit]
     return min(limit for limit in limits if limit is not None)
 
 
 def load_tokenizer(folder: Path, part: str) -> Any:
-    """The tokenizer in a part of a folder. Raises: UserError, naming the file or the package that is missing.
+    """Load the tokenizer in a part of a folder. Raises: UserError, naming the missing file or package.
 
     The files are looked at first: without them transformers makes a tokenizer that knows no word, and says nothing.
     """
