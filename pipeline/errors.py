@@ -26,7 +26,7 @@ class Interrupted(Exception):
 
 
 def disk_full(path: object) -> UserError:
-    """The one message for a full disk, from the check before a run and from a write that failed during it."""
+    """Return the one message for a full disk, from the check before a run and from a write that failed during it."""
     return UserError(
         f"cannot write {path}",
         "the disk is full",
@@ -35,7 +35,7 @@ def disk_full(path: object) -> UserError:
 
 
 def explain(error: BaseException) -> UserError | None:
-    """The UserError that stands for `error`, or None where it is a bug and should keep its traceback."""
+    """Return the UserError that stands for `error`, or None where it is a bug and should keep its traceback."""
     if isinstance(error, UserError):
         return error
     if out_of_memory(error):

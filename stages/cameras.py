@@ -161,7 +161,7 @@ def rays(views: Views, height: int, width: int) -> tuple[Tensor, Tensor]:
 
 
 def projection(fov_deg: Tensor, aspect: float = 1.0) -> Tensor:
-    """OpenGL perspective matrices [B, 4, 4] for vertical fields of view [B] and aspect = width / height."""
+    """Return OpenGL perspective matrices [B, 4, 4] for vertical fields of view [B] and aspect = width / height."""
     f = 1 / torch.tan(torch.deg2rad(fov_deg) / 2)
     p = torch.zeros(fov_deg.shape[0], 4, 4, dtype=fov_deg.dtype, device=fov_deg.device)
     p[:, 0, 0], p[:, 1, 1] = f / aspect, f

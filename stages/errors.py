@@ -24,8 +24,11 @@ class UserError(Exception):
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out: Python's error, the system's, torch's, or the RuntimeErrors of its allocators and CUDA's
-    libraries, main memory that is to be pinned included; a weights file or a library that has no room to be mapped."""
+    """Return whether an error says that memory ran out.
+
+    Python's, the system's and torch's own; the RuntimeErrors of torch's allocators and of CUDA's libraries, pinned main
+    memory included; and that of a weights file or a library for which there is no room to be mapped.
+    """
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     if isinstance(error, OSError):

@@ -93,7 +93,7 @@ class GroupedAdam:
         return norm
 
     def moments(self, *parameters: Parameter) -> Iterator[tuple[dict[str, Tensor], str]]:
-        """(state, key) of Adam's moments of these parameters, so that they can be exchanged; none before a step."""
+        """Return (state, key) of Adam's moments of these parameters, to be exchanged; none before a step."""
         for parameter in parameters:
             state = self.optimiser.state.get(parameter, {})
             yield from ((state, key) for key in MOMENTS if key in state)
@@ -107,7 +107,7 @@ class GroupedAdam:
         return state
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Inverse of state_dict; other keys are left alone."""
+        """Take over what state_dict returned; other keys are left alone."""
         self.skipped = int(state["skipped"])
         for name, parameter in self.parameters.items():
             if f"adam.{name}.step" in state:

@@ -60,7 +60,7 @@ def from_file(path: Path) -> Layer:
 
 
 def from_recipe(path: Path, find: Callable[[str], Path]) -> list[Layer]:
-    """A YAML file and the recipes it is written over, lowest first: `extends: NAME` lays it over another.
+    """Read a YAML file and the recipes it is written over, lowest first: `extends: NAME` lays it over another.
 
     Args:
         find: the path of a recipe by its name. Raises: UserError for a chain that comes back to itself.
@@ -86,7 +86,7 @@ def from_recipe(path: Path, find: Callable[[str], Path]) -> list[Layer]:
 
 
 def from_overrides(overrides: list[str]) -> Layer:
-    """`key.sub=value` words of the command line; the value is read as YAML: 3, 1e-3, [1, 2], true, text."""
+    """Read `key.sub=value` words of the command line; the value is read as YAML: 3, 1e-3, [1, 2], true, text."""
     layer = Layer()
     for word in overrides:
         name, equals, text = word.partition("=")
@@ -105,8 +105,10 @@ def from_overrides(overrides: list[str]) -> Layer:
 
 
 def from_mapping(settings: Mapping[str, Any]) -> Layer:
-    """Settings of a Python program by dotted key; tuples, paths, numpy's numbers and models are taken for what YAML
-    would hold."""
+    """Read settings of a Python program by dotted key.
+
+    Tuples, paths, numpy's numbers and models are read as their YAML equivalents.
+    """
     layer = Layer()
     for name, value in settings.items():
         _set(layer, tuple(str(name).split(".")), _plain(name, value), f"settings[{name!r}]")
@@ -131,7 +133,7 @@ def _plain(name: str, value: Any) -> Any:
 
 
 def from_flags(flags: Mapping[str, Any], *, dashes: bool = True) -> Layer:
-    """Options with a name of their own, top-level keys only: of the command, as --seed, or a function's arguments."""
+    """Read options with a name of their own, top-level keys only: as --seed of the command, or a function's."""
     layer = Layer()
     for name, value in flags.items():
         flag = f"--{name.removesuffix('_run').replace('_', '-')}" if dashes else f"{name}="
@@ -175,7 +177,7 @@ def _as_group(value: Any) -> dict[str, Any]:
 
 
 def validate(model: type[Model], layers: list[Layer]) -> Model:
-    """The merged layers over the model's defaults, checked; every field of the model must have a default.
+    """Check the merged layers over the model's defaults; every field of the model must have a default.
 
     The defaults are a layer too: a group whose default differs from its class's own (the fine stage's cameras) keeps
     the rest of that default when one of its keys is set.
@@ -298,7 +300,7 @@ def _names(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
 
 
 def describe(model: type[BaseModel], key: Key) -> str:
-    """One line about a setting: name, type, bounds, meaning, default."""
+    """Return one line about a setting: name, type, bounds, meaning, default."""
     while key and _field_at(model, key) is None:
         key = key[:-1]
     if not key:

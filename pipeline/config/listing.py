@@ -15,11 +15,12 @@ from stages.errors import UserError
 
 
 def print_settings(prefix: str, recipe: str | None) -> None:
-    """One line a setting below `prefix`, in the order of config.yaml.
+    """Print one line a setting below `prefix`, in the order of config.yaml.
 
     Args:
-        prefix: a key or a group, as fine.cameras; empty for all. recipe: whose values to show, with the default beside
-            those that differ; None for the defaults, which lie beside the code.
+        prefix: a key or a group, as fine.cameras; empty for all.
+        recipe: whose values to show, with the default beside those that differ; None for the defaults, which lie beside
+            the code.
     Raises: UserError for an unknown prefix or recipe.
     """
     default = dict(leaves(config_model()()))
@@ -37,7 +38,7 @@ def print_settings(prefix: str, recipe: str | None) -> None:
 
 
 def leaves(settings: BaseModel, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted key and JSON value of every setting that is not a group."""
+    """Return dotted key and JSON value of every setting that is not a group."""
     values = settings.model_dump(mode="json")
     for name in type(settings).model_fields:
         value = getattr(settings, name)

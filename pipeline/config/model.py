@@ -109,14 +109,14 @@ class _RunSettings(BaseModel):
 
 
 class _OutputSettings(BaseModel):
-    """What is said of the end of a run."""
+    """The settings of a run's end: the exported mesh, and the kernels."""
 
     export: ExportSettings = Field(default_factory=ExportSettings)
     kernels: KernelSettings = Field(default_factory=KernelSettings)
 
 
 def config_model() -> type[Config]:
-    """The configuration with a group, a prior and a guidance for each stage, by the tables as they now stand."""
+    """Return the configuration with a group, a prior and a guidance for each stage, by the tables as they now stand."""
     return _model_of(tuple(STAGES.items()), forms())
 
 
@@ -131,7 +131,9 @@ def _model_of(kinds: tuple[tuple[str, StageKind], ...], sources: tuple[str, ...]
     shared = {"prior": prior, "reference": ReferenceSettings, "guidance": guidance, "prompts": PromptSettings}
     groups = shared | {name: kind.settings for name, kind in kinds}
     fields = {name: (group, Field(default_factory=group)) for name, group in groups.items()}
-    return _composed("Config", _OutputSettings, fields, _RunSettings)
+    config = _composed("Config", _OutputSettings, fields, _RunSettings)
+    config.__doc__ = """The configuration of a run, checked: everything that its bytes depend on."""
+    return config
 
 
 def _composed(name: str, last: type[BaseModel], fields: dict[str, Any], *first: type[BaseModel]) -> type[BaseModel]:
@@ -198,7 +200,7 @@ def _own_recipe(given: dict[str, Any]) -> str | None:
 
 
 def read_config(folder: Path) -> Config:
-    """The configuration of a run folder."""
+    """Read the configuration of a run folder."""
     return validate(config_model(), [from_file(folder / "config.yaml")])
 
 

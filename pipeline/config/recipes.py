@@ -10,7 +10,7 @@ from stages.paths import from_home
 
 
 def recipes() -> dict[str, Path]:
-    """The recipes that come with the toolkit: configs/ of a checkout, or their copy inside an installed package."""
+    """Return the recipes that come with the toolkit: configs/ of a checkout, or a package's copy of it."""
     here = Path(__file__).resolve().parents[1]
     installed = here / "_configs"
     folder = installed if installed.is_dir() else here.parent / "configs"
@@ -18,7 +18,7 @@ def recipes() -> dict[str, Path]:
 
 
 def find_recipe(name: str) -> Path:
-    """A recipe by its name, or a YAML file by its path."""
+    """Find a recipe by its name, or a YAML file by its path."""
     known = recipes()
     if name in known:
         return known[name]
@@ -36,7 +36,7 @@ def find_recipe(name: str) -> Path:
 
 
 def print_recipes() -> None:
-    """A line for each recipe: its name, the recipe it is laid over, and the first line of its comment."""
+    """Print a line for each recipe: its name, the recipe it is laid over, and the first line of its comment."""
     from pipeline.config.layers import from_file
 
     for name, path in recipes().items():
@@ -47,7 +47,7 @@ def print_recipes() -> None:
 
 
 def heading_of(text: str) -> str:
-    """The first line of a recipe's comment, up to the end of a sentence where it has one."""
+    """Return the first line of a recipe's comment, up to the end of a sentence where it has one."""
     first = next((line for line in text.splitlines() if line.strip()), "")
     if not first.startswith("#"):
         return ""

@@ -26,10 +26,11 @@ def _device_of(asset: Asset) -> torch.device:
 
 
 def surface_of(asset: Asset, resolution: int, initialise: InitialiseSettings | None = None) -> Mesh:
-    """The asset's mesh, or the surface of its density where no mesh stage ran.
+    """Return the asset's mesh, or the surface of its density where no mesh stage ran.
 
     Args:
-        resolution: lattice cells a side for the latter. initialise: how its level is found.
+        resolution: lattice cells a side for the latter.
+        initialise: how its level is found.
     Raises: UserError if the asset has neither, or its density holds no object.
     """
     if asset.mesh is not None:
@@ -52,10 +53,11 @@ def finalise(
     initialise: InitialiseSettings | None = None,
     notes: dict[str, object] | None = None,
 ) -> Mesh:
-    """The asset's surface cleaned, decimated, unwrapped and baked with the asset's colour; a locked one only baked.
+    """Clean, decimate, unwrap and bake the asset's surface with the asset's colour; a locked one only baked.
 
     Args:
-        asset: with a mesh or a density. initialise: how the level of a density is found.
+        asset: with a mesh or a density.
+        initialise: how the level of a density is found.
         notes: filled with times, the mesh report and how it was unwrapped.
     Returns: the mesh in the scene.
     Raises: UserError if there is no surface, or it cannot be used.
@@ -88,7 +90,7 @@ def _finished(mesh: Mesh, asset: Asset, settings: ExportSettings, notes: dict[st
 
 
 def in_own_place(mesh: Mesh, asset: Asset) -> Mesh:
-    """A finished mesh as its files hold it: at the place and size of the user's mesh it was made from.
+    """Return a finished mesh as its files hold it: at the place and size of the user's mesh it was made from.
 
     A locked mesh has the positions of the user's file to the bit (its up axis turned to y).
     """
@@ -103,7 +105,7 @@ def in_own_place(mesh: Mesh, asset: Asset) -> Mesh:
 def finished_mesh(
     asset: Asset, settings: ExportSettings, initialise: InitialiseSettings, facts: dict[str, Any]
 ) -> Mesh:
-    """The mesh that leaves the toolkit: cleaned, decimated, unwrapped, baked.
+    """Return the mesh that leaves the toolkit: cleaned, decimated, unwrapped, baked.
 
     Args:
         initialise: the fine stage's settings of how a density gets a surface; where the coarse stage was the last, its

@@ -46,11 +46,13 @@ class _Buffer:
 
 
 def glb_bytes(mesh: Mesh, *, name: str = "mesh", roughness: float = 0.9) -> bytes:
-    """The mesh as a GLB file: the texture as base colour where there is one, else vertex colours, else plain grey.
+    """Return the mesh as a GLB file: base colour from the texture, else from vertex colours, else grey.
 
     Args:
-        mesh: with faces. name: of the node and mesh. roughness: of the PBR material, where the mesh
-            does not say its own; it is not metallic where the mesh does not say so.
+        mesh: with faces.
+        name: of the node and mesh.
+        roughness: of the PBR material, where the mesh does not say its own; it is not metallic where the mesh does not
+            say so.
     Raises: UserError if the mesh is empty or damaged.
     """
     surface = split_seams(mesh)

@@ -22,7 +22,7 @@ def _lines(keyword: str, rows: np.ndarray) -> str:
 
 
 def obj_text(mesh: Mesh, material_file: str | None) -> str:
-    """The OBJ file's text; `material_file` is named in it if the mesh has a texture."""
+    """Return the OBJ file's text; `material_file` is named in it if the mesh has a texture."""
     check_mesh(mesh)
     vertices = mesh.vertices.astype(np.float32)
     parts = [f"# {GENERATOR}\n"]
@@ -52,8 +52,10 @@ def obj_text(mesh: Mesh, material_file: str | None) -> str:
 def mtl_text(
     texture_file: str, normal_file: str | None = None, *, metallic: float | None = None, roughness: float | None = None
 ) -> str:
-    """A white material, matt unless told otherwise, that takes its colour from the texture, and its normals from a map
-    where there is one (`norm`, `Pr` and `Pm` are of the PBR extension to MTL)."""
+    """Return a white material, matt by default, with its colour from the texture and its normals from a map, if any.
+
+    `norm`, `Pr` and `Pm` are of the PBR extension to MTL.
+    """
     rough, metal = 0.9 if roughness is None else roughness, 0 if metallic is None else metallic
     return (
         f"# {GENERATOR}\nnewmtl material\nKa 0 0 0\nKd 1 1 1\nKs 0 0 0\nd 1\nillum 1\n"

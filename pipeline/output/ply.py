@@ -13,7 +13,7 @@ from stages.mesh.mesh import Mesh
 
 
 def ply_bytes(mesh: Mesh) -> bytes:
-    """The mesh as a binary PLY file."""
+    """Return the mesh as a binary PLY file."""
     check_mesh(mesh)
     colours = vertex_colours(mesh)
     fields = [(name, "<f4") for name in ("x", "y", "z", "nx", "ny", "nz")]

@@ -58,7 +58,7 @@ class ResultMesh:
         return write_mesh(self.data, path, self.axes)
 
     def trimesh(self) -> trimesh.Trimesh:
-        """The mesh as a trimesh.Trimesh, with its texture or vertex colours; vertices are repeated along seams."""
+        """Return the mesh as a trimesh.Trimesh, with its texture or vertex colours; seams repeat vertices."""
         import trimesh
         from PIL import Image
 
@@ -76,10 +76,11 @@ class ResultMesh:
         return trimesh.Trimesh(**arrays, vertex_colors=colours, process=False)
 
     def picture(self, size: int = PICTURE, azimuth_deg: float = 20.0) -> np.ndarray:
-        """A shaded picture of the mesh, uint8 sRGB [size, size, 3].
+        """Render a shaded picture of the mesh, uint8 sRGB [size, size, 3].
 
         Args:
-            size: pixels a side. azimuth_deg: where the camera stands, 0 in front, growing to the object's left.
+            size: pixels a side.
+            azimuth_deg: where the camera stands, 0 in front, growing to the object's left.
         """
         from pipeline.output.video import portrait
 

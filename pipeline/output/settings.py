@@ -12,7 +12,7 @@ from stages.mesh.texture.repaint import OwnLayout
 
 
 def split_commas(value: Any) -> Any:
-    """Words between commas as a list; anything else as it is."""
+    """Split words between commas into a list; return anything else as it is."""
     return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
 
 

@@ -14,7 +14,12 @@ from stages.mesh.mesh import Mesh
 
 
 def stl_bytes(mesh: Mesh, up: str = "y") -> bytes:
-    """The mesh as a binary STL file. up: its axis that points up, told in the header where it is not y."""
+    """Return the mesh as a binary STL file.
+
+    Args:
+        mesh: with faces.
+        up: its axis that points up, written into the header where it is not y.
+    """
     check_mesh(mesh)
     rows = np.zeros(len(mesh.faces), dtype=[("normal", "<f4", 3), ("corners", "<f4", (3, 3)), ("attribute", "<u2")])
     rows["normal"], rows["corners"] = mesh.face_normals(), mesh.vertices[mesh.faces]

@@ -33,12 +33,12 @@ class Surface:
 
 
 def textured(mesh: Mesh) -> bool:
-    """Whether the mesh has a texture and the coordinates to use it."""
+    """Return whether the mesh has a texture and the coordinates to use it."""
     return mesh.texture is not None and mesh.uv is not None and mesh.uv_faces is not None
 
 
 def split_seams(mesh: Mesh) -> Surface:
-    """One vertex for each pair of vertex and texture coordinate in use; normals stay smooth across seams."""
+    """Make one vertex for each pair of vertex and texture coordinate in use; normals stay smooth across seams."""
     check_mesh(mesh)
     normals = mesh.vertex_normals()
     if textured(mesh):
@@ -53,13 +53,13 @@ def split_seams(mesh: Mesh) -> Surface:
 
 
 def encloses(mesh: Mesh) -> bool:
-    """Whether the mesh is closed and faces outwards, so that nobody sees a face's back."""
+    """Return whether the mesh is closed and faces outwards, so that nobody sees a face's back."""
     edges = edges_of(mesh.faces)
     return bool((edges.count == 2).all() and (edges.balance == 0).all()) and mesh.signed_volume() > 0
 
 
 def tangents(surface: Surface) -> np.ndarray:
-    """Unit directions of growing u, square to the normals, and the handedness that glTF wants, [V, 4] float32.
+    """Return unit directions of growing u, square to the normals, and the handedness that glTF wants, [V, 4] float32.
 
     n x t times the fourth number points along growing v (up); it is -1 where a chart is mirrored. Towards +x or +z
     where the texture coordinates give no direction.
@@ -106,7 +106,7 @@ def srgb_bytes(linear: np.ndarray) -> np.ndarray:
 
 
 def png_bytes(image: np.ndarray) -> bytes:
-    """A uint8 [H, W, 3] image as PNG, without metadata."""
+    """Return a uint8 [H, W, 3] image as PNG, without metadata."""
     from PIL import Image
 
     buffer = io.BytesIO()

@@ -63,11 +63,15 @@ def render_frames(
     background: float = BACKGROUND,
     supersample: int = 2,
 ) -> Iterator[np.ndarray]:
-    """Pictures of a mesh with its texture (or vertex colours, or grey), one view at a time.
+    """Render a mesh with its texture (or vertex colours, or grey), one view at a time.
 
     Args:
-        mesh: with faces. views: B views. size: pixels a side. albedo: linear colour at world points, instead of the
-            mesh's own. background: linear grey. supersample: samples a pixel along each side.
+        mesh: with faces.
+        views: B views.
+        size: pixels a side.
+        albedo: linear colour at world points, instead of the mesh's own.
+        background: linear grey.
+        supersample: samples a pixel along each side.
     Yields: B pictures [size, size, 3] uint8 sRGB.
     """
     check_mesh(mesh)
@@ -101,7 +105,9 @@ def turntable(
     """Write one turn around the mesh, front first; the suffix chooses the format: .webp, .gif or .mp4.
 
     Args:
-        mesh: about the origin, of any size. frames: pictures in a turn. size: pixels a side (even for .mp4).
+        mesh: about the origin, of any size.
+        frames: pictures in a turn.
+        size: pixels a side (even for .mp4).
         albedo: linear colour at world points, instead of the mesh's own texture.
     Raises: UserError for an unknown suffix, a missing encoder, a damaged mesh or a failed write.
     """
@@ -116,10 +122,12 @@ def turntable(
 
 
 def portrait(mesh: Mesh, size: int = 384, azimuth_deg: float = 20.0, elevation_deg: float = 20.0) -> np.ndarray:
-    """One picture of the turn, uint8 sRGB [size, size, 3].
+    """Render one picture of the turn, uint8 sRGB [size, size, 3].
 
     Args:
-        mesh: about the origin, of any size. size: pixels a side. azimuth_deg, elevation_deg: of the camera.
+        mesh: about the origin, of any size.
+        size: pixels a side.
+        azimuth_deg, elevation_deg: of the camera.
     """
     (picture,) = render_frames(_fitted(mesh)[0], _orbit([azimuth_deg], elevation_deg), size)
     return picture

@@ -23,7 +23,7 @@ BESIDE = {"obj": (".mtl", ".png", "_normal.png")}  # what a format may write bes
 
 
 def check_formats(text: str) -> list[str]:
-    """Names of mesh formats from a comma-separated list. Raises UserError for one without a writer."""
+    """Split a comma-separated list into names of mesh formats. Raises UserError for one without a writer."""
     names = [name.strip().lower().removeprefix(".") for name in text.split(",")]
     unknown = [name or "nothing" for name in names if name not in FORMATS]
     if unknown:
@@ -39,7 +39,8 @@ def write_formats(
     """Write the mesh as FOLDER/STEM.FORMAT in every format named.
 
     Args:
-        mesh: y up. axes: which axis points up in the files; None: y.
+        mesh: y up.
+        axes: which axis points up in the files; None: y.
     Returns: all files written, side files included.
     Raises: UserError for an unknown format (before anything is written), a damaged mesh, or a failed write.
     """
@@ -59,7 +60,9 @@ def write_mesh(mesh: Mesh, path: str | Path, axes: FileAxes | None = None) -> li
     """Write a mesh to one file whose suffix names the format.
 
     Args:
-        mesh: with faces, y up. path: ends in .glb, .obj, .ply or .stl. axes: which axis points up in it; None: y.
+        mesh: with faces, y up.
+        path: ends in .glb, .obj, .ply or .stl.
+        axes: which axis points up in it; None: y.
     Returns: all files written, side files included.
     Raises: UserError for another suffix, a damaged mesh, or a failed write.
 
@@ -75,7 +78,7 @@ def write_mesh(mesh: Mesh, path: str | Path, axes: FileAxes | None = None) -> li
 
 
 def existing_files(folder: Path, names: Sequence[str], *, stem: str = "mesh") -> list[str]:
-    """The files already in the folder that writing these formats might replace, by name."""
+    """Return the files already in the folder that writing these formats might replace, by name."""
     ends = [end for name in names for end in (f".{name}", *BESIDE.get(name, ()))]
     return [f"{stem}{end}" for end in ends if (folder / f"{stem}{end}").exists()]
 
@@ -90,7 +93,8 @@ def write_results(
     """Write a run's results: its mesh files and the turntable.
 
     Args:
-        mesh: in the scene, where the turntable is taken. placed: as the files hold it, where that is elsewhere.
+        mesh: in the scene, where the turntable is taken.
+        placed: as the files hold it, where that is elsewhere.
         axes: see write_formats.
     Returns: all files written; an .mp4 among them only where imageio-ffmpeg is installed and works.
     """

@@ -81,7 +81,7 @@ class Profile:
             self._write(note)
 
     def opened(self, path: tuple[str, ...], name: str) -> str:
-        """Called as a phase opens inside `path`: starts a trace where one is due; returns the name to count it by."""
+        """Start a trace where one is due, as a phase opens inside `path`; returns the name to count it by."""
         stage = path[-1] if path else ""
         if name != "step" or stage not in self._windows:
             return name
@@ -94,7 +94,7 @@ class Profile:
         return TRACED
 
     def closed(self, path: tuple[str, ...], began: float, seconds: float) -> None:
-        """Called as a phase ends."""
+        """End a phase's trace, where there is one."""
         event = (path, began, seconds)
         if "step" not in path[:-1] and TRACED not in path[:-1] and len(self._run) < EVENTS_MAX:
             self._run.append(event)
@@ -155,14 +155,14 @@ class _Recorder(Recorder):
 
 
 def traced_steps(steps: int) -> range:
-    """The steps of a stage that are traced, from 0; at most half of them."""
+    """Return the steps of a stage that are traced, from 0; at most half of them."""
     count = min(TRACED_STEPS, max(1, steps // 2))
     first = round(TRACED_AT * (steps - count))
     return range(first, first + count)
 
 
 def phase_events(events: list[Event], zero_us: float) -> list[dict[str, Any]]:
-    """Phases as a process of their own in Chrome's trace format, above the operators of torch.profiler.
+    """Return the phases as a process of their own in Chrome's trace format, above the operators of torch.profiler.
 
     Args:
         zero_us: what the trace's clock shows, in microseconds, where that of the events shows 0.

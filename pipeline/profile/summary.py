@@ -19,10 +19,11 @@ LITTLE_S = 0.0005  # rows below this are left out of the table
 
 
 def split_of(spans: dict[Path, Span], total_s: float) -> dict[str, Any]:
-    """The split, ready for JSON.
+    """Return the split, ready for JSON.
 
     Args:
-        spans: a recorder's. total_s: wall time of all that was recorded and of what lay between.
+        spans: a recorder's.
+        total_s: wall time of all that was recorded and of what lay between.
     Returns: total_s and other_s (outside all phases); once: seconds by key of ONCE; stages: for every stage that took
         steps, how many (traced ones, which are slower, apart), step_s, step_ms, networks_s and networks_share, the
         share of step time inside the prior's networks; networks_share over all stages; phases: path, calls, seconds.
@@ -82,7 +83,7 @@ def _stage(path: Path, calls: dict[Path, int], seconds: dict[Path, float]) -> di
 
 
 def table_of(facts: dict[str, Any]) -> str:
-    """The split as lines of text: seconds, share of the run, share of the steps of its stage, calls, time a call."""
+    """Return the split as lines of text: seconds, share of the run and of its stage's steps, calls, time a call."""
     total = max(facts["total_s"], 1e-9)
     rows = [["", "seconds", "of the run", "of the steps", "calls", "ms a call"]]
     rows += [[ONCE[n], f"{s:.2f}", f"{100 * s / total:.1f} %", "", "", ""] for n, s in facts["once"].items() if s]

@@ -18,8 +18,10 @@ if TYPE_CHECKING:
 class Caller:
     """What a program gives to a run and takes from it.
 
-    priors: objects by stage, in the place of sources. on_step: called with stage, step and metrics after every step.
-    mesh: what the run came to, as soon as it is made; None before, and where the run was finished already.
+    Args:
+        priors: objects by stage, in the place of sources.
+        on_step: called with stage, step and metrics after every step.
+        mesh: what the run came to, as soon as it is made; None before, and where the run was finished already.
     """
 
     priors: Mapping[str, Prior] = field(default_factory=dict)
@@ -29,7 +31,7 @@ class Caller:
 
 @contextlib.contextmanager
 def deterministic(device: torch.device) -> Iterator[None]:
-    """Same seed, same device, same bytes inside; torch's random streams and its global flags are back afterwards.
+    """Make torch deterministic inside: same seed, same device, same bytes; its state is restored afterwards.
 
     Torch is asked for its deterministic kernels where it has a choice. The streams matter because weights of some
     modules are drawn from the global one, which make_stage seeds.

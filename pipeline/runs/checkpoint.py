@@ -60,7 +60,7 @@ def load_checkpoint(path: Path, fix: str | None = None) -> tuple[dict[str, Tenso
 
 
 def read_meta(path: Path, fix: str | None = None) -> dict[str, Any]:
-    """The meta of a checkpoint alone: step, steps, seconds, phases, and lineage.py's; `fix` as for load_checkpoint."""
+    """Read the meta of a checkpoint alone: step, steps, seconds, phases, lineage.py's; `fix` as in load_checkpoint."""
     with path.open("rb") as file:
         length = file.read(8)
         return _meta(path, length + file.read(min(int.from_bytes(length, "little"), _HEADER)), fix)
@@ -94,7 +94,7 @@ def _checksum(tensors: dict[str, Tensor]) -> int:
 
 
 def read_json(path: Path, fix: str) -> dict[str, Any]:
-    """A JSON object from a file of a run folder. Raises UserError with `fix` where it is damaged."""
+    """Read a JSON object from a file of a run folder. Raises UserError with `fix` where it is damaged."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

@@ -38,9 +38,10 @@ _FINISH = ("metallic", "roughness")
 class Inputs:
     """What a new run starts from.
 
-    copies: files of another run, by their place in the new folder. mesh: of --init-mesh, which of its axes points up
-    where the settings leave it to the format, and its format. note: in a line for the user, empty where there is
-    nothing to say.
+    Args:
+        copies: files of another run, by their place in the new folder.
+        mesh: of --init-mesh, which of its axes points up where the settings leave it to the format, and its format.
+        note: in a line for the user, empty where there is nothing to say.
     """
 
     copies: dict[str, Path] = field(default_factory=dict)
@@ -164,7 +165,7 @@ def _finished(source: Path, stage: str) -> tuple[Path, dict[str, Any]]:
 
 
 def load_inputs(folder: Path, config: Config, device: torch.device) -> Asset | None:
-    """What the first stage of a run starts from, out of its own folder; None for nothing."""
+    """Load what the first stage of a run starts from, out of its own folder; None for nothing."""
     first = config.stages[0]
     file = upstream_of(config, first)
     if file == GIVEN:

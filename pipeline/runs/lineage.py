@@ -32,12 +32,12 @@ _START_ANEW = "go on with the version that wrote it, or start a new run"
 
 
 def checkpoint_of(stage: str) -> str:
-    """The file in a run's folder that holds a stage: of this run, or the copy of another's that is refined."""
+    """Return the file in a run's folder that holds a stage: of this run, or the copy of another's that is refined."""
     return f"{stage}/{CHECKPOINT}"
 
 
 def made_with(config: Config, stage: str) -> dict[str, Any]:
-    """The settings that define a stage's state, by dotted name, as JSON gives them back."""
+    """Return the settings that define a stage's state, by dotted name, as JSON gives them back."""
     values = config.model_dump(mode="json")
     found: dict[str, Any] = {}
     for name in STAGES[stage].defining:
@@ -76,7 +76,7 @@ def _leaves(name: str, value: Any) -> dict[str, Any]:
 
 
 def upstream_of(config: Config, stage: str) -> str | None:
-    """The file in the run's folder that holds what a stage starts from; None for nothing."""
+    """Return the file in the run's folder that holds what a stage starts from; None for nothing."""
     before = STAGES[stage].follows
     if before is not None and (before in config.stages or config.from_run is not None):
         return checkpoint_of(before)
@@ -88,13 +88,13 @@ def upstream_of(config: Config, stage: str) -> str | None:
 
 
 def refined(config: Config, stage: str) -> str | None:
-    """The stage whose checkpoint, of this run or another, a stage goes on from; None for one that has another start."""
+    """Return the stage whose checkpoint, of this run or another, a stage goes on from; None for another start."""
     before = STAGES[stage].follows
     return before if before is not None and upstream_of(config, stage) == checkpoint_of(before) else None
 
 
 def lineage(folder: Path, config: Config, stage: str) -> dict[str, Any]:
-    """The entries of a checkpoint's meta; what the stage starts from must be there."""
+    """Return the entries of a checkpoint's meta; what the stage starts from must be there."""
     return {"settings": made_with(config, stage), "upstream": _upstream(folder, config, stage)}
 
 
@@ -109,13 +109,13 @@ def _upstream(folder: Path, config: Config, stage: str) -> dict[str, Any] | None
 
 
 def afresh(folder: Path, config: Config) -> str:
-    """What helps where a run has lost what it was given and cannot make itself."""
+    """Return the advice for a run that has lost an input and cannot make it again."""
     source = f" with --from {config.from_run}" if config.from_run is not None else ""
     return f"start again{source}: pipeline run --config {folder / 'config.yaml'} --out ANOTHER_FOLDER"
 
 
 def remedy(folder: Path, config: Config, stage: str) -> str | None:
-    """What helps against a damaged checkpoint of a stage; None for removing it, after which resume makes it again."""
+    """Return the advice for a damaged checkpoint of a stage; None where removing it is enough."""
     return None if stage in config.stages else afresh(folder, config)
 
 

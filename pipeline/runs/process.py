@@ -51,7 +51,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def git_revision(root: Path = ROOT) -> str | None:
-    """The source's revision, with -dirty where files that make results differ; None for an installed package.
+    """Return the source's revision, with -dirty where files that make results differ; None for an installed package.
 
     Texts, tests and published results are none of these: a second benchmark may run after the first has published.
     """
@@ -71,7 +71,7 @@ def _git(root: Path, *words: str) -> str:
 
 
 def version_of(package: str) -> str | None:
-    """The version of an installed package; None where it is not."""
+    """Return the version of an installed package; None where it is not."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

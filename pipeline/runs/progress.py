@@ -26,7 +26,7 @@ class Progress:
         self.console = console or Console(file=Output(), highlight=False, soft_wrap=True)
 
     def note(self, text: str) -> None:
-        """One line that stays."""
+        """Print one line that stays."""
         self.console.print(text, markup=False)
 
     @contextlib.contextmanager
@@ -180,7 +180,7 @@ def _cache_trouble() -> str:
 
 
 def duration(seconds: float) -> str:
-    """'48 s', '3 min 05 s', '2 h 10 min'."""
+    """Return a time as '48 s', '3 min 05 s' or '2 h 10 min'."""
     whole = max(0, round(seconds))
     if whole < 60:
         return f"{whole} s"

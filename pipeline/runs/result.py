@@ -91,7 +91,7 @@ class Result:
         return self._mesh
 
     def stage(self, name: str) -> Stage:
-        """The stage as its last checkpoint left it, without its prior: `CoarseStage.render` shows its field.
+        """Return the stage as its last checkpoint left it, without its prior: `CoarseStage.render` shows its field.
 
         Args:
             name: of the stage.
@@ -106,7 +106,7 @@ class Result:
         return restore_stage(self.folder, name)
 
     def preview(self, stage: str | None = None) -> np.ndarray:
-        """The last preview of a stage, uint8 sRGB [H, W, 3].
+        """Return the last preview of a stage, uint8 sRGB [H, W, 3].
 
         Args:
             stage: its name; None: the last that has one.

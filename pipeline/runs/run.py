@@ -123,7 +123,7 @@ def _check_prompt(folder: Path, config: Config, record: Record) -> None:
 
 
 def read_run(folder: Path) -> Config:
-    """The configuration of a run. Raises: UserError where the folder holds none."""
+    """Read the configuration of a run. Raises: UserError where the folder holds none."""
     return read_config(open_folder(folder))
 
 
@@ -158,7 +158,7 @@ def export_run(
 
 
 def remake_mesh(folder: Path, progress: Progress | None = None) -> ResultMesh:
-    """The mesh of a finished run, made again from its checkpoints to the same bytes, without any prior.
+    """Make the mesh of a finished run again from its checkpoints, to the same bytes, without any prior.
 
     progress: None says nothing. Raises: UserError for a run that is not finished.
     """
@@ -203,7 +203,7 @@ def _reopened(folder: Path, progress: Progress | None = None) -> Iterator[Run]:
 
 
 def choose_device(name: str) -> torch.device:
-    """`auto` is CUDA where torch finds it. Raises UserError where CUDA is asked for and absent."""
+    """Return the device; `auto` is CUDA where torch finds it. Raises UserError where CUDA is asked for and absent."""
     import torch
 
     found = torch.cuda.is_available()
@@ -216,7 +216,8 @@ def choose_device(name: str) -> torch.device:
 class Run:
     """One process's work in a run folder, whose lock it holds.
 
-    priors: of the stages to be taken, checked; empty where none is taken.
+    Args:
+        priors: of the stages to be taken, checked; empty where none is taken.
     """
 
     def __init__(
@@ -264,11 +265,11 @@ class Run:
         self.progress.note(self._summary())
 
     def saved_step(self, name: str) -> int | None:
-        """The step of a stage's checkpoint, None without one."""
+        """Return the step of a stage's checkpoint, None without one."""
         return _saved_step(self.folder, self.config, name)
 
     def finished(self, name: str) -> bool:
-        """Whether the stage's checkpoint has come to the last step of the configuration."""
+        """Return whether the stage's checkpoint has come to the last step of the configuration."""
         return _finished(self.folder, self.config, name)
 
     def _before(self, name: str) -> Asset | None:
@@ -279,7 +280,7 @@ class Run:
         return load_inputs(self.folder, self.config, self.device) if name == self.config.stages[0] else None
 
     def restore(self, name: str) -> Asset:
-        """The asset of a stage from its checkpoint, without its prior."""
+        """Load the asset of a stage from its checkpoint, without its prior."""
         if not self.finished(name):
             wanted, step = getattr(self.config, name).steps, self.saved_step(name) or 0
             fix = f"pipeline resume {self.folder}"
@@ -291,7 +292,7 @@ class Run:
             return self.finish(name, self.restored_stage(name))
 
     def restored_stage(self, name: str) -> Stage:
-        """The stage of its checkpoint, without its prior."""
+        """Load the stage of its checkpoint, without its prior."""
         path = self.folder / name / CHECKPOINT
         state, meta = load_checkpoint(path, remedy(self.folder, self.config, name))
         if name in self.config.stages:
@@ -305,7 +306,7 @@ class Run:
         return stage
 
     def finish(self, name: str, stage: Stage) -> Asset:
-        """What a stage hands on after its last step; where that is nothing of use, says how to get something.
+        """Return the asset of a stage after its last step; where it is of no use, the error says how to get something.
 
         Its checkpoint holds the last step, so resuming would only come to the same end.
         """

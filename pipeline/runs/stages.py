@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 def make_stage(
     name: str, settings: Any, guidance: Any, device: torch.device, seed: int, previous: Asset | None
 ) -> Stage:
-    """The stage of that name. Weights drawn from torch's global generators are fixed by the seed as well."""
+    """Make the stage of that name. Weights drawn from torch's global generators are fixed by the seed as well."""
     import torch
 
     from stages.kinds import STAGES

@@ -53,7 +53,7 @@ class MeshReport:
         return self.watertight and self.manifold and self.oriented and self.volume > 0
 
     def as_dict(self) -> dict[str, object]:
-        """All numbers and verdicts, ready for JSON."""
+        """Return all numbers and verdicts, ready for JSON."""
         verdicts = {k: getattr(self, k) for k in ("watertight", "manifold", "oriented", "solid")}
         return asdict(self) | verdicts
 
@@ -121,7 +121,7 @@ def face_areas(vertices: np.ndarray, faces: np.ndarray) -> np.ndarray:
 
 
 def face_volumes(vertices: np.ndarray, faces: np.ndarray) -> np.ndarray:
-    """Signed volumes [F] of the tetrahedra from the mean corner; their sum over a closed component is its volume."""
+    """Return signed volumes [F] of the tetrahedra from the mean corner; a closed component's sum is its volume."""
     corners = vertices[faces].astype(np.float64)  # [F, 3, 3]
     a, b, c = (corners - corners.mean(axis=(0, 1))).swapaxes(0, 1)
     return np.einsum("ij,ij->i", a, np.cross(b, c)) / 6

@@ -21,7 +21,8 @@ class Mesh:
         normals: [V, 3] float32 unit, in place of those that follow from the faces, or None.
         normal_map: [H, W, 3] uint8, 127.5 (n + 1) of unit normals in the texture's own space: x along u, y along v, z
             outwards; row 0 at the top, or None. It has no meaning without uv and texture.
-        metallic, roughness: of the whole surface, in [0, 1]; None where no file says them.
+        metallic: of the whole surface, in [0, 1]; None where no file gives it.
+        roughness: likewise.
     """
 
     vertices: np.ndarray

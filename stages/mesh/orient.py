@@ -109,7 +109,7 @@ def one_sided(faces: np.ndarray) -> np.ndarray:
 
 
 def creased(mesh: Mesh, crease_deg: float = CREASE_DEG) -> Mesh:
-    """A copy to be shaded: the same faces in the same order, facing outwards, smooth across seams, sharp at edges.
+    """Return a copy to be shaded: the same faces in order, facing outwards, smooth across seams, sharp at edges.
 
     Vertices are welded by position, then given one copy for each group of faces around them that no crease divides, so
     that area-weighted vertex normals are right. It has vertices and faces only.

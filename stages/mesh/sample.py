@@ -27,7 +27,7 @@ def surface_samples(mesh: Mesh, count: int, generator: torch.Generator) -> tuple
 
 
 def painted_samples(mesh: Mesh, generator: torch.Generator) -> Callable[[int], tuple[Tensor, Tensor]]:
-    """A function from a count to that many random surface points [N, 3] and the mesh's linear colours [N, 3] there."""
+    """Return a function from a count N to random surface points [N, 3] and the mesh's linear colours [N, 3] there."""
 
     def draw(count: int) -> tuple[Tensor, Tensor]:
         face, weights = surface_samples(mesh, count, generator)

@@ -64,7 +64,7 @@ class TriangleTree:
         return np.sqrt(_square_distances(points, self._boxes, self.starts, self.triangles))
 
     def hits(self, start: np.ndarray, end: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Triangles crossed by segments from start [N, 3] to end [N, 3]: how many [N], and t [N] of the first one.
+        """Count triangles crossed by segments from start [N, 3] to end [N, 3], [N], and return t [N] of the first.
 
         t runs from 0 at the start to 1 at the end and is 1 where nothing is hit; a shared edge may count twice.
         """

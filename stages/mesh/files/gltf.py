@@ -29,7 +29,7 @@ PLAIN: dict[str, Any] = {"name": "vertex colours"}  # a material of nothing but 
 
 
 def plain_gltf(path: Path) -> tuple[bytes, str] | None:
-    """(content, "glb" or "gltf") of a file that trimesh would misread, written out; None where it would not.
+    """Return (content, "glb" or "gltf") of a file that trimesh would misread, written out; None where it would not.
 
     Normalised integers become floats (KHR_mesh_quantization), sparse accessors whole ones (glTF 2.0 specification,
     sec. 3.6.2), texture coordinates those that the base colour's texture uses, moved as KHR_texture_transform says,

@@ -86,7 +86,7 @@ class GltfFile:
         return "sparse" in facts or (facts.get("normalized", False) and not colour)
 
     def numbers(self, accessor: int) -> np.ndarray:
-        """An accessor's values [count, columns], normalised ones as floats (specification, sec. 3.6.2 and 3.11)."""
+        """Return an accessor's values [count, columns], normalised ones as floats (glTF sec. 3.6.2 and 3.11)."""
         facts = self.item("accessors", accessor)
         if facts.get("componentType") not in _TYPES or facts.get("type") not in _COLUMNS:
             raise self.wrong(f"accessor {accessor} has numbers of no kind of glTF's")

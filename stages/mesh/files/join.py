@@ -25,7 +25,7 @@ PATCH = 4  # side of a plain part's patch, texels
 
 
 def join(parts: list[Mesh]) -> Mesh:
-    """All parts as one mesh, with a texture where one of them has one, else with vertex colours.
+    """Join all parts into one mesh, with a texture where one of them has one, else with vertex colours.
 
     Args:
         parts: at least one; each with a texture and coordinates in [0, 1], or with colours.
@@ -70,7 +70,7 @@ def _finish(parts: list[Mesh]) -> dict[str, Any]:
 
 
 def side_by_side(pictures: list[np.ndarray]) -> tuple[np.ndarray, list[tuple[np.ndarray, np.ndarray]]]:
-    """One picture [H, W, 3] of several, equal ones once, and for each the (offset [2], scale [2]) of its coordinates.
+    """Join pictures into one [H, W, 3], equal ones once, with the (offset [2], scale [2]) of each one's coordinates.
 
     All are made smaller by one factor where they do not fit into 8192 texels a side.
     """

@@ -30,8 +30,13 @@ _WORD = re.compile(r"\s*(\S+)")
 class Material:
     """The base colour of a material.
 
-    colour: linear [3]. picture: path of its image, or None. scale, offset [2]: of the texture coordinates, which show
-    the picture at scale * uv + offset. clamp: the picture does not repeat. metallic, roughness: in [0, 1], or None.
+    Args:
+        colour: linear [3].
+        picture: path of its image, or None.
+        scale: [2], of the texture coordinates, which show the picture at scale * uv + offset.
+        offset: [2], see scale.
+        clamp: the picture does not repeat.
+        metallic, roughness: in [0, 1], or None.
     """
 
     colour: np.ndarray = field(default_factory=lambda: np.full(3, GREY, np.float32))

@@ -34,7 +34,7 @@ def pixels(path: Path) -> np.ndarray:
 
 
 def tinted(image: Any, factor: np.ndarray) -> np.ndarray:
-    """A picture [H, W, 3] uint8 in sRGB, times a linear factor [3]."""
+    """Multiply a picture [H, W, 3] uint8 in sRGB by a linear factor [3]."""
     if image.mode.startswith("I"):  # 16 bits of grey, which PIL would cut at 255
         image = image.point(lambda v: v / 257).convert("L")
     tinted = np.asarray(image.convert("RGB"), np.uint8)
@@ -53,7 +53,7 @@ def bare_layout(uv: Any, faces: Any) -> dict[str, np.ndarray]:
 
 
 def in_one_tile(uv: np.ndarray, faces: np.ndarray, texture: np.ndarray) -> dict[str, np.ndarray]:
-    """uv [T, 2] in [0, 1], uv_faces and texture of coordinates that may use a repeating texture's other tiles.
+    """Return uv [T, 2] in [0, 1], uv_faces and texture of coordinates that may use a repeating texture's other tiles.
 
     Each face moves by whole tiles; where one reaches over a border, the texture itself is repeated.
     """

@@ -38,6 +38,9 @@ def read_mesh(path: str | Path) -> Mesh:
         path: of a GLB, glTF, OBJ, PLY or STL file.
     Raises: UserError for a missing or unreadable file, and for one that holds no surface: no triangles, triangles
         without area, indices out of range, coordinates that are not finite.
+
+    Example:
+        >>> mesh = read_mesh("mug.glb")
     """
     path = from_home(path)
     what = f"Cannot read the mesh {path}"

@@ -73,8 +73,10 @@ def control_mesh(
 
 
 def welded(mesh: Mesh) -> Mesh:
-    """The mesh with equal positions made one vertex and without the faces that this leaves with two corners or one;
-    texture coordinates stay with their faces."""
+    """Return the mesh with equal positions merged to one vertex.
+
+    Faces that are left with two corners or one are removed; texture coordinates stay with their faces.
+    """
     check_mesh(mesh)
     vertices, first, place = np.unique(mesh.vertices, axis=0, return_index=True, return_inverse=True)
     faces = place.reshape(-1)[mesh.faces]

@@ -41,8 +41,10 @@ def limit_surface(faces: np.ndarray, vertices: int, levels: int) -> tuple[np.nda
 
 
 def subdivide_linearly(values: np.ndarray, faces: np.ndarray, levels: int) -> tuple[np.ndarray, np.ndarray]:
-    """Values [T, C] and their faces with every triangle split at its edges' middles, in the face order of
-    :func:`limit_surface`: texture coordinates of the subdivided surface."""
+    """Split every triangle at its edges' middles; returns values [T, C] and faces.
+
+    In the face order of :func:`limit_surface`: for texture coordinates of the subdivided surface.
+    """
     for _ in range(levels):
         edges = edges_of(faces)
         faces = children(faces, edges, len(values))
@@ -116,7 +118,7 @@ def control_of(faces: np.ndarray, positions: np.ndarray) -> np.ndarray:
 
 
 def as_torch(matrix: csr_matrix, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Tensor:
-    """The matrix as a coalesced torch.sparse tensor; torch.sparse.mm(matrix, control) is differentiable in control."""
+    """Return the matrix as a coalesced torch.sparse tensor; torch.sparse.mm(matrix, control) is differentiable."""
     entries = matrix.tocoo()
     index = torch.from_numpy(np.stack([entries.row, entries.col]).astype(np.int64))
     values = torch.from_numpy(entries.data).to(dtype)

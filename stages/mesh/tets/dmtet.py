@@ -165,7 +165,7 @@ class DMTet:
         return [carry(m) for m in moments]
 
     def state_dict(self) -> dict[str, Tensor]:
-        """ids, sdf, offset and the rim's signs."""
+        """Return ids, sdf, offset and the rim's signs."""
         ids = torch.from_numpy(self.band.ids)
         return {"ids": ids, "sdf": self.sdf.detach(), "offset": self.offset.detach(), "rim_sign": self._rim_sign}
 
@@ -173,7 +173,7 @@ class DMTet:
     def from_state(
         cls, lattice: Lattice, state: dict[str, Tensor], *, deformation: float = 0.24, device="cpu"
     ) -> DMTet:
-        """Inverse of state_dict; the same lattice and deformation give the same bytes."""
+        """Rebuild a DMTet from its state_dict; the same lattice and deformation give the same bytes."""
         ids, sdf = state["ids"].cpu().numpy(), state["sdf"].cpu().numpy()
         dmtet = cls(lattice, ids, sdf, deformation=deformation, device=device)
         with torch.no_grad():
@@ -184,7 +184,7 @@ class DMTet:
 
 
 def extend(lattice: Lattice, ids: np.ndarray, sdf: np.ndarray, known: np.ndarray) -> np.ndarray:
-    """Values [N] float32 where not `known`: the sign of the neighbours, farther from zero by the edge between.
+    """Return values [N] float32 where not `known`: the sign of the neighbours, farther from zero by the edge between.
 
     Ring by ring, so that the result does not depend on any order. A vertex that no known one reaches is outside.
     """

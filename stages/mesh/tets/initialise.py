@@ -59,9 +59,13 @@ class InitialiseSettings(BaseModel):
 class Level:
     """One level of a density grid and what it cuts out.
 
-    share: volume of the largest part over the box. parts: components kept, dropped: the others. rest: volume outside
-    the largest part over all volume at the level. match: agreement with the volume render in [0, 1]. slope:
-    |d ln volume / d ln level|, small on a plateau. cut: the part reaches the box's border, where it will be closed.
+    Args:
+        share: volume of the largest part over the box.
+        parts: components kept, dropped: the others.
+        rest: volume outside the largest part over all volume at the level.
+        match: agreement with the volume render in [0, 1].
+        slope: |d ln volume / d ln level|, small on a plateau.
+        cut: the part reaches the box's border, where it will be closed.
     """
 
     level: float
@@ -333,7 +337,7 @@ def crossing_edges(band: Band, inside: np.ndarray) -> tuple[np.ndarray, np.ndarr
 
 
 def bisect(a: Tensor, b: Tensor, density: Density, level: float, device: torch.device | str) -> Tensor:
-    """Where on the segments from a [V, 3], denser than the level, to b [V, 3] it is crossed: t [V], to 1/512."""
+    """Return where on the segments from a [V, 3], denser than the level, to b [V, 3] it is crossed: t [V], to 1/512."""
     low, high = torch.zeros(len(a)), torch.ones(len(a))
     for _ in range(8):
         middle = (low + high) / 2

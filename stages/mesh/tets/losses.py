@@ -28,10 +28,12 @@ NEAR = 0.01  # cells from the surface where a ray begins
 class Losses:
     """What a body has lost.
 
-    share: of the body beneath the visible surface, by area. parts: share [P] of each part of the mesh, NaN where
-    nothing of it can be seen or encloses anything. thickness: below which a tenth of the visible surface lies; at most
-    two cells. reach: longest side of the largest part's box, as a share of the whole mesh's;
-    1 where that part has less than half of the area.
+    Args:
+        share: of the body beneath the visible surface, by area.
+        parts: share [P] of each part of the mesh, NaN where nothing of it can be seen or encloses anything.
+        thickness: below which a tenth of the visible surface lies; at most two cells.
+        reach: longest side of the largest part's box, as a share of the whole mesh's; 1 where that part has less than
+            half of the area.
     """
 
     share: float
@@ -45,7 +47,8 @@ def losses(mesh: Mesh, body: TriangleTree, surface: TriangleTree, cell: float) -
 
     Args:
         mesh: in the scene.
-        body: its triangles, facing outwards. surface: those of the new surface.
+        body: its triangles, facing outwards.
+        surface: those of the new surface.
         cell: of the lattice.
     """
     _, welded = welded_faces(mesh)

@@ -13,7 +13,7 @@ from scipy import ndimage
 
 
 def sealed(solid: np.ndarray) -> np.ndarray:
-    """A solid [G, G, G] with its hidden insides filled: empty points that neither sight nor a cube of 3 points reaches.
+    """Fill the hidden insides of a solid [G, G, G]: empty points that neither sight nor a cube of 3 points reaches.
 
     Sight is along the 26 directions of the grid: narrow slots stay open, and so does all that has an opening wider than
     two points, 2 % of the box at the usual 96.

@@ -66,14 +66,14 @@ class Body:
         self.sheets = TriangleTree(triangles[open_faces]) if shell > 0 and open_faces.any() else None
 
     def solid(self, points: np.ndarray) -> np.ndarray:
-        """[N] of points [N, 3]."""
+        """Return whether points [N, 3] lie inside, [N]."""
         value = self.tree.winding_numbers(points)
         if self.sheets is not None:
             value = np.maximum(value, 0.5 + (self.shell - self.sheets.distances(points)) / self._cell)
         return value
 
     def distances(self, points: np.ndarray) -> np.ndarray:
-        """From points [N, 3] to the surface of the mesh, or a bound on it where there is a shell."""
+        """Return distances of points [N, 3] to the surface of the mesh, or a bound on them where there is a shell."""
         return np.maximum(self.tree.distances(points) - self.shell, 0)
 
 

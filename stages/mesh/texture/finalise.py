@@ -52,6 +52,9 @@ def finalise(
         notes: filled with what was done: seconds by phase, the final MeshReport, how it was unwrapped and why.
     Returns: a mesh with uv, texture and vertex colours; closed and manifold if the input was.
     Raises: UserError if there is nothing to export, or the colour field is broken.
+
+    Example:
+        >>> mesh = finalise(asset.mesh, asset.albedo, ExportSettings(texture_size=512))
     """
     notes = {} if notes is None else notes
     times: dict[str, float] = {}

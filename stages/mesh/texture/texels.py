@@ -47,7 +47,7 @@ def _spans(corners: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarra
 
 
 def scan(corners: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Texels whose centres lie in each triangle; a centre on a shared edge belongs to exactly one of the two.
+    """List the texels whose centres lie in each triangle; a centre on a shared edge belongs to exactly one of the two.
 
     Args:
         corners: [F, 3, 2] float64 in texels.
@@ -85,7 +85,7 @@ def barycentrics(corners: np.ndarray, points: np.ndarray) -> np.ndarray:
 def near_borders(
     corners: np.ndarray, half_edges: np.ndarray, reach: float
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
-    """Texels whose centres lie within `reach` texels of border half edges.
+    """Return the texels whose centres lie within `reach` texels of border half edges.
 
     Args:
         corners: [F, 3, 2] in texels.
@@ -118,7 +118,7 @@ def near_borders(
 
 
 def double_covered(corners: np.ndarray) -> tuple[np.ndarray, int]:
-    """Pairs of faces [P, 2] that cover the same texel centre, one pair a texel, and the number of texels covered."""
+    """Return pairs of faces [P, 2] that cover the same texel centre, one a texel, and how many texels are covered."""
     faces, keys = [], []
     low = np.floor(corners.reshape(-1, 2).min(axis=0)).astype(np.int64) - 1
     stride = int(np.ceil(corners[..., 0].max())) - int(low[0]) + 2
