@@ -54,7 +54,8 @@ def run(
     prompt: Annotated[str | None, typer.Option(help="What to make, in words.")] = None,
     stages: Annotated[str | None, typer.Option(help="Stages in order, separated by commas: coarse,fine.")] = None,
     config: Annotated[
-        str | None, typer.Option(metavar="NAME|FILE", help="A recipe from configs/, or a YAML file.")
+        str | None,
+        typer.Option(metavar="NAME|FILE", help="A recipe from configs/, or a YAML file; several by commas."),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Run folder; must be new. Default: runs/<prompt>-<seed>.")] = None,
     seed: Annotated[int | None, typer.Option(help="Same seed, same device: same bytes.")] = None,
@@ -72,12 +73,13 @@ def run(
     """Make a mesh: the whole way, or the stages you name."""
     with _profiled(profile) as listener:
         from pipeline.api import generate, load_config
+        from pipeline.config.recipes import split_names
 
         flags = {"prompt": prompt, "stages": stages, "seed": seed, "device": device}
         flags |= {"from_run": None if from_run is None else str(from_run), "force": True if force else None}
         flags |= {"init_mesh": None if init_mesh is None else str(init_mesh)}
         given = {key: value for key, value in flags.items() if value is not None}
-        generate(config=load_config(config, overrides or [], given), out=out, profile=listener)
+        generate(config=load_config(split_names(config), overrides or [], given), out=out, profile=listener)
 
 
 def _profiled(wanted: bool) -> contextlib.AbstractContextManager:

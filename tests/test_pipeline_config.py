@@ -4,7 +4,7 @@ import pytest
 
 from pipeline.config.layers import dump
 from pipeline.config.model import Config, load_config, read_config
-from pipeline.config.recipes import find_recipe, heading_of, recipes
+from pipeline.config.recipes import find_recipe, heading_of, recipes, split_names
 from stages.errors import UserError
 from stages.ramp import constant
 
@@ -113,3 +113,31 @@ def test_error_in_a_recipe_names_its_line(tmp_path):
     with pytest.raises(UserError) as caught:
         load_config(str(path), [], {})
     assert caught.value.what == f"{path}:3: unknown key fine.lr_sfd" and "fine.lr_sdf" in caught.value.fix
+
+
+def test_lines_for_the_base_stay_away_where_another_recipe_lies_below(tmp_path):
+    (tmp_path / "base.yaml").write_text("seed: 1\nguidance: {coarse: {scale: 3}}\n")
+    (tmp_path / "rule.yaml").write_text(
+        f"extends: {tmp_path / 'base.yaml'}\nguidance: {{coarse: {{rule: vsd, rescale: 0}}}}\n"
+        "on_base:\n  negative: bad\n  guidance: {coarse: {rule: {lr: 0.5}}}\n"
+    )
+    (tmp_path / "other.yaml").write_text("seed: 2\nguidance: {coarse: {scale: 7, rescale: 0.5}}\n")
+    base, rule, other = (str(tmp_path / f"{name}.yaml") for name in ("base", "rule", "other"))
+    own = load_config(rule, [], {})
+    assert (own.seed, own.negative, own.guidance.coarse.scale, own.guidance.coarse.rule.lr) == (1, "bad", 3, 0.5)
+    laid = load_config([other, rule], [], {})
+    assert (laid.seed, laid.negative, laid.guidance.coarse.scale, laid.guidance.coarse.rescale) == (2, "", 7, 0)
+    assert laid.guidance.coarse.rule.name == "vsd" and laid.guidance.coarse.rule.lr != 0.5
+    assert load_config([base, rule], [], {}) == own == load_config([rule, base], [], {})
+    (tmp_path / "rule.yaml").write_text("on_base: 3\n")
+    with pytest.raises(UserError, match=r"rule.yaml:1: on_base = 3"):
+        load_config(rule, [], {})
+    (tmp_path / "rule.yaml").write_text("seed: 1\non_base:\n  seeds: 3\n")
+    with pytest.raises(UserError, match=r"rule.yaml:3: unknown key seeds"):
+        load_config(rule, [], {})
+
+
+def test_config_takes_several_recipes_by_commas(tmp_path):
+    assert split_names("stable-diffusion, vsd") == ["stable-diffusion", "vsd"] and split_names("vsd") == "vsd"
+    (tmp_path / "a,b.yaml").write_text("seed: 3\n")
+    assert split_names(str(tmp_path / "a,b.yaml")) == str(tmp_path / "a,b.yaml") and split_names(None) is None

@@ -13,7 +13,7 @@ import typer
 
 from benchmarks.report.tables import markdown_blocks, put_into, readmes
 from pipeline import cli, load_config
-from pipeline.config.recipes import find_recipe, recipes
+from pipeline.config.recipes import find_recipe, recipes, split_names
 from tests import toy_pipeline
 from tests.readme_cases import READMES, ROOT, anchors, commands, fenced, indented, inline, links, written
 
@@ -67,7 +67,7 @@ def test_commands_are_the_command_lines_own(page):
             config = values["config"]
             if values["from_run"] is not None:  # of a run that is not there
                 config, given["stages"] = "default", "coarse,fine"
-            load_config(config, values["overrides"] or [], given)
+            load_config(split_names(config), values["overrides"] or [], given)
         elif command.name == "settings":
             if values["config"] is not None:
                 find_recipe(values["config"])

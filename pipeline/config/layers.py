@@ -11,7 +11,7 @@ import json
 import math
 import re
 import typing
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -59,13 +59,31 @@ def from_file(path: Path) -> Layer:
     return Layer(values, {key: f"{path}:{line}" for key, line in lines.items()})
 
 
-def from_recipe(path: Path, find: Callable[[str], Path]) -> list[Layer]:
+def from_recipe(path: Path, find: Callable[[str], Path], over: Sequence[Layer] = ()) -> list[Layer]:
     """Read a YAML file and the recipes it is written over, lowest first: `extends: NAME` lays it over another.
 
+    What a recipe sets below `on_base` is meant for the recipe that it extends, and left out where there is another.
+
     Args:
-        find: the path of a recipe by its name. Raises: UserError for a chain that comes back to itself.
+        path: of the file.
+        find: the path of a recipe by its name.
+        over: layers of another recipe, which takes the place of what this one extends. None of them comes back; where
+            one of them is what it extends, nothing is left out. Empty for none.
+    Raises: UserError for a chain that comes back to itself.
     """
+    chain = _chain(path, find)
+    known = [k for k, (layer, _) in enumerate(chain) if layer in over]
+    if over:
+        chain = chain[known[-1] + 1 :] if known else chain[-1:]
     layers: list[Layer] = []
+    for layer, on_base in chain:
+        layers += [layer] if on_base is None or (over and not known) else [layer, on_base]
+    return layers
+
+
+def _chain(path: Path, find: Callable[[str], Path]) -> list[tuple[Layer, Layer | None]]:
+    """The recipes of from_recipe, each with what it sets below `on_base`."""
+    layers: list[tuple[Layer, Layer | None]] = []
     seen: list[Path] = []
     while True:
         if path.resolve() in seen:
@@ -76,13 +94,24 @@ def from_recipe(path: Path, find: Callable[[str], Path]) -> list[Layer]:
             )
         seen.append(path.resolve())
         layer = from_file(path)
-        layers.insert(0, layer)
+        layers.insert(0, (layer, _taken_out(layer, "on_base")))
         if "extends" not in layer.values:
             return layers
         name, origin = layer.values.pop("extends"), layer.origins.pop(("extends",))
         if not isinstance(name, str):
             raise UserError(f"{origin}: extends: {name!r}", "it is not the name of a recipe", "extends: default")
         path = find(name)
+
+
+def _taken_out(layer: Layer, name: str) -> Layer | None:
+    """What a layer holds below a key, as a layer of its own, and no longer there; None for nothing."""
+    if name not in layer.values:
+        return None
+    values, origin = layer.values.pop(name), layer.origins[(name,)]
+    if not isinstance(values, dict):
+        raise UserError(f"{origin}: {name} = {values!r:.80}", "it is no group of settings", "write them below it")
+    inner = [key for key in layer.origins if key[:1] == (name,)]
+    return Layer(values, {key[1:]: layer.origins.pop(key) for key in inner if key[1:]} | {(): origin})
 
 
 def from_overrides(overrides: list[str]) -> Layer:

@@ -11,6 +11,7 @@ from pydantic import BaseModel
 
 from pipeline.config.layers import describe
 from pipeline.config.model import config_model, load_config
+from pipeline.config.recipes import split_names
 from stages.errors import UserError
 
 
@@ -24,7 +25,7 @@ def print_settings(prefix: str, recipe: str | None) -> None:
     Raises: UserError for an unknown prefix or recipe.
     """
     default = dict(leaves(config_model()()))
-    values = default if recipe is None else dict(leaves(load_config(recipe, [], {})))
+    values = default if recipe is None else dict(leaves(load_config(split_names(recipe), [], {})))
     chosen = [key for key in values if not prefix or key == prefix or key.startswith(f"{prefix}.")]
     if not chosen:
         raise _unknown(prefix, list(values))

@@ -154,8 +154,9 @@ def load_config(
 
     Args:
         name: a recipe's name or a YAML file, over the code's defaults or over the recipe it `extends`; several of
-            these, later ones over earlier ones; a whole configuration; or None for the recipe of what the run starts
-            from, which is configs/default.yaml for nothing (see _own_recipe).
+            these, later ones over earlier ones, which then stand in the place of what the later ones extend; a whole
+            configuration; or None for the recipe of what the run starts from, which is configs/default.yaml for
+            nothing (see _own_recipe).
         overrides: `key.sub=value` words, or values by key.
         flags: the command's own options that were given, or a function's arguments, by key.
     Returns: the configuration, its paths made absolute.
@@ -181,10 +182,10 @@ def load_config(
 
 
 def _recipe_layers(names: Sequence[str | Path]) -> list[Layer]:
-    """The layers of several recipes, lowest first; a recipe that two of them extend is laid once, below both."""
+    """The layers of several recipes, lowest first: the first with what it extends, the others without."""
     layers: list[Layer] = []
     for name in names:
-        layers += [layer for layer in from_recipe(find_recipe(str(name)), find_recipe) if layer not in layers]
+        layers += from_recipe(find_recipe(str(name)), find_recipe, layers)
     return layers
 
 

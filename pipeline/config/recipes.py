@@ -35,6 +35,13 @@ def find_recipe(name: str) -> Path:
     )
 
 
+def split_names(text: str | None) -> str | list[str] | None:
+    """Return the recipes that a text of --config names, separated by commas; the text itself where it is one alone."""
+    if text is None or "," not in text or from_home(text).exists():
+        return text
+    return [name.strip() for name in text.split(",")]
+
+
 def print_recipes() -> None:
     """Print a line for each recipe: its name, the recipe it is laid over, and the first line of its comment."""
     from pipeline.config.layers import from_file
