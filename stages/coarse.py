@@ -28,15 +28,17 @@ from stages.fields.check import check_object
 from stages.fields.hashfield import FieldSettings, HashField, without_gradient
 from stages.fields.occupancy import OccupancyGrid, OccupancySettings
 from stages.fields.start import StartSettings, fit_start
-from stages.guidance.guide import Guide, ShapeGuide
+from stages.guidance.guide import GuidanceOutput, Guide, ShapeGuide
 from stages.kernels.srgb import linear_to_srgb
 from stages.optimise import GroupedAdam, check_accumulate, equal_parts, under_prefix
 from stages.phases import phase
-from stages.ramp import Ramp
+from stages.ramp import Ramp, constant
 from stages.render.shade import ALBEDO, LAMBERT, ShadingSettings, sample_shading
 from stages.render.transmittance import TransmittanceSettings, transmittance_loss
 from stages.render.volume import Sampling, VolumeImages, render_field
 from stages.stage import Asset, add_metrics, contact_sheet, cover_headline, guidance_state, load_guidance_state
+
+SMALLEST = 16  # side of a render, pixels
 
 
 class CoarseSettings(BaseModel):
@@ -45,7 +47,10 @@ class CoarseSettings(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     steps: int = Field(800, ge=1, description="optimisation steps")
-    resolution: int = Field(64, ge=16, le=512, description="side of a training render in pixels")
+    resolution: int = Field(64, ge=SMALLEST, le=512, description="side of a training render in pixels")
+    render_share: Ramp = Field(
+        constant(1.0), gt=0, le=1, description="share of `resolution` that the side of a render has, over the stage"
+    )
     views_per_step: int = Field(4, ge=1, description="views of one optimiser step")
     accumulate: int = Field(1, ge=1, description="parts that a step's views are rendered in, to bound memory")
     samples: int = Field(80, ge=16, le=2048, description="sampling steps along the diagonal of the box")
@@ -69,8 +74,12 @@ class CoarseSettings(BaseModel):
         Ramp(10.0, 1000.0, 0.0, 0.5), ge=0, description="weight of the mean square of normals that face away"
     )
     orientation_always: bool = Field(False, description="also on albedo steps, which then compute normals (slower)")
-    opacity: float = Field(1.0, ge=0, description="weight of mean sqrt(opacity^2 + 0.01), which keeps space empty")
-    entropy: float = Field(0.0, ge=0, description="weight of the mean entropy of opacity, which decides half-open rays")
+    opacity: Ramp = Field(
+        constant(1.0), ge=0, description="weight of mean sqrt(opacity^2 + 0.01), which keeps space empty"
+    )
+    entropy: Ramp = Field(
+        constant(0.0), ge=0, description="weight of the mean entropy of opacity, which decides half-open rays"
+    )
 
     transmittance: TransmittanceSettings = Field(
         default_factory=TransmittanceSettings, description="Dream Fields' term against fog"
@@ -155,7 +164,8 @@ class CoarseStage:
         with phase("views", times):
             views = sample_views(s.cameras, s.views_per_step, self.generator).to(self.device)
             shading = sample_shading(s.shading, progress, self.generator)
-            backdrop = self._backdrop()
+            side = self._side(progress)
+            backdrop = self._backdrop(side)
 
         for part in equal_parts(s.views_per_step, s.accumulate):
             part_views, part_backdrop = views[part], backdrop.part(part)
@@ -165,8 +175,8 @@ class CoarseStage:
                     part_backdrop.under,
                     self.occupancy.cells,
                     part_views,
-                    s.resolution,
-                    s.resolution,
+                    side,
+                    side,
                     shading=shading,
                     normals=s.orientation_always,
                     sampling=self.sampling,
@@ -183,7 +193,7 @@ class CoarseStage:
                     shading=shading,
                 )
             with phase("regularisers", times):
-                loss, metrics = self._regularised(output.loss, images, part_views, progress)
+                loss, metrics = self._regularised(output, images, part_views, progress)
             with phase("backward", times):
                 (loss / s.accumulate).backward()
             add_metrics(totals, output.metrics | metrics, 1 / s.accumulate)
@@ -202,26 +212,30 @@ class CoarseStage:
         start = self.settings.start
         return {"start_rms": fit_start(self.field, radiance, start, self.generator, self.sampling.step_size)}
 
-    def _backdrop(self) -> Backdrop:
+    def _side(self, progress: float) -> int:
+        """Side of this step's renders, pixels."""
+        return max(round(self.settings.resolution * self.settings.render_share.at(progress)), SMALLEST)
+
+    def _backdrop(self, side: int) -> Backdrop:
         """Draw what is behind this step's views: pictures, a flat colour each, or the learned environment."""
         s, copies = self.settings, self.settings.backdrops.copies
         if copies:
-            pictures = random_backdrops(s.backdrops, s.views_per_step * copies, s.resolution, self.generator)
+            pictures = random_backdrops(s.backdrops, s.views_per_step * copies, side, self.generator)
             return PictureBackdrop(pictures.to(self.device), copies)
         colours = random_background(s.background, s.views_per_step, self.generator)
         return PlainBackdrop(self.background if colours is None else colours)
 
     def _regularised(
-        self, loss: Tensor, images: VolumeImages, views: Views, progress: float
+        self, guided: GuidanceOutput, images: VolumeImages, views: Views, progress: float
     ) -> tuple[Tensor, dict[str, float]]:
         """The guidance loss plus the stage's own terms, and the metrics of these renders."""
-        s = self.settings
-        opacity = images.opacity
-        loss = loss + s.orientation.at(progress) * images.orientation
-        loss = loss + s.opacity * (opacity.square() + 0.01).sqrt().mean()
-        if s.entropy > 0:
+        s, opacity = self.settings, images.opacity
+        orientation, empty, decided = (guided.strength * w.at(progress) for w in (s.orientation, s.opacity, s.entropy))
+        loss = guided.loss + orientation * images.orientation
+        loss = loss + empty * (opacity.square() + 0.01).sqrt().mean()
+        if decided > 0:
             sure = opacity.clamp(1e-3, 1 - 1e-3)
-            loss = loss + s.entropy * nn.functional.binary_cross_entropy(sure, sure)
+            loss = loss + decided * nn.functional.binary_cross_entropy(sure, sure)
         if s.transmittance.weight > 0:
             loss = loss + transmittance_loss(opacity, views, progress, s.transmittance)
         metrics = {"cover": float(opacity.detach().mean()), "samples": float(images.samples)}

@@ -34,12 +34,13 @@ class Geometry(Protocol):
     def parameters(self) -> list[tuple[dict[str, Parameter], Ramp]]:
         """Return the parameters by name, in groups, each with its learning rate."""
 
-    def regularise(self, leaf: Tensor, surface: Surface) -> dict[str, float]:
+    def regularise(self, leaf: Tensor, surface: Surface, strength: float = 1.0) -> dict[str, float]:
         """Add the gradient of the geometry's own terms to `leaf`, and return their values.
 
         Args:
             leaf: [V, 3] the surface's vertices, detached; their gradient is collected here.
             surface: as surface() returned it.
+            strength: factor on the terms' weights, see GuidanceOutput.
         """
 
     def backward(self, surface: Surface, gradient: Tensor | None, share: float) -> None:
@@ -99,12 +100,12 @@ class DMTetGeometry:
         """Return the signed distances and the offsets, a group each."""
         return [({"dmtet.sdf": self.dmtet.sdf}, self.lr_sdf), ({"dmtet.offset": self.dmtet.offset}, self.lr_offset)]
 
-    def regularise(self, leaf: Tensor, surface: Surface) -> dict[str, float]:
+    def regularise(self, leaf: Tensor, surface: Surface, strength: float = 1.0) -> dict[str, float]:
         """Add the gradient of normal consistency and Laplacian; see Geometry."""
         if not self.normal_consistency and not self.laplacian:
             return {}
         bend, rough = smoothness(leaf, surface.faces, surface.edges, surface.sides)
-        (self.normal_consistency * bend + self.laplacian * rough).backward()
+        (strength * self.normal_consistency * bend + strength * self.laplacian * rough).backward()
         return {"bend": float(bend.detach()), "rough": float(rough.detach())}
 
     def backward(self, surface: Surface, gradient: Tensor | None, share: float) -> None:
@@ -164,7 +165,7 @@ class LockedGeometry:
         """Return no group."""
         return []
 
-    def regularise(self, leaf: Tensor, surface: Surface) -> dict[str, float]:
+    def regularise(self, leaf: Tensor, surface: Surface, strength: float = 1.0) -> dict[str, float]:
         """Add nothing; see Geometry."""
         return {}
 

@@ -1,7 +1,6 @@
 """The coarse stage with small stand-in guidances: it fits posed images, resumes bitwise, and refuses what failed."""
 
 import math
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +13,7 @@ from stages.fields.backdrops import BackdropSettings
 from stages.fields.background import BackgroundSettings
 from stages.fields.hashfield import FieldSettings
 from stages.fields.occupancy import OccupancySettings
+from stages.guidance.guide import GuidanceOutput
 from stages.kernels.srgb import linear_to_srgb
 from stages.render.shade import ALBEDO, ShadingSettings, shade
 from stages.render.transmittance import TransmittanceSettings, target_opacity
@@ -47,7 +47,7 @@ class PosedImages:
         assert textureless == shading.textureless and 0 <= progress < 1
         target = ball_images(views, images.shape[1], backdrop, shading)
         error = (linear_to_srgb(images) - linear_to_srgb(target)).square()
-        return SimpleNamespace(loss=0.5 * error.sum() / len(views), metrics={"mse": float(error.detach().mean())})
+        return GuidanceOutput(0.5 * error.sum() / len(views), {"mse": float(error.detach().mean())})
 
 
 class Noisy:
@@ -59,7 +59,7 @@ class Noisy:
     def __call__(self, images, views, progress, textureless=False, *, backdrop, shading):
         noise = torch.randn(images.shape, generator=self.generator)
         loss = ((images - 0.4 + 0.1 * noise) * (1 + progress)).square().sum() / len(views)
-        return SimpleNamespace(loss=loss, metrics={"agreement_db": 12.3})
+        return GuidanceOutput(loss, {"agreement_db": 12.3})
 
     def state_dict(self):
         return {"generator": self.generator.get_state()}
@@ -211,7 +211,7 @@ def test_copies_rendered_in_parts_give_the_step_of_the_whole():
 def test_transmittance_thins_the_field_down_to_its_target_and_no_further():
     class Nothing(Noisy):
         def __call__(self, images, *args, **kwargs):
-            return SimpleNamespace(loss=0 * images.sum(), metrics={})
+            return GuidanceOutput(0 * images.sum(), {})
 
     cameras = CameraSettings(distance=(3.0, 3.0), fov_deg=(38.0, 38.0), jitter_position=0, jitter_target=0)
     term = TransmittanceSettings(weight=0.5, opacity=0.05)
@@ -235,7 +235,7 @@ def test_accumulate_must_divide_the_views():
 def test_non_finite_gradients_skip_the_step_and_give_up_after_some():
     class Broken(Noisy):
         def __call__(self, images, *args, **kwargs):
-            return SimpleNamespace(loss=(images * torch.nan).sum(), metrics={})
+            return GuidanceOutput((images * torch.nan).sum(), {})
 
     stage = CoarseStage(small(max_skipped=3), Broken(), torch.device("cpu"), 0, None)
     before = stage.field.table.detach().clone()
@@ -248,7 +248,7 @@ def test_non_finite_gradients_skip_the_step_and_give_up_after_some():
 def test_regularisers_alone_empty_the_box_and_finish_says_so():
     class Nothing:
         def __call__(self, images, *args, **kwargs):
-            return SimpleNamespace(loss=0 * images.sum(), metrics={})
+            return GuidanceOutput(0 * images.sum(), {})
 
     stage = CoarseStage(
         small(steps=25, opacity=100.0, lr=(0.2, 0.02, 0, 1, "cosine")), Nothing(), torch.device("cpu"), 0, None
@@ -262,7 +262,7 @@ def test_regularisers_alone_empty_the_box_and_finish_says_so():
 def test_entropy_pushes_opacities_to_the_ends():
     class Nothing:
         def __call__(self, images, *args, **kwargs):
-            return SimpleNamespace(loss=0 * images.sum(), metrics={})
+            return GuidanceOutput(0 * images.sum(), {})
 
     half_open = []
     for entropy in (0.0, 30.0):
@@ -294,3 +294,29 @@ def test_times_by_phase_add_up_and_metrics_are_finite():
     metrics = run(stage, 4)
     assert all(isinstance(v, float) and math.isfinite(v) for m in metrics for v in m.values())
     assert {"render", "guidance", "backward", "optimiser"} <= set(stage.times) and min(stage.times.values()) >= 0
+
+
+class Strong:
+    """Guidance that pulls at nothing, under which the regularisers count `strength` times; keeps the sides it sees."""
+
+    def __init__(self, strength=1.0):
+        self.strength, self.sides = strength, []
+
+    def __call__(self, images, views, progress, textureless=False, *, background, shading):
+        self.sides.append(images.shape[1:3])
+        return GuidanceOutput(0 * images.sum(), {}, self.strength)
+
+
+def test_regularisers_count_as_the_guidance_says():
+    norms = []
+    for strength, weight in ((1.0, 1.0), (0.25, 4.0), (2.0, 1.0)):
+        settings = small(orientation=3 * weight, opacity=weight, entropy=2 * weight, orientation_always=True)
+        norms.append(CoarseStage(settings, Strong(strength), torch.device("cpu"), 0).step()["grad_norm"])
+    assert norms[1] == pytest.approx(norms[0], rel=1e-5) and norms[2] == pytest.approx(2 * norms[0], rel=1e-5)
+
+
+def test_renders_have_their_share_of_the_resolution():
+    guidance = Strong()
+    settings = small(steps=4, resolution=64, render_share=[0.125, 1, 0.5, 0.5])
+    run(CoarseStage(settings, guidance, torch.device("cpu"), 0), 4)
+    assert guidance.sides == [(16, 16), (16, 16), (64, 64), (64, 64)]  # none is smaller than 16 pixels a side

@@ -6,12 +6,18 @@ import torch
 from benchmarks.quality.systems import CURES, cures, find_system
 from pipeline.config.model import load_config
 from pipeline.config.recipes import find_recipe
+from pipeline.priors.pocket import POCKET
 from pipeline.priors.sources import check_priors
+from stages.cameras import orbit_views
+from stages.guidance import rules
 from stages.guidance.diffusion.presets import find_preset
-from stages.guidance.guidance import GuidanceSettings
+from stages.guidance.diffusion.prior import load_prior
+from stages.guidance.diffusion.settings import DiffusionSettings
+from stages.guidance.guidance import Guidance, GuidanceSettings
 from stages.guidance.prior import path_alphas_cumprod, scaled_linear_alphas_cumprod
 from stages.guidance.residuals import RULES
-from stages.prompts import PromptSettings
+from stages.prompts import PromptSettings, ViewPrompts
+from stages.ramp import constant
 from tests import tiny_families, tiny_folders
 
 RULE_RECIPES = {"csd": "csd", "nfsd": "nfsd", "ism": "ism", "sdi": "sdi", "vsd": "vsd", "hifa": "sds"}
@@ -116,6 +122,91 @@ def test_recipe_for_real_weights_is_accepted_with_them_and_before_they_are_here(
     words += ["prior.diffusion.resolution=64"] if name == "flow" else []
     check_priors(load_config(name, words, {"prompt": "a mug"}))
     assert "not run by us with real weights" in find_recipe(name).read_text().lower()
+
+
+@pytest.mark.parametrize("name", sorted(RULE_RECIPES))
+def test_rule_is_laid_over_a_recipe_for_real_weights_without_the_pocket_priors_numbers(name):
+    sd, laid, own = (load_config(n, [], {}) for n in ("stable-diffusion", ["stable-diffusion", name], name))
+    changed = differences(sd, laid)
+    assert changed and all(key.startswith("guidance.") for key in changed)
+    assert laid.negative == sd.negative and laid.prior == sd.prior and laid.coarse == sd.coarse
+    for stage in (laid.guidance.coarse, laid.guidance.fine):
+        assert stage.rule.name == RULE_RECIPES[name] and stage.strength == pytest.approx(
+            rules.strength(stage.scale, stage.rescale) / 100
+        )
+    if name == "vsd":
+        assert (laid.guidance.coarse.rule.lr, laid.guidance.coarse.rule.rank) == (1e-4, 4)  # published
+        assert (own.guidance.coarse.rule.lr, own.guidance.coarse.rule.rank) == (1e-3, 8)
+    if name == "hifa":
+        assert (laid.guidance.coarse.scale, laid.guidance.coarse.timesteps) == (100, "sqrt")
+        assert (own.guidance.coarse.scale, own.guidance.fine.scale) == (2, 4)
+
+
+@pytest.fixture(scope="module")
+def pixels():
+    """A prior that reads prompts, in pixels, and two pictures of noise."""
+    settings, texts = DiffusionSettings(camera=False), [*ViewPrompts("a red mug").all_texts(), ""]
+    prior = load_prior(POCKET / "pixel", "cpu", settings=settings, prompts=texts)
+    return prior, torch.rand(2, 64, 64, 3, generator=torch.Generator().manual_seed(1))
+
+
+def push(pixels, guidance: GuidanceSettings, t: float | None = None) -> float:
+    """Root mean square of a guidance's gradient on x, at one t or over the range."""
+    prior, images = pixels
+    at = {} if t is None else {"t_min": constant(t), "t_max": constant(t)}
+    guide = Guidance(prior, guidance.model_copy(update=at), ViewPrompts("a red mug"), torch.Generator().manual_seed(0))
+    return guide(images, orbit_views([0.0, 90.0], 20.0), 0.5).metrics["grad_rms"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("rule", "scale", "rescale"), [("csd", 7.5, 0), ("csd", 100, 0), ("sds", 100, 0.5)])
+def test_strength_foretells_what_a_rules_gradient_is_to_plain_guidance(pixels, rule, scale, rescale):
+    """Regularisers that are weighed for scale 100 stand to this rule's gradient as they did, within a factor of two."""
+    weighed = {"weighting": "uniform", "weighed_for": 100}
+    plain, other = (
+        GuidanceSettings(scale=100, **weighed),
+        GuidanceSettings(rule=rule, scale=scale, rescale=rescale, **weighed),
+    )
+    for t in (0.2, 0.5, 0.8):
+        assert 0.5 < push(pixels, other, t) / push(pixels, plain, t) / (other.strength / plain.strength) < 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", REAL)
+def test_high_noise_is_heard_beside_low_noise_wherever_x0_is_bounded(pixels, name):
+    """A threshold on x0_hat leaves an eps residual of alpha / sigma at high noise: 0.09 of that at t 0.1."""
+    guidance = load_config(name, [], {}).guidance.coarse
+    if guidance.threshold == "none":
+        pytest.skip("its x0_hat is free")
+    assert push(pixels, guidance, 0.9) / push(pixels, guidance, 0.1) > 0.3
+    eps = guidance.model_copy(update={"weighting": "uniform"})
+    assert push(pixels, eps, 0.9) / push(pixels, eps, 0.1) < 0.3
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_recipe_for_real_weights_is_of_their_size(name):
+    recipe = load_config(name, [], {})
+    assert recipe.coarse.shading.albedo_until == 0.2  # threestudio: ambient_only_steps 2001 of 10000
+    assert (recipe.coarse.field.log2_table, recipe.coarse.field.hidden) == (19, 64)
+    assert recipe.coarse.field.finest >= 1024 and recipe.coarse.samples >= 256
+    assert recipe.fine.detail.log2_table == 19 and recipe.export.texture_size >= 2048
+    assert recipe.fine.cameras.elevation_deg == (-10, 45) and recipe.fine.lr_sdf.start <= 0.001
+    assert recipe.fine.cameras.fov_deg == (28, 34)  # the fine stage's own default stays
+
+
+def test_prolificdreamers_schedules_are_as_published():
+    recipe = load_config("prolificdreamer", [], {})
+    coarse, guidance = recipe.coarse, recipe.guidance.coarse
+    assert guidance.strength == 1 and guidance.rule.lr == 1e-4 and guidance.weighting == "sds"
+    for step, side, t_max, opaque in (
+        (0, 64, 0.98, 0),
+        (4999, 64, 0.98, 0),
+        (5000, 512, 0.5, 0),
+        (10000, 512, 0.5, 1000),
+    ):
+        share = step / coarse.steps
+        assert round(coarse.resolution * coarse.render_share.at(share)) == side
+        assert guidance.t_max.at(share) == t_max and coarse.entropy.at(share) == opaque
 
 
 @pytest.mark.parametrize("name", REAL)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
@@ -14,6 +12,7 @@ from pipeline.config.recipes import recipes
 from stages.coarse import CoarseStage
 from stages.errors import UserError
 from stages.guidance.guidance import Guidance
+from stages.guidance.guide import GuidanceOutput
 from stages.guidance.residuals import RuleSettings
 from stages.prompts import ViewPrompts
 from stages.ramp import Ramp
@@ -87,7 +86,7 @@ class Nothing:
 
     def __call__(self, images, views, progress, textureless, *, backdrop, shading):
         self.seen = progress, textureless, shading
-        return SimpleNamespace(loss=0 * images.sum(), metrics={})
+        return GuidanceOutput(0 * images.sum(), {})
 
 
 def looked_at(config: Config, share: float):

@@ -145,7 +145,7 @@ class Guidance:
             with phase("score"):
                 embedding = conditions.embedding("prompt")
                 metrics["score_error"] = self._score.train(x.detach(), embedding, camera, self.generator, context)
-        return GuidanceOutput(loss, metrics)
+        return GuidanceOutput(loss, metrics, s.strength)
 
     def shape(self) -> Radiance | None:
         """Return the prompt's object as density and colour at points, where the prior knows it in 3D; else None."""

@@ -21,10 +21,13 @@ class GuidanceOutput:
     Args:
         loss: a surrogate whose gradient on the images matters, not its value.
         metrics: finite floats that do mean something, by name.
+        strength: expected size of the gradient, in that of the guidance which the stage's regularisers are weighed
+            for; it multiplies them.
     """
 
     loss: Tensor
     metrics: dict[str, float]
+    strength: float = 1.0
 
 
 class Guide(Protocol):

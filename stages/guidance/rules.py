@@ -38,6 +38,21 @@ def rescale_cfg(eps_hat: Tensor, eps_y: Tensor, z_t: Tensor, alpha_bar: Tensor, 
     return eps_from_x0(x0 * (phi * ratio + 1 - phi), z_t, alpha_bar)
 
 
+def strength(scale: float, phi: float) -> float:
+    """Return the expected size of a rule's residual in units of eps_y - eps_0, what the prompt makes of the prediction.
+
+    Guidance makes it s. A rescale by phi (see :func:`rescaled`) multiplies x0_hat by phi r + 1 - phi, and r, the ratio
+    of the standard deviations, falls as 1 / s: s (1 - phi) + phi is left. What a rule adds beside, as the noise of sds,
+    is small against a scale that is worth the name. On the pocket prior sds at scale 100 and phi 0.5 pushes 6.8 to 8.1
+    times as hard as csd at 7.5, whatever t is; this says 6.7.
+
+    Args:
+        scale: s >= 0.
+        phi: the rescale, in [0, 1].
+    """
+    return scale * (1 - phi) + phi
+
+
 def perp_neg(eps_y: Tensor, eps_0: Tensor, negatives: list[Tensor], weights: list[Tensor]) -> Tensor:
     """Return eps_y moved away from negatives: eps_y + sum_i w_i (d_i - its part along d_y), d = eps - eps_0.
 

@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, SerializeAsAny, model_validator
 
+from stages.guidance import rules
 from stages.guidance.residuals import RULES, RuleSettings, read_rule
 from stages.ramp import Ramp, constant
 
@@ -24,6 +25,12 @@ class GuidanceSettings(BaseModel):
     )
     scale: float = Field(20.0, ge=0, description="guidance scale s = 1 + w; 1 is the plain conditional model")
     rescale: float = Field(0.0, ge=0, le=1, description="CFG rescale phi: give x0 back the conditional one's contrast")
+    weighed_for: float | None = Field(
+        None,
+        gt=0,
+        description="scale of plain guidance that the stage's regularisers are weighed for, which then follow this "
+        "stage's scale and rescale; none: they stay as they are",
+    )
     weighting: Literal["sds", "uniform", "fantasia3d", "x0"] = Field(
         "sds", description="w(t): sigma^2, 1, alpha sigma^2, or sigma / alpha (the residual in x0)"
     )
@@ -57,6 +64,11 @@ class GuidanceSettings(BaseModel):
         """Return the settings that nothing reads as the others stand."""
         off = {"threshold_quantile": self.threshold != "dynamic", "threshold_range": self.threshold == "none"}
         return {name for name, unread in off.items() if unread}
+
+    @property
+    def strength(self) -> float:
+        """What the stage's regularisers are multiplied by; see `weighed_for`."""
+        return 1.0 if self.weighed_for is None else rules.strength(self.scale, self.rescale) / self.weighed_for
 
     @model_validator(mode="after")
     def _ordered(self) -> GuidanceSettings:
