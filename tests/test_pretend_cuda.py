@@ -1,0 +1,151 @@
+"""Runs of every recipe on a pretended CUDA device, with tiny folders; and what that device refuses and counts."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline.api import generate
+from pipeline.config.model import load_config
+from pipeline.config.recipes import recipes
+from pipeline.output.glb import write_glb
+from stages.cameras import orbit_views
+from tests import tiny_families, tiny_folders
+from tests.mesh_shapes import sphere
+from tests.pretend_cuda import pretended
+from tests.tiny_clip import pocket_like
+
+pytest.importorskip("warp", reason="warp-lang is not installed (extra: cuda)")
+
+TINY = [
+    *("coarse.steps=2", "coarse.resolution=16", "coarse.views_per_step=2", "coarse.samples=16"),
+    *(
+        "coarse.field.levels=2",
+        "coarse.field.log2_table=10",
+        "coarse.field.finest=32",
+        "coarse.occupancy.resolution=16",
+    ),
+    *("coarse.start.steps=2", "coarse.start.points=64", "coarse.preview_size=16"),
+    *("fine.steps=2", "fine.resolution=32", "fine.tets=12", "fine.preview_size=16", "fine.initialise.samples=24"),
+    *("fine.field.levels=2", "fine.field.log2_table=10", "fine.detail.log2_table=10", "fine.fit.steps=2"),
+    *("clipmesh.steps=2", "clipmesh.resolution=64", "clipmesh.texture_size=32", "clipmesh.preview_size=16"),
+    *("export.turntable_frames=0", "export.texture_size=64", "export.unwrap=boxes", "export.faces=500"),
+]
+OURS = {"coarse": tiny_folders.pocket_pixel, "fine": tiny_folders.pocket_latent}
+_SD = {"coarse": tiny_folders.stable_diffusion, "fine": tiny_folders.stable_diffusion}
+REAL = {
+    "stable-diffusion": _SD,
+    "prolificdreamer": _SD,
+    "deepfloyd-if": {
+        "coarse": lambda folder: tiny_folders.deepfloyd(folder, 77),
+        "fine": tiny_folders.stable_diffusion,
+    },
+    "sdxl": {"coarse": tiny_folders.stable_diffusion, "fine": tiny_families.sdxl},
+    "flow": {"coarse": tiny_families.sd3, "fine": tiny_families.sd3},
+}
+# beyond the prompt alone, by recipe
+MORE = {
+    "reference": ["reference.mesh={mesh}", "reference.supersample=1", "coarse.field.blob_scale=10"],
+    "texture": ["init_mesh={mesh}"],
+    "edit": ["from_run={edited}"],
+    "flow": ["prior.diffusion.resolution=64"],
+    "clip-mesh": ["prior.clipmesh=clip:{clip}", "clipmesh.control=1"],
+    "dreamfields": ["prior.coarse=clip:{clip}"],
+}
+QUICK = {"stable-diffusion"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Callable[[Callable], Path]:
+    """A tiny model's folder by what makes it, made when it is first asked for."""
+    made: dict[Callable, Path] = {}
+
+    def make(build: Callable) -> Path:
+        if build not in made:
+            made[build] = build(tmp_path_factory.mktemp("tiny") / "model")
+        return made[build]
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def mesh(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("mesh") / "ball.glb"
+    write_glb(sphere(0.6, 12, 8), path)
+    return path
+
+
+def on_cuda(recipe: str, words: list[str], out: Path, **more) -> list[dict]:
+    """Run a recipe on the pretended device; returns its metrics, a row a step."""
+    config = load_config(recipe, [*TINY, *words], {"prompt": "a red mug", "device": "cuda"})
+    generate(config=config, out=out, quiet=True, **more)
+    run = json.loads((out / "run.json").read_text())
+    assert run["status"] == "finished" and set(run["sessions"][-1]["kernels"].values()) == {"warp"}
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in QUICK else pytest.mark.slow) for n in recipes()])
+def test_recipe_runs_on_cuda_from_prompt_to_mesh(name, folder, mesh, tmp_path):
+    base = [f"prior.{stage}={folder(build)}" for stage, build in REAL.get(name, OURS).items()]
+    places = {"mesh": mesh, "edited": tmp_path / "edited"}
+    places |= {"clip": folder(pocket_like)} if name in ("clip-mesh", "dreamfields") else {}
+    words = [*base, *(word.format(**places) for word in MORE.get(name, []))]
+    if name == "reference":
+        words = words[len(base) :]
+    with pretended() as counts:
+        if name == "edit":
+            on_cuda("default", [*base, "stages=[coarse]"], places["edited"])
+        rows = on_cuda(name, words, tmp_path / "out")
+    assert (tmp_path / "out" / "mesh.glb").stat().st_size > 1000
+    assert {row["stage"] for row in rows} == set(load_config(name, words, {}).stages)
+    assert counts.launches > 1000
+
+
+def test_pretended_device_refuses_what_cuda_refuses():
+    with pretended():
+        assert torch.cuda.is_available()
+        here, there = torch.ones(3), torch.ones(3, device="cuda")
+        assert there.device == torch.device("cuda:0") and there.is_cuda and not there.is_meta
+        for call in (
+            lambda: here + there,
+            lambda: torch.cat([here, there]),
+            lambda: here.index_select(0, torch.tensor([0]).to("cuda")),
+            lambda: there.index_select(0, torch.tensor([0])),
+            lambda: here[torch.tensor([0]).to("cuda")],
+            lambda: here.add_(there),
+        ):
+            with pytest.raises(RuntimeError, match="tensors on two devices"):
+                call()
+        with pytest.raises(TypeError, match="use Tensor.cpu"):
+            there.numpy()
+        with pytest.raises(RuntimeError, match="only CPU tensors can be pinned"):
+            there.pin_memory()
+        assert (there + torch.tensor(2.0)).tolist() == [3, 3, 3]  # a number on the CPU is let pass, as CUDA does
+        assert there[torch.tensor([0, 2])].shape == (2,)  # and so are indices there
+        there.copy_(here)
+        weight = torch.nn.Linear(3, 1).to("cuda")
+        weight(there).sum().backward()
+        assert weight.weight.grad.device == there.device and weight.weight.grad.cpu().tolist() == [[1, 1, 1]]
+    assert not torch.cuda.is_available()
+    with pytest.raises((AssertionError, RuntimeError)):
+        torch.ones(3, device="cuda")
+
+
+def test_pretended_device_counts_launches_waits_and_copies_by_line():
+    with pretended() as counts:
+        there = torch.ones(3).to("cuda")
+        assert (counts.copies.total(), counts.waits.total(), counts.launches) == (1, 0, 1)
+        two = there * 2 + 1
+        assert counts.launches == 3 and counts.waits.total() == 0
+        assert float(two[0]) == 3 and two.cpu().tolist() == [3, 3, 3]
+        assert counts.waits.total() == 2
+        counts.reset()
+        there[torch.tensor([0, 2])]
+        assert counts.copies == {"elsewhere": 1}
+        there[there > 0]
+        assert counts.waits == {"elsewhere": 1}  # how many there are shapes the result
+        counts.reset()
+        orbit_views([0.0, 90.0], 20.0).to("cuda")
+        assert {line.partition(":")[0] for line in counts.copies} == {"stages/cameras.py"}
