@@ -259,7 +259,7 @@ class FineStage:
             cover = {"cover": float(images.mask.detach().mean())}
             add_metrics(totals, output.metrics | cover, 1 / s.accumulate)
         with phase("regularisers", times):
-            totals |= _size(leaf, surface.faces) | geometry.regularise(leaf, surface, guided.strength)
+            totals |= _size(leaf, surface.faces) | geometry.regularise(leaf, surface, output.strength)
         with phase("backward", times):
             geometry.backward(surface, leaf.grad, progress)
         with phase("optimiser", times):

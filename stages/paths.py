@@ -22,3 +22,11 @@ def from_home(path: str | Path) -> Path:
         why = "HOME is not set" if whose == "~" else "there is no such user"
         raise UserError(f"no home folder is known for {whose}", why, f"write the whole path, or ./{text} for that name")
     return Path(full)
+
+
+def cache_folder() -> Path:
+    """Return where what can be made again is kept between runs: $PIPELINE_CACHE, else below the user's cache folder."""
+    own = os.environ.get("PIPELINE_CACHE")
+    if own:
+        return from_home(own)
+    return from_home(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "text3d-pipeline"

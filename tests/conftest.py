@@ -1,12 +1,17 @@
 """Fixtures of the whole suite."""
 
+import atexit
 import gc
 import json
 import os
+import shutil
+import tempfile
 
 import pytest
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command does, before torch loads
+os.environ["PIPELINE_CACHE"] = tempfile.mkdtemp(prefix="pipeline-cache-")  # no test reads what another run kept
+atexit.register(shutil.rmtree, os.environ["PIPELINE_CACHE"], ignore_errors=True)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -48,13 +53,37 @@ _INDICES = {  # class by part, by a part of the hub id; the last is any other's
 }
 
 
+@pytest.fixture(scope="session")
+def hub_texts(tmp_path_factory):
+    """What the hub has of an id beside its weights: that of a tiny model whose index is the one of its name."""
+    made = {}
+
+    def make(model_id):
+        from tests import tiny_families, tiny_folders
+
+        builders = {"IF-I": lambda folder: tiny_folders.deepfloyd(folder, 77), "-xl-": tiny_families.sdxl}
+        builders |= {"diffusion-3": tiny_families.sd3, "": tiny_folders.stable_diffusion}
+        part = next(part for part in builders if part in model_id)
+        if part not in made:
+            made[part] = folder = builders[part](tmp_path_factory.mktemp("texts") / "model")
+            for weights in folder.rglob("*.safetensors"):
+                weights.unlink()
+            config = folder / "transformer" / "config.json"
+            if config.is_file():  # as large as the real one, for pictures of any size
+                config.write_text(json.dumps(json.loads(config.read_text()) | {"pos_embed_max_size": 192}))
+        return made[part]
+
+    return make
+
+
 @pytest.fixture(autouse=True)
-def hub(monkeypatch, tmp_path_factory):
-    """Tests never ask the hub. Every id is there, and its index, as those of its name have one, comes at once.
+def hub(monkeypatch, tmp_path_factory, hub_texts):
+    """Tests never ask the hub. Every id is there; its index, as those of its name have one, comes at once, and so does
+    what it has beside weights.
 
     Returns: what does ask it, for a test that puts its own answers behind it.
     """
-    from stages.guidance.diffusion import folder as module
+    from stages.guidance.diffusion import hub as module
 
     asks = module.fetch_index
 
@@ -65,6 +94,7 @@ def hub(monkeypatch, tmp_path_factory):
         return folder
 
     monkeypatch.setattr(module, "fetch_index", answer)
+    monkeypatch.setattr(module, "fetch_texts", lambda model_id, revision, what: hub_texts(model_id))
     return asks
 
 

@@ -1,16 +1,21 @@
 """Priors from folders, as a run takes them: personal weights, prompts embedded first, refusals before any work."""
 
 import errno
+import fnmatch
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from pipeline.config.model import load_config
+from pipeline.config.written import dump_read, read_part
 from pipeline.priors.sources import check_priors, stage_prior
 from stages.errors import UserError
+from stages.guidance.diffusion.hub import download_note, locate
+from stages.guidance.diffusion.text import TextEncoder
 from tests import tiny_families, tiny_folders
 
 
@@ -143,7 +148,7 @@ def test_a_hub_id_that_the_hub_does_not_give_is_refused_before_any_work(monkeypa
     import huggingface_hub
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
-    monkeypatch.setattr("stages.guidance.diffusion.folder.fetch_index", hub)
+    monkeypatch.setattr("stages.guidance.diffusion.hub.fetch_index", hub)
     asked = []
 
     def fail(error):
@@ -187,7 +192,7 @@ def test_an_autoencoder_comes_without_the_model_around_it(monkeypatch, tmp_path)
 
     import huggingface_hub
 
-    from stages.guidance.diffusion.folder import locate_autoencoder
+    from stages.guidance.diffusion.hub import locate_autoencoder
 
     wanted = {f"{vae}{name}" for vae in ("", "vae/") for name in ("config.json", "diffusion_pytorch_model.safetensors")}
     others = {"sd_xl_base.safetensors", "unet/diffusion_pytorch_model.safetensors"}
@@ -203,3 +208,160 @@ def test_an_autoencoder_comes_without_the_model_around_it(monkeypatch, tmp_path)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert locate_autoencoder("owner/name") == tmp_path
     assert {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.*")} == wanted
+
+
+def without_weights(folder, texts):
+    """A copy of a folder as the hub gives it before its weights."""
+    copy = shutil.copytree(folder, texts, ignore=shutil.ignore_patterns("*.safetensors"))
+    assert not list(copy.rglob("*.safetensors"))
+    return copy
+
+
+def test_what_needs_no_weight_is_refused_before_any_of_them_is_fetched(folder, monkeypatch, tmp_path):
+    texts = without_weights(folder, tmp_path / "texts")
+    monkeypatch.setattr("stages.guidance.diffusion.hub.fetch_texts", lambda *_: texts)
+    some = "prior.coarse=some/model"
+    facts = check_priors(config(some, stages="coarse", prompt="a mug"))["coarse"].facts
+    assert facts.plan is None and facts.described.prediction == "epsilon" and facts.latents
+    refused("encoder reads 40", some, prompt="a very very very red mug of clay and tin")
+    refused("cannot work at 60", some, "prior.diffusion.resolution=60")
+    sample = without_weights(tiny_folders.stable_diffusion(tmp_path / "sample", "sample"), tmp_path / "sample texts")
+    monkeypatch.setattr("stages.guidance.diffusion.hub.fetch_texts", lambda *_: sample)
+    refused("rule=ism does not fit the prior model", some, "guidance.coarse.rule=ism")
+    for name in ("tokenizer.json", "merges.txt"):
+        (sample / "tokenizer" / name).unlink(missing_ok=True)
+    refused("neither tokenizer.json, nor vocab.json", some)
+
+
+def test_a_missing_package_for_the_tokenizer_is_said_before_the_weights_are_fetched(monkeypatch, tmp_path):
+    texts = without_weights(tiny_folders.deepfloyd(tmp_path / "if", 77), tmp_path / "texts")
+    (texts / "tokenizer" / "tokenizer.json").rename(texts / "tokenizer" / "spiece.model")
+    monkeypatch.setattr("stages.guidance.diffusion.hub.fetch_texts", lambda *_: texts)
+    monkeypatch.setattr("stages.guidance.diffusion.text._installed", lambda package: False)
+    error = refused("takes a package that is not installed", "prior.coarse=DeepFloyd/IF-I-XL-v1.0")
+    assert error.fix == "pip install sentencepiece protobuf"
+
+
+FILES = {  # of a repository that has half precision of two parts of three
+    "unet/diffusion_pytorch_model.safetensors": 3_400_000_000,
+    "unet/diffusion_pytorch_model.fp16.safetensors": 1_700_000_000,
+    "unet/diffusion_pytorch_model.non_ema.safetensors": 3_400_000_000,
+    "text_encoder/model.safetensors": 500_000_000,
+    "text_encoder/model.fp16-00001-of-00002.safetensors": 200_000_000,
+    "text_encoder/model.fp16-00002-of-00002.safetensors": 50_000_000,
+    "vae/diffusion_pytorch_model.safetensors": 300_000_000,
+    "v1-5-pruned.safetensors": 7_700_000_000,
+}
+
+
+@pytest.fixture
+def repository(monkeypatch, tmp_path):
+    """A hub that lists FILES; returns the patterns that a download was asked for."""
+    import huggingface_hub
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    asked = []
+    siblings = [SimpleNamespace(rfilename=name, size=size) for name, size in FILES.items()]
+    listing = SimpleNamespace(model_info=lambda *_, **__: SimpleNamespace(siblings=siblings))
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: listing)
+
+    def download(repo_id, revision=None, allow_patterns=None, local_files_only=False):
+        asked.extend(allow_patterns)
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    return asked
+
+
+@pytest.mark.parametrize(
+    ("variant", "half", "unet", "text"),
+    [
+        ("auto", True, ".fp16", ".fp16-*"),
+        ("auto", False, "", ""),
+        (None, True, "", ""),
+        ("fp16", False, ".fp16", ".fp16-*"),
+    ],
+)
+def test_only_the_files_that_are_loaded_are_fetched(repository, variant, half, unet, text):
+    locate("some/model", None, variant, half)
+    weights = {name for name in FILES if any(fnmatch.fnmatchcase(name, pattern) for pattern in repository)}
+    wanted = [f"unet/diffusion_pytorch_model{unet}.safetensors", f"text_encoder/model{text}.safetensors"]
+    wanted.append("vae/diffusion_pytorch_model.safetensors")  # it has no other: part by part
+    assert weights == {name for name in FILES if any(fnmatch.fnmatchcase(name, pattern) for pattern in wanted)}
+
+
+def test_a_download_is_announced_part_by_part_with_its_size(repository):
+    line = download_note("some/model", None, "auto", True)
+    assert line.startswith("downloading 2.25 GB of some/model: ") and "vae full precision 0.30" in line
+    assert "unet fp16 1.70" in line and "text_encoder fp16 0.25" in line
+    assert "4.20 GB" in download_note("some/model", None, "auto", False)
+
+
+def test_half_precision_files_are_taken_part_by_part(folder, tmp_path):
+    mixed = shutil.copytree(folder, tmp_path / "mixed")
+    unet = mixed / "unet" / "diffusion_pytorch_model.safetensors"
+    half = {name: tensor.half() for name, tensor in load_file(unet).items()}
+    save_file(half, unet.with_suffix(".fp16.safetensors"), metadata={"format": "pt"})
+    words = [f"prior.coarse={mixed}"]
+    plans = {
+        precision: check_priors(config(*words, f"prior.diffusion.dtype={precision}", stages="coarse", prompt="a mug"))[
+            "coarse"
+        ].facts.plan
+        for precision in ("float32", "float16", "bfloat16")
+    }
+    nothing = {"unet": None, "vae": None, "text_encoder": None}
+    assert plans["float32"].variants == nothing
+    assert plans["float16"].variants == plans["bfloat16"].variants == nothing | {"unet": "fp16"}
+    unet.unlink()
+    chosen = config(*words, stages="coarse", prompt="a mug")
+    weight = check_priors(chosen)["coarse"].load(torch.device("cpu")).unet.conv_in.weight
+    assert torch.equal(weight, half["conv_in.weight"].float())
+
+
+def test_embeddings_of_a_t5_are_kept_for_the_next_run_of_the_same_prompts(monkeypatch, tmp_path):
+    monkeypatch.setenv("PIPELINE_CACHE", str(tmp_path / "cache"))
+    t5 = tiny_folders.deepfloyd(tmp_path / "if", 77)
+    chosen = config(f"prior.coarse={t5}", stages="coarse", prompt="a red mug")
+    first = stage_prior(chosen, "coarse").load(torch.device("cpu"))
+    (file,) = (tmp_path / "cache" / "embeddings").iterdir()
+    monkeypatch.setattr(TextEncoder, "load", lambda self: pytest.fail("the encoder was loaded"))
+    again = stage_prior(chosen, "coarse").load(torch.device("cpu"))
+    texts = ["a red mug, front view", ""]
+    assert torch.equal(first.embed(texts), again.embed(texts))
+    with pytest.raises(pytest.fail.Exception):
+        stage_prior(config(f"prior.coarse={t5}", stages="coarse", prompt="a mug"), "coarse").load(torch.device("cpu"))
+    with pytest.raises(pytest.fail.Exception):
+        stage_prior(config(f"prior.coarse={t5}", "prior.diffusion.keep_embeddings=false", stages="coarse",
+                           prompt="a red mug"), "coarse").load(torch.device("cpu"))  # fmt: skip
+    file.write_bytes(file.read_bytes()[:-5])
+    with pytest.raises(pytest.fail.Exception):
+        stage_prior(chosen, "coarse").load(torch.device("cpu"))
+
+
+def test_one_stages_prior_is_loaded_in_another_way(folder, tmp_path):
+    words = [f"prior.coarse={folder}", f"prior.fine={folder}", "prior.diffusion.max_batch=3"]
+    chosen = config(*words, "prior.fine_diffusion={vae_checkpointing: true, max_batch: 1}", prompt="a mug")
+    priors = check_priors(chosen)
+    asks = {stage: prior.ask.diffusion for stage, prior in priors.items()}
+    assert (asks["coarse"].vae_checkpointing, asks["coarse"].max_batch) == (False, 3)
+    assert (asks["fine"].vae_checkpointing, asks["fine"].max_batch) == (True, 1)
+    assert priors["fine"].load(torch.device("cpu")).settings.max_batch == 1
+    written = dump_read(chosen)
+    assert "fine_diffusion: {vae_checkpointing: true, max_batch: 1}" in written
+    (tmp_path / "config.yaml").write_text(written)
+    assert load_config(str(tmp_path), [], {}) == read_part(chosen)
+    assert config("prior.fine_diffusion.max_batch=2").prior.fine_diffusion == {"max_batch": 2}
+    assert load_config("sdxl", [], {}).prior.fine_diffusion == {"vae_checkpointing": True}
+    with pytest.raises(UserError, match="no setting is called vae_chekpointing; there are revision, variant"):
+        config("prior.fine_diffusion.vae_chekpointing=true")
+    with pytest.raises(UserError, match="max_batch.*greater than or equal to 0, got -1"):
+        config("prior.fine_diffusion.max_batch=-1")
+
+
+def test_an_autoencoder_for_one_stage_leaves_the_other_its_own(folder, tmp_path):
+    sdxl = tiny_families.sdxl(tmp_path / "sdxl")
+    tiny_families.tiny_vae(4).save_pretrained(str(tmp_path / "tiny"))
+    words = [f"prior.coarse={folder}", f"prior.fine={sdxl}", f"prior.coarse_diffusion.autoencoder={tmp_path / 'tiny'}"]
+    plans = {stage: prior.facts.plan for stage, prior in check_priors(config(*words, prompt="a mug")).items()}
+    assert plans["coarse"].classes["vae"] == "AutoencoderTiny" and plans["fine"].classes["vae"] == "AutoencoderKL"

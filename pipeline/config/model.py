@@ -31,7 +31,7 @@ from pipeline.output.settings import ExportSettings, split_commas
 from pipeline.priors.sources import forms, parse_source
 from stages.errors import UserError
 from stages.guidance.clip_guidance import ClipGuidanceSettings
-from stages.guidance.diffusion.settings import DiffusionSettings
+from stages.guidance.diffusion.settings import DiffusionChanges, DiffusionSettings
 from stages.guidance.exact import ReferenceSettings
 from stages.guidance.guidance import GuidanceSettings
 from stages.kernels.backend import KernelSettings
@@ -125,6 +125,10 @@ def _model_of(kinds: tuple[tuple[str, StageKind], ...], sources: tuple[str, ...]
     # Fields come in the order of the last base first.
     about = f"{', '.join(sources[:-1])}, {sources[-1]}"
     fields = {name: (str, Field(kind.prior, min_length=1, description=about)) for name, kind in kinds}
+    changes = "what of prior.diffusion is another for this stage, as {vae_checkpointing: true}"
+    for name, kind in kinds:
+        if kind.prior == "pocket":  # others can only be a CLIP
+            fields[f"{name}_diffusion"] = (DiffusionChanges, Field(default_factory=dict, description=changes))
     prior = _composed("PriorSettings", _PriorSettings, fields)
     guidances = {name: (GuidanceSettings, Field(default_factory=kind.guidance)) for name, kind in kinds}
     guidance = _composed("StageGuidance", _StageGuidance, guidances)
@@ -216,15 +220,24 @@ def _inherited(folder: Path) -> Layer:
     return layer
 
 
+def _anchored_folder(path_or_id: str | None) -> str | None:
+    """A folder's path made absolute; what is no folder is a hub id."""
+    if path_or_id is None or not from_home(path_or_id).is_dir():
+        return path_or_id
+    return str(from_home(path_or_id).absolute())
+
+
 def _anchored(config: Config) -> Config:
     """Paths made absolute, so that the run can be resumed and its config.yaml fed back from anywhere."""
     folders: dict[str, Any] = {name: parse_source(getattr(config.prior, name)).anchored() for name in STAGES}
     if config.prior.lora is not None:
         folders["lora"] = str(from_home(config.prior.lora).absolute())
-    vae = config.prior.diffusion.autoencoder
-    if vae is not None and from_home(vae).is_dir():  # what is no folder is a hub id
-        vae = str(from_home(vae).absolute())
+    vae = _anchored_folder(config.prior.diffusion.autoencoder)
     folders["diffusion"] = config.prior.diffusion.model_copy(update={"autoencoder": vae})
+    for name in STAGES:
+        changes = getattr(config.prior, f"{name}_diffusion", {})
+        if "autoencoder" in changes:
+            folders[f"{name}_diffusion"] = changes | {"autoencoder": _anchored_folder(changes["autoencoder"])}
     mesh, source = config.reference.mesh, config.from_run
     return config.model_copy(
         update={

@@ -37,30 +37,26 @@ class FolderSource(PriorSource):
         return str(self.path.absolute()) if self.path.is_dir() else self.text
 
     def reads(self, stage: str) -> list[str]:
-        return [f"guidance.{stage}", "prior.diffusion"]
+        return [f"guidance.{stage}", "prior.diffusion", f"prior.{stage}_diffusion"]
 
     def facts(self, ask: Ask) -> Facts:
         from stages.guidance.compatibility import PIXELS, PriorDescription
-        from stages.guidance.diffusion.families import family_of
-        from stages.guidance.diffusion.folder import cached, check_hub
+        from stages.guidance.diffusion.hub import cached, check_hub
 
-        path, settings = self.path, ask.config.prior.diffusion
+        path, settings = self.path, ask.diffusion
         folder = path
         if not path.is_dir():
-            folder = None if path.exists() else cached(self.text, settings.revision, settings.variant)
-        if folder is not None:
-            plan = _plan(folder, ask)
-            space = None if "vae" in plan.classes else PIXELS
-            description = PriorDescription(path.name or self.text, plan.schedule.prediction, space)
-            check_guidance(ask, description)
-            return Facts(description, plan.family.name if "vae" in plan.classes else "", plan)
-        if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", self.text) or self.text.startswith("."):
-            raise self._unknown(ask)
-        family, parts = family_of(check_hub(self.text, settings.revision))
-        latent = "vae" in parts
-        description = PriorDescription(path.name, data_range=None if latent else PIXELS)
+            folder = None if path.exists() else cached(self.text, *_wishes(ask))
+        here = folder is not None
+        if not here:
+            if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", self.text) or self.text.startswith("."):
+                raise self._unknown(ask)
+            folder = check_hub(self.text, settings.revision)
+        plan = _plan(folder, ask, weights=here)
+        latent = "vae" in plan.classes
+        description = PriorDescription(path.name or self.text, plan.schedule.prediction, None if latent else PIXELS)
         check_guidance(ask, description)
-        return Facts(description, family.name if latent else "")
+        return Facts(description, plan.family.name if latent else "", plan if here else None)
 
     def _unknown(self, ask: Ask) -> UserError:
         others = [form for form in ask.forms if form != self.form]
@@ -71,18 +67,28 @@ class FolderSource(PriorSource):
             f"did you mean {near[0]}?" if near else "check the path, relative to where you stand",
         )
 
+    def announce(self, ask: Ask, facts: Facts) -> str | None:
+        """What will be downloaded; of a folder that is here, the parts that lack the variant asked for."""
+        from stages.guidance.diffusion.hub import download_note
+        from stages.guidance.diffusion.settings import AUTO
+
+        variant = ask.diffusion.variant
+        if facts.plan is None:
+            return download_note(self.text, *_wishes(ask))
+        lacking = [part for part, found in facts.plan.variants.items() if variant not in (None, AUTO, found)]
+        return f"no {variant} files of {', '.join(lacking)}: the plain ones are loaded" if lacking else None
+
     def fetch(self, ask: Ask, facts: Facts) -> Facts:
-        from stages.guidance.diffusion.folder import locate
+        from stages.guidance.diffusion.hub import locate
 
         if facts.plan is not None:
             return facts
-        settings = ask.config.prior.diffusion
-        return replace(facts, plan=_plan(locate(self.text, settings.revision, settings.variant), ask))
+        return replace(facts, plan=_plan(locate(self.text, *_wishes(ask)), ask))
 
     def load(self, ask: Ask, facts: Facts, device: torch.device, *, keep_text: bool = False) -> Prior:
         from stages.guidance.diffusion.prior import load_prior
 
-        settings, texts = ask.config.prior.diffusion, None if keep_text else ask.texts
+        settings, texts = ask.diffusion, None if keep_text else ask.texts
         return load_prior(self.text, device, settings=settings, prompts=texts, lora=ask.lora, plan=facts.plan)
 
     def savings(self, ask: Ask) -> list[str]:
@@ -91,7 +97,7 @@ class FolderSource(PriorSource):
         quality."""
         from stages.guidance.residuals import RULES
 
-        settings, rule = ask.config.prior.diffusion, ask.guidance.rule
+        settings, rule = ask.diffusion, ask.guidance.rule
         trained = "trainable" in RULES[rule.name].needs  # it trains the prior, or a copy of it
         copied = trained and rule.model == "copy"
         latent = not self.path.is_dir() or (self.path / "vae").is_dir()
@@ -101,7 +107,9 @@ class FolderSource(PriorSource):
             ("max_batch", "1", settings.max_batch != 1),
             ("dtype", "bfloat16", settings.dtype not in ("float16", "bfloat16") and not copied),
         )
-        return [f"prior.diffusion.{name}={value}" for name, value, useful in chosen if useful]
+        own = f"{ask.stage}_diffusion"
+        group = f"prior.{own}" if getattr(ask.config.prior, own, {}) else "prior.diffusion"
+        return [f"{group}.{name}={value}" for name, value, useful in chosen if useful]
 
     @classmethod
     def offers(cls) -> list[Offer]:
@@ -122,7 +130,16 @@ class FolderSource(PriorSource):
         ]
 
 
-def _plan(folder: Path, ask: Ask) -> Plan:
+def _wishes(ask: Ask) -> tuple[str | None, str | None, bool]:
+    """Revision and variant of a hub id's files, and whether its networks run in half precision."""
+    from stages.guidance.diffusion.plan import network_dtype
+
+    settings = ask.diffusion
+    return settings.revision, settings.variant, network_dtype(settings, None, ask.device).itemsize == 2
+
+
+def _plan(folder: Path, ask: Ask, weights: bool = True) -> Plan:
     from stages.guidance.diffusion.plan import make_plan
 
-    return make_plan(folder, ask.config.prior.diffusion, ask.texts, ask.lora)
+    lora = ask.lora if weights else None  # its fit is read off the headers of the weights
+    return make_plan(folder, ask.diffusion, ask.texts, lora, device=ask.device, weights=weights)

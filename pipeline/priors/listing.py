@@ -79,7 +79,7 @@ def _print_findings(folder: Path, findings: list[Finding], fit: bool, memory: st
 
 def _folder(source: str, revision: str | None) -> Path:
     """The folder that a run would load, whole or not."""
-    from stages.guidance.diffusion.folder import snapshot
+    from stages.guidance.diffusion.hub import snapshot
 
     path = from_home(source)
     if path.is_dir() and revision is not None:
@@ -104,8 +104,8 @@ def _memory(folder: Path, variant: str | None, resolution: int | None) -> str:
     from stages.guidance.diffusion.plan import make_plan
     from stages.guidance.diffusion.settings import DiffusionSettings
 
-    settings = DiffusionSettings(variant=variant, resolution=resolution)
-    found = footprint(make_plan(folder, settings), settings, torch.device("cuda"), images=1, predictions=2)
+    settings, device = DiffusionSettings(variant=variant, resolution=resolution), torch.device("cuda")
+    found = footprint(make_plan(folder, settings, device=device), settings, device, images=1, predictions=2)
     return found.describe()
 
 

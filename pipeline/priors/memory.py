@@ -44,7 +44,7 @@ def forecast(prior: StagePrior, device: torch.device) -> str | None:
     from stages.guidance.diffusion.footprint import GB, footprint
     from stages.guidance.residuals import RULES, max_predictions
 
-    settings, guidance, views = ask.config.prior.diffusion, ask.guidance, images_at_once(ask)
+    settings, guidance, views = ask.diffusion, ask.guidance, images_at_once(ask)
     predictions = views * max_predictions(guidance, ask.prompts)
     vsd = guidance.rule if "trainable" in RULES[guidance.rule.name].needs else None
     try:

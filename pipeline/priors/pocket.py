@@ -28,7 +28,8 @@ _READER = (  # what check_words says of it
     f"{_ANOTHER_PRIOR}; --force runs anyway, without the unknown words meaning anything",
 )
 _PIXELS = {"pixel": "64", "latent": "512"}  # by space
-_OTHERS = ("revision", "variant", "embedded_guidance")  # of prior.diffusion: of a hub, of other files, of Flux
+# of prior.diffusion: of a hub, of other files, of Flux, of T5
+_OTHERS = ("revision", "variant", "embedded_guidance", "keep_embeddings")
 
 
 class PocketSource(PriorSource):
@@ -41,7 +42,8 @@ class PocketSource(PriorSource):
         from stages.guidance.diffusion.settings import DiffusionSettings
 
         loading = [name for name in DiffusionSettings.model_fields if name not in _OTHERS]
-        return [f"guidance.{stage}", *(f"prior.diffusion.{name}" for name in loading)]
+        shared = [f"prior.diffusion.{name}" for name in loading]
+        return [f"guidance.{stage}", *shared, f"prior.{stage}_diffusion"]
 
     def facts(self, ask: Ask) -> Facts:
         """Check the words first, which are the commonest mistake, then what the folder's small files say."""
@@ -62,13 +64,13 @@ class PocketSource(PriorSource):
         if ask.lora is not None:
             from stages.guidance.diffusion.plan import make_plan
 
-            make_plan(folder, ask.config.prior.diffusion, lora=ask.lora)
+            make_plan(folder, ask.diffusion, lora=ask.lora)
         return Facts(description, notices=_notices(ask.config.prompt))
 
     def load(self, ask: Ask, facts: Facts, device: torch.device, *, keep_text: bool = False) -> Prior:
         from stages.guidance.diffusion.prior import load_prior
 
-        settings, texts = ask.config.prior.diffusion, None if keep_text else ask.texts
+        settings, texts = ask.diffusion, None if keep_text else ask.texts
         return load_prior(pocket_folder(ask.stage), device, settings=settings, prompts=texts, lora=ask.lora)
 
     @classmethod

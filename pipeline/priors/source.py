@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from stages.guidance.compatibility import PriorDescription
     from stages.guidance.diffusion.lora import Lora
     from stages.guidance.diffusion.plan import Plan
+    from stages.guidance.diffusion.settings import DiffusionSettings
     from stages.guidance.guide import Guide
     from stages.guidance.prior import Prior
     from stages.prompts import ViewPrompts
@@ -80,6 +81,19 @@ class Ask:
         from stages.guidance.diffusion.lora import Lora
 
         return Lora(chosen.lora, chosen.lora_scale)
+
+    @property
+    def diffusion(self) -> DiffusionSettings:
+        """How the stage's prior is loaded and run: prior.diffusion, but for what is another for this stage."""
+        changes = getattr(self.config.prior, f"{self.stage}_diffusion", {})
+        return self.config.prior.diffusion.with_changes(changes) if changes else self.config.prior.diffusion
+
+    @property
+    def device(self) -> torch.device:
+        """Where the run will compute."""
+        import torch
+
+        return torch.device("cuda" if self.config.device != "cpu" and torch.cuda.is_available() else "cpu")
 
     @property
     def texts(self) -> list[str]:
@@ -162,6 +176,10 @@ class PriorSource:
         """Return the facts once all its files are on this machine. Raises: UserError where they cannot be had."""
         return facts
 
+    def announce(self, ask: Ask, facts: Facts) -> str | None:
+        """Return a line on what `fetch` will download; None for nothing, or where that is not known."""
+        return None
+
     def load(self, ask: Ask, facts: Facts, device: torch.device, *, keep_text: bool = False) -> Prior:
         """Return its diffusion prior, loaded.
 
@@ -198,15 +216,12 @@ class PriorSource:
 
 def check_guidance(ask: Ask, description: PriorDescription) -> None:
     """Raise UserError for what a stage's guidance asks of a prior and cannot have, as far as is known of it."""
-    import torch
-
     from stages.guidance.compatibility import check_description
     from stages.guidance.diffusion.plan import network_dtype
     from stages.guidance.residuals import RULES
     from stages.guidance.vsd import check_loading
 
-    settings, loading = ask.guidance, ask.config.prior.diffusion
+    settings, loading = ask.guidance, ask.diffusion
     check_description(description, settings, ask.prompts)
     if "trainable" in RULES[settings.rule.name].needs:  # the network itself is looked at once it is there
-        device = torch.device("cuda" if ask.config.device != "cpu" and torch.cuda.is_available() else "cpu")
-        check_loading(description.name, settings.rule, loading.offload, network_dtype(loading, None, device))
+        check_loading(description.name, settings.rule, loading.offload, network_dtype(loading, None, ask.device))

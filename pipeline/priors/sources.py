@@ -55,6 +55,10 @@ class StagePrior:
     ask: Ask
     facts: Facts
 
+    def announce(self) -> str | None:
+        """Return a line on what is downloaded by `fetched`; None for nothing."""
+        return self.source.announce(self.ask, self.facts)
+
     def fetched(self) -> StagePrior:
         """Return the same with all its files on this machine. Raises: UserError where they cannot be had."""
         return replace(self, facts=self.source.fetch(self.ask, self.facts))
@@ -117,7 +121,7 @@ def check_priors(
                 "only diffusion priors that the run loads can be changed by a LoRA",
                 "name the stages it is for: prior.lora_stages=fine",
             )
-    _check_autoencoder(config, {stage: prior.facts.latents for stage, prior in checked.items()})
+    _check_autoencoder(checked)
     _check_use(config, prompts)
     return checked
 
@@ -160,15 +164,19 @@ def _without_negative(config: RunSettings, prompts: ViewPrompts) -> list[str]:
     return [stage for stage in config.stages if not uses_negative(getattr(config.guidance, stage))]
 
 
-def _check_autoencoder(config: RunSettings, latents: dict[str, str]) -> None:
-    """Another autoencoder, which every stage takes, must not meet the latents of two kinds of model: SDXL's are of SD
+def _check_autoencoder(checked: Mapping[str, StagePrior]) -> None:
+    """Another autoencoder that several stages take must not meet the latents of two kinds of model: SDXL's are of SD
     1.5's shape."""
-    chosen, kinds = config.prior.diffusion.autoencoder, {kind for kind in latents.values() if kind}
-    if chosen is not None and len(kinds) > 1:
-        shown = ", ".join(f"{stage}: {kind}" for stage, kind in latents.items() if kind)
-        raise UserError(
-            f"prior.diffusion.autoencoder = {chosen}",
-            f"both stages would decode with it, and their latents differ ({shown})",
-            "leave it out, or take the stages one by one: --stages coarse without it, then --stages fine --from RUN "
-            "with it",
-        )
+    users: dict[str, dict[str, str]] = {}
+    for stage, prior in checked.items():
+        chosen = prior.ask.diffusion.autoencoder
+        if chosen is not None and prior.facts.latents:
+            users.setdefault(chosen, {})[stage] = prior.facts.latents
+    for chosen, latents in users.items():
+        if len(set(latents.values())) > 1:
+            shown = ", ".join(f"{stage}: {kind}" for stage, kind in latents.items())
+            raise UserError(
+                f"prior.diffusion.autoencoder = {chosen}",
+                f"both stages would decode with it, and their latents differ ({shown})",
+                f"give it to the stage that it is for: prior.{next(iter(latents))}_diffusion.autoencoder={chosen}",
+            )

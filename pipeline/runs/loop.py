@@ -82,6 +82,9 @@ class StageLoop:
         self._phases, self._seconds = meta.get("phases", {}), meta.get("seconds", 0.0)
         run.metrics.rewind(name, meta["step"], tuple(STAGES)[tuple(STAGES).index(name) + 1 :])
         run.progress.note(f"{name}: loading the prior {getattr(run.config.prior, name)}")
+        download = run.priors[name].announce()
+        if download is not None:
+            run.progress.note(f"{name}: {download}")
         prior = self._timed("load_prior", run.priors[name].fetched)
         expected = forecast(prior, run.device)
         if expected is not None:

@@ -23,9 +23,10 @@ from stages.guidance.diffusion.families import (
     components,
     encoder_specs,
     family_of,
+    part_variants,
     read_configs,
 )
-from stages.guidance.diffusion.folder import Component, check_component, quiet, read_json
+from stages.guidance.diffusion.folder import Component, check_component, names_in, quiet, read_json
 from stages.guidance.diffusion.noise_schedule import load_schedule
 from stages.guidance.diffusion.text import load_tokenizer, token_limit
 from stages.guidance.diffusion.weights import Header, parameter_count, read_headers
@@ -55,8 +56,10 @@ def audit(folder: Path, variant: str | None = None, resolution: int | None = Non
         findings += [] if words.ok else [words]
     findings.append(Finding("family", True, f"{family.name} ({classes[family.part]})"))
     configs: Configs = {}
-    for component in components(family, classes):
-        findings.append(_part(folder, family, classes, component, variant, configs))
+    parts = components(family, classes)
+    variants = part_variants(parts, lambda part: names_in(folder / part), variant, half=False)
+    for component in parts:
+        findings.append(_part(folder, family, classes, component, variants.get(component.part), configs))
     if all(finding.ok for finding in findings):
         findings += _combination(folder, family, classes, configs, resolution)
     return findings

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,9 +22,10 @@ from torch import Tensor
 from stages.errors import UserError
 from stages.guidance.diffusion.autoencoder import AUTOENCODERS, downsampling
 from stages.guidance.diffusion.denoisers import Call, Geometry, call_flux, call_sd3, call_sdxl, call_unet, join_pooled
-from stages.guidance.diffusion.folder import Component, check_component, load_part, read_index, read_json
+from stages.guidance.diffusion.folder import Component, check_component, load_part, names_in, read_index, read_json
+from stages.guidance.diffusion.settings import AUTO
 from stages.guidance.diffusion.text import Encoded, EncoderSpec
-from stages.guidance.diffusion.weights import check_files
+from stages.guidance.diffusion.weights import check_files, chosen_variant
 
 FLUX_LATENTS = 128  # side in latents; a Flux folder does not say its size, this is its pipeline's default
 CLIP, CLIP_PROJECTED, T5 = ("CLIPTextModel",), ("CLIPTextModelWithProjection",), ("T5EncoderModel",)
@@ -213,12 +214,44 @@ def _unet_family(folder: Path, classes: dict[str, str]) -> Family:
     return DEEPFLOYD if text in T5 else STABLE_DIFFUSION
 
 
-def check_folder(folder: Path, variant: str | None = None) -> tuple[Family, dict[str, str]]:
-    """Return family_of a folder after checking all files of its parts. Raises: UserError for the first missing."""
+def check_folder(
+    folder: Path, variant: str | None = None, half: bool = False, weights: bool = True
+) -> tuple[Family, dict[str, str], dict[str, str | None]]:
+    """family_of and the variant of each part's weights, after checking that every part's files are there.
+
+    Args:
+        folder: the model's.
+        variant: see chosen_variant.
+        half: see chosen_variant.
+        weights: whether they must be there; all else must.
+    Raises: UserError naming the first file that is not there.
+    """
     family, classes = family_of(folder)
-    for component in components(family, classes):
-        check_component(folder, component, variant)
-    return family, classes
+    parts = components(family, classes)
+    variants = part_variants(parts, lambda part: names_in(folder / part), variant, half)
+    for component in parts:
+        check_component(folder, component if weights else replace(component, stem=None), variants.get(component.part))
+        if not weights and component.stem is not None:
+            read_json(folder / component.part / "config.json", f"Cannot load the prior {folder}")
+    return family, classes, variants
+
+
+def part_variants(
+    parts: Iterable[Component], names: Callable[[str], Collection[str]], variant: str | None, half: bool
+) -> dict[str, str | None]:
+    """Return chosen_variant of every part with weights; where none has the variant that is named, that one for all.
+
+    Args:
+        parts: of a folder.
+        names: the files in a part's directory.
+        variant: see chosen_variant.
+        half: see chosen_variant.
+    """
+    stems = {component.part: component.stem for component in parts if component.stem is not None}
+    chosen = {part: chosen_variant(names(part), stem, variant, half) for part, stem in stems.items()}
+    if variant not in (None, AUTO) and not any(chosen.values()):
+        return dict.fromkeys(chosen, variant)
+    return chosen
 
 
 def components(family: Family, classes: dict[str, str]) -> list[Component]:

@@ -25,7 +25,7 @@ from stages.guidance.diffusion.families import (
     read_configs,
     with_autoencoder,
 )
-from stages.guidance.diffusion.folder import locate_autoencoder
+from stages.guidance.diffusion.hub import locate_autoencoder
 from stages.guidance.diffusion.noise_schedule import NoiseSchedule, load_schedule
 from stages.guidance.diffusion.text import EncoderSpec, load_tokenizer, token_limit
 from stages.guidance.diffusion.weights import Header, check_files, read_headers
@@ -40,7 +40,8 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 @dataclass(frozen=True)
 class Plan:
-    """A folder's family, the class, config and directory of each part it uses, its tokenizers, sizes and noise."""
+    """A folder's family, its tokenizers, sizes and noise; of each part it uses class, config, directory and the variant
+    of its weights."""
 
     folder: Path
     family: Family
@@ -50,7 +51,7 @@ class Plan:
     tokenizers: dict[str, Any]
     geometry: Geometry
     schedule: NoiseSchedule
-    variant: str | None
+    variants: dict[str, str | None]
 
     @property
     def encoders(self) -> list[EncoderSpec]:
@@ -58,10 +59,9 @@ class Plan:
         return encoder_specs(self.family, self.classes)
 
     def headers(self, part: str, stem: str) -> dict[str, Header]:
-        """Return the tensors of a part's weight files."""
-        directory = self.directories[part]
-        variant = self.variant if directory.parent == self.folder else None
-        return read_headers(check_files(directory, stem, variant, f"Cannot load the prior {self.folder}"))
+        """The tensors of a part's weight files."""
+        files = check_files(self.directories[part], stem, self.variants[part], f"Cannot load the prior {self.folder}")
+        return read_headers(files)
 
     def stems(self) -> dict[str, str]:
         """Return the stem of the weight files by part."""
@@ -76,13 +76,27 @@ class Plan:
 
 
 def make_plan(
-    folder: Path, settings: DiffusionSettings, prompts: list[str] | None = None, lora: Lora | None = None
+    folder: Path,
+    settings: DiffusionSettings,
+    prompts: list[str] | None = None,
+    lora: Lora | None = None,
+    *,
+    device: torch.device | str = "cpu",
+    weights: bool = True,
 ) -> Plan:
     """Plan how a folder is loaded under these settings, after checking that prompts and LoRA fit it.
 
+    Args:
+        folder: the model's.
+        settings: how it is loaded.
+        prompts: what it will be asked; None for not known.
+        lora: weights that change it; None for none.
+        device: where it will run, which says how precisely.
+        weights: whether they must be there; without them a plan serves to check all else.
     Raises: UserError for anything missing, damaged, unsupported or not belonging together.
     """
-    family, classes = check_folder(folder, settings.variant)
+    half = network_dtype(settings, None, torch.device(device)).itemsize == 2
+    family, classes, variants = check_folder(folder, settings.variant, half, weights)
     if settings.attention_slicing and family.part != "unet":
         raise UserError(
             f"Cannot load the prior {folder}",
@@ -98,8 +112,9 @@ def make_plan(
     directories = {part: folder / part for part in classes}
     if vae_folder is not folder:
         directories["vae"] = vae_folder / "vae" if (vae_folder / "vae").is_dir() else vae_folder
+        variants["vae"] = None
     tokenizers = {r.part: load_tokenizer(folder, r.tokenizer) for r in encoder_specs(family, classes)}
-    plan = Plan(folder, family, classes, configs, directories, tokenizers, geometry, schedule, settings.variant)
+    plan = Plan(folder, family, classes, configs, directories, tokenizers, geometry, schedule, variants)
     if prompts is not None:
         plan.check_prompts(prompts)
     if lora is not None:

@@ -18,14 +18,16 @@ from torch import Tensor
 from stages.errors import check_shape
 from stages.guidance.diffusion.autoencoder import Autoencoder, no_autocast
 from stages.guidance.diffusion.denoisers import Denoiser
-from stages.guidance.diffusion.families import SDXL, Family
-from stages.guidance.diffusion.folder import load_part, locate, read_json
+from stages.guidance.diffusion.families import SDXL, T5, Family
+from stages.guidance.diffusion.folder import load_part, read_json
+from stages.guidance.diffusion.hub import locate
 from stages.guidance.diffusion.layout_condition import LayoutCondition
 from stages.guidance.diffusion.noise_schedule import NoiseSchedule
 from stages.guidance.diffusion.offload import offload_blocks
 from stages.guidance.diffusion.plan import Plan, make_plan, network_dtype, vae_dtype
 from stages.guidance.diffusion.settings import DiffusionSettings
 from stages.guidance.diffusion.text import EncoderSpec, PromptEncoder, TextEncoder
+from stages.guidance.diffusion.text_store import TextStore, text_store
 from stages.guidance.prior import ViewContext, eps_from_prediction, flow_scale, per_sample, resized
 from stages.phases import backward_phase, phase
 
@@ -184,7 +186,9 @@ def load_prior(
     """
     settings, device = settings or DiffusionSettings(), torch.device(device)
     if plan is None:
-        plan = make_plan(locate(str(path_or_id), settings.revision, settings.variant), settings, prompts, lora)
+        half = network_dtype(settings, None, device).itemsize == 2
+        folder = locate(str(path_or_id), settings.revision, settings.variant, half)
+        plan = make_plan(folder, settings, prompts, lora, device=device)
     elif lora is not None:
         lora.check(plan)  # which reads its tensors: a plan that is kept through a stage holds none
     folder = plan.folder
@@ -231,7 +235,7 @@ class _Loader:
                 torch_dtype=dtype,
                 use_safetensors=True,
                 local_files_only=True,
-                variant=plan.variant if directory.parent == plan.folder else None,
+                variant=plan.variants[part],
                 low_cpu_mem_usage=is_accelerate_available(),
                 output_loading_info=True,
             )
@@ -265,7 +269,16 @@ class _Loader:
             lambda encoded: family.join(encoded, plan.configs[family.part]).to(dtype),
             device,
             empty_is_zero=family is SDXL and bool(index.get("force_zeros_for_empty_prompt", True)),
+            store=self._store(text_device, dtype),
         )
+
+    def _store(self, device: torch.device, dtype: torch.dtype) -> TextStore | None:
+        """Where embeddings are kept: those of a T5 as it comes; other encoders take no time."""
+        large = any(self.plan.classes[spec.part] in T5 for spec in self.plan.encoders)
+        if not (large and self.settings.keep_embeddings and self.lora is None):
+            return None
+        parts = [part for spec in self.plan.encoders for part in (spec.part, spec.tokenizer)]
+        return text_store(self.plan.folder, parts, dtype, device)
 
     def _encoder(self, spec: EncoderSpec, device: torch.device, dtype: torch.dtype) -> Callable[[], torch.nn.Module]:
         import transformers
@@ -281,7 +294,7 @@ class _Loader:
                     dtype=dtype,
                     use_safetensors=True,
                     local_files_only=True,
-                    variant=plan.variant,
+                    variant=plan.variants[spec.part],
                     output_loading_info=True,
                 ),
             )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+AUTO = "auto"
 
 
 class DiffusionSettings(BaseModel):
@@ -13,7 +15,11 @@ class DiffusionSettings(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     revision: str | None = Field(None, description="branch, tag or commit of a hub id")
-    variant: str | None = Field(None, description="weight files' variant, such as fp16")
+    variant: str | None = Field(
+        AUTO,
+        description="weight files' variant, such as fp16, where a part has it; auto: fp16 for networks in half "
+        "precision; null: the plain files",
+    )
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
         "auto", description="of the networks; auto: on cuda float16 (bfloat16 for SD3 and Flux), float32 elsewhere"
     )
@@ -39,4 +45,29 @@ class DiffusionSettings(BaseModel):
     text_device: Literal["prior", "cpu"] = Field(
         "prior", description="where prompts are embedded; cpu: slowly, in main memory"
     )
+    keep_embeddings: bool = Field(
+        True, description="keep on disk what a T5 makes of a run's prompts, so that the same prompts need it only once"
+    )
     channels_last: bool = Field(False, description="channels-last memory layout of the networks")
+
+    def with_changes(self, changes: dict[str, Any]) -> DiffusionSettings:
+        """Return these settings with other values for some of them."""
+        return DiffusionSettings.model_validate(self.model_dump() | changes)
+
+
+def _known(changes: dict[str, Any]) -> dict[str, Any]:
+    """The changes, checked. Raises: ValueError for a name or a value that DiffusionSettings does not have."""
+    unknown = [name for name in changes if name not in DiffusionSettings.model_fields]
+    if unknown:
+        known = ", ".join(DiffusionSettings.model_fields)
+        raise ValueError(f"no setting is called {', '.join(unknown)}; there are {known}")
+    try:
+        DiffusionSettings.model_validate(changes, strict=True)
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        raise ValueError(f"{problem['loc'][0]}: {problem['msg']}, got {problem['input']!r}") from None
+    return changes
+
+
+# Settings of prior.diffusion in which one stage's prior differs.
+DiffusionChanges = Annotated[dict[str, Any], AfterValidator(_known)]

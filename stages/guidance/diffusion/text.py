@@ -14,6 +14,7 @@ from torch import Tensor
 
 from stages.errors import UserError
 from stages.guidance.diffusion.folder import load_part
+from stages.guidance.diffusion.text_store import TextStore
 from stages.prompts import check_length
 
 
@@ -112,6 +113,7 @@ class PromptEncoder:
         encoders: in the family's order.
         join: one tensor [P, L, D] from what they give, on `device`.
         empty_is_zero: the empty prompt stands for zeros, as SDXL's pipeline has it.
+        store: where embeddings outlive the process; None: nowhere.
     """
 
     def __init__(
@@ -120,8 +122,10 @@ class PromptEncoder:
         join: Callable[[list[Encoded]], Tensor],
         device: torch.device,
         empty_is_zero: bool = False,
+        store: TextStore | None = None,
     ) -> None:
         self.encoders, self._join, self._device, self._empty_is_zero = encoders, join, device, empty_is_zero
+        self._store = store
         self._cache: dict[str, Tensor] = {}
 
     @property
@@ -143,17 +147,27 @@ class PromptEncoder:
         new = list(dict.fromkeys(p for p in prompts if p not in self._cache))
         if new:
             self.check(new)
-            encoded = []
-            for encoder in self.encoders:
-                parts = encoder.encode(new)
-                encoded.append(tuple(part if part is None else part.to(self._device) for part in parts))
-                if not keep:
-                    encoder.release()
-                    _collect()
-            self._cache.update(zip(new, self._join(encoded), strict=True))
+            self._cache.update(zip(new, self._encoded(new, keep), strict=True))
             if self._empty_is_zero and "" in new:
                 self._cache[""] = torch.zeros_like(self._cache[""])
         return torch.stack([self._cache[p] for p in prompts])
+
+    def _encoded(self, prompts: list[str], keep: bool) -> Tensor:
+        """Embeddings of prompts that were not asked for before, from the disk or from the encoders."""
+        known = None if self._store is None else self._store.load(prompts)
+        if known is not None:
+            return known.to(self._device)
+        encoded = []
+        for encoder in self.encoders:
+            parts = encoder.encode(prompts)
+            encoded.append(tuple(part if part is None else part.to(self._device) for part in parts))
+            if not keep:
+                encoder.release()
+                _collect()
+        joined = self._join(encoded)
+        if self._store is not None:
+            self._store.save(prompts, joined)
+        return joined
 
     def release(self) -> None:
         """Free the encoders; prompts not yet embedded load them again."""

@@ -6,14 +6,18 @@ then the data. A component's weights are one file `stem.safetensors` or shards `
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import math
 import struct
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
 from stages.errors import UserError
+from stages.guidance.diffusion.settings import AUTO
 
+HALF = "fp16"  # the variant of half precision, as repositories call it
 PICKLED = (".bin", ".ckpt", ".pt", ".pth")
 _LARGEST_HEADER = 100_000_000  # the format's own limit, bytes
 
@@ -31,10 +35,30 @@ class Header:
 
 
 def weight_files(directory: Path, stem: str, variant: str | None = None) -> list[Path]:
-    """Return the safetensors files of a component, shards in order; empty where there is none of that variant."""
+    """The safetensors files of a component, shards in order; empty where there is none of that variant."""
+    return [directory / name for name in weight_names([path.name for path in directory.iterdir()], stem, variant)]
+
+
+def chosen_variant(names: Collection[str], stem: str, variant: str | None, half: bool) -> str | None:
+    """Return the variant of the files that a part is loaded from, part by part as diffusers does; None: the plain ones.
+
+    Args:
+        names: of the files in the part's directory.
+        stem: of its weight files.
+        variant: asked for: by name, where the part has it; "auto", fp16 for half precision; None for the plain files.
+        half: whether its network runs in half precision, for which full precision would be fetched for nothing.
+    """
+    if variant is None:
+        return None
+    wishes = ([HALF, None] if half else [None, HALF]) if variant == AUTO else [variant, None]
+    return next((wish for wish in wishes if weight_names(names, stem, wish)), None)
+
+
+def weight_names(names: Collection[str], stem: str, variant: str | None) -> list[str]:
+    """Return those of the names that are a component's weight files of that variant, shards in order."""
     dot = f".{variant}" if variant else ""
-    whole = directory / f"{stem}{dot}.safetensors"
-    return [whole] if whole.is_file() else sorted(directory.glob(f"{stem}{dot}-*-of-*.safetensors"))
+    whole = f"{stem}{dot}.safetensors"
+    return [whole] if whole in names else sorted(fnmatch.filter(names, f"{stem}{dot}-*-of-*.safetensors"))
 
 
 def check_files(directory: Path, stem: str, variant: str | None, what: str) -> list[Path]:
