@@ -40,6 +40,12 @@ def test_weights_are_those_of_the_loaded_networks(folders):
     assert found(folders["deepfloyd"]).weights.keys() == {"unet"}
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_a_t5_in_float16_takes_what_it_keeps_in_float32(folders, dtype):
+    prior = load_prior(folders["deepfloyd"], "cpu", settings=DiffusionSettings(dtype=dtype))
+    assert found(folders["deepfloyd"], dtype=dtype).text == {"text_encoder": size(prior.text.encoders[0].load())}
+
+
 def size(network):
     return sum(p.numel() * p.element_size() for p in network.parameters())
 

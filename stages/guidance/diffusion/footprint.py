@@ -96,7 +96,7 @@ def footprint(
         elif part == "vae":
             weights[part] = parameter_count(headers) * vae_dtype(family, plan.configs["vae"], dtype).itemsize
         elif settings.text_device == "prior":
-            text[part] = parameter_count(headers) * dtype.itemsize
+            text[part] = text_bytes(plan.classes[part], headers, dtype)
     saved_bytes, encoding_peak = _encoding(plan, settings, dtype, images)
     prediction_peak = _prediction(plan, dtype, min(predictions, settings.max_batch or predictions))
     if vsd is not None:
@@ -106,6 +106,15 @@ def footprint(
     if decodes:
         prediction_peak = max(prediction_peak, _decoding(plan, settings, dtype, images))
     return Footprint(dtype, weights, text, max(encoding_peak, saved_bytes + prediction_peak))
+
+
+def text_bytes(class_name: str, headers: dict[str, Header], dtype: torch.dtype) -> int:
+    """Bytes of a text encoder in a precision; in float16 transformers keeps some layers of a T5 in float32."""
+    import transformers
+
+    kept = getattr(getattr(transformers, class_name), "_keep_in_fp32_modules", None) or ()
+    whole = {n: h for n, h in headers.items() if dtype == torch.float16 and set(n.split(".")) & set(kept)}
+    return parameter_count(headers) * dtype.itemsize + parameter_count(whole) * (4 - dtype.itemsize)
 
 
 def resident(headers: dict[str, Header]) -> int:

