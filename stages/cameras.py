@@ -12,7 +12,8 @@ Conventions (tested in tests/test_cameras.py, relied on everywhere):
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -40,15 +41,19 @@ class CameraSettings(BaseModel):
     light_spread: float = Field(0.6, ge=0, description="std of the light around the camera direction (paper: 1)")
 
 
+_FIELDS = ("c2w", "fov_deg", "azimuth_deg", "elevation_deg", "light")
+
+
 @dataclass(frozen=True)
 class Views:
-    """A batch of views. Angles in degrees; azimuth in [0, 360)."""
+    """A batch of views. Angles in degrees; azimuth in [0, 360). On a device they remember their twins on the CPU."""
 
     c2w: Tensor  # [B, 4, 4]
     fov_deg: Tensor  # [B] vertical
     azimuth_deg: Tensor  # [B]
     elevation_deg: Tensor  # [B]
     light: Tensor  # [B, 3] world position of the point light
+    twin: Views | None = field(default=None, repr=False, compare=False)
 
     def __len__(self) -> int:
         return self.c2w.shape[0]
@@ -57,11 +62,32 @@ class Views:
         """A sub-batch; an int keeps the batch axis."""
         if isinstance(index, int):
             index = slice(index, index + 1)
-        return Views(*(getattr(self, k)[index] for k in ("c2w", "fov_deg", "azimuth_deg", "elevation_deg", "light")))
+        return self._each(lambda values: values[index])
+
+    def repeat(self, times: int) -> Views:
+        """Return the views as a whole, `times` over."""
+        return self._each(lambda values: values.repeat(times, *[1] * (values.dim() - 1)))
 
     def to(self, device: torch.device | str) -> Views:
-        fields = ("c2w", "fov_deg", "azimuth_deg", "elevation_deg", "light")
-        return Views(*(getattr(self, k).to(device) for k in fields))
+        """Return the views on a device, brought there in one copy."""
+        device, here = torch.device(device), self.c2w.device
+        if here.type != "cpu" or device.type == "cpu":
+            if device.type == "cpu" and self.twin is not None:
+                return self.twin
+            return Views(*(getattr(self, name).to(device) for name in _FIELDS), self.twin)
+        values = [getattr(self, name) for name in _FIELDS]
+        packed = torch.cat([value.reshape(len(self), -1) for value in values], 1).to(device)
+        parts = packed.split([value[0].numel() for value in values], 1)
+        return Views(*(part.reshape(value.shape) for part, value in zip(parts, values, strict=True)), self)
+
+    @property
+    def on_host(self) -> Views:
+        """The views on the CPU; nothing is copied where they came from there."""
+        return self.to("cpu")
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Views:
+        twin = None if self.twin is None else self.twin._each(change)
+        return Views(*(change(getattr(self, name)) for name in _FIELDS), twin)
 
     @property
     def position(self) -> Tensor:
@@ -172,7 +198,7 @@ def projection(fov_deg: Tensor, aspect: float = 1.0) -> Tensor:
 
 def to_clip(vertices: Tensor, views: Views, aspect: float = 1.0) -> Tensor:
     """Return clip coordinates [B, V, 4] of world vertices [V, 3] in every view; differentiable in the vertices."""
-    w2c = torch.linalg.inv(views.c2w)
+    w2c = torch.linalg.inv_ex(views.c2w)[0]  # inv would wait for a GPU, to look whether it went well
     matrix = projection(views.fov_deg, aspect) @ w2c  # [B, 4, 4]
     homogeneous = torch.nn.functional.pad(vertices, (0, 1), value=1.0)  # [V, 4]
     return torch.einsum("bij,vj->bvi", matrix.to(vertices.dtype), homogeneous).contiguous()

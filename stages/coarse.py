@@ -28,7 +28,7 @@ from stages.fields.check import check_object
 from stages.fields.hashfield import FieldSettings, HashField, without_gradient
 from stages.fields.occupancy import OccupancyGrid, OccupancySettings
 from stages.fields.start import StartSettings, fit_start
-from stages.guidance.guide import GuidanceOutput, Guide, ShapeGuide
+from stages.guidance.guide import GuidanceOutput, Guide, Metric, ShapeGuide, check_predictions, metric
 from stages.kernels.srgb import linear_to_srgb
 from stages.optimise import GroupedAdam, check_accumulate, equal_parts, under_prefix
 from stages.phases import phase
@@ -153,7 +153,7 @@ class CoarseStage:
     def step(self) -> dict[str, float]:
         """Take one optimisation step over `views_per_step` views; returns metrics."""
         s, progress, times = self.settings, self.step_index / self.steps, self.times
-        totals: dict[str, float] = {}
+        totals: dict[str, Metric] = {}
         if self.step_index == 0 and not self.edits and s.start.source == "prior":
             with phase("start", times):
                 totals |= self._begin()
@@ -199,7 +199,8 @@ class CoarseStage:
             add_metrics(totals, output.metrics | metrics, 1 / s.accumulate)
 
         with phase("optimiser", times):
-            totals["grad_norm"] = self._update(progress)
+            totals["grad_norm"] = self._update(progress, totals)
+        check_predictions(self.guidance, totals)
         self.step_index += 1
         return totals
 
@@ -227,7 +228,7 @@ class CoarseStage:
 
     def _regularised(
         self, guided: GuidanceOutput, images: VolumeImages, views: Views, progress: float
-    ) -> tuple[Tensor, dict[str, float]]:
+    ) -> tuple[Tensor, dict[str, Metric]]:
         """The guidance loss plus the stage's own terms, and the metrics of these renders."""
         s, opacity = self.settings, images.opacity
         orientation, empty, decided = (guided.strength * w.at(progress) for w in (s.orientation, s.opacity, s.entropy))
@@ -238,15 +239,15 @@ class CoarseStage:
             loss = loss + decided * nn.functional.binary_cross_entropy(sure, sure)
         if s.transmittance.weight > 0:
             loss = loss + transmittance_loss(opacity, views, progress, s.transmittance)
-        metrics = {"cover": float(opacity.detach().mean()), "samples": float(images.samples)}
+        metrics = {"cover": metric(opacity.mean()), "samples": float(images.samples)}
         if images.normal is not None:
-            metrics["orientation"] = float(images.orientation.detach())
+            metrics["orientation"] = metric(images.orientation)
         return loss, metrics
 
-    def _update(self, progress: float) -> float:
+    def _update(self, progress: float, metrics: dict[str, Metric]) -> float:
         """Take the optimiser step and return the gradient's norm; see GroupedAdam.step."""
         s = self.settings
-        return self.adam.step((s.lr.at(progress), s.lr_background.at(progress)), self.step_index)
+        return self.adam.step((s.lr.at(progress), s.lr_background.at(progress)), self.step_index, metrics)
 
     def headline(self, metrics: dict[str, float]) -> str:
         """Return the mean opacity, and how near the renders are to what the prior would draw."""

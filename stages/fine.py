@@ -31,7 +31,7 @@ from stages.fields.background import BackgroundSettings, random_background
 from stages.fields.colour_fit import FitSettings, fit_albedo
 from stages.fields.hashfield import DetailSettings, FieldSettings, HashField, without_gradient
 from stages.geometry import DMTetGeometry, Geometry, LockedGeometry
-from stages.guidance.guide import Guide
+from stages.guidance.guide import Guide, Metric, check_predictions, metric
 from stages.kernels.srgb import linear_to_srgb
 from stages.mesh.orient import creased
 from stages.mesh.place import SPECK
@@ -256,14 +256,15 @@ class FineStage:
             with phase("backward", times):
                 if output.loss.requires_grad:  # a view that misses a locked mesh has nothing to learn from
                     (output.loss / s.accumulate).backward()
-            cover = {"cover": float(images.mask.detach().mean())}
+            cover = {"cover": metric(images.mask.mean())}
             add_metrics(totals, output.metrics | cover, 1 / s.accumulate)
         with phase("regularisers", times):
             totals |= _size(leaf, surface.faces) | geometry.regularise(leaf, surface, output.strength)
         with phase("backward", times):
             geometry.backward(surface, leaf.grad, progress)
         with phase("optimiser", times):
-            totals["grad_norm"] = self._update(progress)
+            totals["grad_norm"] = self._update(progress, totals)
+        check_predictions(self.guidance, totals)
         self.step_index += 1
         return totals
 
@@ -283,10 +284,10 @@ class FineStage:
         backdrop = backdrop.expand(len(views), size, size, 3)
         return render_mesh(vertices, faces, albedo, views, size, size, shading=shading, backdrop=backdrop)
 
-    def _update(self, progress: float) -> float:
+    def _update(self, progress: float, metrics: dict[str, Metric]) -> float:
         """Take the optimiser step and return the gradient's norm; see GroupedAdam.step."""
         rates = [rate.at(progress) for _, rate in self._groups(self.geometry)]
-        norm = self.adam.step(rates, self.step_index)
+        norm = self.adam.step(rates, self.step_index, metrics)
         self.geometry.after_step(self.adam)
         return norm
 
@@ -362,8 +363,8 @@ class FineStage:
 
 
 @torch.no_grad()
-def _size(vertices: Tensor, faces: Tensor) -> dict[str, float]:
+def _size(vertices: Tensor, faces: Tensor) -> dict[str, Metric]:
     """The metrics of a closed surface: its count of faces, and the volume that it bounds."""
     a, b, c = vertices.index_select(0, faces.reshape(-1)).view(-1, 3, 3).unbind(1)
-    volume = float((a * torch.linalg.cross(b, c)).sum(dtype=torch.float64) / 6)
+    volume = metric((a * torch.linalg.cross(b, c)).sum(dtype=torch.float64) / 6)
     return {"faces": float(len(faces)), "volume": volume}

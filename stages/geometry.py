@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from stages.errors import UserError
+from stages.guidance.guide import Metric, metric
 from stages.kernels.smoothness import smoothness
 from stages.mesh.clean import drop_floaters
 from stages.mesh.measure import measure
@@ -34,7 +35,7 @@ class Geometry(Protocol):
     def parameters(self) -> list[tuple[dict[str, Parameter], Ramp]]:
         """Return the parameters by name, in groups, each with its learning rate."""
 
-    def regularise(self, leaf: Tensor, surface: Surface, strength: float = 1.0) -> dict[str, float]:
+    def regularise(self, leaf: Tensor, surface: Surface, strength: float = 1.0) -> dict[str, Metric]:
         """Add the gradient of the geometry's own terms to `leaf`, and return their values.
 
         Args:
@@ -100,13 +101,13 @@ class DMTetGeometry:
         """Return the signed distances and the offsets, a group each."""
         return [({"dmtet.sdf": self.dmtet.sdf}, self.lr_sdf), ({"dmtet.offset": self.dmtet.offset}, self.lr_offset)]
 
-    def regularise(self, leaf: Tensor, surface: Surface, strength: float = 1.0) -> dict[str, float]:
+    def regularise(self, leaf: Tensor, surface: Surface, strength: float = 1.0) -> dict[str, Metric]:
         """Add the gradient of normal consistency and Laplacian; see Geometry."""
         if not self.normal_consistency and not self.laplacian:
             return {}
         bend, rough = smoothness(leaf, surface.faces, surface.edges, surface.sides)
         (strength * self.normal_consistency * bend + strength * self.laplacian * rough).backward()
-        return {"bend": float(bend.detach()), "rough": float(rough.detach())}
+        return {"bend": metric(bend), "rough": metric(rough)}
 
     def backward(self, surface: Surface, gradient: Tensor | None, share: float) -> None:
         """Carry the gradient to signed distances and offsets, and spread the former along the band; see Geometry."""
@@ -165,7 +166,7 @@ class LockedGeometry:
         """Return no group."""
         return []
 
-    def regularise(self, leaf: Tensor, surface: Surface, strength: float = 1.0) -> dict[str, float]:
+    def regularise(self, leaf: Tensor, surface: Surface, strength: float = 1.0) -> dict[str, Metric]:
         """Add nothing; see Geometry."""
         return {}
 

@@ -37,6 +37,17 @@ def under_prefix(state: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
     return {key.removeprefix(f"{name}."): value for key, value in state.items() if key.startswith(f"{name}.")}
 
 
+def _read(number: Tensor | float, metrics: dict[str, float | Tensor]) -> float:
+    """A number's value, and in place those of the metrics that are tensors: one wait for the device for all of them."""
+    names = [name for name, value in metrics.items() if isinstance(value, Tensor)]
+    if not names:
+        return float(number)
+    waiting = [torch.as_tensor(number, device=metrics[names[0]].device), *(metrics[name] for name in names)]
+    first, *values = torch.stack([value.double() for value in waiting]).tolist()
+    metrics.update(zip(names, values, strict=True))
+    return first
+
+
 class GroupedAdam:
     """Adam over groups of named parameters.
 
@@ -64,18 +75,19 @@ class GroupedAdam:
         self.optimiser = torch.optim.Adam(sets, lr=1.0, betas=betas, eps=eps, fused=True)
         self.patience, self.stage, self.advice, self.skipped = patience, stage, advice, 0
 
-    def step(self, rates: Sequence[float], at: int) -> float:
+    def step(self, rates: Sequence[float], at: int, metrics: dict[str, float | Tensor] | None = None) -> float:
         """Move against the gradients and forget them.
 
         Args:
             rates: of each group.
             at: the step's number, for the message.
+            metrics: of the step; those that are still on the device become floats, read together with the norm.
         Returns: the gradients' norm; -1 for a step that was skipped because it is not finite (metrics are finite).
         Raises: UserError after `patience` skipped steps in a row.
         """
         gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
         norms = [torch.linalg.vector_norm(g, dtype=torch.float64) for g in gradients]
-        norm = float(torch.linalg.vector_norm(torch.stack(norms))) if norms else 0.0  # one wait for the device
+        norm = _read(torch.linalg.vector_norm(torch.stack(norms)) if norms else 0.0, metrics or {})
         if math.isfinite(norm):
             self.skipped = 0
             for group, rate in zip(self.optimiser.param_groups, rates, strict=True):

@@ -238,6 +238,7 @@ class ViewPrompts:
 
     def classes(self, views: Views) -> list[str]:
         """Return the view class of each view."""
+        views = views.on_host
         pairs = zip(views.azimuth_deg.tolist(), views.elevation_deg.tolist(), strict=True)
         return [view_class(azimuth, elevation, self.settings) for azimuth, elevation in pairs]
 
@@ -248,7 +249,7 @@ class ViewPrompts:
     def view_texts(self, views: Views, textureless: bool = False) -> list[ViewText]:
         """Return the texts of each view: its class's, or the mixture that its azimuth gives."""
         s = self.settings
-        texts = []
+        texts, views = [], views.on_host
         for view, azimuth in zip(self.classes(views), views.azimuth_deg.tolist(), strict=True):
             prompt, negative = self.text(view, textureless), self.negative_text(view)
             if s.blend == "classes" or view == "overhead":

@@ -68,7 +68,7 @@ class Stage(Protocol):
         """Check that there is an object and hand it on; raises UserError with advice if there is none."""
 
 
-def add_metrics(totals: dict[str, float], metrics: Mapping[str, float], share: float) -> None:
+def add_metrics(totals: dict[str, float | Tensor], metrics: Mapping[str, float | Tensor], share: float) -> None:
     """Add the metrics of a part of a step to the step's.
 
     Args:

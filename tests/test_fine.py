@@ -173,7 +173,7 @@ def test_parts_of_a_step_add_up_to_the_whole_step():
         fine = stage(target, accumulate=accumulate)
         kept = {}
 
-        def keep(progress, fine=fine, kept=kept):
+        def keep(progress, metrics, fine=fine, kept=kept):
             kept.update({k: p.grad.clone() for k, p in fine.adam.parameters.items()})
             return 0.0
 

@@ -2,7 +2,9 @@
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +14,12 @@ from pipeline.config.model import load_config
 from pipeline.config.recipes import recipes
 from pipeline.output.glb import write_glb
 from stages.cameras import orbit_views
+from stages.errors import UserError
+from stages.guidance.diffusion.prior import load_prior
+from stages.guidance.guidance import Guidance, GuidanceSettings
+from stages.guidance.guide import check_predictions
+from stages.guidance.residuals import RULES
+from stages.prompts import PromptSettings, ViewPrompts
 from tests import tiny_families, tiny_folders
 from tests.mesh_shapes import sphere
 from tests.pretend_cuda import pretended
@@ -47,7 +55,7 @@ REAL = {
 }
 # beyond the prompt alone, by recipe
 MORE = {
-    "reference": ["reference.mesh={mesh}", "reference.supersample=1", "coarse.field.blob_scale=10"],
+    "reference": ["reference.mesh={mesh}", "coarse.field.blob_scale=10", "coarse.field.density_scale=2"],
     "texture": ["init_mesh={mesh}"],
     "edit": ["from_run={edited}"],
     "flow": ["prior.diffusion.resolution=64"],
@@ -149,3 +157,59 @@ def test_pretended_device_counts_launches_waits_and_copies_by_line():
         counts.reset()
         orbit_views([0.0, 90.0], 20.0).to("cuda")
         assert {line.partition(":")[0] for line in counts.copies} == {"stages/cameras.py"}
+
+
+@pytest.mark.slow
+def test_a_step_waits_for_the_device_and_copies_to_it_a_few_times_only(folder, tmp_path):
+    """A copy from unpinned memory waits, too: between two of these the host cannot run ahead of the device.
+
+    Two steps of each stage, after the first, which brings tables to the device, and but for refreshes of the occupancy
+    grid, one step in sixteen.
+    """
+    words = [f"prior.{stage}={folder(build)}" for stage, build in REAL["stable-diffusion"].items()]
+    words += ["coarse.steps=4", "fine.steps=4", "preview_every=100", "checkpoint_every=100"]
+    most = {"coarse": (4, 6), "fine": (6, 8)}
+    looked = []
+
+    def on_step(stage, step, metrics):
+        if step in (2, 3):
+            waits, copies = most[stage]
+            assert counts.waits.total() <= waits and counts.copies.total() <= copies, f"{stage} {step}: {counts}"
+            assert all(isinstance(value, float) for value in metrics.values())
+            looked.append((stage, step))
+        counts.reset()
+
+    with pretended() as counts:
+        on_cuda("stable-diffusion", words, tmp_path / "out", on_step=on_step)
+    assert looked == [("coarse", 2), ("coarse", 3), ("fine", 2), ("fine", 3)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rule", sorted(RULES))
+def test_rule_gives_on_the_device_what_it_gives_on_the_cpu(rule, folder):
+    """Timesteps, noise levels and rows of embeddings are the device's there."""
+    settings = GuidanceSettings(rule=rule, scale=7.5, threshold="static", threshold_range=(-2, 2))
+    prompts = ViewPrompts("a red mug", "blurry", PromptSettings(blend="perp_neg"))
+    images = torch.rand(2, 64, 64, 3, generator=torch.Generator().manual_seed(3))
+
+    def asked(device: str) -> tuple[torch.Tensor, dict]:
+        prior = load_prior(folder(tiny_folders.stable_diffusion), device, torch.float32)
+        guide = Guidance(prior, settings, prompts, torch.Generator().manual_seed(5))
+        shown = images.clone().to(device).requires_grad_()
+        views = orbit_views([20.0, 130.0], 20.0).to(device)
+        answer = guide(shown, views, 0.4, background=torch.zeros(2, 64, 64, 3, device=device))
+        answer.loss.backward()
+        return shown.grad.cpu(), {name: float(value) for name, value in answer.metrics.items()}
+
+    gradient, metrics = asked("cpu")
+    with pretended():
+        there, their_metrics = asked("cuda")
+    torch.testing.assert_close(there, gradient, rtol=1e-3, atol=1e-5 * float(gradient.abs().max()))
+    assert their_metrics == pytest.approx(metrics, rel=1e-3, abs=1e-5)
+
+
+def test_predictions_of_nothing_finite_are_refused_on_the_device_once_they_are_read():
+    guide = SimpleNamespace(check=partial(Guidance.check, SimpleNamespace(prior=SimpleNamespace(name="broken"))))
+    check_predictions(guide, {"nonfinite": 0.5})
+    with pytest.raises(UserError, match="The prior broken returned no finite number"):
+        check_predictions(guide, {"nonfinite": 1.0})

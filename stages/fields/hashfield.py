@@ -123,14 +123,17 @@ class HashField(nn.Module):
         self.register_buffer("ball", torch.tensor(settings.blob_scale))  # zero once another shape is begun with
         self.detail_spec: HashGridSpec | None = None
         self.detail: nn.Parameter | None = None
+        self._annealed = True  # whatever the bands are
         self.set_progress(0.0)
 
     def set_progress(self, progress: float) -> None:
         """Switch finer levels on one after another, each fading in, as `bands` says (coarse-to-fine training)."""
-        on = self.settings.bands.at(progress) * self.spec.levels
+        on, were_on = self.settings.bands.at(progress) * self.spec.levels, not self._annealed
+        self._annealed = on < self.spec.levels
+        if were_on and not self._annealed:
+            return
         levels = (on - torch.arange(self.spec.levels)).clamp(0, 1)
         self.bands.copy_(levels.repeat_interleave(self.spec.features))
-        self._annealed = on < self.spec.levels
 
     @property
     def _mask(self) -> Tensor | None:

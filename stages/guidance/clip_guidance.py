@@ -19,7 +19,7 @@ from torch import Tensor
 from stages.cameras import Views
 from stages.errors import UserError, check_shape
 from stages.guidance.clip import ClipScorer
-from stages.guidance.guide import GuidanceOutput
+from stages.guidance.guide import GuidanceOutput, metric
 from stages.phases import backward_phase, phase
 from stages.prompts import ViewPrompts, without_contradictions
 
@@ -95,7 +95,7 @@ class ClipGuidance:
             text_embeddings = self.scorer.embed_texts(texts).repeat_interleave(self.settings.crops, 0)
             backward_phase("networks", crops, image_embeddings)
         cosine = (image_embeddings * text_embeddings).sum(-1).mean()
-        return GuidanceOutput(-self.settings.weight * cosine, {"clip": 100 * float(cosine.detach())})
+        return GuidanceOutput(-self.settings.weight * cosine, {"clip": 100 * metric(cosine)})
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the generator's state: all that makes a resumed guidance equal to an uninterrupted one."""

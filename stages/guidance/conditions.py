@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -30,6 +30,28 @@ class ViewConditions:
     others: dict[str, Tensor]
     share: Tensor
     perp_neg_weights: list[Tensor]
+    there: ViewConditions | None = None  # the same on the embeddings' device, to index them with
+
+    def sent(self, device: torch.device, t: Tensor) -> tuple[ViewConditions, Tensor]:
+        """Return the conditions with their twins on a device, `perp_neg_weights` there alone, and t there: in one copy.
+
+        Args:
+            device: of the predictions.
+            t: [B] long, timesteps.
+        """
+        if device.type == "cpu":
+            return self, t
+        named, mixed = list(self.rows), list(self.others)
+        host = [*self.rows.values(), *self.others.values(), self.share, *self.perp_neg_weights, t]
+        numbers = iter(torch.stack([values.double() for values in host]).to(device).unbind())
+        rows = {name: next(numbers).long() for name in named}
+        others = {name: next(numbers).long() for name in mixed}
+        share = next(numbers).float()
+        perp_neg_weights = [next(numbers).float() for _ in self.perp_neg_weights]
+        twin = None
+        if isinstance(self.embeddings, Tensor) and self.embeddings.device == device:
+            twin = ViewConditions(self.embeddings, rows, others, share, perp_neg_weights)
+        return replace(self, perp_neg_weights=perp_neg_weights, there=twin), next(numbers).long()
 
     def distinct(self, *names: str) -> tuple[list[str], list[int]]:
         """Return the first of each group of named branches with the same texts for every view, and each branch's group.
@@ -52,6 +74,8 @@ class ViewConditions:
 
     def embedding(self, *names: str) -> Any:
         """Return the embeddings of the named branches, one after the other: [len(names) B, ...]."""
+        if self.there is not None:
+            return self.there.embedding(*names)
         first = self.embeddings[torch.cat([self.rows[name] for name in names])]
         if not any(name in self.others for name in names):
             return first

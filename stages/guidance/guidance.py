@@ -17,7 +17,7 @@ from stages.errors import UserError, check_shape
 from stages.guidance import rules
 from stages.guidance.compatibility import check_compatibility, data_range
 from stages.guidance.conditions import Conditions
-from stages.guidance.guide import GuidanceOutput
+from stages.guidance.guide import GuidanceOutput, Metric, metric
 from stages.guidance.prior import Prior, ShapePrior, ViewContext, per_sample, resized, x0_from_eps
 from stages.guidance.residuals import RULES, Residual, StepInputs
 from stages.guidance.schedules import TIMESTEPS, WEIGHTINGS, stratified, to_index
@@ -73,6 +73,7 @@ class Guidance:
         self.prior, self.settings, self.prompts, self.generator = prior, settings, prompts, generator
         check_compatibility(prior, settings, prompts)
         self._data_range = data_range(prior, settings)
+        self._alphas_cumprod: dict[torch.device, Tensor] = {}
         self._conditions = Conditions(prior, prompts, release_text=release_text)
         self._score = (
             RenderScore(prior, settings.rule, generator) if "trainable" in RULES[settings.rule.name].needs else None
@@ -90,26 +91,32 @@ class Guidance:
     ) -> GuidanceOutput:
         """Return the distillation loss of linear images [B, H, W, 3] in [0, 1] seen from B views; see Guide."""
         check_shape("images", images, (len(views), None, None, 3))
-        s, alphas_cumprod = self.settings, self.prior.alphas_cumprod
-        t, low_high = self._timesteps(len(views), progress)
+        s = self.settings
+        t_host, low_high = self._timesteps(len(views), progress)
         with phase("encode"):
             pictures = linear_to_srgb(images) if s.srgb else images
             x = self.prior.encode(pictures, self.generator)
         eps = torch.randn(x.shape, generator=self.generator).to(x)
         context = ViewContext(views, backdrop if backdrop is None else backdrop.detach(), shading)
-        conditions, camera = self._conditions.for_views(views, textureless), camera_vector(views)
+        conditions, t = self._conditions.for_views(views, textureless).sent(x.device, t_host)
+        alphas_cumprod, camera = self._levels(x.device), camera_vector(views)
+
+        def told(t_asked: Tensor) -> Tensor:
+            if getattr(self.prior, "reads_t_anywhere", False):
+                return t_asked
+            return t_host if t_asked is t else t_asked.cpu()
 
         def predict(z: Tensor, t: Tensor, *names: str) -> list[Tensor]:
             names, groups = conditions.distinct(*names)
             k = len(names)
             eps = self.prior.predict_noise(
-                z.repeat(k, 1, 1, 1), t.repeat(k), conditions.embedding(*names), context.repeat(k)
+                z.repeat(k, 1, 1, 1), told(t).repeat(k), conditions.embedding(*names), context.repeat(k)
             )
             chunks = eps.to(z.dtype).chunk(k)
             return [chunks[group] for group in groups]
 
         def score(z: Tensor, t: Tensor) -> Tensor:
-            return self._score.predict(z, t, conditions.embedding("prompt"), camera, context)
+            return self._score.predict(z, told(t), conditions.embedding("prompt"), camera, context)
 
         with torch.no_grad(), phase("rule"):
             inputs = StepInputs(
@@ -130,14 +137,14 @@ class Guidance:
             gradient, nonfinite = _drop_nonfinite(per_sample(w_t, x) * result.residual, self.prior.name)
             metrics = {
                 "agreement_db": _agreement_db(x0_from_eps(result.eps_y, result.z_t, alpha_bar), x),
-                "t": float(t.double().mean()) / alphas_cumprod.shape[0],
+                "t": float(t_host.double().mean()) / alphas_cumprod.shape[0],
                 "t_max": low_high[1],
             } | inputs.metrics
             if s.grad_clip is not None:
                 limit = s.grad_clip.at(progress)
-                metrics["clipped"] = float((gradient.abs() > limit).double().mean())
+                metrics["clipped"] = metric((gradient.abs() > limit).double().mean())
                 gradient = rules.clip_gradient(gradient, limit)
-            metrics |= {"grad_rms": float(gradient.square().mean().sqrt()), "nonfinite": nonfinite}
+            metrics |= {"grad_rms": metric(gradient.square().mean().sqrt()), "nonfinite": nonfinite}
         loss = rules.surrogate(x, gradient)
         if s.image_term > 0:
             loss = loss + self._image_term(pictures, result, s.image_term * w_t, alpha_bar)
@@ -177,6 +184,19 @@ class Guidance:
         fraction = TIMESTEPS[s.timesteps](progress, low, high, u, self.prior.alphas_cumprod)
         return to_index(fraction, low, high, steps), (low, high)
 
+    def _levels(self, device: torch.device) -> Tensor:
+        """The prior's noise levels [T] on a device; brought there once."""
+        if device.type == "cpu":
+            return self.prior.alphas_cumprod
+        if device not in self._alphas_cumprod:
+            self._alphas_cumprod[device] = self.prior.alphas_cumprod.to(device)
+        return self._alphas_cumprod[device]
+
+    def check(self, metrics: dict[str, Metric]) -> None:
+        """Raise UserError where nothing that the prior predicted in a step was finite."""
+        if metrics["nonfinite"] == 1:
+            raise _nothing_finite(self.prior.name)
+
     def close(self) -> None:
         """Leave the prior as it was before: remove vsd's changes of its network."""
         if self._score is not None:
@@ -198,22 +218,29 @@ class Guidance:
             )
 
 
-def _agreement_db(x0: Tensor, x: Tensor) -> float:
+def _agreement_db(x0: Tensor, x: Tensor) -> Metric:
     """Return the PSNR of x0 against x, data range 2, within +-100 dB."""
     error = torch.nan_to_num((x0 - x).square().mean(), nan=1e10).clamp(1e-10, 1e10)
-    return float(10 * torch.log10(4 / error))
+    return metric(10 * torch.log10(4 / error))
 
 
-def _drop_nonfinite(gradient: Tensor, prior: str) -> tuple[Tensor, float]:
-    """Return the gradient with non-finite entries set to 0, and their share. Raises: UserError where all are."""
+def _drop_nonfinite(gradient: Tensor, prior: str) -> tuple[Tensor, Metric]:
+    """Return the gradient with non-finite entries set to 0, and their share. Raises: UserError where all are.
+
+    On a device that would wait for it; there Guidance.check raises, once the step's metrics are read.
+    """
     finite = torch.isfinite(gradient)
-    share = 1 - float(finite.double().mean())
-    if share == 0:
+    share = metric(1 - finite.double().mean())
+    if isinstance(share, float) and share in (0, 1):
+        if share == 1:
+            raise _nothing_finite(prior)
         return gradient, 0.0
-    if share == 1:
-        raise UserError(
-            f"The prior {prior} returned no finite number",
-            "every predicted noise value is NaN or infinite, which half precision does on some models",
-            "set the prior's dtype to float32 (or bfloat16)",
-        )
     return torch.where(finite, gradient, torch.zeros_like(gradient)), share
+
+
+def _nothing_finite(prior: str) -> UserError:
+    return UserError(
+        f"The prior {prior} returned no finite number",
+        "every predicted noise value is NaN or infinite, which half precision does on some models",
+        "set the prior's dtype to float32 (or bfloat16)",
+    )

@@ -14,19 +14,28 @@ if TYPE_CHECKING:
     from stages.render.volume import Radiance
 
 
+Metric = float | Tensor  # a tensor of one number is still on a device, and read with all others of its step
+
+
+def metric(value: Tensor) -> Metric:
+    """Return a number that a step reports: as it is where reading it would wait for a device, else read."""
+    value = value.detach()
+    return float(value) if value.device.type == "cpu" else value
+
+
 @dataclass
 class GuidanceOutput:
     """What a Guide returns for the images of a step.
 
     Args:
         loss: a surrogate whose gradient on the images matters, not its value.
-        metrics: finite floats that do mean something, by name.
+        metrics: finite numbers that do mean something, by name.
         strength: expected size of the gradient, in that of the guidance which the stage's regularisers are weighed
             for; it multiplies them.
     """
 
     loss: Tensor
-    metrics: dict[str, float]
+    metrics: dict[str, Metric]
     strength: float = 1.0
 
 
@@ -62,6 +71,20 @@ class Guide(Protocol):
 
     def close(self) -> None:
         """Leave the prior, which may be its caller's, as it was before."""
+
+
+@runtime_checkable
+class CheckingGuide(Protocol):
+    """A Guide that finds in a step's metrics what it could not read when it was asked, on a device."""
+
+    def check(self, metrics: dict[str, Metric]) -> None:
+        """Raise UserError for predictions that are of no use."""
+
+
+def check_predictions(guide: Guide | None, metrics: dict[str, Metric]) -> None:
+    """Let a guide look at the metrics of a step, now that they are numbers. Raises: UserError as CheckingGuide does."""
+    if isinstance(guide, CheckingGuide):
+        guide.check(metrics)
 
 
 @runtime_checkable

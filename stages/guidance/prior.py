@@ -50,13 +50,12 @@ class ViewContext:
         """Return the context of the batch repeated `times` over as a whole, as a guidance batch needs it."""
         if times == 1:
             return self
-        index = torch.arange(len(self.views)).repeat(times)
         background = self.background
         if background is not None and background.dim() == 4:
             # Of one colour a view, that colour is repeated, and not each of 512 x 512 pixels.
             flat = background[:, :1, :1] if is_flat(background) else background
-            background = flat.index_select(0, index.to(background.device)).expand(-1, *background.shape[1:])
-        return ViewContext(self.views[index], background, self.shading)
+            background = flat.repeat(times, 1, 1, 1).expand(-1, *background.shape[1:])
+        return ViewContext(self.views.repeat(times), background, self.shading)
 
 
 def is_flat(background: Tensor) -> bool:

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo
 from torch import Tensor
 
 from stages.guidance import rules
+from stages.guidance.guide import Metric, metric
 from stages.guidance.prior import add_noise, eps_from_x0, per_sample, x0_from_eps
 from stages.guidance.schedules import at_or_above_sd_noise
 from stages.guidance.vsd import VsdSettings
@@ -121,7 +122,7 @@ class StepInputs:
     backdrop: Tensor | None = None
     perp_neg_weights: list[Tensor] = field(default_factory=list)
     score: Callable[[Tensor, Tensor], Tensor] | None = None
-    metrics: dict[str, float] = field(default_factory=dict)
+    metrics: dict[str, Metric] = field(default_factory=dict)
 
     @property
     def corrects_x0(self) -> bool:
@@ -164,7 +165,7 @@ class StepInputs:
         x0 = x0_from_eps(eps_hat, z, alpha_bar)
         if self.data_range is not None:
             low, high = self.data_range
-            self.metrics["clamped"] = float(((x0 < low) | (x0 > high)).double().mean())
+            self.metrics["clamped"] = metric(((x0 < low) | (x0 > high)).double().mean())
             if settings.threshold == "static":
                 x0 = x0.clamp(low, high)
             else:
@@ -176,7 +177,7 @@ class StepInputs:
     def invert(self, t_end: Tensor, steps: int, scale: float) -> Tensor:
         """Return x inverted by DDIM up to timesteps t_end [B] in `steps` equal moves; scale 0: empty prompt alone."""
         z, t = self.x, torch.zeros_like(t_end)
-        alpha_bar = torch.ones(t_end.shape[0])  # x itself is clean
+        alpha_bar = torch.ones(t_end.shape[0], device=t_end.device)  # x itself is clean
         for k in range(1, steps + 1):
             if scale == 0:
                 (eps,) = self.predict(z, t, "empty")

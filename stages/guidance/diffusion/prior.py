@@ -43,6 +43,7 @@ class DiffusionPrior:
     """
 
     reads_prompts = True
+    reads_t_anywhere = True  # timesteps may be on any device
 
     def __init__(
         self,
@@ -58,6 +59,7 @@ class DiffusionPrior:
         self.autoencoder, self.schedule, self.settings = vae, schedule, settings
         self.alphas_cumprod, self.prediction = schedule.alphas_cumprod, schedule.prediction
         self.resolution, self.patch = denoiser.resolution, denoiser.patch
+        self._there: dict[torch.device, tuple[Tensor, Tensor]] = {}
         self.layout: LayoutCondition | None = None
         self.latent = vae is not None
         self.data_range = None if self.latent else (-1.0, 1.0)
@@ -121,6 +123,14 @@ class DiffusionPrior:
         """Return the objects of its layout as density and linear colour at points; None for a prior without one."""
         return None if self.layout is None else self.layout.shape(embedding)
 
+    def _tables(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Noise levels and what the network is told of them, on a device; brought there once."""
+        if device.type == "cpu":
+            return self.alphas_cumprod, self.schedule.timesteps
+        if device not in self._there:
+            self._there[device] = self.alphas_cumprod.to(device), self.schedule.timesteps.to(device)
+        return self._there[device]
+
     def noise(self, network: torch.nn.Module, z_t: Tensor, t: Tensor, embedding: Tensor, **conditions: Any) -> Tensor:
         """Predict noise by this network or one like it, with gradients in its weights that require them.
 
@@ -128,13 +138,14 @@ class DiffusionPrior:
             tuple of them, with a row for every sample (or without any axis). `mean` is ours: the mean mu [B, C, h, w]
             of x that was subtracted in training; the network's input is z_t - sqrt(alpha_bar) mu, of the same noise.
         """
-        t = t.cpu()
-        alpha_bar = self.alphas_cumprod[t]
+        alphas_cumprod, timesteps = self._tables(z_t.device)
+        t = t.to(z_t.device)
+        alpha_bar = alphas_cumprod[t]
         mean = conditions.pop("mean", None)
         if mean is not None:
             z_t = z_t - per_sample(alpha_bar.sqrt(), z_t) * mean.to(z_t)
         z = z_t * per_sample(flow_scale(alpha_bar), z_t) if self.schedule.flow else z_t
-        z, timesteps = z.to(self.device, self.dtype), self.schedule.timesteps[t].to(self.device)
+        z, timesteps = z.to(self.device, self.dtype), timesteps[t].to(self.device)
         limit = self.settings.max_batch or len(z)
         with no_autocast(self.device), phase("networks"):
             outputs = [
