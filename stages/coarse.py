@@ -48,9 +48,7 @@ class CoarseSettings(BaseModel):
 
     steps: int = Field(800, ge=1, description="optimisation steps")
     resolution: int = Field(64, ge=SMALLEST, le=512, description="side of a training render in pixels")
-    render_share: Ramp = Field(
-        constant(1.0), gt=0, le=1, description="share of `resolution` that the side of a render has, over the stage"
-    )
+    render_share: Ramp = Field(constant(1.0), gt=0, le=1, description="share of that side, over the stage")
     views_per_step: int = Field(4, ge=1, description="views of one optimiser step")
     accumulate: int = Field(1, ge=1, description="parts that a step's views are rendered in, to bound memory")
     samples: int = Field(80, ge=16, le=2048, description="sampling steps along the diagonal of the box")
@@ -74,11 +72,9 @@ class CoarseSettings(BaseModel):
         Ramp(10.0, 1000.0, 0.0, 0.5), ge=0, description="weight of the mean square of normals that face away"
     )
     orientation_always: bool = Field(False, description="also on albedo steps, which then compute normals (slower)")
-    opacity: Ramp = Field(
-        constant(1.0), ge=0, description="weight of mean sqrt(opacity^2 + 0.01), which keeps space empty"
-    )
+    opacity: Ramp = Field(constant(1.0), ge=0, description="weight of mean sqrt(opacity^2 + 0.01): keeps space empty")
     entropy: Ramp = Field(
-        constant(0.0), ge=0, description="weight of the mean entropy of opacity, which decides half-open rays"
+        constant(0.0), ge=0, description="weight of the mean entropy of opacity, against half-open rays"
     )
 
     transmittance: TransmittanceSettings = Field(
@@ -90,7 +86,7 @@ class CoarseSettings(BaseModel):
         Ramp(0.001, 0.0001, shape="cosine"), gt=0, description="Adam learning rate of the environment"
     )
     betas: tuple[float, float] = Field((0.9, 0.99), description="Adam's decay rates")
-    max_skipped: int = Field(20, ge=1, description="non-finite gradients in a row after which the stage gives up")
+    max_skipped: int = Field(20, ge=1, description="non-finite gradients in a row that end the stage")
 
     preview_size: int = Field(112, ge=16, le=512, description="side of one preview picture in pixels")
 

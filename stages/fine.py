@@ -78,9 +78,7 @@ class FineSettings(BaseModel):
     )
     field: FieldSettings = Field(default_factory=FieldSettings, description="colour field where there is no coarse one")
     detail: DetailSettings = Field(default_factory=DetailSettings, description="finer levels of the colour field")
-    colour_moves_surface: bool = Field(
-        False, description="let the colour field's slope move the surface; slower, not better"
-    )
+    colour_moves_surface: bool = Field(False, description="let the colour field's slope move the surface; slower")
     normal_consistency: float = Field(1000.0, ge=0, description="weight of mean 1 - cos across edges")
     laplacian: float = Field(1000.0, ge=0, description="weight of the mean squared umbrella vector, in edge lengths")
 
@@ -99,7 +97,7 @@ class FineSettings(BaseModel):
         Ramp(1e-2, 1e-3, shape="cosine"), gt=0, description="Adam learning rate of the colour field"
     )
     betas: tuple[float, float] = Field((0.9, 0.99), description="Adam's decay rates")
-    max_skipped: int = Field(20, ge=1, description="non-finite gradients in a row after which the stage gives up")
+    max_skipped: int = Field(20, ge=1, description="non-finite gradients in a row that end the stage")
 
     keep: float = Field(0.05, ge=0, le=1, description="at the end, drop parts below this share of the largest's area")
     preview_size: int = Field(256, ge=16, le=1024, description="side of one preview picture in pixels")

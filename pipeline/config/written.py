@@ -38,8 +38,8 @@ def unread(config: Config) -> set[str]:
     asked = {key for stage in stages for key in parse_source(getattr(config.prior, stage)).reads(stage)}
     for group in _OF_SOURCES:
         keys |= set(_outside(config_model(), group, asked))
-    changes = {f"prior.{stage}_diffusion" for stage in STAGES}
-    keys |= changes - asked
+    changes = {f"prior.{stage}_diffusion": getattr(config.prior, f"{stage}_diffusion", {}) for stage in STAGES}
+    keys |= {name for name, changed in changes.items() if name not in asked or not changed}
     for stage in stages:
         switched_off = STAGES[stage].unread(getattr(config, stage), _start(config, stage, stages))
         keys |= {f"{stage}.{name}" for name in switched_off}

@@ -63,6 +63,7 @@ class GuidanceSettings(BaseModel):
     def unread(self) -> set[str]:
         """Return the settings that nothing reads as the others stand."""
         off = {"threshold_quantile": self.threshold != "dynamic", "threshold_range": self.threshold == "none"}
+        off["weighed_for"] = self.weighed_for is None
         return {name for name, unread in off.items() if unread}
 
     @property
