@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import inspect
 import math
 import pkgutil
 import sys
@@ -359,6 +360,14 @@ _ANSWERED = {  # what torch.cuda says of the device
 }
 
 
+def _forget_tensors() -> None:
+    """Empty the caches of functions that give tensors by device: a real device has the pretended one's name."""
+    for name in [name for name in sys.modules if name.startswith("stages.")]:
+        for value in list(vars(sys.modules[name]).values()):
+            if hasattr(value, "cache_clear") and "device" in inspect.signature(value.__wrapped__).parameters:
+                value.cache_clear()
+
+
 @contextlib.contextmanager
 def pretended() -> Iterator[Counts]:
     """Yield the counts of a device that is there inside the block, and gone with all traces after it."""
@@ -391,6 +400,8 @@ def pretended() -> Iterator[Counts]:
             module = importlib.import_module(f"{cuda.__name__}.{found.name}")
             if hasattr(module, "launch"):
                 put(module, "launch", _launched(module.launch))
+        _forget_tensors()
+        stack.callback(_forget_tensors)
         stack.callback(torch.__future__.set_overwrite_module_params_on_conversion, kept)
         torch.__future__.set_overwrite_module_params_on_conversion(True)
         _counts.reset()

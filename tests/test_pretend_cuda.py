@@ -1,6 +1,7 @@
 """Runs of every recipe on a pretended CUDA device, with tiny folders; and what that device refuses and counts."""
 
 import json
+import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -13,11 +14,14 @@ from pipeline.api import generate
 from pipeline.config.model import load_config
 from pipeline.config.recipes import recipes
 from pipeline.output.glb import write_glb
+from pipeline.runs.run import choose_device
 from stages.cameras import orbit_views
 from stages.errors import UserError
 from stages.guidance.diffusion.prior import load_prior
+from stages.guidance.diffusion.settings import DiffusionSettings
 from stages.guidance.guidance import Guidance, GuidanceSettings
 from stages.guidance.guide import check_predictions
+from stages.guidance.prior import resized
 from stages.guidance.residuals import RULES
 from stages.prompts import PromptSettings, ViewPrompts
 from tests import tiny_families, tiny_folders
@@ -213,3 +217,56 @@ def test_predictions_of_nothing_finite_are_refused_on_the_device_once_they_are_r
     check_predictions(guide, {"nonfinite": 0.5})
     with pytest.raises(UserError, match="The prior broken returned no finite number"):
         check_predictions(guide, {"nonfinite": 1.0})
+
+
+@pytest.mark.slow
+def test_no_fused_attention_has_a_gradient_to_take(folder, monkeypatch):
+    """Its gradient differs from run to run on CUDA; the autoencoder's is spelt out there, recomputed or not."""
+    fused = []
+    source, views = folder(tiny_folders.stable_diffusion), orbit_views([0.0], 20.0)
+    for checkpointing in (False, True):
+        settings = DiffusionSettings(vae_checkpointing=checkpointing)
+        with pretended(), monkeypatch.context() as patch:
+            plain = torch.nn.functional.scaled_dot_product_attention
+
+            def spy(query, *args, plain=plain, **kwargs):
+                fused.append(query.requires_grad)
+                return plain(query, *args, **kwargs)
+
+            patch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+            prior = load_prior(source, "cuda", torch.float32, settings=settings)
+            guide = Guidance(prior, GuidanceSettings(), ViewPrompts("a mug"), torch.Generator().manual_seed(0))
+            shown = torch.rand(1, 64, 64, 3).to("cuda").requires_grad_()
+            guide(shown, views.to("cuda"), 0.5).loss.backward()
+            assert shown.grad is not None
+    assert fused and not any(fused)
+
+
+@pytest.mark.parametrize(("height", "width", "side"), [(64, 64, 512), (64, 48, 128), (512, 512, 64), (100, 70, 33)])
+def test_pictures_are_resized_by_matrices_on_cuda_as_torch_resizes_them(height, width, side):
+    images = torch.rand(2, 3, height, width, generator=torch.Generator().manual_seed(0))
+    with pretended() as counts:
+        there = images.to("cuda").requires_grad_()
+        small = resized(there, side)
+        counts.reset()
+        small = resized(there, side)
+        assert counts.launches <= 4 and not counts.copies
+        small.square().sum().backward()
+        assert counts.launches <= 16
+        gradient = there.grad.cpu()
+        small = small.detach().cpu()
+    here = images.requires_grad_()
+    expected = resized(here, side)
+    expected.square().sum().backward()
+    torch.testing.assert_close(small, expected.detach(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(gradient, here.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_cublas_is_told_to_repeat_its_sums(monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    choose_device("cpu")
+    assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
+    with pretended():
+        assert choose_device("auto").type == "cuda"
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"

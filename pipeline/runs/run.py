@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -210,7 +211,10 @@ def choose_device(name: str) -> torch.device:
     if name == "cuda" and not found:
         why = "torch finds no CUDA device" if torch.version.cuda else f"torch {torch.__version__} is a CPU build"
         raise UserError("device cuda is not there", why, "use --device auto (or device: auto in the run's config.yaml)")
-    return torch.device("cuda" if found and name != "cpu" else "cpu")
+    if not found or name == "cpu":
+        return torch.device("cpu")
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS repeats its sums with it; read when it starts
+    return torch.device("cuda")
 
 
 class Run:

@@ -14,6 +14,7 @@ velocity into eps; a DDIM step between two noise levels is then the same as the 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
@@ -125,11 +126,28 @@ class ShapePrior(Protocol):
 
 
 def resized(images: Tensor, side: int) -> Tensor:
-    """Return images [B, C, H, W] at [B, C, side, side], bilinear, antialiased when shrinking."""
+    """Return images [B, C, H, W] at [B, C, side, side], bilinear, filtered when shrinking; themselves if of that size.
+
+    On CUDA by two products with small matrices: torch has no repeatable gradient of the filtered form there, and takes
+    57 launches, sorted scatters among them, for the other one and its gradient.
+    """
     if images.shape[-2:] == (side, side):
         return images
-    shrinks = images.shape[-1] > side
-    return F.interpolate(images, (side, side), mode="bilinear", align_corners=False, antialias=shrinks)
+    if images.device.type != "cuda":
+        return _interpolated(images, side, side, images.shape[-1] > side)
+    filtered = images.shape[-1] > side
+    rows, columns = (_weights(n, side, filtered, images.device).to(images.dtype) for n in images.shape[-2:])
+    return rows @ images @ columns.mT
+
+
+def _interpolated(images: Tensor, height: int, width: int, filtered: bool) -> Tensor:
+    return F.interpolate(images, (height, width), mode="bilinear", align_corners=False, antialias=filtered)
+
+
+@lru_cache(maxsize=16)
+def _weights(size: int, side: int, filtered: bool, device: torch.device) -> Tensor:
+    """How much each of `size` samples of a line counts in each of `side`: [side, size]."""
+    return _interpolated(torch.eye(size)[None, None], side, size, filtered)[0, 0].to(device)
 
 
 def per_sample(values: Tensor, like: Tensor) -> Tensor:

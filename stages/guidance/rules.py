@@ -98,7 +98,8 @@ def replace_backdrop(x0: Tensor, backdrop: Tensor, width: float) -> Tensor:
     of its channels from the guess. No paper's: measured on the pocket prior, see configs/default.yaml.
     """
     rims = (x0[..., :3, :], x0[..., -3:, :], x0[..., :3], x0[..., -3:])
-    guess = torch.cat([rim.flatten(2) for rim in rims], 2).median(2).values[..., None, None]
+    frame = torch.cat([rim.flatten(2) for rim in rims], 2)
+    guess = frame.sort(2).values[..., (frame.shape[2] - 1) // 2, None, None]  # torch's median is not repeatable on CUDA
     share = torch.exp(-(((x0 - guess).abs().amax(1, keepdim=True) / width) ** 2))
     return x0 + share * (backdrop - x0)
 

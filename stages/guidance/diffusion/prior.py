@@ -261,6 +261,12 @@ class _Loader:
     def autoencoder(self, device: torch.device, dtype: torch.dtype) -> Autoencoder:
         s = self.settings
         vae = self.network("vae", vae_dtype(self.plan.family, self.plan.configs["vae"], dtype)).to(device)
+        if device.type == "cuda" and hasattr(vae, "set_attn_processor"):
+            # The fused kernels' gradients differ from run to run, and this is the one attention that needs them. Spelt
+            # out it takes 32 MB a picture of 512 pixels.
+            from diffusers.models.attention_processor import AttnProcessor
+
+            vae.set_attn_processor(AttnProcessor())
         if s.vae_checkpointing:
             vae.enable_gradient_checkpointing()
             vae.train()  # checkpointing is active in training mode only; no dropout or batch statistics in there
