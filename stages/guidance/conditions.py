@@ -30,10 +30,10 @@ class ViewConditions:
     others: dict[str, Tensor]
     share: Tensor
     perp_neg_weights: list[Tensor]
-    there: ViewConditions | None = None  # the same on the embeddings' device, to index them with
+    twin: ViewConditions | None = None  # the same on the embeddings' device, to index them with
 
-    def sent(self, device: torch.device, t: Tensor) -> tuple[ViewConditions, Tensor]:
-        """Return the conditions with their twins on a device, `perp_neg_weights` there alone, and t there: in one copy.
+    def on_device(self, device: torch.device, t: Tensor) -> tuple[ViewConditions, Tensor]:
+        """Return the conditions with their twin on a device, `perp_neg_weights` moved, and t: in one copy.
 
         Args:
             device: of the predictions.
@@ -51,7 +51,7 @@ class ViewConditions:
         twin = None
         if isinstance(self.embeddings, Tensor) and self.embeddings.device == device:
             twin = ViewConditions(self.embeddings, rows, others, share, perp_neg_weights)
-        return replace(self, perp_neg_weights=perp_neg_weights, there=twin), next(numbers).long()
+        return replace(self, perp_neg_weights=perp_neg_weights, twin=twin), next(numbers).long()
 
     def distinct(self, *names: str) -> tuple[list[str], list[int]]:
         """Return the first of each group of named branches with the same texts for every view, and each branch's group.
@@ -74,8 +74,8 @@ class ViewConditions:
 
     def embedding(self, *names: str) -> Any:
         """Return the embeddings of the named branches, one after the other: [len(names) B, ...]."""
-        if self.there is not None:
-            return self.there.embedding(*names)
+        if self.twin is not None:
+            return self.twin.embedding(*names)
         first = self.embeddings[torch.cat([self.rows[name] for name in names])]
         if not any(name in self.others for name in names):
             return first

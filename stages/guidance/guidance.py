@@ -98,10 +98,10 @@ class Guidance:
             x = self.prior.encode(pictures, self.generator)
         eps = torch.randn(x.shape, generator=self.generator).to(x)
         context = ViewContext(views, backdrop if backdrop is None else backdrop.detach(), shading)
-        conditions, t = self._conditions.for_views(views, textureless).sent(x.device, t_host)
+        conditions, t = self._conditions.for_views(views, textureless).on_device(x.device, t_host)
         alphas_cumprod, camera = self._levels(x.device), camera_vector(views)
 
-        def told(t_asked: Tensor) -> Tensor:
+        def prior_t(t_asked: Tensor) -> Tensor:
             if getattr(self.prior, "reads_t_anywhere", False):
                 return t_asked
             return t_host if t_asked is t else t_asked.cpu()
@@ -110,13 +110,13 @@ class Guidance:
             names, groups = conditions.distinct(*names)
             k = len(names)
             eps = self.prior.predict_noise(
-                z.repeat(k, 1, 1, 1), told(t).repeat(k), conditions.embedding(*names), context.repeat(k)
+                z.repeat(k, 1, 1, 1), prior_t(t).repeat(k), conditions.embedding(*names), context.repeat(k)
             )
             chunks = eps.to(z.dtype).chunk(k)
             return [chunks[group] for group in groups]
 
         def score(z: Tensor, t: Tensor) -> Tensor:
-            return self._score.predict(z, told(t), conditions.embedding("prompt"), camera, context)
+            return self._score.predict(z, prior_t(t), conditions.embedding("prompt"), camera, context)
 
         with torch.no_grad(), phase("rule"):
             inputs = StepInputs(
