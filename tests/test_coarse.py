@@ -302,7 +302,7 @@ class Strong:
     def __init__(self, strength=1.0):
         self.strength, self.sides = strength, []
 
-    def __call__(self, images, views, progress, textureless=False, *, background, shading):
+    def __call__(self, images, views, progress, textureless=False, *, backdrop, shading):
         self.sides.append(images.shape[1:3])
         return GuidanceOutput(0 * images.sum(), {}, self.strength)
 

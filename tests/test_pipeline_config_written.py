@@ -101,7 +101,7 @@ def test_a_run_from_another_finds_the_settings_of_both_stages(tmp_path):
     written(tmp_path / "first", load_config(None, ["fine.lr_sdf=0.002"], {"stages": "coarse"}))
     config = load_config(None, [], {"from_run": str(tmp_path / "first"), "stages": "fine"})
     assert stages_read(config) == ["coarse", "fine"] and config.fine.lr_sdf.start == 0.002
-    assert config.coarse == load_config().coarse
+    assert config.coarse == load_config().coarse == read_part(config).coarse
 
 
 class Unread:

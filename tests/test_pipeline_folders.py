@@ -222,7 +222,7 @@ def test_what_needs_no_weight_is_refused_before_any_of_them_is_fetched(folder, m
     monkeypatch.setattr("stages.guidance.diffusion.hub.fetch_texts", lambda *_: texts)
     some = "prior.coarse=some/model"
     facts = check_priors(config(some, stages="coarse", prompt="a mug"))["coarse"].facts
-    assert facts.plan is None and facts.described.prediction == "epsilon" and facts.latents
+    assert facts.plan is None and facts.description.prediction == "epsilon" and facts.latents
     refused("encoder reads 40", some, prompt="a very very very red mug of clay and tin")
     refused("cannot work at 60", some, "prior.diffusion.resolution=60")
     sample = without_weights(tiny_folders.stable_diffusion(tmp_path / "sample", "sample"), tmp_path / "sample texts")

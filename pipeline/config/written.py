@@ -69,6 +69,8 @@ def _start(config: Config, stage: str, stages: list[str]) -> str:
     """What a stage starts from: "stage" for the one that it follows, else as StageKind.begins_with has it."""
     if STAGES[stage].follows in stages:
         return "stage"
+    if stage not in config.stages:  # the other run's, which began it in its own way
+        return "nothing"
     return "mesh" if config.init_mesh is not None else "run" if config.from_run is not None else "nothing"
 
 
