@@ -196,7 +196,7 @@ def _progress(quiet: bool) -> Progress:
 
 
 def _priors(prior: str | Prior | Mapping[str, str | Prior] | None, config: Config) -> tuple[dict[str, str], dict]:
-    """What a caller gave as prior: the settings that say so, and the objects by stage."""
+    """Split a caller's prior into settings and objects by stage."""
     if prior is None:
         return {}, {}
     by_stage = dict(prior) if isinstance(prior, Mapping) else dict.fromkeys(config.stages, prior)

@@ -83,7 +83,7 @@ def run(
 
 
 def _profiled(wanted: bool) -> contextlib.AbstractContextManager:
-    """What listens to a run from here on, imports included, or nothing."""
+    """Return the profile that records a run from here on, imports included, or nothing."""
     if not wanted:
         return contextlib.nullcontext()
     from pipeline.profile.record import Profile
@@ -178,7 +178,7 @@ def _usage_error(error: Exception) -> UserError:
 
 
 def _set_up_process() -> None:
-    """What makes the whole program faster and has to be said before the libraries load."""
+    """Set allocator and thread variables, which must come before the libraries load."""
     # Spinning OpenMP workers cost more than they gain on few cores, and large tensors are faster on large pages, where
     # the system has them.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

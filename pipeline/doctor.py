@@ -94,7 +94,7 @@ def _numba() -> tuple[str, str]:
 
 
 def _kernel_cache() -> tuple[str, str]:
-    """Where compiled kernels are kept: beside the package, in the home folder, or where NUMBA_CACHE_DIR says."""
+    """Find where compiled kernels are kept: beside the package, in the home folder, or where NUMBA_CACHE_DIR says."""
     from stages.kernels.cpu import jit, srgb
 
     trouble = jit.cache_trouble()

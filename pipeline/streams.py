@@ -15,6 +15,7 @@ class Output:
         return getattr(sys.stdout, name)
 
     def write(self, text: str) -> int:
+        """Write text, or drop it where the stream takes no more; returns its length."""
         try:
             _write(sys.stdout, text)
         except OSError:
@@ -22,6 +23,7 @@ class Output:
         return len(text)
 
     def flush(self) -> None:
+        """Flush the stream, or stop printing where that fails."""
         try:
             if sys.stdout is not None:
                 sys.stdout.flush()
@@ -29,6 +31,7 @@ class Output:
             silence(sys.stdout)
 
     def isatty(self) -> bool:
+        """Return whether standard output is a terminal."""
         return sys.stdout is not None and sys.stdout.isatty()
 
 

@@ -36,11 +36,11 @@ class GuideInputs:
 
 
 class Backdrop(Protocol):
-    """What is behind the B views of a step, or of a part of it."""
+    """The backdrop of the B views of a step, or of a part of it."""
 
     @property
     def under(self) -> Under:
-        """What the renderer composites over."""
+        """The colour or environment that the renderer composites over."""
 
     def part(self, index: slice) -> Backdrop:
         """Return the backdrop of these views."""

@@ -45,7 +45,7 @@ SMALLEST = 0.02  # half the extent in world units below which there is no object
 
 
 class ClipMeshSettings(BaseModel):
-    """Everything the CLIP-Mesh stage does, but for its guidance; the paper's numbers, its unit sphere scaled to 0.6."""
+    """Settings of the CLIP-Mesh stage without its guidance; the paper's numbers, its unit sphere scaled to 0.6."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -164,7 +164,7 @@ class ClipMeshStage:
         return control_mesh(mesh, s.control_faces, s.texture_size, s.padding, s.unwrap)
 
     def _build(self, start: ControlMesh, colour: Tensor, normal: Tensor) -> None:
-        """Everything that follows from the topology, and the parameters with their optimiser."""
+        """Build what depends on the topology, and the parameters with their optimiser."""
         s, device = self.settings, self.device
         self.start = start
         faces, matrix = limit_surface(start.faces, len(start.vertices), s.subdivisions)

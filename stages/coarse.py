@@ -42,7 +42,7 @@ SMALLEST = 16  # side of a render, pixels
 
 
 class CoarseSettings(BaseModel):
-    """Everything the coarse stage does, but for its guidance."""
+    """Settings of the coarse stage without its guidance."""
 
     model_config = ConfigDict(extra="forbid")
 

@@ -49,7 +49,7 @@ from stages.stage import Asset, add_metrics, contact_sheet, guidance_state, load
 
 
 class FineSettings(BaseModel):
-    """Everything the fine stage does, but for its guidance."""
+    """Settings of the fine stage without its guidance."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -211,7 +211,7 @@ class FineStage:
         )
 
     def _groups(self, geometry: Geometry) -> list[tuple[dict[str, Parameter], Ramp]]:
-        """What is optimised, in groups, each with its learning rate."""
+        """Return the optimised parameters in groups, each with its learning rate."""
         colour = {f"field.{name}": p for name, p in self.field.named_parameters() if p.requires_grad}
         return [(colour, self.settings.lr_texture), *geometry.parameters()]
 

@@ -33,7 +33,7 @@ def _default_recipe(start: str, settings: Mapping[str, Any]) -> str | None:
 
 @dataclass(frozen=True)
 class StageKind:
-    """Everything that the rest of the toolkit knows of a stage.
+    """An entry of STAGES: all facts about a stage that the rest of the toolkit reads.
 
     Args:
         settings: the pydantic model of its group in config.yaml; it has `steps`, `resolution` and `views_per_step`.

@@ -1,5 +1,8 @@
-"""What the stages' optimisations share: a step of Adam with a rate for every group, which leaves out gradients that are
-not finite; a step's views in equal parts; the part of a saved state that lies below a name."""
+"""Shared parts of the stages' optimisation.
+
+A step of Adam with a rate for every group, which leaves out gradients that are not finite; a step's views in equal
+parts; the part of a saved state that lies below a name.
+"""
 
 from __future__ import annotations
 

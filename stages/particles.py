@@ -21,7 +21,7 @@ SMOOTHING = 0.9  # of the running agreement by which a particle is chosen
 
 
 class ParticleSettings(CoarseSettings):
-    """Everything the coarse stage does, but for its guidance; and of how many fields."""
+    """Settings of the coarse stage without its guidance, and the number of its fields."""
 
     particles: int = Field(1, ge=1, le=16, description="fields optimised in turn under one guidance; they share steps")
     particle: int | None = Field(

@@ -1,4 +1,4 @@
-"""Where the time goes: named, nested phases that cost next to nothing until somebody records them.
+"""Named, nested phases that time the work; they cost next to nothing until they are recorded.
 
     with phase("render", self.times):    # seconds are added to the dict, recorded or not
         with phase("march"):             # seen by a recorder alone; half a microsecond without one
@@ -28,7 +28,7 @@ Path = tuple[str, ...]  # a phase and those around it, outermost first
 
 @dataclass
 class Span:
-    """All visits to one phase: how many, and seconds with everything inside."""
+    """The visits to one phase: their number, and their seconds with everything inside."""
 
     calls: int = 0
     seconds: float = 0.0

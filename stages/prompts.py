@@ -46,7 +46,7 @@ CONTRADICTIONS: dict[str, list[str]] = {
 
 
 class PromptSettings(BaseModel):
-    """How views change the words of the prompt."""
+    """Settings of the words that views add to the prompt."""
 
     model_config = ConfigDict(extra="forbid")
 

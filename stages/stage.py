@@ -20,7 +20,7 @@ Albedo = Callable[[Tensor], Tensor]  # [N, 3] in [-1, 1]^3 -> [N, 3] linear RGB 
 
 @dataclass
 class Asset:
-    """What a stage hands to the next one or to export; a stage fills what it knows.
+    """The result of a stage, for the next one or for export; a stage fills what it knows.
 
     Args:
         density: volume density at points, from a radiance field.

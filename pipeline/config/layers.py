@@ -201,7 +201,7 @@ def _over(below: Any, above: Any) -> Any:
 
 
 def _as_group(value: Any) -> dict[str, Any]:
-    """What a choice that is written as its name alone stands for: `rule: ism` is `rule: {name: ism}`."""
+    """Expand a choice that is written as its name alone: `rule: ism` is `rule: {name: ism}`."""
     return value if isinstance(value, dict) else {NAME: value} if isinstance(value, str) else {}
 
 

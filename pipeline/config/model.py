@@ -52,7 +52,7 @@ StageNames = Annotated[list[str], BeforeValidator(split_commas), AfterValidator(
 
 
 class _PriorSettings(BaseModel):
-    """Which diffusion prior, or which CLIP, each stage listens to."""
+    """The diffusion prior or CLIP that guides each stage."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -65,7 +65,7 @@ class _PriorSettings(BaseModel):
 
 
 class _StageGuidance(BaseModel):
-    """How each stage is guided."""
+    """The guidance of each stage."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -75,7 +75,7 @@ class _StageGuidance(BaseModel):
 
 
 class _RunSettings(BaseModel):
-    """What is said of the run as a whole."""
+    """The settings of the run as a whole."""
 
     model_config = ConfigDict(extra="forbid", validate_default=True)
 

@@ -66,7 +66,7 @@ def _after(stage: str) -> Iterator[str]:
 
 
 def _start(config: Config, stage: str, stages: list[str]) -> str:
-    """What a stage starts from: "stage" for the one that it follows, else as StageKind.begins_with has it."""
+    """Return what a stage starts from: "stage" for the one that it follows, else as StageKind.begins_with has it."""
     if STAGES[stage].follows in stages:
         return "stage"
     if stage not in config.stages:  # the other run's, which began it in its own way
@@ -75,7 +75,7 @@ def _start(config: Config, stage: str, stages: list[str]) -> str:
 
 
 def _outside(model: type[BaseModel], key: str, asked: set[str]) -> Iterator[str]:
-    """What of the group at `key` is in none of the keys asked for; the whole group where that is all of it."""
+    """Return the part of the group at `key` that is in none of the other keys; the whole group where that is all."""
     if key in asked:
         return
     if not any(other.startswith(f"{key}.") for other in asked):

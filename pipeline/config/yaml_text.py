@@ -53,7 +53,7 @@ for _name, _pattern, _first in _PLAIN:
 
 
 class YamlFault(Exception):
-    """What is wrong with a text, why, what to do, and in which of its lines; None where that cannot be said."""
+    """A fault of a YAML text: what, why, the fix, and the line where it is known."""
 
     def __init__(
         self, why: str, line: int | None, what: str = "not valid YAML", fix: str = "correct that line"

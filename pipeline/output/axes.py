@@ -1,4 +1,4 @@
-"""Which way up and how large a mesh lies in its files.
+"""Axes and size of a mesh in its files.
 
 Inside y is up. A file of the format that the user's mesh came in has the user's axes again, and so has STL, whose
 triangles go back to the bit; others have y up, as glTF demands and OBJ readers expect.
@@ -17,7 +17,7 @@ from stages.mesh.place import Placement, laid
 
 @dataclass(frozen=True)
 class FileAxes:
-    """How files hold a mesh.
+    """The axes and the size that files hold a mesh in.
 
     Args:
         own_up, own_format: axis that points up in the user's mesh file, and its format; empty without one.

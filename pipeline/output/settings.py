@@ -1,4 +1,4 @@
-"""What an export writes: the mesh's own settings, the file formats and the turntable."""
+"""Settings of an export: those of the mesh, the file formats and the turntable."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What all file formats share: the unindexed attributes, the seams split, the picture as PNG, colours as bytes."""
+"""Shared parts of the file formats: the unindexed attributes, the seams split, the picture as PNG, colours as bytes."""
 
 from __future__ import annotations
 

@@ -92,7 +92,7 @@ class PocketSource(PriorSource):
 
 
 def _notices(prompt: str) -> tuple[str, ...]:
-    """What of the prompt no caption of the training says, though each of its words is known."""
+    """Name what no training caption contains in the prompt, though each of its words is known."""
     from stages.pocket.world import oddities
 
     return tuple(f'the pocket prior never saw the like of "{prompt}": {line}' for line in oddities(prompt))

@@ -1,4 +1,4 @@
-"""What a text in `prior.coarse` or `prior.fine` stands for: the interface of the sources in the table of sources.py.
+"""The interface of the sources in the table of sources.py, which `prior.coarse` and `prior.fine` name.
 
 A source is asked twice for each stage of a run. `facts` checks it before any work, loading nothing; what it learnt is
 kept, and handed to `build` when the stage begins.
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class RunSettings(Protocol):
-    """What a source reads of a run's configuration; the groups have an entry for each stage."""
+    """The part of a run's configuration that a source reads; the groups have an entry for each stage."""
 
     prompt: str
     negative: str
@@ -41,7 +41,7 @@ class RunSettings(Protocol):
 
 @dataclass(frozen=True)
 class Ask:
-    """What one stage of a run asks of its prior's source.
+    """The request of one stage of a run to its prior's source.
 
     Args:
         stage: its name.
@@ -64,7 +64,7 @@ class Ask:
 
     @property
     def guidance(self) -> Any:
-        """How the stage is guided."""
+        """The guidance settings of the stage."""
         return getattr(self.config.guidance, self.stage)
 
     @property
@@ -103,7 +103,7 @@ class Ask:
 
 @dataclass(frozen=True)
 class Facts:
-    """What is known of a source once it is checked, before anything of it is loaded.
+    """The result of checking a source, before anything of it is loaded.
 
     Args:
         description: of a diffusion prior, what rules and cures ask of it; None for another kind of guidance.

@@ -1,4 +1,4 @@
-"""How a run's time splits up: from the phases that were recorded to the numbers and the table of `--profile`.
+"""The summary of a run's recorded phases: the numbers and the table of `--profile`.
 
 What happens once per process, wherever it is first needed (imports, finding, loading and compiling kernels), is taken
 out of the phases around it and told apart; so is what a stage does once in its first step. So a step's phases add up
@@ -62,7 +62,7 @@ def split_of(spans: dict[Path, Span], total_s: float) -> dict[str, Any]:
 
 
 def _home(path: Path) -> Path:
-    """Where a phase belongs: beside the steps, not within one, for what is done once."""
+    """Return the group of a phase: beside the steps, not within one, for what is done once."""
     return (path[0], *path[2:]) if path[1:2] in ((STEP,), (TRACED,)) and AT_FIRST in path[2:3] else path
 
 
@@ -110,7 +110,7 @@ def _line(row: list[str], widths: list[int]) -> str:
 
 
 def _sentences(facts: dict[str, Any]) -> list[str]:
-    """What the table comes to."""
+    """Summarise the table in sentences."""
     stages = facts["stages"]
     if not stages:
         return ["no step was taken"]

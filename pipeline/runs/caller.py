@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Caller:
-    """What a program gives to a run and takes from it.
+    """Objects that a Python caller gives to a run, and the mesh that it gets back.
 
     Args:
         priors: objects by stage, in the place of sources.

@@ -1,4 +1,4 @@
-"""What a run starts from: nothing, a finished coarse stage of another run, or a user's mesh. Checked before any work.
+"""The start of a run: nothing, a finished coarse stage of another run, or a user's mesh. Checked before any work.
 
 What it starts from is copied into the run's folder, which then stands on its own:
     RUN/coarse/checkpoint.safetensors   the coarse stage of --from that the fine stage refines
@@ -36,7 +36,7 @@ _FINISH = ("metallic", "roughness")
 
 @dataclass
 class Inputs:
-    """What a new run starts from.
+    """The start of a new run.
 
     Args:
         copies: files of another run, by their place in the new folder.

@@ -1,4 +1,4 @@
-"""What a stage's checkpoint was made with, and whether the configuration can still go on with it.
+"""The settings that a stage's checkpoint depends on, and the check that the configuration still has them.
 
 A run's config.yaml may be edited between two sessions: rates, weights, views of a step and whatever saves memory act
 from the next step on. Other settings say what the saved numbers are (shapes, the lattice that its ids count on) or what

@@ -1,4 +1,4 @@
-"""What a run tells of itself while it goes: run.json and metrics.jsonl.
+"""The log of a run: run.json and metrics.jsonl.
 
 On CUDA the seconds of run.json's phases are those of the launches (each session's `phase_clock` says so): nothing waits
 for the device at their ends, which would slow the run. `pipeline run --profile` waits.
@@ -59,6 +59,7 @@ class Record:
         self.save(status=UNFINISHED)
 
     def save(self, **changes: Any) -> None:
+        """Write run.json with these changes, once a session is open."""
         self.data |= changes
         if not self.data["sessions"]:  # stopped before one was opened
             return
@@ -117,12 +118,14 @@ class Metrics:
         write_whole(self._path, "".join(line + "\n" for line in kept).encode())
 
     def add(self, stage: str, step: int, seconds: float, metrics: dict[str, float]) -> None:
+        """Append a step's line; the file gets it within a second or so."""
         line = {"stage": stage, "step": step, "seconds": round(seconds, 4)}
         self._lines.append(json.dumps(line | {name: float(f"{value:.6g}") for name, value in metrics.items()}))
         if time.monotonic() - self._flushed > 1:
             self.flush()
 
     def flush(self, durable: bool = False) -> None:
+        """Write the lines to the file; durable: wait until the disk has them."""
         with open(self._path, "a", encoding="utf-8") as file:
             file.writelines(line + "\n" for line in self._lines)
             if durable:

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 
 class Host(Protocol):
-    """What the loop asks of the run that its stage belongs to."""
+    """The run of a stage, as its loop uses it."""
 
     folder: Path
     config: Config
@@ -49,9 +49,11 @@ class Host(Protocol):
     record: Record
     metrics: Metrics
 
-    def saved_step(self, name: str) -> int | None: ...
+    def saved_step(self, name: str) -> int | None:
+        """Return the step of a stage's checkpoint, None without one."""
 
-    def finish(self, name: str, stage: Stage) -> Asset: ...
+    def finish(self, name: str, stage: Stage) -> Asset:
+        """Return the asset of a stage after its last step."""
 
 
 class StageLoop:
@@ -68,6 +70,7 @@ class StageLoop:
         self._seconds = 0.0
 
     def take(self, previous: Asset | None) -> Asset:
+        """Take the stage's remaining steps and return its asset."""
         with phase(self._name):
             return self._take(previous)
 

@@ -1,4 +1,4 @@
-"""What a person sees while a run works: a live display on a terminal, plain lines elsewhere."""
+"""The display of a run's progress: a live display on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -104,6 +104,7 @@ class StageProgress:
         pass
 
     def update(self, done: int, headline: str) -> None:
+        """Show that so many steps are done, and the stage's headline."""
         raise NotImplementedError
 
     def _speed(self, done: int) -> float:

@@ -1,4 +1,4 @@
-"""What a run came to, read from its folder when it is asked for."""
+"""The result of a run, read from its folder on access."""
 
 from __future__ import annotations
 

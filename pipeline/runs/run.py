@@ -277,7 +277,7 @@ class Run:
         return _finished(self.folder, self.config, name)
 
     def _before(self, name: str) -> Asset | None:
-        """What a stage of this run starts from; None for nothing."""
+        """Return what a stage of this run starts from; None for nothing."""
         before = refined(self.config, name)
         if before is not None:
             return self.restore(before)
@@ -389,5 +389,5 @@ def _finished(folder: Path, config: Config, name: str) -> bool:
 
 
 def _export_settings(config: Config) -> dict[str, Any]:
-    """What a run's files are made with, JSON-ready; where these have changed, resume makes the files anew."""
+    """Return the settings that a run's files depend on, JSON-ready; resume makes the files anew where they differ."""
     return config.export.model_dump(mode="json")

@@ -29,7 +29,7 @@ COLOURS = ((0.26, 0.09, 0.02), (0.27, 0.00, -0.05), (0.27, -0.09, 0.03))
 
 
 class BackdropSettings(BaseModel):
-    """Which pictures stand behind the copies of a view."""
+    """The pictures behind the copies of a view."""
 
     model_config = ConfigDict(extra="forbid")
 

@@ -1,4 +1,4 @@
-"""What is behind the object: a tiny learned environment, or a flat random grey.
+"""The background: a tiny learned environment, or a flat random grey.
 
 A large background network learns the prompt (facts of several implementations), so this one is 16 spherical-harmonic
 values and one hidden layer, trained ten times slower than the field. Random backgrounds are the augmentation that keeps

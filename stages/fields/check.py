@@ -15,7 +15,7 @@ SOLID = 5.0  # density per world length that counts as matter: 0.2 lengths of it
 
 @dataclass(frozen=True)
 class Presence:
-    """What a field holds, on a regular grid over the box [-1, 1]^3.
+    """Statistics of a field on a regular grid over the box [-1, 1]^3.
 
     Args:
         finite: share of densities that are numbers.

@@ -17,7 +17,7 @@ Sample = Callable[[int], tuple[Tensor, Tensor]]  # count -> points [N, 3] in the
 
 
 class FitSettings(BaseModel):
-    """How the colour field learns a given mesh's colours before the first step."""
+    """Settings of the fit of the colour field to a given mesh's colours before the first step."""
 
     model_config = ConfigDict(extra="forbid")
 

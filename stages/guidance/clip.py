@@ -26,7 +26,7 @@ OPENAI_MEAN, OPENAI_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """What a CLIPImageProcessor does to an sRGB image in [0, 1].
+    """The steps of a CLIPImageProcessor on an sRGB image in [0, 1].
 
     Args:
         size: (height, width) to resize to, one number for the shorter side, or None for no resizing.

@@ -30,7 +30,7 @@ TEXTURELESS = "textureless"  # key of these words in without_contradictions; no 
 
 
 class ClipGuidanceSettings(BaseModel):
-    """How a stage is guided whose prior is a CLIP."""
+    """Settings of the guidance by a CLIP."""
 
     model_config = ConfigDict(extra="forbid")
 

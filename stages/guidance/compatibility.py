@@ -24,7 +24,7 @@ PIXELS = (-1.0, 1.0)
 
 @dataclass(frozen=True)
 class PriorDescription:
-    """What :func:`check_description` reads of a prior that is not loaded yet.
+    """The facts about a prior that is not loaded yet, for :func:`check_description`.
 
     The defaults stand for what is not known, such as of a hub id that is still to be fetched: they rule nothing out.
 

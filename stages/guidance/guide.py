@@ -25,7 +25,7 @@ def metric(value: Tensor) -> Metric:
 
 @dataclass
 class GuidanceOutput:
-    """What a Guide returns for the images of a step.
+    """The result of a Guide for the images of a step.
 
     Args:
         loss: a surrogate whose gradient on the images matters, not its value.

@@ -32,7 +32,7 @@ PREDICTIONS = ("epsilon", "v_prediction", "sample", "flow_prediction")
 
 @dataclass(frozen=True)
 class ViewContext:
-    """What a prior is given of the images besides their pixels; learned priors read it if they have a layout.
+    """The scene of a batch of images, for priors that read more than pixels: the exact one, and those with a layout.
 
     Args:
         views: the cameras and lights of the images, B of them.

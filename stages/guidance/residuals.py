@@ -67,7 +67,7 @@ class VsdRuleSettings(VsdSettings, RuleSettings):
 
 
 class SharedSettings(Protocol):
-    """What a rule reads of a stage's guidance settings (stages/guidance/settings.py) beside its own."""
+    """The settings of guidance (stages/guidance/settings.py) that a rule reads beside its own."""
 
     scale: float
     rescale: float
@@ -78,7 +78,7 @@ class SharedSettings(Protocol):
 
 
 class Residual(NamedTuple):
-    """What a rule returns for a step; all [B, C, h, w].
+    """The result of a rule for a step; all [B, C, h, w].
 
     Args:
         residual: the gradient on x is w_t times this.

@@ -1,4 +1,4 @@
-"""How a stage is guided: the rule, its schedule and its cures, as settings.
+"""Settings of a stage's guidance: the rule, its schedule and its corrections.
 
 All t, t_min, t_max and a rule's own, are fractions of the prior's own schedule; schedules.py says what that means for
 priors whose steps are not as noisy as Stable Diffusion's. What changes over the stage is a Ramp (stages/ramp.py).
@@ -16,7 +16,7 @@ from stages.ramp import Ramp, constant
 
 
 class GuidanceSettings(BaseModel):
-    """How a stage is guided."""
+    """Settings of a stage's guidance."""
 
     model_config = ConfigDict(extra="forbid")
 

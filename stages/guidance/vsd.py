@@ -30,7 +30,7 @@ CAMERA_WIDTH = 64  # hidden width of the camera's embedding
 
 
 class VsdSettings(BaseModel):
-    """How the score of the present renders is learned (rule vsd)."""
+    """Settings of the score of the renders (rule vsd)."""
 
     model_config = ConfigDict(extra="forbid")
 

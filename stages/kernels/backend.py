@@ -1,4 +1,4 @@
-"""Which implementation of a kernel runs: by name, by the run's `kernels` settings, or by device and dtype.
+"""The choice of a kernel's implementation: by name, by the run's `kernels` settings, or by device and dtype.
 
 Every op takes `backend`. A name in a call wins. "auto" looks at the selection of this process, made of the `kernels`
 settings, and where that says auto too, at the tensors: numba for float32 on the CPU, Warp for float32 on CUDA (plain
@@ -52,7 +52,7 @@ _WITH_TINYCUDANN = Literal["auto", "torch", "numba", "warp", "tinycudann"]
 
 
 class KernelSettings(BaseModel):
-    """Which implementation of each family of ops a run uses."""
+    """The implementation of each family of ops."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -86,7 +86,7 @@ PACKAGES = {
 
 @dataclass(frozen=True)
 class Probe:
-    """What became of importing a package. state: ok, missing (not there) or broken; detail: version or reason."""
+    """The result of importing a package. state: ok, missing (not there) or broken; detail: version or reason."""
 
     state: Literal["ok", "missing", "broken"]
     detail: str
@@ -119,7 +119,7 @@ def probe(name: str) -> Probe:
 
 @lru_cache(maxsize=1)
 def warp_off_cuda() -> str | None:
-    """Why Warp cannot compute on CUDA tensors here, None where it can; asked once."""
+    """Return why Warp cannot compute on CUDA tensors here, None where it can; checked once."""
     if probe("warp").state != "ok":
         return f"warp does not import: {probe('warp').detail}"
     from stages.kernels.cuda import launch
@@ -139,7 +139,7 @@ def _auto(device: str, single: bool) -> str:
 
 
 def _absent(backend: str, device: str) -> str | None:
-    """Why a backend that could compute on a device is not there; None where it is."""
+    """Return why a backend that could compute on a device is not there; None where it is."""
     if backend == "warp" and device == "cuda":
         return warp_off_cuda()
     if backend in PACKAGES and probe(backend).state != "ok":
@@ -153,7 +153,7 @@ def _where(backend: str) -> str:
 
 @dataclass(frozen=True)
 class Selection:
-    """What a run's settings come to on its device: a backend per family, and what its user should be told."""
+    """The resolved settings of a run on its device: a backend per family, and notices for the user."""
 
     device: str
     backends: Mapping[str, str] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""How rough a closed triangle surface is: the angles across its edges and its uniform Laplacian, in one pass.
+"""Roughness of a closed triangle surface: the angles across its edges and its uniform Laplacian, in one pass.
 
 Letters: V vertices, F faces, M edges; `edges` [M, 2] and `sides` [M, 2] as from stages.kernels.marching.mesh_edges.
 """

@@ -117,7 +117,7 @@ def _error(q, x):
 
 @njit(cache=True)
 def _plan(points, quadrics, a, b, q):
-    """Where edge a b would collapse to, and its cost; leaves the summed quadric in `q`.
+    """Return where edge a b would collapse to, and its cost; leaves the summed quadric in `q`.
 
     The point is the quadric's minimiser, or the best of both ends and the middle where that lies far off the edge.
     """

@@ -1,4 +1,4 @@
-"""What a triangle mesh is, in numbers: closedness, manifoldness, orientation, components, Euler number, volume.
+"""Measures of a triangle mesh: closedness, manifoldness, orientation, components, Euler number, volume.
 
 Letters: V vertices in use, E undirected edges, F faces. An edge is a pair of vertex indices; a half edge is one side
 of a face, directed the way the face winds. All counts treat equal positions with different indices as different.

@@ -75,7 +75,7 @@ def _volumes_by_piece(vertices: np.ndarray, faces: np.ndarray, piece: np.ndarray
 
 
 def _enclosed(vertices: np.ndarray, faces: np.ndarray, piece: np.ndarray, inward: np.ndarray) -> np.ndarray:
-    """Which of the closed pieces `inward` [P], which face inwards, lie inside the rest [P] bool.
+    """Return which of the closed pieces `inward` [P], which face inwards, lie inside the rest [P] bool.
 
     Looked at right outside the largest face of each, where its own winding number is zero.
     """

@@ -33,7 +33,7 @@ _TURNS: dict[str, tuple[tuple[int, int], ...]] = {
 
 
 class PlaceSettings(BaseModel):
-    """How a user's mesh comes into the scene."""
+    """Settings of a user's mesh's place in the scene."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -48,7 +48,7 @@ class PlaceSettings(BaseModel):
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a mesh in the scene comes from.
+    """The transform from a mesh's own place into the scene.
 
     Args:
         original: [V, 3] float32, the user's vertices, y up.

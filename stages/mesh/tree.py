@@ -168,7 +168,7 @@ def _square_distances(points, boxes, starts, triangles):
 
 @njit(cache=True)
 def _segment_t(p, d, t):
-    """Where p + t d meets a triangle, 2.0 where it does not (Moeller & Trumbore 1997, both sides)."""
+    """Return t where p + t d meets a triangle, 2.0 where it does not (Moeller & Trumbore 1997, both sides)."""
     ux, uy, uz = t[1, 0] - t[0, 0], t[1, 1] - t[0, 1], t[1, 2] - t[0, 2]
     vx, vy, vz = t[2, 0] - t[0, 0], t[2, 1] - t[0, 1], t[2, 2] - t[0, 2]
     hx, hy, hz = d[1] * vz - d[2] * vy, d[2] * vx - d[0] * vz, d[0] * vy - d[1] * vx

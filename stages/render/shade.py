@@ -19,7 +19,7 @@ TEXTURELESS_ALBEDO = 0.8  # light grey: the paper's pure white clips where ambie
 
 
 class ShadingSettings(BaseModel):
-    """How often and how strongly a step is shaded; the defaults are DreamFusion's mix with a softer ambient."""
+    """Settings of a step's shading; the defaults are DreamFusion's mix with a softer ambient."""
 
     model_config = ConfigDict(extra="forbid")
 

@@ -22,7 +22,7 @@ FRAME = 16 * 0.36**2 / 1.2
 
 
 class TransmittanceSettings(BaseModel):
-    """How much of the image the field may cover without being pushed back."""
+    """Settings of the loss on the share of the image that the field covers."""
 
     model_config = ConfigDict(extra="forbid")
 

@@ -26,7 +26,7 @@ Radiance = Callable[[Tensor], tuple[Tensor, Tensor]]  # points [N, 3] -> density
 
 
 class RadianceField(Protocol):
-    """What the renderer asks of a field.
+    """The protocol of a field that the renderer draws.
 
     `features` and `density` serve the density pass, which has no gradients; the rows of those features that are kept
     come back to the other two as `known`, which return sigma, (normal) and albedo with gradients all the same.
@@ -43,7 +43,7 @@ class RadianceField(Protocol):
 
 @dataclass(frozen=True)
 class Sampling:
-    """Where a ray is sampled.
+    """Settings of the samples along a ray.
 
     Args:
         step_size: world length between two samples of a ray.

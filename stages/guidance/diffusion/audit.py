@@ -1,4 +1,4 @@
-"""What is in a diffusers folder, part by part, and all that is missing or wrong with it, before any work.
+"""The audit of a diffusers folder, part by part: what it has, lacks and has wrong, before any work.
 
 Nothing is loaded: configs are read, networks are built without memory (torch's meta device) and their tensors compared
 by name and shape with the headers of the weight files; tokenizers and the scheduler are small enough to be made.
@@ -102,7 +102,7 @@ def _finding(part: str, check: Callable[[], str]) -> Finding:
 
 
 def _compare(component: Component, config: Any, headers: dict[str, Header]) -> None:
-    """That the files hold each tensor of the class with this config, in its shape."""
+    """Check that the files hold each tensor of the class with this config, in its shape."""
     shapes = {_plain(name): tuple(tensor.shape) for name, tensor in _tensors(component, config).items()}
     stored = {_plain(name): header.shape for name, header in headers.items()}
     what, fix = component.part, "weights and config.json are not of the same model: get both again"
@@ -148,7 +148,7 @@ def _plain(name: str) -> str:
 def _combination(
     folder: Path, family: Family, classes: dict[str, str], configs: Configs, resolution: int | None
 ) -> list[Finding]:
-    """What only shows when the parts are there: that they fit each other."""
+    """Check that the parts, all there, fit each other."""
     geometries: list[Geometry] = []
 
     def fit() -> str:

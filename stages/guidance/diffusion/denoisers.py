@@ -1,4 +1,4 @@
-"""How each family's denoising network is called: the same arguments its own diffusers pipeline gives it.
+"""The call of each family's denoising network, with the arguments of its diffusers pipeline.
 
 Every call has z [B, C, h, w] in the prior's space as the network was trained to see it, the timestep [B] in the
 network's own units, tokens [B, L, D] and pooled [B, P] of the prompts (P = 0 for families without), and returns the

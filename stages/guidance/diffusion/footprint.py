@@ -1,4 +1,4 @@
-"""How much memory a prior needs, before any weight is loaded.
+"""The memory that a prior needs, computed before any weight is loaded.
 
 Weights: counted in the headers of the files, in the precision they will run in. Images and gradients: the networks are
 built on torch's meta device, which has shapes and no memory, and run once there, forward and backward, while the

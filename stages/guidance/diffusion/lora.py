@@ -98,7 +98,7 @@ class LowRank:
 
 
 class Target(Protocol):
-    """What a LoRA reads of the model that it changes; a Plan has it before a weight is loaded."""
+    """The facts about a model that a LoRA is checked against; a Plan has them before a weight is loaded."""
 
     family: Family
     configs: Configs

@@ -1,4 +1,4 @@
-"""Everything about a diffusers folder that is known before a weight is loaded, and every refusal that needs no weight.
+"""The plan of a diffusers folder: all facts and all refusals that need no weight to be loaded.
 
 A plan is made when a run is checked, so that a wrong folder or a prompt too long is answered before any work, and
 handed on to whoever loads its prior.

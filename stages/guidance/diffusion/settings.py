@@ -1,4 +1,4 @@
-"""How a prior is loaded from a diffusers folder and run: the settings below `prior.diffusion`."""
+"""Settings of loading and running a diffusers folder, below `prior.diffusion`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ AUTO = "auto"
 
 
 class DiffusionSettings(BaseModel):
-    """How a diffusers folder is loaded and run."""
+    """Settings of loading and running a diffusers folder."""
 
     model_config = ConfigDict(extra="forbid")
 

@@ -20,7 +20,7 @@ from stages.prompts import check_length
 
 @dataclass(frozen=True)
 class EncoderSpec:
-    """What a model family takes from one of its text encoders, as its diffusers pipeline does.
+    """The outputs that a model family uses of one of its text encoders, as its diffusers pipeline does.
 
     Args:
         part: folder of the encoder.
@@ -107,7 +107,7 @@ class TextEncoder:
 
 
 class PromptEncoder:
-    """All text encoders of a prior; each prompt is encoded once and remembered.
+    """All text encoders of a prior, with a cache of embeddings.
 
     Args:
         encoders: in the family's order.

@@ -1,4 +1,4 @@
-"""What a safetensors file holds, read from its header: names, shapes, types and bytes, without loading a weight.
+"""The contents of a safetensors file by its header: names, shapes, types and bytes, without loading a weight.
 
 Format: eight bytes, the little-endian length n of the header; n bytes of JSON, {name: {dtype, shape, data_offsets}};
 then the data. A component's weights are one file `stem.safetensors` or shards `stem-00001-of-0000N.safetensors`.

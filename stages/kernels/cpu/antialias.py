@@ -76,7 +76,7 @@ def _silhouette(triangles, opposite, facing, f, k):
 
 @njit(cache=True, nogil=True, inline="always")
 def _crossing(screen, i, j, line, along, across):
-    """Where, along one screen axis, the line through vertices i and j meets `line` on the other axis."""
+    """Return where, along one screen axis, the line through vertices i and j meets `line` on the other."""
     slope = (screen[j, along] - screen[i, along]) / (screen[j, across] - screen[i, across])
     return screen[i, along] + (line - screen[i, across]) * slope
 

@@ -125,8 +125,10 @@ def _weigh_slopes(u, low, f, count, resolution, weights):
 
 @njit
 def _where(apart, width, level, point, column):
-    """Where a point's pair of numbers of a level lies, and how far it is to the next point's, in rows of points or,
-    `apart`, of levels."""
+    """Return the offset of a point's pair of features of a level, and the stride to the next point's.
+
+    In rows of points, or with `apart` in rows of levels.
+    """
     return (level * width + 2 * point, 2) if apart else (point * width + column + 2 * level, width)
 
 

@@ -27,7 +27,7 @@ _CONTRACT = ("contract",)  # a * b + c may be rounded once
 
 
 class _Code:
-    """What the intrinsics share: arrays' data, vectors read from and written to them."""
+    """Code generation shared by the intrinsics: arrays' data, vector loads and stores."""
 
     def __init__(self, context, builder, signature, arguments) -> None:
         self.builder, self.values = builder, []

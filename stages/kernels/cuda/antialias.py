@@ -102,14 +102,14 @@ def _silhouette(
 
 @wp.func
 def _crossing(p: wp.vec3d, q: wp.vec3d, line: wp.float64, along: int, across: int):
-    """Where, along one screen axis, the line through two points meets `line` on the other axis."""
+    """Return where, along one screen axis, the line through two points meets `line` on the other."""
     slope = (q[along] - p[along]) / (q[across] - p[across])
     return p[along] + (line - p[across]) * slope
 
 
 @wp.func
 def _distance(p: wp.vec3d, q: wp.vec3d, line: wp.float64, here: wp.float64, direction: wp.float64, along: int):
-    """How far ahead of `here` the segment p-q crosses the line; minus infinity where it does not."""
+    """Return how far ahead of `here` the segment p-q crosses the line; minus infinity where it does not."""
     if (p[1 - along] > line) == (q[1 - along] > line):
         return FURTHEST
     return direction * (_crossing(p, q, line, along, 1 - along) - here)
@@ -191,7 +191,7 @@ def _walk_pairs(
 
 @wp.func
 def _blended(colour: wp.array4d(dtype=wp.float32), b: int, y: int, x: int, v: int, u: int, k: int, weight: wp.float32):
-    """What a pixel takes of a neighbour [v, u] where the edge between them cuts into it: weight < 0."""
+    """Return the share of a neighbour [v, u] that a pixel takes where the edge cuts into it: weight < 0."""
     if weight < wp.float32(0.0):
         return -weight * (colour[b, v, u, k] - colour[b, y, x, k])
     return wp.float32(0.0)

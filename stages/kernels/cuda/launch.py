@@ -1,4 +1,4 @@
-"""What the Warp modules share: one launch on torch's tensors, device and stream, without copies.
+"""The launch of Warp kernels on torch's tensors, device and stream, without copies.
 
 The cuda/*.py modules hold kernels for CUDA written in Warp. The same kernels also run on Warp's CPU device, one thread
 after another, which is how they are tested where there is no GPU. Only those modules import warp, and the public ops

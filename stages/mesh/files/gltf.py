@@ -1,4 +1,4 @@
-"""What a glTF file says that trimesh passes over in silence, told to it in plain numbers.
+"""Rewriting of glTF features that trimesh ignores silently into plain numbers that it reads.
 
 trimesh takes stored integers for coordinates, a material's texture for unmoved and on the first coordinates, and what a
 sparse accessor replaces for zero. plain_gltf writes such numbers out: the same file with other accessors.

@@ -1,4 +1,4 @@
-"""What of a glTF file is shown: its scene, hidden nodes, morphed meshes; and what its extensions add in vain."""
+"""The visible part of a glTF file: its scene, hidden nodes, morphed meshes; and the extensions that are not read."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ def join(parts: list[Mesh]) -> Mesh:
 
 
 def _finish(parts: list[Mesh]) -> dict[str, Any]:
-    """How metallic and how rough the parts are together: their mean by area, warned of where they differ."""
+    """Return the metalness and roughness of the parts together: their mean by area, warned of where they differ."""
     areas = np.array([face_areas(part.vertices, part.faces).sum() for part in parts])
     finish: dict[str, Any] = {}
     for name in ("metallic", "roughness"):

@@ -1,4 +1,4 @@
-"""Which format a mesh file has, by its name and by its first bytes; what it is instead, in words."""
+"""The format of a mesh file, by its name and its first bytes; and what it is instead, in words."""
 
 from __future__ import annotations
 

@@ -267,7 +267,7 @@ def _colours(table: np.ndarray, path: Path) -> np.ndarray | None:
 
 
 def _ways(name: str) -> list[str]:
-    """How a material may be named in its library: as written, without quotes, without a comment."""
+    """List the ways to write a material's name in its library: as written, without quotes, without a comment."""
     ways = [name, name.strip('"'), name.split("#")[0].strip(), *name.split()[:1]]
     return list(dict.fromkeys(way for way in ways if way))
 

@@ -84,7 +84,7 @@ def _flattened(corners: np.ndarray) -> np.ndarray:
 
 
 def _concave(flat: np.ndarray) -> np.ndarray:
-    """Which polygons [P, N, 2] have a corner that turns back."""
+    """Return which polygons [P, N, 2] have a corner that turns back."""
     edge = np.roll(flat, -1, axis=1) - flat
     turn = _cross(np.roll(edge, 1, axis=1), edge)
     area = _cross(flat, np.roll(flat, -1, axis=1)).sum(1, keepdims=True) / 2

@@ -115,7 +115,7 @@ def _parts(scene: Any) -> list[tuple[Any, np.ndarray | None]]:
 
 
 def _joined(parts: list[tuple[Any, np.ndarray | None]], linear: bool) -> Mesh:
-    """All parts as one mesh."""
+    """Join all parts into one mesh."""
     return join(_meshes(parts, linear))
 
 

@@ -37,7 +37,7 @@ CHUNK = 1 << 17
 
 
 class InitialiseSettings(BaseModel):
-    """How the coarse density becomes the first surface."""
+    """Settings of the first surface from the coarse density."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -266,7 +266,7 @@ def dmtet_from_density(
 
 
 def _carried(ids: np.ndarray, known: np.ndarray, inside: np.ndarray, rough: np.ndarray, lattice: Lattice) -> np.ndarray:
-    """Which ids are inside: as decided where known, by the rough distance further away."""
+    """Return which ids are inside: as decided where known, by the rough distance further away."""
     index = np.minimum(np.searchsorted(known, ids), len(known) - 1)
     have = known[index] == ids
     where = (lattice.positions(ids).T + 1) * (rough.shape[0] / 2) - 0.5

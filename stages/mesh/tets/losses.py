@@ -1,4 +1,4 @@
-"""How much of a body its first surface on a lattice has lost, part by part.
+"""Losses of a body at its first surface on a lattice, part by part.
 
 Nearness to the new surface does not tell: a plate thinner than a cell leaves specks that are near to all of it. So a
 ray goes inwards from points spread over the visible surface, half way to the other side but no deeper than a cell, and
@@ -26,7 +26,7 @@ NEAR = 0.01  # cells from the surface where a ray begins
 
 @dataclass(frozen=True)
 class Losses:
-    """What a body has lost.
+    """The share of a body that is lost.
 
     Args:
         share: of the body beneath the visible surface, by area.

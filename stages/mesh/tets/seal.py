@@ -26,7 +26,7 @@ def sealed(solid: np.ndarray) -> np.ndarray:
 
 
 def _seen(empty: np.ndarray) -> np.ndarray:
-    """Where nothing but empty points lies on the way to the border, in at least one of the grid's 26 directions."""
+    """Return which points have only empty ones on the way to the border, in one of the grid's 26 directions."""
     seen = np.zeros_like(empty)
     for direction in itertools.product((-1, 0, 1), repeat=3):
         if not any(direction):

@@ -37,7 +37,7 @@ FAR = 0.25  # a largest part shorter than this share of the whole is dwarfed by 
 
 
 class SolidifySettings(BaseModel):
-    """How a given mesh becomes a body."""
+    """Settings of a given mesh's conversion to a body."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -47,7 +47,7 @@ class SolidifySettings(BaseModel):
 
 
 class Body:
-    """What a mesh encloses: `solid(points) > 0.5` inside.
+    """The body that a mesh encloses: `solid(points) > 0.5` inside.
 
     Args:
         mesh: in the scene.

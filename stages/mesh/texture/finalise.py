@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 
 class ExportSettings(BaseModel):
-    """What an exported mesh looks like; the defaults take about 5 s for a mesh of 40,000 faces on one thread."""
+    """Settings of an exported mesh; the defaults take about 5 s for a mesh of 40,000 faces on one thread."""
 
     model_config = ConfigDict(extra="forbid")
 

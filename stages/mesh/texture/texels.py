@@ -1,4 +1,4 @@
-"""Which texels a UV layout covers: scan conversion in texture space, exact on shared edges.
+"""The texels that a UV layout covers: scan conversion in texture space, exact on shared edges.
 
 Letters: a texel (row, column) has its centre at (column + 0.5, row + 0.5) in layout coordinates, x right and y up (row
 0 is the bottom one here). Corners are [F, 3, 2] in texels.
