@@ -31,8 +31,8 @@ app = typer.Typer(
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, for example runs/a-red-mug-0.")]
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
+def _print_version(enabled: bool) -> None:
+    if enabled:
         print(__version__)
         raise typer.Exit
 
@@ -78,13 +78,13 @@ def run(
         flags = {"prompt": prompt, "stages": stages, "seed": seed, "device": device}
         flags |= {"from_run": None if from_run is None else str(from_run), "force": True if force else None}
         flags |= {"init_mesh": None if init_mesh is None else str(init_mesh)}
-        given = {key: value for key, value in flags.items() if value is not None}
-        generate(config=load_config(split_names(config), overrides or [], given), out=out, profile=listener)
+        options = {key: value for key, value in flags.items() if value is not None}
+        generate(config=load_config(split_names(config), overrides or [], options), out=out, profile=listener)
 
 
-def _profiled(wanted: bool) -> contextlib.AbstractContextManager:
+def _profiled(enabled: bool) -> contextlib.AbstractContextManager:
     """Return the profile that records a run from here on, imports included, or nothing."""
-    if not wanted:
+    if not enabled:
         return contextlib.nullcontext()
     from pipeline.profile.record import Profile
 

@@ -37,10 +37,10 @@ def probe(module: str, package: str | None = None) -> tuple[str, str]:
     """
     package = package or module
     try:
-        found = importlib.util.find_spec(module) is not None
+        available = importlib.util.find_spec(module) is not None
     except Exception as error:
         return "broken", _reason(error)
-    if not found:
+    if not available:
         return "missing", "not installed"
     try:
         importlib.import_module(module)
@@ -120,8 +120,8 @@ def _kernels(name: str) -> Callable[[], tuple[str, str]]:
 
         from stages.kernels.backend import PACKAGES, probe, warp_off_cuda
 
-        found = probe(name)
-        state, detail = found.state, found.detail
+        status = probe(name)
+        state, detail = status.state, status.detail
         if name == "warp" and state == "ok" and torch.cuda.is_available() and warp_off_cuda():
             state, detail = "broken", warp_off_cuda()
         return state, f"{detail}; licence: {PACKAGES[name].licence}"

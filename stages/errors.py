@@ -48,9 +48,9 @@ def address_limit() -> int | None:
     return None if soft == resource.RLIM_INFINITY else soft
 
 
-def check_shape(name: str, tensor, wanted: tuple[int | None, ...]) -> None:
+def check_shape(name: str, tensor, expected: tuple[int | None, ...]) -> None:
     """Raise ValueError naming argument, wanted and got unless `tensor.shape` matches; None matches any size."""
     shape = tuple(tensor.shape)
-    if len(shape) != len(wanted) or any(w is not None and w != s for w, s in zip(wanted, shape, strict=True)):
-        want = "[" + ", ".join("*" if w is None else str(w) for w in wanted) + "]"
+    if len(shape) != len(expected) or any(w is not None and w != s for w, s in zip(expected, shape, strict=True)):
+        want = "[" + ", ".join("*" if w is None else str(w) for w in expected) + "]"
         raise ValueError(f"{name}: wanted shape {want}, got {list(shape)}")

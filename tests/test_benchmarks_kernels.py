@@ -274,9 +274,9 @@ def test_publishing_drops_old_numbers_of_who_is_absent_now_in_the_cases_measured
 
 
 def test_a_line_is_shown_for_a_person():
-    text = kernels.shown(by_hand()[1])
+    text = kernels.line_text(by_hand()[1])
     assert "nerf_step" in text and "4800.00 ms" in text and "12.00x" in text and "3 runs" in text
-    assert "kaolin is not here: not installed" in kernels.shown(by_hand()[-1])
+    assert "kaolin is not here: not installed" in kernels.line_text(by_hand()[-1])
 
 
 def test_quick_sizes_run_through_the_protocol():

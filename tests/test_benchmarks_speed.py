@@ -323,7 +323,7 @@ def test_what_this_machine_does_not_have_is_refused_in_three_lines(capsys, monke
 
 
 def test_a_line_is_shown_for_a_person():
-    text = speed.shown(step("fine", "tets", 64, 12.5))
+    text = speed.line_text(step("fine", "tets", 64, 12.5))
     assert "fine tets" in text and "12.5 ms" in text
-    text = speed.shown(by_hand()[-1])
+    text = speed.line_text(by_hand()[-1])
     assert "start later" in text and "to_first_step_s 5.0" in text and json.dumps(by_hand()[-1])

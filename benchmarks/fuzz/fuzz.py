@@ -86,8 +86,8 @@ def fault_of(read: Callable[[], object], limit_s: float = LIMIT_S) -> tuple[str,
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # what is looked for; a library in Rust panics by an exception that is no Exception
-        told = explain(error)  # at the command's edge: a file's failure of the system, such as a name too long
-        if told is None or isinstance(error, MemoryError):
+        answer = explain(error)  # at the command's edge: a file's failure of the system, such as a name too long
+        if answer is None or isinstance(error, MemoryError):
             return f"{type(error).__name__}: {error}"[:200], _place(error)
     return None
 

@@ -106,13 +106,13 @@ def measure_case(case: Any, device: str, threads: int, budget_s: float, packages
     builds = {}
     for name in peers_of(case.peers, device):
         try:
-            made = contestant(name, case.peers, case.inputs, threads)
+            peer = contestant(name, case.peers, case.inputs, threads)
             more[name] = {"version": probe(name)}
-            if isinstance(made, Cast):
-                builds[name], calls[name] = made.build, made.run
-                more[name]["agreement"] = _agreement(made, case.inputs[1])
+            if isinstance(peer, Cast):
+                builds[name], calls[name] = peer.build, peer.run
+                more[name]["agreement"] = _agreement(peer, case.inputs[1])
             else:
-                calls[name] = made
+                calls[name] = peer
         except Absent as error:
             lines.append({"contestant": name, "absent": str(error)})
     wait = torch.cuda.synchronize if device == "cuda" else None
@@ -162,7 +162,7 @@ def run(args: argparse.Namespace) -> tuple[list[Line], list[str]]:
             line = json.loads(text)
             lines.append(line)
             last = f"after {line.get('case', line['contestant'])}"
-            print(shown(line), flush=True)
+            print(line_text(line), flush=True)
         if process.wait():
             broken.append(f"the process of {threads} threads ended with {process.returncode}, {last}")
     return lines, broken
@@ -174,7 +174,7 @@ def _worker_words(args: argparse.Namespace, threads: int) -> list[str]:
     return words + (["--only", ",".join(args.only)] if args.only else [])
 
 
-def shown(line: Line) -> str:
+def line_text(line: Line) -> str:
     """Return a result line as the terminal shows it."""
     threads = f"{line['threads']} threads" if line["threads"] else line["device"]
     if "absent" in line:

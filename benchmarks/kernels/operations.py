@@ -134,13 +134,13 @@ def volume_cases(sizes: Sizes, device: str) -> Iterator[Case]:
 def _hash_cases(v: Volume, spec: HashGridSpec) -> Iterator[Case]:
     n, width, shapes = len(v.points), spec.width, _shapes(v, spec)
     table, up = v.leaf(spec.rows, spec.features), v.random(n, width)
-    density, colour, seen = v.weights(width, 1), v.weights(width, 3), v.random(len(v.rays_o), 3)
+    density, colour, upstream = v.weights(width, 1), v.weights(width, 3), v.random(len(v.rays_o), 3)
 
     def encoded(names: Names) -> Tensor:
         return hash_encode(v.points, table, spec, backend=names["hash"])
 
     def whole(names: Names) -> Tensor:
-        return nerf_loss(v, table, spec, density, colour, seen, names)
+        return nerf_loss(v, table, spec, density, colour, upstream, names)
 
     more = {"shapes": shapes}
     yield Case(

@@ -150,19 +150,19 @@ def _open3d(scene: Scene, _: Tensor, *, threads: int) -> Cast:
     triangles = open3d.core.Tensor(scene.triangles.numpy().astype(np.uint32))
 
     def build() -> Any:
-        made = open3d.t.geometry.RaycastingScene(nthreads=threads)
-        made.add_triangles(vertices, triangles)
-        made.cast_rays(both[:1], nthreads=threads)  # the structure is built with the first rays
-        return made
+        caster = open3d.t.geometry.RaycastingScene(nthreads=threads)
+        caster.add_triangles(vertices, triangles)
+        caster.cast_rays(both[:1], nthreads=threads)  # the structure is built with the first rays
+        return caster
 
-    made = build()
+    caster = build()
     nothing = open3d.t.geometry.RaycastingScene.INVALID_ID
 
     def hit(answer: Any) -> np.ndarray:
         ids = answer["primitive_ids"].numpy().astype(np.int64)
         return np.where(ids == nothing, -1, ids)
 
-    return Cast(lambda: made.cast_rays(both, nthreads=threads), hit, build)
+    return Cast(lambda: caster.cast_rays(both, nthreads=threads), hit, build)
 
 
 def _mitsuba(scene: Scene, _: Tensor, *, threads: int) -> Cast:
@@ -184,14 +184,14 @@ def _mitsuba(scene: Scene, _: Tensor, *, threads: int) -> Cast:
         parameters["vertex_positions"] = scene.vertices.numpy().ravel()
         parameters["faces"] = scene.triangles.numpy().ravel().astype(np.uint32)
         parameters.update()
-        made = mi.load_dict({"type": "scene", "mesh": mesh})
+        caster = mi.load_dict({"type": "scene", "mesh": mesh})
         dr.sync_thread()
-        return made
+        return caster
 
-    made = build()
+    caster = build()
 
     def run() -> Any:
-        intersection = made.ray_intersect_preliminary(cast, coherent=True)
+        intersection = caster.ray_intersect_preliminary(cast, coherent=True)
         dr.eval(intersection.prim_index, intersection.prim_uv, intersection.t)
         dr.sync_thread()
         return intersection
@@ -212,12 +212,12 @@ def _embree(scene: Scene, _: Tensor, *, threads: int) -> Cast:
     origins, directions = _pixel_rays(scene)
 
     def build() -> Any:
-        made = RayMeshIntersector(mesh)
-        made.intersects_first(origins[:1], directions[:1])  # the structure is built with the first ray
-        return made
+        caster = RayMeshIntersector(mesh)
+        caster.intersects_first(origins[:1], directions[:1])  # the structure is built with the first ray
+        return caster
 
-    made = build()
-    return Cast(lambda: made.intersects_first(origins, directions), lambda hits: np.asarray(hits, np.int64), build)
+    caster = build()
+    return Cast(lambda: caster.intersects_first(origins, directions), lambda hits: np.asarray(hits, np.int64), build)
 
 
 def _nerfacc_march(rays_o: Tensor, rays_d: Tensor, occupancy: Tensor, step_size: float, *, threads: int) -> Call:

@@ -98,7 +98,7 @@ def janus_facts(subject: Subject, truth: Subject) -> dict[str, Any]:
 def mesh_facts(mesh: Mesh) -> dict[str, Any]:
     """Counts and verdicts of the welded surface (a GLB is split along UV seams), self-intersections, UV stretch."""
     report = measure(welded(mesh)).as_dict()
-    wanted = (
+    keys = (
         "vertices",
         "faces",
         "components",
@@ -112,7 +112,7 @@ def mesh_facts(mesh: Mesh) -> dict[str, Any]:
         "volume",
         "area",
     )
-    facts: dict[str, Any] = {k: report[k] for k in wanted}
+    facts: dict[str, Any] = {k: report[k] for k in keys}
     facts["self_intersections"] = geometry.self_intersections(mesh)
     facts["uv_stretch"] = _finite(geometry.uv_stretch(mesh))
     facts["uv_collapsed"] = _finite(geometry.uv_collapsed(mesh))

@@ -20,7 +20,7 @@ from typing import Any
 from benchmarks.environment import RESULTS, read_lines
 from benchmarks.markdown import markdown_table, origin_of
 from benchmarks.quality.statistics import bootstrap, compare
-from benchmarks.quality.summary import METRICS, cell_values, key_of, paired_values, shown
+from benchmarks.quality.summary import METRICS, cell_values, interval_text, key_of, paired_values
 from pipeline.output.files import write_whole
 from stages.errors import UserError
 
@@ -116,7 +116,7 @@ def compare_markdown(comparison: dict[str, Any]) -> str:
     for system, facts in comparison["systems"].items():
         for name, row in facts["metrics"].items():
             digits = METRICS[name].digits
-            sides = [shown(row[side], digits) for side in ("before", "after", "difference")]
+            sides = [interval_text(row[side], digits) for side in ("before", "after", "difference")]
             rows.append([system, METRICS[name].label, *sides, f"{row['p_value']:.3f}"])
     cells = ", ".join(f"{name} {facts['cells']}" for name, facts in comparison["systems"].items())
     head = ["system", "measure", "before", "after", "difference", "p"]

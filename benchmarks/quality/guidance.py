@@ -32,7 +32,7 @@ from benchmarks.quality import quality
 from benchmarks.quality.cells import Cell, load_result
 from benchmarks.quality.statistics import bootstrap
 from benchmarks.quality.suite import Suite, load_suite, spec_of
-from benchmarks.quality.summary import key_of, score_lines, shown
+from benchmarks.quality.summary import interval_text, key_of, score_lines
 from benchmarks.quality.systems import cures, find_system
 from pipeline.output.files import write_whole
 from stages.errors import UserError
@@ -160,8 +160,8 @@ def paired(
         both = [(mine[key][name], base[key][name]) for key in mine if key in base]
         both = [pair for pair in both if not any(map(math.isnan, pair))]
         if both:
-            own, theirs = (statistics.fmean(column) for column in zip(*both, strict=True))
-            means[name] = {"mine": round(own, 4), "base": round(theirs, 4), "cells": len(both)}
+            mean_mine, mean_base = (statistics.fmean(column) for column in zip(*both, strict=True))
+            means[name] = {"mine": round(mean_mine, 4), "base": round(mean_base, 4), "cells": len(both)}
     return means
 
 
@@ -183,7 +183,7 @@ def as_markdown(lines: list[Line]) -> str:
     rows = []
     for line in lines:
         cells = f"{line['cells']}" + (f" ({line['failed']} failed)" if line["failed"] else "")
-        numbers = [shown(line[name], digits) for name, (_, digits) in COLUMNS.items()]
+        numbers = [interval_text(line[name], digits) for name, (_, digits) in COLUMNS.items()]
         rows.append([f"`{line['system']}`", cells, *numbers, {True: "yes", False: "no", None: "-"}[line["meets"]]])
     return markdown_table(["system", "cells", *(heading for heading, _ in COLUMNS.values()), "meets"], rows)
 

@@ -31,26 +31,26 @@ def picture_facts(subject: Subject, truth: Subject) -> dict[str, float]:
         normal_deg: mean angle in degrees between their normals where both cover a pixel.
     """
     views = orbit_views(list(AZIMUTHS), ELEVATION)
-    (made, cover), (real, real_cover) = (shoot(s, views, SIDE, COLOUR) for s in (subject, truth))
+    (rendered, cover), (real, real_cover) = (shoot(s, views, SIDE, COLOUR) for s in (subject, truth))
     either = ((cover > 0) | (real_cover > 0))[..., 0]
-    made, real = linear_to_srgb(made), linear_to_srgb(real)
+    rendered, real = linear_to_srgb(rendered), linear_to_srgb(real)
     both = ((cover > 0.99) & (real_cover > 0.99))[..., 0]
     cosine = (normals_of(subject, views) * normals_of(truth, views)).sum(-1)[both].clamp(-1, 1)
     return {
-        "psnr": psnr(made, real, either),
-        "edges": gradient_similarity(made, real, either),
+        "psnr": psnr(rendered, real, either),
+        "edges": gradient_similarity(rendered, real, either),
         "normal_deg": float(torch.rad2deg(cosine.acos()).mean()) if bool(both.any()) else math.nan,
     }
 
 
-def psnr(made: Tensor, truth: Tensor, mask: Tensor) -> float:
+def psnr(rendered: Tensor, truth: Tensor, mask: Tensor) -> float:
     """PSNR in dB of pictures [B, S, S, 3] in [0, 1] over the pixels of a mask [B, S, S]; nan for an empty one."""
     if not bool(mask.any()):
         return math.nan
-    return float(-10 * torch.log10((made - truth)[mask].square().mean().clamp_min(1e-9)))
+    return float(-10 * torch.log10((rendered - truth)[mask].square().mean().clamp_min(1e-9)))
 
 
-def gradient_similarity(made: Tensor, truth: Tensor, mask: Tensor) -> float:
+def gradient_similarity(rendered: Tensor, truth: Tensor, mask: Tensor) -> float:
     """Return the mean gradient magnitude similarity of pictures [B, S, S, 3] over a mask [B, S, S].
 
     Prewitt gradients of the luma at half the size, as in the paper; 1 for equal pictures, less where an edge is
@@ -59,7 +59,7 @@ def gradient_similarity(made: Tensor, truth: Tensor, mask: Tensor) -> float:
     chosen = F.max_pool2d(mask[:, None].float(), 2)[:, 0] > 0
     if not bool(chosen.any()):
         return math.nan
-    first, second = _gradient(made), _gradient(truth)
+    first, second = _gradient(rendered), _gradient(truth)
     likeness = (2 * first * second + GRADIENT_FLOOR) / (first.square() + second.square() + GRADIENT_FLOOR)
     return float(likeness[chosen].mean())
 
@@ -75,5 +75,5 @@ def _gradient(pictures: Tensor) -> Tensor:
 def normals_of(subject: Subject, views: Views) -> Tensor:
     """Return world normals [B, S, S, 3], of unit length where a pixel is covered whole."""
     painted = replace(subject, colours=subject.normals / 2 + 0.5, uv=None, texture=None)
-    seen, _ = shoot(painted, views, SIDE, ALBEDO)
-    return F.normalize(2 * seen - 1, dim=-1)
+    rendered_normals, _ = shoot(painted, views, SIDE, ALBEDO)
+    return F.normalize(2 * rendered_normals - 1, dim=-1)

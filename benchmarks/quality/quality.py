@@ -148,7 +148,7 @@ def run_suite(args: argparse.Namespace) -> int:
     return 1 if broken else 0
 
 
-def choose_systems(asked: str | None, suite: Suite, foreign: bool) -> list[str]:
+def choose_systems(names_text: str | None, suite: Suite, foreign: bool) -> list[str]:
     """The systems to run: those asked for by commas, or the default ones that these prompts and this prior allow.
 
     Args:
@@ -156,10 +156,10 @@ def choose_systems(asked: str | None, suite: Suite, foreign: bool) -> list[str]:
     Raises: UserError for one unknown, without the ground truth it needs, or with a recipe made for the pocket prior.
     """
     alien = next((prompt for prompt in suite.prompts if spec_of(prompt) is None), None)
-    if asked is None:
+    if names_text is None:
         chosen = REAL_SYSTEMS if foreign else DEFAULT_SYSTEMS
         return [name for name in chosen if alien is None or not find_system(name).needs_truth]
-    names = list(dict.fromkeys(asked.split(",")))
+    names = list(dict.fromkeys(names_text.split(",")))
     for name in names:
         system = find_system(name)
         if alien is not None and system.needs_truth:

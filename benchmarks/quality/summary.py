@@ -288,7 +288,7 @@ def _compare(a: list[Line], b: list[Line], scores: dict, name: str, clip: str) -
     return facts
 
 
-def shown(interval: dict[str, float] | None, digits: int) -> str:
+def interval_text(interval: dict[str, float] | None, digits: int) -> str:
     """mean [low, high], or the mean alone where all resamples agree, or a dash."""
     if interval is None:
         return "-"
@@ -301,6 +301,6 @@ def as_text(summary: dict[str, Any], chosen: tuple[str, ...] = (*tuple(METRICS)[
     rows = [["system", "cells", *(METRICS[name].label for name in chosen)]]
     for system, facts in summary["systems"].items():
         cells = f"{facts['cells']}" + (f" ({facts['failed']} failed)" if facts["failed"] else "")
-        rows.append([system, cells, *(shown(facts["all"].get(n), METRICS[n].digits) for n in chosen)])
+        rows.append([system, cells, *(interval_text(facts["all"].get(n), METRICS[n].digits) for n in chosen)])
     widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
     return "\n".join("  ".join(text.ljust(w) for text, w in zip(row, widths, strict=True)).rstrip() for row in rows)

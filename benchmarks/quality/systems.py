@@ -185,10 +185,10 @@ def _texture(job: Job) -> tuple[Mesh, dict[str, Any]]:
     if not plain.is_file():
         write_plain(_truth_mesh(job.prompt), plain)
     mesh, cost = run_pipeline(job, ["--config", "texture", "--init-mesh", str(plain)])
-    given = read_mesh(plain)
-    if not np.array_equal(mesh.vertices[mesh.faces], given.vertices[given.faces]):
+    source = read_mesh(plain)
+    if not np.array_equal(mesh.vertices[mesh.faces], source.vertices[source.faces]):
         raise RuntimeError(f"{job.folder}: the locked mesh came back with other triangles")
-    if not np.allclose(mesh.uv[mesh.uv_faces], given.uv[given.uv_faces], atol=1e-5):
+    if not np.allclose(mesh.uv[mesh.uv_faces], source.uv[source.uv_faces], atol=1e-5):
         raise RuntimeError(f"{job.folder}: the locked mesh came back with other texture coordinates")
     return mesh, cost | {"geometry": "untouched", "texture_coordinates": "its own"}
 

@@ -75,9 +75,9 @@ def away_from_front(azimuth_deg: Tensor) -> Tensor:
 def janus_views(classifier: ViewClassifier, asset: Subject, truth: Subject) -> dict[str, Any]:
     """The Janus facts of an asset: `fronts` of `views` from behind in which it, and not the truth, shows a front."""
     cameras = orbit_views(janus_azimuths(), JANUS_ELEVATION)
-    own, theirs = (classifier.fronts(shoot(s, cameras, 2 * SIDE)[0]) for s in (asset, truth))
-    counted = (away_from_front(cameras.azimuth_deg) >= AWAY) & ~theirs
-    fronts, views = int((counted & own).sum()), int(counted.sum())
+    asset_fronts, truth_fronts = (classifier.fronts(shoot(s, cameras, 2 * SIDE)[0]) for s in (asset, truth))
+    counted = (away_from_front(cameras.azimuth_deg) >= AWAY) & ~truth_fronts
+    fronts, views = int((counted & asset_fronts).sum()), int(counted.sum())
     return {"fronts": fronts, "views": views, "share": round(fronts / views, 4) if views else None}
 
 
@@ -169,10 +169,10 @@ def _standardised(pictures: Tensor) -> Tensor:
 
 def _pictures(images: Tensor) -> Tensor:
     """Linear [K, H, W, 3] to the network's [K, 3, 48, 48]."""
-    shown = linear_to_srgb(images).permute(0, 3, 1, 2)
-    if shown.shape[-1] != SIDE:
-        shown = F.interpolate(shown, (SIDE, SIDE), mode="bilinear", align_corners=False, antialias=True)
-    return _standardised(shown)
+    pictures = linear_to_srgb(images).permute(0, 3, 1, 2)
+    if pictures.shape[-1] != SIDE:
+        pictures = F.interpolate(pictures, (SIDE, SIDE), mode="bilinear", align_corners=False, antialias=True)
+    return _standardised(pictures)
 
 
 def load_or_train(kind: str, folder: Path) -> ViewClassifier:

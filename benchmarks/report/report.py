@@ -24,7 +24,7 @@ from benchmarks.environment import RESULTS, read_lines
 from benchmarks.markdown import origin
 from benchmarks.plots import Point, scatter
 from benchmarks.quality.cells import Cell
-from benchmarks.quality.summary import METRICS, key_of, shown
+from benchmarks.quality.summary import METRICS, interval_text, key_of
 from benchmarks.quality.systems import Job, find_system
 from benchmarks.report.browser import take_picture
 from benchmarks.report.tables import answers, markdown_blocks, name_of, put_into, readmes
@@ -129,7 +129,7 @@ def clips_table(summary: dict[str, Any]) -> str:
     """Return R-Precision and score of every system under every CLIP."""
     names = list(METRICS)[:4]
     rows = [
-        [escape(clip), escape(name_of(system)), *(shown(facts.get(n), METRICS[n].digits) for n in names)]
+        [escape(clip), escape(name_of(system)), *(interval_text(facts.get(n), METRICS[n].digits) for n in names)]
         for clip, systems in summary["by_clip"].items()
         for system, facts in systems.items()
     ]

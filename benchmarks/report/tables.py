@@ -12,7 +12,7 @@ from benchmarks.kernels.kernel_tables import goals_markdown, kernels_markdown
 from benchmarks.markdown import markdown_table, origin, origin_of
 from benchmarks.quality.compare import compare_markdown
 from benchmarks.quality.guidance import as_markdown
-from benchmarks.quality.summary import METRICS, shown
+from benchmarks.quality.summary import METRICS, interval_text
 from benchmarks.report.listings import models_markdown, recipes_markdown
 from benchmarks.speed.speed_tables import speed_markdown
 from pipeline.output.files import write_whole
@@ -196,7 +196,7 @@ def quality_table(summary: dict[str, Any], chosen: tuple[str, ...]) -> str:
     rows = []
     for system, facts in summary["systems"].items():
         lost = f" ({facts['failed']} of {facts['cells']} without an object)" if facts["failed"] else ""
-        rows.append([name_of(system) + lost, *(shown(facts["all"].get(n), METRICS[n].digits) for n in names)])
+        rows.append([name_of(system) + lost, *(interval_text(facts["all"].get(n), METRICS[n].digits) for n in names)])
     table = markdown_table(["system", *(METRICS[n].label for n in names)], rows)
     prompts, seeds = sum(summary["prompts"].values()), max(f["seeds"] for f in summary["systems"].values())
     note = (

@@ -122,12 +122,12 @@ def _tokenizer(tokens: int) -> Any:
 
     special = ["[PAD]", "[UNK]", "[BOS]", "[EOS]"]
     known = {word: k for k, word in enumerate([*special, *dict.fromkeys(WORDS.split())])}
-    made = Tokenizer(models.WordLevel(known, unk_token="[UNK]"))
-    made.normalizer, made.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.Whitespace()
-    made.post_processor = processors.TemplateProcessing(
+    tokenizer = Tokenizer(models.WordLevel(known, unk_token="[UNK]"))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
         single="[BOS] $A [EOS]", special_tokens=[("[BOS]", 2), ("[EOS]", 3)]
     )
-    made.enable_padding(length=tokens, pad_id=0, pad_token="[PAD]")
-    made.enable_truncation(tokens)
+    tokenizer.enable_padding(length=tokens, pad_id=0, pad_token="[PAD]")
+    tokenizer.enable_truncation(tokens)
     names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "bos_token": "[BOS]", "eos_token": "[EOS]"}
-    return PreTrainedTokenizerFast(tokenizer_object=made, model_max_length=tokens, **names)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=tokens, **names)

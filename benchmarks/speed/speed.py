@@ -120,7 +120,7 @@ def measure(args: argparse.Namespace) -> Iterator[Line]:
             yield first | line
 
 
-def shown(line: Line) -> str:
+def line_text(line: Line) -> str:
     """Return a result line as the terminal shows it."""
     if line["part"] == "growth":
         spread = f"[{line['ms_low']:.1f}, {line['ms_high']:.1f}]"
@@ -185,7 +185,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         for line in measure(args):
             lines.append(line)
-            print(shown(line), flush=True)
+            print(line_text(line), flush=True)
     except Broken as error:
         print(error, file=sys.stderr)
         code = 1

@@ -84,15 +84,15 @@ def from_recipe(path: Path, find: Callable[[str], Path], over: Sequence[Layer] =
 def _chain(path: Path, find: Callable[[str], Path]) -> list[tuple[Layer, Layer | None]]:
     """The recipes of from_recipe, each with what it sets below `on_base`."""
     layers: list[tuple[Layer, Layer | None]] = []
-    seen: list[Path] = []
+    visited: list[Path] = []
     while True:
-        if path.resolve() in seen:
+        if path.resolve() in visited:
             raise UserError(
                 f"{path}: extends itself",
-                " -> ".join(p.name for p in [*seen, path]),
+                " -> ".join(p.name for p in [*visited, path]),
                 "take one `extends` out of the chain",
             )
-        seen.append(path.resolve())
+        visited.append(path.resolve())
         layer = from_file(path)
         layers.insert(0, (layer, _taken_out(layer, "on_base")))
         if "extends" not in layer.values:
@@ -217,8 +217,8 @@ def validate(model: type[Model], layers: list[Layer]) -> Model:
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{_place(layer, key)}: {_dotted(key)} = {value}", "it must be finite", "give a number")
         for text in (*key, value):
-            if isinstance(text, str) and (found := _NO_TEXT.search(text)):
-                raise _no_text(_place(layer, key), _dotted(key), found[0])
+            if isinstance(text, str) and (match := _NO_TEXT.search(text)):
+                raise _no_text(_place(layer, key), _dotted(key), match[0])
     try:
         return _check(model, layer)
     except ValidationError as error:
@@ -280,10 +280,10 @@ def _explain(model: type[BaseModel], layer: Layer, problem: ErrorDetails) -> tup
             f"did you mean {nearest}?" if nearest else "remove it, or choose one of these",
         )
     message = problem["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
-    given = json.dumps(problem["input"], ensure_ascii=False, default=str)
-    given = given if len(given) <= 80 else given[:77] + "..."
+    value_text = json.dumps(problem["input"], ensure_ascii=False, default=str)
+    value_text = value_text if len(value_text) <= 80 else value_text[:77] + "..."
     why = message if problem["type"] == "value_error" else f"wanted {message}"
-    return f"{place}: {name} = {given}", why, describe(model, key)
+    return f"{place}: {name} = {value_text}", why, describe(model, key)
 
 
 def _chosen(parent: type[BaseModel], values: Any, key: Key) -> type[BaseModel]:
@@ -351,10 +351,10 @@ def describe(model: type[BaseModel], key: Key) -> str:
         kind = "one of " + ", ".join(parent.variants())
     default = _default_at(model, key)
     default = default.written() if isinstance(default, Ramp) else default
-    shown = (
+    default_text = (
         "" if isinstance(default, BaseModel) else f"; default {json.dumps(default, default=str, ensure_ascii=False)}"
     )
-    return f"{_dotted(key)}: {', '.join([kind, *bounds])}; {info.description or 'see the code'}{shown}"
+    return f"{_dotted(key)}: {', '.join([kind, *bounds])}; {info.description or 'see the code'}{default_text}"
 
 
 def _default_at(model: type[BaseModel], key: Key) -> Any:

@@ -160,7 +160,7 @@ def load_config(
         name: a recipe's name or a YAML file, over the code's defaults or over the recipe it `extends`; several of
             these, later ones over earlier ones, which then stand in the place of what the later ones extend; a whole
             configuration; or None for the recipe of what the run starts from, which is configs/default.yaml for
-            nothing (see _own_recipe).
+            nothing (see _default_recipe).
         overrides: `key.sub=value` words, or values by key.
         flags: the command's own options that were given, or a function's arguments, by key.
     Returns: the configuration, its paths made absolute.
@@ -176,11 +176,11 @@ def load_config(
         return _anchored(validate(config_model(), [Layer(name.model_dump(mode="json")), *upper]))
     if name is not None:
         upper = [*_recipe_layers([name] if isinstance(name, str | Path) else name), *upper]
-    given = merge(upper).values
-    own = _own_recipe(given) if name is None else None
-    if own is not None:
-        upper = [*from_recipe(find_recipe(own), find_recipe), *upper]
-    source = given.get("from_run")
+    values = merge(upper).values
+    recipe = _default_recipe(values) if name is None else None
+    if recipe is not None:
+        upper = [*from_recipe(find_recipe(recipe), find_recipe), *upper]
+    source = values.get("from_run")
     layers = [_inherited(from_home(source)), *upper] if isinstance(source, str) else upper
     return _anchored(validate(config_model(), layers))
 
@@ -193,14 +193,15 @@ def _recipe_layers(names: Sequence[str | Path]) -> list[Layer]:
     return layers
 
 
-def _own_recipe(given: dict[str, Any]) -> str | None:
+def _default_recipe(values: dict[str, Any]) -> str | None:
     """The recipe that a run without --config takes, by what it starts from; None for that run's own settings."""
-    stages = given.get("stages")
+    stages = values.get("stages")
     first = split_commas(stages)[0] if isinstance(stages, str | list) and stages else next(iter(STAGES))
-    kind, settings = STAGES.get(first), given.get(first)
+    kind, settings = STAGES.get(first), values.get(first)
     if kind is None:
         return "default"  # and the check of the whole says what is wrong
-    start = "run" if given.get("from_run") is not None else "mesh" if given.get("init_mesh") is not None else "nothing"
+    has = {key for key, value in values.items() if value is not None}
+    start = "run" if "from_run" in has else "mesh" if "init_mesh" in has else "nothing"
     return kind.recipe(start, settings if isinstance(settings, dict) else {})
 
 

@@ -35,11 +35,11 @@ def unread(config: Config) -> set[str]:
     stages = stages_read(config)
     others = [stage for stage in STAGES if stage not in stages]
     keys = {*others, *(f"prior.{stage}" for stage in others)}
-    asked = {key for stage in stages for key in parse_source(getattr(config.prior, stage)).reads(stage)}
+    read_keys = {key for stage in stages for key in parse_source(getattr(config.prior, stage)).reads(stage)}
     for group in _OF_SOURCES:
-        keys |= set(_outside(config_model(), group, asked))
+        keys |= set(_outside(config_model(), group, read_keys))
     changes = {f"prior.{stage}_diffusion": getattr(config.prior, f"{stage}_diffusion", {}) for stage in STAGES}
-    keys |= {name for name, changed in changes.items() if name not in asked or not changed}
+    keys |= {name for name, changed in changes.items() if name not in read_keys or not changed}
     for stage in stages:
         switched_off = STAGES[stage].unread(getattr(config, stage), _start(config, stage, stages))
         keys |= {f"{stage}.{name}" for name in switched_off}
@@ -74,18 +74,18 @@ def _start(config: Config, stage: str, stages: list[str]) -> str:
     return "mesh" if config.init_mesh is not None else "run" if config.from_run is not None else "nothing"
 
 
-def _outside(model: type[BaseModel], key: str, asked: set[str]) -> Iterator[str]:
+def _outside(model: type[BaseModel], key: str, read_keys: set[str]) -> Iterator[str]:
     """Return the part of the group at `key` that is in none of the other keys; the whole group where that is all."""
-    if key in asked:
+    if key in read_keys:
         return
-    if not any(other.startswith(f"{key}.") for other in asked):
+    if not any(other.startswith(f"{key}.") for other in read_keys):
         yield key
         return
     group = model
     for part in key.split("."):
         group = group.model_fields[part].annotation
     for name in group.model_fields:
-        yield from _outside(model, f"{key}.{name}", asked)
+        yield from _outside(model, f"{key}.{name}", read_keys)
 
 
 def _without(values: dict[str, Any], keys: Collection[str], above: str = "") -> dict[str, Any]:

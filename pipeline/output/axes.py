@@ -34,8 +34,8 @@ class FileAxes:
         """Return the axis that points up in files of a format."""
         if name == "stl":
             return self.own_up if self.stl_up == "auto" else self.stl_up
-        own = "glb" if self.own_format == "gltf" else self.own_format
-        return self.own_up if name == own else "y"
+        source_format = "glb" if self.own_format == "gltf" else self.own_format
+        return self.own_up if name == source_format else "y"
 
     def prepared(self, mesh: Mesh, name: str) -> Mesh:
         """Return a mesh, y up, as files of a format hold it."""

@@ -65,8 +65,8 @@ class ResultMesh:
         surface = split_seams(self.data)
         arrays = {"vertices": surface.positions, "faces": surface.faces, "vertex_normals": surface.normals}
         if textured(self.data):
-            own = {"metallicFactor": (self.data.metallic, 0.0), "roughnessFactor": (self.data.roughness, 0.9)}
-            finish = {name: other if value is None else value for name, (value, other) in own.items()}
+            factors = {"metallicFactor": (self.data.metallic, 0.0), "roughnessFactor": (self.data.roughness, 0.9)}
+            finish = {name: other if value is None else value for name, (value, other) in factors.items()}
             material = trimesh.visual.material.PBRMaterial(
                 baseColorTexture=Image.fromarray(self.data.texture), **finish
             )
@@ -88,8 +88,8 @@ class ResultMesh:
 
     def _facts(self) -> str:
         texture = self.data.texture
-        shown = "no texture" if texture is None else f"texture {texture.shape[1]} x {texture.shape[0]}"
-        return f"{len(self.data.vertices):,} vertices, {len(self.data.faces):,} faces, {shown}"
+        texture_text = "no texture" if texture is None else f"texture {texture.shape[1]} x {texture.shape[0]}"
+        return f"{len(self.data.vertices):,} vertices, {len(self.data.faces):,} faces, {texture_text}"
 
     def _repr_png_(self) -> bytes:
         return png_bytes(self.picture())

@@ -76,8 +76,10 @@ def render_frames(
     """
     check_mesh(mesh)
     vertices, faces = torch.from_numpy(mesh.vertices), torch.from_numpy(mesh.faces).int()
-    own = mesh.normals  # of a user's mesh, whose faces may wind either way
-    normals = vertex_normals(vertices, faces) if own is None else torch.from_numpy(np.ascontiguousarray(own)).float()
+    if mesh.normals is None:
+        normals = vertex_normals(vertices, faces)
+    else:  # of a user's mesh, whose faces may wind either way
+        normals = torch.from_numpy(np.ascontiguousarray(mesh.normals)).float()
     attributes = torch.cat([vertices, normals], -1)
     base_colours = _base_colours(mesh, albedo)
     fine = size * supersample

@@ -84,9 +84,9 @@ def _folder(source: str, revision: str | None) -> Path:
     path = from_home(source)
     if path.is_dir() and revision is not None:
         raise UserError(f"cannot check revision {revision} of {source}", "a folder has no revisions", "leave it out")
-    found = path if path.is_dir() else None if path.exists() else snapshot(source, revision)
-    if found is not None:
-        return found
+    folder = path if path.is_dir() else None if path.exists() else snapshot(source, revision)
+    if folder is not None:
+        return folder
     preset = find_preset(source)
     if preset is not None and preset.status == "withdrawn":
         raise UserError(f"cannot check {source}", "it was withdrawn by its makers", f"use {preset.instead}")
@@ -105,8 +105,8 @@ def _memory(folder: Path, variant: str | None, resolution: int | None) -> str:
     from stages.guidance.diffusion.settings import DiffusionSettings
 
     settings, device = DiffusionSettings(variant=variant, resolution=resolution), torch.device("cuda")
-    found = footprint(make_plan(folder, settings, device=device), settings, device, images=1, predictions=2)
-    return found.describe()
+    need = footprint(make_plan(folder, settings, device=device), settings, device, images=1, predictions=2)
+    return need.describe()
 
 
 def _table(*headings: str):

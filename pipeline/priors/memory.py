@@ -49,14 +49,14 @@ def forecast(prior: StagePrior, device: torch.device) -> str | None:
     vsd = guidance.rule if "trainable" in RULES[guidance.rule.name].needs else None
     try:
         decodes = guidance.image_term > 0
-        found = footprint(plan, settings, device, images=views, predictions=predictions, vsd=vsd, decodes=decodes)
+        need = footprint(plan, settings, device, images=views, predictions=predictions, vsd=vsd, decodes=decodes)
     except UserError:
         raise
     except Exception as error:  # an estimate is worth no run: a network that meta tensors cannot pass says why
         return f"memory: cannot be estimated ({type(error).__name__}: {error})"
     free = free_bytes(device)
-    line = f"memory: {found.describe()}" + ("" if free is None else f", {free / GB:.2f} GB free")
-    if free is not None and found.peak > free:
+    line = f"memory: {need.describe()}" + ("" if free is None else f", {free / GB:.2f} GB free")
+    if free is not None and need.peak > free:
         line += "\nthis may not fit; what helps: " + ", ".join(advice(prior))
     return line
 
@@ -78,8 +78,8 @@ def free_bytes(device: torch.device) -> int | None:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:
         return None
-    found = next((line.split()[1] for line in lines if line.startswith("MemAvailable:")), None)
-    return None if found is None else int(found) * 1024
+    available = next((line.split()[1] for line in lines if line.startswith("MemAvailable:")), None)
+    return None if available is None else int(available) * 1024
 
 
 def advice(prior: StagePrior) -> list[str]:

@@ -23,7 +23,7 @@ class ObjectSource(PriorSource):
         """Refuse a run whose object is missing, is another one, or does not fit the stage's guidance."""
         from stages.guidance.compatibility import PriorDescription, check_compatibility
 
-        name, prior = self.text.removeprefix(PREFIX), ask.given
+        name, prior = self.text.removeprefix(PREFIX), ask.prior
         if prior is None:
             raise UserError(
                 f"prior.{ask.stage} = {self.text} is missing",

@@ -47,14 +47,14 @@ class Ask:
         stage: its name.
         config: the run's configuration.
         prompts: the words by view, made once for all stages of a run.
-        given: the object that the calling program handed in for the stage; None for none.
+        prior: the object that the calling program handed in for the stage; None for none.
         forms: how the sources of the table are written, for the answer to a text that is none of them.
     """
 
     stage: str
     config: RunSettings
     prompts: ViewPrompts
-    given: Prior | None = None
+    prior: Prior | None = None
     forms: tuple[str, ...] = ()
 
     @property
@@ -200,9 +200,9 @@ class PriorSource:
 
         from stages.guidance.guidance import Guidance
 
-        prior = ask.given or self.load(ask, facts, device)
+        prior = ask.prior or self.load(ask, facts, device)
         generator = torch.Generator().manual_seed(ask.config.seed)
-        return Guidance(prior, ask.guidance, ask.prompts, generator, release_text=ask.given is None)
+        return Guidance(prior, ask.guidance, ask.prompts, generator, release_text=ask.prior is None)
 
     def savings(self, ask: Ask) -> list[str]:
         """Return the settings of its own that would save memory, most first, as one writes them."""

@@ -78,7 +78,7 @@ def make_prompts(config: RunSettings) -> ViewPrompts:
 
 
 def stage_prior(
-    config: RunSettings, stage: str, prompts: ViewPrompts | None = None, given: Prior | None = None
+    config: RunSettings, stage: str, prompts: ViewPrompts | None = None, prior: Prior | None = None
 ) -> StagePrior:
     """Return one stage's prior, of which nothing is known yet.
 
@@ -86,9 +86,9 @@ def stage_prior(
         config: of the run.
         stage: its name.
         prompts: the run's words by view; None makes them.
-        given: the object that was handed in for the stage; None for none.
+        prior: the object that was handed in for the stage; None for none.
     """
-    ask = Ask(stage, config, prompts or make_prompts(config), given, forms())
+    ask = Ask(stage, config, prompts or make_prompts(config), prior, forms())
     return StagePrior(parse_source(ask.source), ask, Facts())
 
 
@@ -108,7 +108,7 @@ def check_priors(
     for stage in config.stages if stages is None else stages:
         prior = stage_prior(config, stage, prompts, priors.get(stage))
         ask, source = prior.ask, prior.source
-        if ask.given is not None and not isinstance(source, ObjectSource):
+        if ask.prior is not None and not isinstance(source, ObjectSource):
             raise UserError(
                 f"a prior was handed in for {stage} and has no use",
                 f"the run's config.yaml says prior.{stage} = {ask.source}",
@@ -174,9 +174,9 @@ def _check_autoencoder(checked: Mapping[str, StagePrior]) -> None:
             users.setdefault(chosen, {})[stage] = prior.facts.latents
     for chosen, latents in users.items():
         if len(set(latents.values())) > 1:
-            shown = ", ".join(f"{stage}: {kind}" for stage, kind in latents.items())
+            which = ", ".join(f"{stage}: {kind}" for stage, kind in latents.items())
             raise UserError(
                 f"prior.diffusion.autoencoder = {chosen}",
-                f"both stages would decode with it, and their latents differ ({shown})",
+                f"both stages would decode with it, and their latents differ ({which})",
                 f"give it to the stage that it is for: prior.{next(iter(latents))}_diffusion.autoencoder={chosen}",
             )

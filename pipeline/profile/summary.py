@@ -39,13 +39,13 @@ def split_of(spans: dict[Path, Span], total_s: float) -> dict[str, Any]:
         own_s[home] = own_s.get(home, 0.0) + max(span.seconds - inside.get(path, 0.0), 0.0)
     once = dict.fromkeys(ONCE, 0.0)
     seconds: dict[Path, float] = {}
-    for path, own in own_s.items():
+    for path, self_seconds in own_s.items():
         kinds = [name for name in path if name in ONCE]
         if kinds:
-            once[kinds[-1]] += own
+            once[kinds[-1]] += self_seconds
             continue
         for depth in range(1, len(path) + 1):
-            seconds[path[:depth]] = seconds.get(path[:depth], 0.0) + own
+            seconds[path[:depth]] = seconds.get(path[:depth], 0.0) + self_seconds
     stages = {path[0]: _stage(path, calls, seconds) for path in seconds if len(path) == 2 and path[1] in (STEP, TRACED)}
     stepping = sum(stage["step_s"] for stage in stages.values())
     networks = sum(stage["networks_s"] for stage in stages.values())
@@ -116,10 +116,11 @@ def _sentences(facts: dict[str, Any]) -> list[str]:
         return ["no step was taken"]
     parts = [f"{name} {100 * stage['networks_share']:.0f} %" for name, stage in stages.items()]
     together = f", together {100 * facts['networks_share']:.0f} %" if len(stages) > 1 else ""
-    said = [f"step time inside the prior's networks: {', '.join(parts)}{together}"]
+    sentences = [f"step time inside the prior's networks: {', '.join(parts)}{together}"]
     for name, stage in stages.items():
         if not stage["steps"]:
-            said.append(f"{name}: all steps were traced, which slows them")
+            sentences.append(f"{name}: all steps were traced, which slows them")
         elif stage["traced_steps"]:
-            said.append(f"{name}: traced steps, which are slower and left out of the shares: {stage['traced_steps']}")
-    return said
+            traced = f"traced steps, which are slower and left out of the shares: {stage['traced_steps']}"
+            sentences.append(f"{name}: {traced}")
+    return sentences

@@ -29,11 +29,11 @@ def save_checkpoint(path: Path, state: dict[str, Tensor], meta: dict[str, Any]) 
     from safetensors.torch import save
 
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-    seen: set[int] = set()
+    pointers: set[int] = set()
     for name, tensor in tensors.items():  # safetensors refuses tensors that share memory
-        if tensor.numel() and tensor.data_ptr() in seen:
+        if tensor.numel() and tensor.data_ptr() in pointers:
             tensors[name] = tensor.clone()
-        seen.add(tensor.data_ptr())
+        pointers.add(tensor.data_ptr())
     meta = meta | {"crc32": _checksum(tensors)}
     write_whole(path, save(tensors, metadata={_META: json.dumps(meta)}))
 

@@ -145,8 +145,8 @@ def _up(path: Path) -> str:
     if path.suffix.lower() != ".stl":
         return "y"
     with open(path, "rb") as file:
-        own = re.match(rf"{GENERATOR}(?: (-?[xyz]) up)?", file.read(80).decode("latin-1"))
-    return "z" if own is None else own.group(1) or "y"
+        header = re.match(rf"{GENERATOR}(?: (-?[xyz]) up)?", file.read(80).decode("latin-1"))
+    return "z" if header is None else header.group(1) or "y"
 
 
 def _finished(source: Path, stage: str) -> tuple[Path, dict[str, Any]]:

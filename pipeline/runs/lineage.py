@@ -39,19 +39,19 @@ def checkpoint_of(stage: str) -> str:
 def made_with(config: Config, stage: str) -> dict[str, Any]:
     """Return the settings that define a stage's state, by dotted name, as JSON gives them back."""
     values = config.model_dump(mode="json")
-    found: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
     for name in STAGES[stage].defining:
         value = values
         for part in name.split("."):
             value = value[part]
-        found |= _leaves(name, value)
+        settings |= _leaves(name, value)
     chosen = values["guidance"][stage]["rule"]
     rule = RULES[chosen["name"]]
-    found[f"guidance.{stage}.rule"] = chosen["name"]
+    settings[f"guidance.{stage}.rule"] = chosen["name"]
     if rule.stateful:  # weights shaped as the prior's are
-        found |= {f"guidance.{stage}.rule.{name}": chosen[name] for name in rule.shaping}
-        found[f"prior.{stage}"] = values["prior"][stage]
-    return found
+        settings |= {f"guidance.{stage}.rule.{name}": chosen[name] for name in rule.shaping}
+        settings[f"prior.{stage}"] = values["prior"][stage]
+    return settings
 
 
 def _shared(stage: str, settings: dict[str, Any]) -> set[str]:
@@ -59,11 +59,11 @@ def _shared(stage: str, settings: dict[str, Any]) -> set[str]:
     return {k for k in settings if not k.startswith(f"guidance.{stage}.rule.") and k != f"prior.{stage}"}
 
 
-def _changed(stage: str, made: dict[str, Any], now: dict[str, Any]) -> list[str]:
+def _changed(stage: str, saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """The names of what two answers of :func:`made_with` do not agree on; rules without a state may take over from each
     other."""
-    changed = [name for name in made if name in now and made[name] != now[name]]
-    rules = made[f"guidance.{stage}.rule"], now[f"guidance.{stage}.rule"]
+    changed = [name for name in saved if name in now and saved[name] != now[name]]
+    rules = saved[f"guidance.{stage}.rule"], now[f"guidance.{stage}.rule"]
     if all(name in RULES and not RULES[name].stateful for name in rules):
         changed = [name for name in changed if name != f"guidance.{stage}.rule"]
     return changed
@@ -148,21 +148,21 @@ def check_settings(path: Path, meta: dict[str, Any], config: Config, stage: str,
     """
     if not {"settings", "upstream"} <= meta.keys():
         raise UserError(f"{path} does not say what it was made with", _ANOTHER_VERSION, _START_ANEW)
-    made, now = meta["settings"], made_with(config, stage)
-    unknown = sorted(_shared(stage, made) ^ _shared(stage, now))
+    saved, now = meta["settings"], made_with(config, stage)
+    unknown = sorted(_shared(stage, saved) ^ _shared(stage, now))
     if unknown:
-        known, side = ("the checkpoint", "this version") if unknown[0] in made else ("this version", "the checkpoint")
+        known, side = ("the checkpoint", "this version") if unknown[0] in saved else ("this version", "the checkpoint")
         why = f"{known} has the setting {unknown[0]}, of which {side} does not know: {_ANOTHER_VERSION}"
         raise UserError(f"{path} is of other settings than these", why, _START_ANEW)
-    changed = _changed(stage, made, now)
+    changed = _changed(stage, saved, now)
     if not changed:
         return
-    values = ", ".join(f"{name} is {json.dumps(now[name])}, was {json.dumps(made[name])}" for name in changed)
+    values = ", ".join(f"{name} is {json.dumps(now[name])}, was {json.dumps(saved[name])}" for name in changed)
     what = changed[0] if len(changed) == 1 else f"{changed[0]} and {len(changed) - 1} more"
     raise UserError(
         f"{what} {'differs' if len(changed) == 1 else 'differ'} from what {path} was made with",
         f"{values}; what the checkpoint holds would be read as something else, or is not made again",
-        f"set {', '.join(f'{name}={json.dumps(made[name])}' for name in changed)} {back}",
+        f"set {', '.join(f'{name}={json.dumps(saved[name])}' for name in changed)} {back}",
     )
 
 

@@ -93,7 +93,7 @@ class StageLoop:
         if expected is not None:
             run.progress.note(f"{name}: {expected}")
         guidance = self._timed("load_prior", partial(prior.build, run.device))
-        self._leave = guidance.close if prior.ask.given is not None else None
+        self._leave = guidance.close if prior.ask.prior is not None else None
         settings = getattr(run.config, name)
         make = partial(stages.make_stage, name, settings, guidance, run.device, run.config.seed, previous)
         stage = self._timed("construct", make)
@@ -105,7 +105,7 @@ class StageLoop:
 
     def _optimise(self, stage: Stage) -> None:
         config = self._run.config
-        with self._run.progress.stage(self._name, stage.steps, stage.step_index) as shown:
+        with self._run.progress.stage(self._name, stage.steps, stage.step_index) as display:
             self._stop.gentle = True
             while stage.step_index < stage.steps:
                 began = time.perf_counter()
@@ -114,7 +114,7 @@ class StageLoop:
                 step = stage.step_index
                 self._check_finite(metrics, step)
                 self._run.metrics.add(self._name, step, time.perf_counter() - began, metrics)
-                shown.update(step, stage.headline(metrics))
+                display.update(step, stage.headline(metrics))
                 if step % config.preview_every == 0 or step == stage.steps:
                     self._preview(stage)
                 stopping = self._stop.requested  # asked once: a signal between two looks must not skip the saving

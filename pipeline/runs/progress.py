@@ -32,9 +32,9 @@ class Progress:
     @contextlib.contextmanager
     def stage(self, name: str, steps: int, done: int) -> Iterator[StageProgress]:
         """Show a stage that has taken `done` of `steps` steps."""
-        shown = (_Live if self.console.is_terminal else _Plain)(self.console, name, steps, done)
-        with shown:
-            yield shown
+        display = (_Live if self.console.is_terminal else _Plain)(self.console, name, steps, done)
+        with display:
+            yield display
 
     @contextlib.contextmanager
     def announce_compilation(self) -> Iterator[None]:

@@ -114,12 +114,12 @@ class Result:
         """
         from PIL import Image
 
-        names = self.record["stages"] if stage is None else [stage]
-        pictures = [path for name in names for path in sorted((self.folder / name / "previews").glob("*.png"))]
+        stages = self.record["stages"] if stage is None else [stage]
+        pictures = [path for name in stages for path in sorted((self.folder / name / "previews").glob("*.png"))]
         if not pictures:
-            made = ", ".join(path.parent.name for path in sorted(self.folder.glob("*/previews"))) or "none"
+            previews = ", ".join(path.parent.name for path in sorted(self.folder.glob("*/previews"))) or "none"
             what = f"{self.folder} has no preview" + (f" of {stage}" if stage else "")
-            raise UserError(what, f"stages with previews: {made}", "choose one of these")
+            raise UserError(what, f"stages with previews: {previews}", "choose one of these")
         with Image.open(pictures[-1]) as picture:
             return np.asarray(picture.convert("RGB"))
 

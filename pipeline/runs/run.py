@@ -142,13 +142,13 @@ def export_run(
     names = check_formats(formats)
     config = read_run(folder)
     check_run(folder, config)
-    own = out is None or out.resolve() == folder.resolve()
-    target = folder if own else out
-    if not own and (taken := existing_files(target, names)):
+    in_place = out is None or out.resolve() == folder.resolve()
+    target = folder if in_place else out
+    if not in_place and (taken := existing_files(target, names)):
         raise UserError(f"{target} already holds {taken[0]}", "it may be another run's", "choose another --out")
     check_disk(target)
     target.mkdir(parents=True, exist_ok=True)
-    with Lock(folder) if own else contextlib.nullcontext():  # a run that is only read may lie on a disk that is, too
+    with Lock(folder) if in_place else contextlib.nullcontext():  # a run that is only read may lie on a read-only disk
         mesh = remake_mesh(folder, progress)
         paths = write_formats(mesh.data, target, names, axes=mesh.axes)
     for path in paths:
@@ -207,11 +207,11 @@ def choose_device(name: str) -> torch.device:
     """Return the device; `auto` is CUDA where torch finds it. Raises UserError where CUDA is asked for and absent."""
     import torch
 
-    found = torch.cuda.is_available()
-    if name == "cuda" and not found:
+    cuda = torch.cuda.is_available()
+    if name == "cuda" and not cuda:
         why = "torch finds no CUDA device" if torch.version.cuda else f"torch {torch.__version__} is a CPU build"
         raise UserError("device cuda is not there", why, "use --device auto (or device: auto in the run's config.yaml)")
-    if not found or name == "cpu":
+    if not cuda or name == "cpu":
         return torch.device("cpu")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS repeats its sums with it; read when it starts
     return torch.device("cuda")
@@ -255,9 +255,9 @@ class Run:
                 self._export(asset)
         except (KeyboardInterrupt, Interrupted) as error:
             self.record.save(status="interrupted")
-            said = f"{error}\n" if str(error) else "stopped at once; what the last checkpoint holds is safe\n"
+            text = f"{error}\n" if str(error) else "stopped at once; what the last checkpoint holds is safe\n"
             code = stop.exit_code
-            raise Interrupted(f"{said}go on with: pipeline resume {self.folder}", code) from None
+            raise Interrupted(f"{text}go on with: pipeline resume {self.folder}", code) from None
         except BaseException as error:
             with contextlib.suppress(OSError, UserError):  # a full disk must not hide its own message
                 self.record.save(status="failed", error=f"{type(error).__name__}: {error}")
@@ -286,12 +286,12 @@ class Run:
     def restore(self, name: str) -> Asset:
         """Load the asset of a stage from its checkpoint, without its prior."""
         if not self.finished(name):
-            wanted, step = getattr(self.config, name).steps, self.saved_step(name) or 0
+            steps, step = getattr(self.config, name).steps, self.saved_step(name) or 0
             fix = f"pipeline resume {self.folder}"
             if name not in self.config.stages:  # a copy of another run's, which resuming does not take further
                 back = f"set {name}.steps={step} again in its config.yaml"
                 fix = back if step else afresh(self.folder, self.config)
-            raise UserError(f"{name} is not finished in {self.folder}", f"it stands at step {step} of {wanted}", fix)
+            raise UserError(f"{name} is not finished in {self.folder}", f"it stands at step {step} of {steps}", fix)
         with phase(name), phase("restore"):
             return self.finish(name, self.restored_stage(name))
 

@@ -45,12 +45,12 @@ def plain_gltf(path: Path) -> tuple[bytes, str] | None:
             f"it needs {', '.join(needed)}, which this toolkit does not read",
             "pip install DracoPy" if needed == [DRACO] else "save it again as plain glTF, without compression",
         )
-    shown = show(file)
+    visible = show(file)
     done: dict[tuple[Any, ...], int] = {}  # parts share accessors, and then what they became
     left_out: list[str] = []
     count = 0
     for number, part in enumerate(file.document["meshes"]):
-        kept = [primitive for primitive in part.get("primitives", []) if number in shown]
+        kept = [primitive for primitive in part.get("primitives", []) if number in visible]
         kept = [primitive for primitive in kept if _is_surface(file, primitive, left_out)]
         file.changed |= len(kept) != len(part.get("primitives", []))
         part["primitives"] = kept

@@ -40,13 +40,13 @@ def show(file: GltfFile) -> set[int]:
     if len(scenes) > 1:
         log.warning("%s has %d scenes: number %d is read", file.path.name, len(scenes), first)
     _check_tree(file)
-    seen, hidden = _visible(file, scene.get("nodes", []))
+    shown_nodes, hidden = _visible(file, scene.get("nodes", []))
     for node in hidden:
         if "mesh" in document["nodes"][node]:
             log.warning("%s: the mesh of a hidden node is left out", file.path.name)
             del document["nodes"][node]["mesh"]
             file.changed = True
-    used = [node for node in seen if "mesh" in document["nodes"][node]]
+    used = [node for node in shown_nodes if "mesh" in document["nodes"][node]]
     if not used:
         kept = (
             "it holds no triangles: it has no mesh"
@@ -80,22 +80,22 @@ def _check_tree(file: GltfFile) -> None:
 
 def _visible(file: GltfFile, roots: list[int]) -> tuple[list[int], list[int]]:
     """The nodes of a scene that are to be seen, and those that are hidden, with all below them."""
-    seen: list[int] = []
+    shown_nodes: list[int] = []
     hidden: list[int] = []
     rest = [(node, True) for node in roots]
     while rest:
         number, visible = rest.pop()
         node = file.item("nodes", number)
         visible = visible and node.get("extensions", {}).get(VISIBILITY, {}).get("visible", True)
-        (seen if visible else hidden).append(number)
+        (shown_nodes if visible else hidden).append(number)
         rest += [(child, visible) for child in node.get("children", [])]
-    return sorted(seen), sorted(hidden)
+    return sorted(shown_nodes), sorted(hidden)
 
 
 def _morph(file: GltfFile, nodes: list[int]) -> None:
     """Give nodes whose weights move the corners a mesh of their own, moved (specification, sec. 3.7.2.2)."""
     document = file.document
-    made: dict[tuple[int, tuple[float, ...]], int] = {}
+    copies: dict[tuple[int, tuple[float, ...]], int] = {}
     for number in nodes:
         node = document["nodes"][number]
         mesh = document["meshes"][node["mesh"]]
@@ -103,13 +103,13 @@ def _morph(file: GltfFile, nodes: list[int]) -> None:
         if not any(weights):
             continue
         key = node["mesh"], weights
-        if key not in made:
+        if key not in copies:
             new = copy.deepcopy(mesh)
             for primitive in new.get("primitives", []):
                 _move(file, primitive, weights)
             document["meshes"].append(new)
-            made[key] = len(document["meshes"]) - 1
-        node["mesh"] = made[key]
+            copies[key] = len(document["meshes"]) - 1
+        node["mesh"] = copies[key]
         file.changed = True
 
 

@@ -224,9 +224,9 @@ def read_ply(path: Path) -> list[Mesh]:
         raise file.wrong(f"a face names vertex {wrong}, out of bounds: there are {len(points)}, counted from 0")
     colours = _colours(vertices)
     face = file.elements.get("face")
-    if colours is None and face is not None and (own := _colours(face)) is not None:
-        colours = _of_faces(own[polygons], faces, len(points))
-        if np.abs(colours[faces] - own[polygons][:, None]).max() > 0.02:
+    if colours is None and face is not None and (face_colours := _colours(face)) is not None:
+        colours = _of_faces(face_colours[polygons], faces, len(points))
+        if np.abs(colours[faces] - face_colours[polygons][:, None]).max() > 0.02:
             log.warning("%s: its faces' colours become those of the vertices, their mean", path.name)
     normals = None
     if {"nx", "ny", "nz"} <= vertices.columns.keys():
@@ -239,12 +239,12 @@ def read_ply(path: Path) -> list[Mesh]:
         return [_painted(whole, layout, file, int(which[0]))]
     parts = []
     for k in np.unique(which):
-        own = which == k
-        used, inverse = np.unique(faces[own], return_inverse=True)
+        of_picture = which == k
+        used, inverse = np.unique(faces[of_picture], return_inverse=True)
         rows = (None if x is None else x[used] for x in (points, colours, normals))
         vertices_k, colours_k, normals_k = rows
         part = Mesh(vertices_k, inverse.reshape(-1, 3).astype(np.int32), colours_k, normals=normals_k)
-        parts.append(_painted(part, (layout[0], layout[1][own]), file, int(k)))
+        parts.append(_painted(part, (layout[0], layout[1][of_picture]), file, int(k)))
     return parts
 
 

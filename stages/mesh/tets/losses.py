@@ -59,9 +59,9 @@ def losses(mesh: Mesh, body: TriangleTree, surface: TriangleTree, cell: float) -
     face, weights = _probes(mesh, part, areas)
     points, normals = points_at(mesh, face, weights), mesh.face_normals()[face]
     solid = np.stack([body.winding_numbers(points + way * NEAR * cell * normals) for way in (1, -1)]) > 0.5
-    seen = solid[0] != solid[1]
+    on_surface = solid[0] != solid[1]
     inwards = np.where(solid[1], -1.0, 1.0)[:, None] * normals
-    part_of, points, inwards = part[face[seen]], points[seen], inwards[seen]
+    part_of, points, inwards = part[face[on_surface]], points[on_surface], inwards[on_surface]
     if not len(points):
         return Losses(0.0, np.full(len(areas), np.nan), 2 * cell, reach)
     begin = points + NEAR * cell * inwards
@@ -87,8 +87,8 @@ def _probes(mesh: Mesh, part: np.ndarray, areas: np.ndarray) -> tuple[np.ndarray
     count = np.bincount(part[face], minlength=len(areas))
     for k in np.argsort(-areas, kind="stable")[:PARTS]:
         if count[k] < LEAST and areas[k] > 0:
-            own = np.flatnonzero(part == k)
-            face, weights = surface_samples(Mesh(mesh.vertices, mesh.faces[own]), LEAST, generator)
-            faces.append(own[face])
+            part_faces = np.flatnonzero(part == k)
+            face, weights = surface_samples(Mesh(mesh.vertices, mesh.faces[part_faces]), LEAST, generator)
+            faces.append(part_faces[face])
             many.append(weights)
     return np.concatenate(faces), np.concatenate(many)

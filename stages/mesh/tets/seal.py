@@ -27,7 +27,7 @@ def sealed(solid: np.ndarray) -> np.ndarray:
 
 def _seen(empty: np.ndarray) -> np.ndarray:
     """Return which points have only empty ones on the way to the border, in one of the grid's 26 directions."""
-    seen = np.zeros_like(empty)
+    open_points = np.zeros_like(empty)
     for direction in itertools.product((-1, 0, 1), repeat=3):
         if not any(direction):
             continue
@@ -39,8 +39,8 @@ def _seen(empty: np.ndarray) -> np.ndarray:
         for i in range(len(layers)):
             before = clear[i - 1] if i else np.ones_like(layers[0])
             clear[i] = layers[i] & _moved(before, shift)
-        seen |= np.moveaxis(clear[:: -direction[axis]], 0, axis)
-    return seen
+        open_points |= np.moveaxis(clear[:: -direction[axis]], 0, axis)
+    return open_points
 
 
 def _moved(layer: np.ndarray, shift: tuple[int, int]) -> np.ndarray:
