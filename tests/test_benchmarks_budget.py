@@ -118,6 +118,7 @@ def test_cells_of_a_budget_get_their_systems_steps_and_share_no_coarse_stage(tmp
     assert json.loads((tmp_path / "out" / "suite.json").read_text())["suite"].endswith("-steps-26")
 
 
+@pytest.mark.slow
 def test_a_quick_suite_takes_a_share_of_every_recipes_steps(tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(quality, "run_cells", lambda cells, args: seen.append((cells, args)) or [])

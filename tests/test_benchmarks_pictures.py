@@ -16,6 +16,7 @@ def truth_of(caption: str) -> Subject:
     return Subject.of(build(world.parse(caption)))
 
 
+@pytest.mark.slow
 def test_an_asset_that_is_its_truth_has_no_error() -> None:
     robot = truth_of("a blue robot")
     facts = picture_facts(robot, robot)
@@ -30,6 +31,7 @@ def test_psnr_of_a_constant_error_is_its_own() -> None:
     assert math.isnan(psnr(picture, picture, ~mask))
 
 
+@pytest.mark.slow
 def test_each_error_is_seen_by_its_own_measure() -> None:
     robot = truth_of("a blue robot")
     plain = replace(robot, colours=robot.colours.mean(0).expand_as(robot.colours).contiguous())

@@ -238,6 +238,7 @@ def test_resumed_start_from_a_mesh_equals_uninterrupted_one_bitwise():
     assert equal(whole.state_dict(), resumed.state_dict())
 
 
+@pytest.mark.slow
 def test_small_parts_of_a_users_mesh_are_kept():
     both = join(sphere(0.4, 24, 12), moved(sphere(0.06, 12, 8), (0.7, 0, 0)))  # 2 % of the large one's area
     assert measure(stage(previous=Asset(mesh=both), tets=32).finish().mesh).components == 2

@@ -57,6 +57,7 @@ def test_agrees_with_the_twin_at_a_hundred_random_sizes(name, backend, device):
     assert wrong_pixels <= 1e-3 * pixels
 
 
+@pytest.mark.slow
 def test_the_random_inputs_reach_what_they_are_meant_to_reach():
     """A comparison of empty pictures would pass too."""
     covered = [float((twins("rasterise", s)[1][0][0][..., 3] > 0).float().mean()) for s in SIZES if s % 20]

@@ -42,6 +42,7 @@ def test_distances_are_stored_not_signs():
     np.testing.assert_allclose(dmtet.sdf.detach().numpy(), radius - 0.7, atol=0.02)
 
 
+@pytest.mark.slow
 def test_a_hole_is_closed_and_the_rest_stays_where_it_was():
     centre = BALL.vertices[BALL.faces].mean(1)
     for top in (0.45, 0.0):
@@ -67,6 +68,7 @@ def test_faces_wound_anyhow_and_corners_of_their_own_make_no_difference():
         assert measure(surface).volume == pytest.approx(measure(plain).volume, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_overlapping_parts_become_one_body_without_walls_inside():
     both = join(moved(BALL, (-0.15, 0, 0), 0.7), moved(BALL, (0.15, 0, 0), 0.7))
     dmtet, facts = dmtet_from_mesh(both, Lattice(32))
@@ -92,6 +94,7 @@ def test_a_sheet_is_refused_with_ways_out_and_may_be_thickened():
     np.testing.assert_allclose(np.abs(surface.vertices[:, 1]).max(), half, atol=0.01)
 
 
+@pytest.mark.slow
 def test_a_shell_leaves_closed_parts_alone():
     sheet = make([[-0.9, 0.8, -0.1], [0.9, 0.8, -0.1], [0.9, 0.8, 0.1], [-0.9, 0.8, 0.1]], [[0, 2, 1], [0, 3, 2]])
     surface, _ = started(join(moved(BALL, (0, -0.3, 0), 0.7), sheet), 32, shell=1.0)
@@ -116,6 +119,7 @@ def plate(thickness):
     return make(points @ turn, box().faces)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("thickness", [0.06, 0.03, 0.015])
 def test_a_plate_thinner_than_a_cell_is_refused_with_the_lattice_that_holds_it(thickness):
     with pytest.raises(UserError, match="cannot be made a body") as caught:

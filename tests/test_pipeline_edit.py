@@ -103,6 +103,7 @@ def albedo_of(folder: Path) -> np.ndarray:
     return painted_samples(mesh, torch.Generator().manual_seed(0))(2000)[1].mean(0).numpy()
 
 
+@pytest.mark.slow
 def test_an_edit_starts_with_the_object_there_and_changes_its_colour(base, edited):
     before, after = metrics(base, "coarse"), metrics(edited, "coarse")
     assert [m["step"] for m in after] == list(range(1, 9))
@@ -112,6 +113,7 @@ def test_an_edit_starts_with_the_object_there_and_changes_its_colour(base, edite
     assert green[1] - green[0] > red[1] - red[0] + 0.1, (red, green)
 
 
+@pytest.mark.slow
 def test_the_runs_settings_lie_under_the_edits_and_the_commands_over_both(base, edited):
     theirs, ours = read_config(base), read_config(edited)
     assert ours.prompt == "a green block" and ours.from_run == str(base)
@@ -122,6 +124,7 @@ def test_the_runs_settings_lie_under_the_edits_and_the_commands_over_both(base, 
     assert load_config(str(edited), [], {}) == ours  # fed back, the recipe is not laid over it again
 
 
+@pytest.mark.slow
 def test_an_edit_killed_and_resumed_without_its_source_has_the_same_bytes(pipeline, base, edited, tmp_path):
     source = shutil.copytree(base, tmp_path / "source")
     for name in ("red.glb", "green.glb"):
@@ -142,6 +145,7 @@ def test_an_edit_killed_and_resumed_without_its_source_has_the_same_bytes(pipeli
         assert ours.keys() == theirs.keys() and all(bool((ours[k] == theirs[k]).all()) for k in ours)
 
 
+@pytest.mark.slow
 def test_an_edit_can_be_edited(edited):
     start = check_inputs(load_config(None, [], {"from_run": str(edited), "prompt": "a blue block"}))
     assert list(start.copies) == ["start/checkpoint.safetensors"] and '"a green block", as "a blue block"' in start.note

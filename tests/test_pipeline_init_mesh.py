@@ -111,6 +111,7 @@ def metrics(folder: Path) -> list[dict]:
     return [{key: value for key, value in entry.items() if key != "seconds"} for entry in entries]
 
 
+@pytest.mark.slow
 def test_a_locked_mesh_keeps_its_triangles_to_the_bit_and_its_layout(painted, files):
     own, back = read_mesh(files / "grey.glb"), read_mesh(painted / "mesh.glb")
     np.testing.assert_array_equal(back.vertices[back.faces], own.vertices[own.faces])
@@ -119,6 +120,7 @@ def test_a_locked_mesh_keeps_its_triangles_to_the_bit_and_its_layout(painted, fi
     assert record["export"]["unwrap"] == "own" and record["status"] == "finished"
 
 
+@pytest.mark.slow
 def test_a_locked_mesh_takes_on_the_colours_that_the_prior_wants(painted):
     """Red and blue halves: in six steps from grey (128) the green goes, before the two part."""
     back = read_mesh(painted / "mesh.glb")
@@ -127,6 +129,7 @@ def test_a_locked_mesh_takes_on_the_colours_that_the_prior_wants(painted):
     assert shown[0] > grey + 0.03 and shown[2] > grey + 0.03 and shown[1] < grey - 0.03
 
 
+@pytest.mark.slow
 def test_a_locked_run_killed_and_resumed_without_the_users_file_has_the_same_bytes(pipeline, painted, files, tmp_path):
     mesh = shutil.copy(files / "grey.glb", tmp_path / "mine.glb")
     process = pipeline(*locked(files, mesh), cwd=tmp_path)
@@ -146,12 +149,14 @@ def test_a_locked_run_killed_and_resumed_without_the_users_file_has_the_same_byt
     np.testing.assert_array_equal(back.vertices[back.faces], own.vertices[own.faces])
 
 
+@pytest.mark.slow
 def test_the_configuration_names_the_mesh_and_feeds_back(painted, files):
     config = read_config(painted)
     assert config.init_mesh == str(files / "grey.glb") and config.fine.geometry == "locked"
     assert load_config(str(painted), [], {}) == config
 
 
+@pytest.mark.slow
 def test_a_mesh_that_may_change_becomes_a_solid_and_lies_where_the_users_lay(pipeline, files, tmp_path):
     code, _, err = pipeline(
         *arguments(files, "--init-mesh", str(files / "grey.glb"), "fine.steps=2"), cwd=tmp_path
@@ -200,6 +205,7 @@ def test_the_start_is_told(files):
     assert "is painted and keeps its shape" in checked(files / "grey.glb", "fine.geometry=locked").note
 
 
+@pytest.mark.slow
 def test_a_mesh_and_a_run_to_start_from_are_one_too_many(files, painted):
     with pytest.raises(UserError, match="both given"):
         check_inputs(
@@ -207,6 +213,7 @@ def test_a_mesh_and_a_run_to_start_from_are_one_too_many(files, painted):
         )
 
 
+@pytest.mark.slow
 def test_a_run_that_began_with_a_mesh_has_no_coarse_stage_to_give(painted):
     with pytest.raises(UserError, match="no finished coarse stage") as caught:
         check_inputs(load_config(None, [], {"stages": "fine", "from_run": str(painted)}))

@@ -154,6 +154,7 @@ def test_a_killed_run_is_not_called_running(toy, tmp_path):
     assert json.loads((folder / "run.json").read_text())["status"] == Result(folder).status == "unfinished"
 
 
+@pytest.mark.slow
 def test_a_run_outlives_the_reader_of_its_output(uninterrupted, tmp_path):
     """As `pipeline run ... | head -1` has it: the pipe is closed after a line, and the run ends with the same bytes."""
     script = "import sys; from tests import toy_pipeline; toy_pipeline.install(); from pipeline.cli import main; main()"

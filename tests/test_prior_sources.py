@@ -59,6 +59,7 @@ def command(*words: str) -> int:
     return stopped.value.code or 0
 
 
+@pytest.mark.slow
 def test_a_new_source_runs_is_resumed_and_feeds_back(grey, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     words = ["--stages", "coarse", "prior.coarse=grey:0.4", "reference.std=0.5", *TINY]
