@@ -201,7 +201,7 @@ def test_rule_gives_on_the_device_what_it_gives_on_the_cpu(rule, folder):
         guide = Guidance(prior, settings, prompts, torch.Generator().manual_seed(5))
         shown = images.clone().to(device).requires_grad_()
         views = orbit_views([20.0, 130.0], 20.0).to(device)
-        answer = guide(shown, views, 0.4, background=torch.zeros(2, 64, 64, 3, device=device))
+        answer = guide(shown, views, 0.4, backdrop=torch.zeros(2, 64, 64, 3, device=device))
         answer.loss.backward()
         return shown.grad.cpu(), {name: float(value) for name, value in answer.metrics.items()}
 

@@ -104,7 +104,7 @@ def _chain(path: Path, find: Callable[[str], Path]) -> list[tuple[Layer, Layer |
 
 
 def _taken_out(layer: Layer, name: str) -> Layer | None:
-    """What a layer holds below a key, as a layer of its own, and no longer there; None for nothing."""
+    """Move what a layer holds below a key into a layer of its own; None where it holds nothing."""
     if name not in layer.values:
         return None
     values, origin = layer.values.pop(name), layer.origins[(name,)]

@@ -68,14 +68,14 @@ class FolderSource(PriorSource):
         )
 
     def announce(self, ask: Ask, facts: Facts) -> str | None:
-        """What will be downloaded; of a folder that is here, the parts that lack the variant asked for."""
+        """Return what will be downloaded; of a folder that is here, the parts that lack the variant asked for."""
         from stages.guidance.diffusion.hub import download_note
         from stages.guidance.diffusion.settings import AUTO
 
         variant = ask.diffusion.variant
         if facts.plan is None:
             return download_note(self.text, *_wishes(ask))
-        lacking = [part for part, found in facts.plan.variants.items() if variant not in (None, AUTO, found)]
+        lacking = [part for part, stored in facts.plan.variants.items() if variant not in (None, AUTO, stored)]
         return f"no {variant} files of {', '.join(lacking)}: the plain ones are loaded" if lacking else None
 
     def fetch(self, ask: Ask, facts: Facts) -> Facts:
@@ -107,8 +107,8 @@ class FolderSource(PriorSource):
             ("max_batch", "1", settings.max_batch != 1),
             ("dtype", "bfloat16", settings.dtype not in ("float16", "bfloat16") and not copied),
         )
-        own = f"{ask.stage}_diffusion"
-        group = f"prior.{own}" if getattr(ask.config.prior, own, {}) else "prior.diffusion"
+        key = f"{ask.stage}_diffusion"
+        group = f"prior.{key}" if getattr(ask.config.prior, key, {}) else "prior.diffusion"
         return [f"{group}.{name}={value}" for name, value, useful in chosen if useful]
 
     @classmethod

@@ -84,13 +84,13 @@ class Ask:
 
     @property
     def diffusion(self) -> DiffusionSettings:
-        """How the stage's prior is loaded and run: prior.diffusion, but for what is another for this stage."""
+        """The loading settings of the stage's prior: prior.diffusion with the changes for this stage."""
         changes = getattr(self.config.prior, f"{self.stage}_diffusion", {})
         return self.config.prior.diffusion.with_changes(changes) if changes else self.config.prior.diffusion
 
     @property
     def device(self) -> torch.device:
-        """Where the run will compute."""
+        """The device of the run."""
         import torch
 
         return torch.device("cuda" if self.config.device != "cpu" and torch.cuda.is_available() else "cpu")

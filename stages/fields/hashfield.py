@@ -110,7 +110,9 @@ def without_gradient(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor],
 class HashField(nn.Module):
     """Density, normals and albedo at world points [N, 3] in [-1, 1]^3.
 
-    Args: settings; generator: a CPU generator that all initial values are drawn from.
+    Args:
+        settings: sizes and initial values.
+        generator: on the CPU; draws all initial values.
     """
 
     def __init__(self, settings: FieldSettings, generator: torch.Generator) -> None:

@@ -146,7 +146,7 @@ def _interpolated(images: Tensor, height: int, width: int, filtered: bool) -> Te
 
 @lru_cache(maxsize=16)
 def _weights(size: int, side: int, filtered: bool, device: torch.device) -> Tensor:
-    """How much each of `size` samples of a line counts in each of `side`: [side, size]."""
+    """Return the weight of each of `size` samples of a line in each of `side`: [side, size]."""
     return _interpolated(torch.eye(size)[None, None], side, size, filtered)[0, 0].to(device)
 
 

@@ -68,7 +68,7 @@ class GuidanceSettings(BaseModel):
 
     @property
     def strength(self) -> float:
-        """What the stage's regularisers are multiplied by; see `weighed_for`."""
+        """The factor of the stage's regularisers; see `weighed_for`."""
         return 1.0 if self.weighed_for is None else rules.strength(self.scale, self.rescale) / self.weighed_for
 
     @model_validator(mode="after")

@@ -217,7 +217,7 @@ def _unet_family(folder: Path, classes: dict[str, str]) -> Family:
 def check_folder(
     folder: Path, variant: str | None = None, half: bool = False, weights: bool = True
 ) -> tuple[Family, dict[str, str], dict[str, str | None]]:
-    """family_of and the variant of each part's weights, after checking that every part's files are there.
+    """Return family_of and the variant of each part's weights, after checking that every part's files are there.
 
     Args:
         folder: the model's.

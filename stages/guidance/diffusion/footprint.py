@@ -109,7 +109,7 @@ def footprint(
 
 
 def text_bytes(class_name: str, headers: dict[str, Header], dtype: torch.dtype) -> int:
-    """Bytes of a text encoder in a precision; in float16 transformers keeps some layers of a T5 in float32."""
+    """Count the bytes of a text encoder in a precision; float16 leaves some layers of a T5 in float32."""
     import transformers
 
     kept = getattr(getattr(transformers, class_name), "_keep_in_fp32_modules", None) or ()

@@ -31,7 +31,7 @@ GB = 1e9
 
 
 def locate(path_or_id: str, revision: str | None = None, variant: str | None = None, half: bool = False) -> Path:
-    """The folder of a model: a local one first, else the hub's snapshot (from its cache when offline).
+    """Find the folder of a model: a local one first, else the hub's snapshot (from its cache when offline).
 
     Args:
         path_or_id: a folder, or owner/name on the hub.
@@ -57,7 +57,7 @@ def locate(path_or_id: str, revision: str | None = None, variant: str | None = N
 
 
 def locate_autoencoder(path_or_id: str) -> Path:
-    """The folder of an autoencoder alone, or of a model whose vae/ is meant; local first, hub id second."""
+    """Find the folder of an autoencoder alone, or of a model whose vae/ is meant; local first, hub id second."""
     path = from_home(path_or_id)
     if not path.exists() and _HUB_ID.fullmatch(path_or_id):
         # The hub's patterns let * cross folders: a name's beginning keeps the rest of a whole model away.
@@ -74,7 +74,7 @@ def locate_autoencoder(path_or_id: str) -> Path:
 
 
 def snapshot(model_id: str, revision: str | None = None) -> Path | None:
-    """The snapshot of a hub id that is on this machine, whole or not; None for none, or for what is no hub id."""
+    """Return this machine's snapshot of a hub id, complete or not; None without one, or for what is no hub id."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
@@ -96,7 +96,7 @@ def _partial(error: Exception) -> Path | None:
 
 
 def cached(model_id: str, revision: str | None = None, variant: str | None = None, half: bool = False) -> Path | None:
-    """The snapshot of a hub id that is on this machine, whole; None for none, or for what is no hub id."""
+    """Return this machine's complete snapshot of a hub id; None without one, or for what is no hub id."""
     folder = snapshot(model_id, revision)
     if folder is None:
         return None
@@ -108,7 +108,7 @@ def cached(model_id: str, revision: str | None = None, variant: str | None = Non
 
 
 def check_hub(model_id: str, revision: str | None = None) -> Path:
-    """The folder of a hub id that is not on this machine, with everything but its weights.
+    """Fetch everything but the weights of a hub id that is not on this machine; returns its folder.
 
     A mistyped or gated id, or a hub out of reach, is refused by the index alone, before any work. Raises: UserError.
     """
@@ -124,13 +124,15 @@ def check_hub(model_id: str, revision: str | None = None) -> Path:
 
 
 def fetch_index(model_id: str, revision: str | None, what: str) -> Path:
-    """The folder of a hub id with its model_index.json, of which it asks the hub."""
+    """Fetch the model_index.json of a hub id; returns its folder."""
     return _snapshot(model_id, revision, ["model_index.json"], what)
 
 
 def fetch_texts(model_id: str, revision: str | None, what: str) -> Path:
-    """The folder of a hub id with its index, configs, tokenizers and schedule, of which it asks the hub: some MB,
-    nearly all of them vocabularies."""
+    """Fetch the index, configs, tokenizers and schedule of a hub id; returns its folder.
+
+    They are some MB, nearly all of them vocabularies.
+    """
     return _snapshot(model_id, revision, _TEXTS, what)
 
 
@@ -152,8 +154,8 @@ def download_note(model_id: str, revision: str | None, variant: str | None, half
         kind = path.stem.partition(".")[2].partition("-")[0] or "full precision"
         label = f"{path.parts[0]} {kind}"
         parts[label] = parts.get(label, 0.0) + size
-    shown = ", ".join(f"{label} {size / GB:.2f}" for label, size in parts.items())
-    return f"downloading {sum(parts.values()) / GB:.2f} GB of {model_id}: {shown}"
+    sizes_text = ", ".join(f"{label} {size / GB:.2f}" for label, size in parts.items())
+    return f"downloading {sum(parts.values()) / GB:.2f} GB of {model_id}: {sizes_text}"
 
 
 def _files(model_id: str, revision: str | None, variant: str | None, half: bool) -> dict[str, int]:
@@ -165,14 +167,14 @@ def _files(model_id: str, revision: str | None, variant: str | None, half: bool)
     if constants.HF_HUB_OFFLINE:
         return {}
     try:
-        found = HfApi().model_info(model_id, revision=revision, files_metadata=True).siblings or []
+        files = HfApi().model_info(model_id, revision=revision, files_metadata=True).siblings or []
     except (HfHubHTTPError, OfflineModeIsEnabled, OSError):
         return {}  # the download says what is wrong, or takes what this machine has
     except Exception as error:
         if type(error).__module__.partition(".")[0] not in _CLIENTS:
             raise
         return {}
-    sizes = {file.rfilename: file.size or 0 for file in found}
+    sizes = {file.rfilename: file.size or 0 for file in files}
     return {name: sizes[name] for name in chosen_files(model_id, revision, sizes, variant, half)}
 
 
@@ -229,7 +231,7 @@ def _snapshot(repo_id: str, revision: str | None, patterns: list[str], what: str
 
 @contextmanager
 def _explained(repo_id: str, what: str) -> Iterator[None]:
-    """What the hub and the way to it can fail with, as UserErrors."""
+    """Turn the failures of the hub and the connection into UserErrors."""
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:

@@ -59,7 +59,7 @@ class Plan:
         return encoder_specs(self.family, self.classes)
 
     def headers(self, part: str, stem: str) -> dict[str, Header]:
-        """The tensors of a part's weight files."""
+        """Read the tensors' headers of a part's weight files."""
         files = check_files(self.directories[part], stem, self.variants[part], f"Cannot load the prior {self.folder}")
         return read_headers(files)
 

@@ -290,7 +290,7 @@ class _Loader:
         )
 
     def _store(self, device: torch.device, dtype: torch.dtype) -> TextStore | None:
-        """Where embeddings are kept: those of a T5 as it comes; other encoders take no time."""
+        """Return the store of embeddings, for an unchanged T5 alone: other encoders take no time."""
         large = any(self.plan.classes[spec.part] in T5 for spec in self.plan.encoders)
         if not (large and self.settings.keep_embeddings and self.lora is None):
             return None

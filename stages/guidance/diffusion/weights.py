@@ -35,7 +35,7 @@ class Header:
 
 
 def weight_files(directory: Path, stem: str, variant: str | None = None) -> list[Path]:
-    """The safetensors files of a component, shards in order; empty where there is none of that variant."""
+    """List the safetensors files of a component, shards in order; empty where there is none of that variant."""
     return [directory / name for name in weight_names([path.name for path in directory.iterdir()], stem, variant)]
 
 
