@@ -240,3 +240,41 @@ def test_a_glb_that_goes_on_and_one_of_version_1_are_refused(tmp_path):
     assert f"promises {len(data)} bytes" in why and str(len(data) + 4) in why
     (tmp_path / "a.glb").write_bytes(struct.pack("<4sI", b"glTF", 1) + data[8:])
     assert "version 1" in refusal(tmp_path / "a.glb")
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "words"),
+    [
+        (("nodes", 0, "mesh"), "0", 'its nodes[0].mesh is "0", wanted a whole number from 0'),
+        (("nodes", 0, "mesh"), True, "its nodes[0].mesh is true, wanted a whole number from 0"),
+        (("nodes",), {}, "its nodes is {}, wanted a list"),
+        (("nodes", 0), 7, "its nodes[0] is 7, wanted an object"),
+        (("nodes", 0, "matrix"), [1, 0, 0], "its nodes[0].matrix is [1, 0, 0], wanted a list of 16"),
+        (("nodes", 0, "scale"), [1, 1, float("inf")], "its nodes[0].scale[2] is Infinity, wanted a number"),
+        (("nodes", 0, "translation"), [0, 0, 1e308], "its nodes[0].translation[2] is 1e+308, wanted a number"),
+        (("meshes", 0, "primitives", 0, "attributes"), [], "its meshes[0].primitives[0].attributes is []"),
+        (("accessors", 0, "count"), 4.5, "its accessors[0].count is 4.5, wanted a whole number from 0"),
+        (("accessors", 0, "count"), None, "its accessors[0].count is null"),
+        (("buffers", 0), {}, "its buffers[0].byteLength is missing"),
+        (("extensionsUsed",), [0], "its extensionsUsed[0] is 0, wanted a text"),
+        (("materials",), [{"pbrMetallicRoughness": {"baseColorTexture": {}}}], "baseColorTexture.index is missing"),
+        (("textures",), ["x" * 99], 'its textures[0] is "xxx'),
+    ],
+)
+def test_a_value_of_another_kind_is_refused_with_its_place(document, tmp_path, place, value, words):
+    part = document.json
+    for key in place[:-1]:
+        part = part[key]
+    part[place[-1]] = value
+    assert words in refusal(document.save(tmp_path))
+
+
+def test_json_nested_without_end_is_refused(tmp_path):
+    (tmp_path / "a.gltf").write_text('{"nodes": ' + "[" * 100_000)
+    assert "its JSON is broken" in refusal(tmp_path / "a.gltf")
+
+
+def test_what_a_file_says_beside_what_is_read_may_be_anything(document, tmp_path):
+    document.json |= {"extras": 7, "skins": "x"}
+    document.json["nodes"][0] |= {"extras": [], "skin": None, "extensions": {"EXT_x": 1}}
+    assert len(read_mesh(document.save(tmp_path)).faces) == 2

@@ -156,3 +156,19 @@ def test_colours_of_faces_become_those_of_their_vertices(tmp_path):
     lines = LIST + "".join(f"\nproperty uchar {k}" for k in ("red", "green", "blue"))
     mesh = read_mesh(saved(tmp_path, ply("ascii", [("vertex", XYZ, vertices(SQUARE[:3])), ("face", lines, rows)])))
     np.testing.assert_allclose(mesh.colours, np.tile([1, 0, 0], (3, 1)), atol=1e-6)
+
+
+@pytest.mark.parametrize("number", [-1, 2])
+def test_a_face_may_name_a_picture_that_is_not_there(tmp_path, number):
+    Image.new("RGB", (2, 2), (9, 8, 7)).save(tmp_path / "a.png")
+    face = [[("u1", 3), ("i4", [0, 1, 2]), ("u1", 6), ("f4", [0, 0, 1, 0, 1, 1]), ("i4", n)] for n in (0, number)]
+    lines = LIST + "\nproperty list uchar float texcoord\nproperty int texnumber"
+    data = ply("ascii", [("vertex", XYZ, vertices(SQUARE)), ("face", lines, face)], ["comment TextureFile a.png"])
+    mesh = read_mesh(saved(tmp_path, data))
+    assert len(mesh.faces) == 2 and mesh.texture is not None
+    texels = mesh.texture.reshape(-1, 3).tolist()
+    assert [9, 8, 7] in texels and any(texel != [9, 8, 7] and any(texel) for texel in texels)  # one of them is grey
+
+
+def test_a_header_without_elements_is_refused(tmp_path):
+    assert "no vertices with x, y and z" in refusal(tmp_path, b"ply\nformat ascii 1.0\nend_header\n0 0 0\n")

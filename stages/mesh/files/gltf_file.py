@@ -16,6 +16,7 @@ from urllib.parse import unquote, unquote_to_bytes
 import numpy as np
 
 from stages.errors import UserError
+from stages.mesh.files.gltf_schema import check_kinds
 
 _TYPES = {5120: np.int8, 5121: np.uint8, 5122: np.int16, 5123: np.uint16, 5125: np.uint32, 5126: np.float32}
 _COLUMNS = {"SCALAR": 1, "VEC2": 2, "VEC3": 3, "VEC4": 4}
@@ -36,11 +37,12 @@ class GltfFile:
                 data += file.read()
         try:
             self.document: dict[str, Any] = json.loads(data.decode("utf-8-sig"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise self.wrong(f"its JSON is broken or cut off: {error}") from None
         if not isinstance(self.document, dict):
             raise self.wrong("its JSON is no object")
         self._check_version()
+        check_kinds(self.document, self.wrong)
         self.changed = data.startswith(b"\xef\xbb\xbf")  # trimesh stumbles over a byte-order mark
         self.buffers: dict[int, bytes] = {}
 

@@ -54,7 +54,8 @@ def join(parts: list[Mesh]) -> Mesh:
 
 def _finish(parts: list[Mesh]) -> dict[str, Any]:
     """Return the metalness and roughness of the parts together: their mean by area, warned of where they differ."""
-    areas = np.array([face_areas(part.vertices, part.faces).sum() for part in parts])
+    with np.errstate(all="ignore"):  # coordinates that are not finite are refused with the mesh
+        areas = np.array([face_areas(part.vertices, part.faces).sum() for part in parts])
     finish: dict[str, Any] = {}
     for name in ("metallic", "roughness"):
         values = np.array([np.nan if getattr(part, name) is None else getattr(part, name) for part in parts], float)

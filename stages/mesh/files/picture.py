@@ -15,6 +15,7 @@ from stages.mesh.files.join import LARGEST
 
 log = logging.getLogger(__name__)
 
+FARTHEST = 1e5  # tiles from the picture: single precision has 64 steps or so for a tile there
 GREY = 0.6  # linear colour of a mesh that has none
 
 
@@ -57,7 +58,7 @@ def in_one_tile(uv: np.ndarray, faces: np.ndarray, texture: np.ndarray) -> dict[
 
     Each face moves by whole tiles; where one reaches over a border, the texture itself is repeated.
     """
-    uv = np.nan_to_num(uv.astype(np.float64))
+    uv = _within_reach(uv)
     if uv.min() >= 0 and uv.max() <= 1:
         return {"uv": uv.astype(np.float32), "uv_faces": faces, "texture": texture}
     corners = uv[faces]  # [F, 3, 2]
@@ -79,7 +80,7 @@ def spread(uv: np.ndarray, faces: np.ndarray, texture: np.ndarray, wraps: tuple[
     """
     from PIL import Image
 
-    uv = np.nan_to_num(uv.astype(np.float64))
+    uv = _within_reach(uv)
     low = np.minimum(np.floor(uv.min(0) + 1e-6), 0).astype(int)
     tiles = np.maximum(np.ceil(uv.max(0) - 1e-6), 1).astype(int) - low
     if (low == 0).all() and (tiles == 1).all():
@@ -93,6 +94,16 @@ def spread(uv: np.ndarray, faces: np.ndarray, texture: np.ndarray, wraps: tuple[
     down = size[1] - 1 - up[::-1]
     fit = np.clip((uv - low) / tiles, 0, 1).astype(np.float32)
     return {"uv": fit, "uv_faces": faces, "texture": np.ascontiguousarray(texture[down][:, across])}
+
+
+def _within_reach(uv: np.ndarray) -> np.ndarray:
+    """Texture coordinates [T, 2] in double precision; those that are no numbers, or far away, are 0."""
+    far = ~(np.abs(uv) < FARTHEST)
+    if far.any():
+        log.warning(
+            "%d texture coordinates are no numbers, or more than %g tiles away: taken as 0", far.sum(), FARTHEST
+        )
+    return np.where(far, 0.0, uv.astype(np.float64))
 
 
 def _source(size: int, low: int, tiles: int, wrap: str) -> np.ndarray:

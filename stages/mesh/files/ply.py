@@ -55,7 +55,9 @@ class _Ply:
         self.pictures: list[str] = []
         self.elements: dict[str, _Element] = {}
         self.order = self._header(data[: end.start()].decode("utf-8", errors="surrogateescape").splitlines())
-        self.data, self.place = data, end.end()
+        self.data, self.place = data, end.end() if self.order else 0
+        self.tokens = [] if self.order else data[end.end() :].split()
+        self.begin = self.place
         for element in self.elements.values():
             self._read(element)
         rest = self.data[self.place :] if self.order else self.tokens[self.place :]
@@ -90,15 +92,8 @@ class _Ply:
             raise self.wrong("its header does not say a format")
         return order
 
-    @property
-    def begin(self) -> int:
-        return self._begin
-
     def _read(self, element: _Element) -> None:
         """Take the rows of an element from the body: all at once where their lists are as long as the first's."""
-        if not hasattr(self, "_begin"):
-            self.tokens = [] if self.order else self.data[self.place :].split()
-            self._begin = self.place = self.place if self.order else 0
         if not element.count or not element.properties:
             for name, kind, length in element.properties:
                 empty = np.zeros(0, kind)
@@ -296,7 +291,7 @@ def _layout(
 
 def _painted(mesh: Mesh, layout: tuple[np.ndarray, np.ndarray] | None, file: _Ply, number: int) -> Mesh:
     """The mesh with its picture where it has one and coordinates, else with its colours."""
-    name = file.pictures[number] if number < len(file.pictures) else None
+    name = file.pictures[number] if 0 <= number < len(file.pictures) else None
     picture = None if name is None else find_beside(file.path.parent, name)
     if name is not None and (picture is None or layout is None):
         why = "there is no such file" if picture is None else "there are no texture coordinates"

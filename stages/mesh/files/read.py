@@ -58,9 +58,11 @@ def read_mesh(path: str | Path) -> Mesh:
         raise UserError(what, why, "get the whole file again, or save it as GLB") from error
     if mesh is None:
         raise UserError(what, "it holds no triangles", "save a triangle mesh; a point cloud has no surface to refine")
-    if mesh.normals is not None and not (np.abs(np.linalg.norm(mesh.normals, axis=1) - 1) < 0.01).all():
-        log.warning("some of its normals are of no length, or no unit vectors: they follow from the faces instead")
-        mesh.normals = None
+    if mesh.normals is not None:
+        length = np.linalg.norm(mesh.normals.astype(np.float64), axis=1)  # numbers of single precision, squared
+        if not (np.abs(length - 1) < 0.01).all():
+            log.warning("some of its normals are of no length, or no unit vectors: they follow from the faces instead")
+            mesh.normals = None
     if mesh.faces.min() < 0 or mesh.faces.max() >= len(mesh.vertices):
         raise UserError(what, f"its faces name vertex {mesh.faces.max()} of {len(mesh.vertices)}", "save it again")
     if not np.isfinite(mesh.vertices).all():
@@ -97,14 +99,16 @@ def _parts(scene: Any) -> list[tuple[Any, np.ndarray | None]]:
         if not len(getattr(source, "faces", ())):
             continue
         part = source.copy()
-        part.apply_transform(transform)
+        with np.errstate(all="ignore"):  # numbers that are none are refused with the mesh, by all readers alike
+            part.apply_transform(transform)
         if part.visual.kind == "texture":
             part.visual.material = source.visual.material  # and not a copy of its pictures
         normals = getattr(source, "vertex_attributes", {}).get("_NORMAL")
         if normals is not None:
-            turned = np.asarray(normals, np.float64) @ np.linalg.pinv(transform[:3, :3])
-            length = np.linalg.norm(turned, axis=1, keepdims=True)
-            part.vertex_attributes["_NORMAL"] = (turned / np.where(length > 0, length, 1)).astype(np.float32)
+            with np.errstate(all="ignore"):  # normals that are no unit vectors are left out, with a warning
+                turned = np.asarray(normals, np.float64) @ np.linalg.pinv(transform[:3, :3])
+                length = np.linalg.norm(turned, axis=1, keepdims=True)
+                part.vertex_attributes["_NORMAL"] = (turned / np.where(length > 0, length, 1)).astype(np.float32)
         tint = source.visual.vertex_attributes.get("color") if source.visual.kind == "texture" else None
         if tint is not None:
             tint = np.asarray(tint)
