@@ -141,3 +141,14 @@ def test_config_takes_several_recipes_by_commas(tmp_path):
     assert split_names("stable-diffusion, vsd") == ["stable-diffusion", "vsd"] and split_names("vsd") == "vsd"
     (tmp_path / "a,b.yaml").write_text("seed: 3\n")
     assert split_names(str(tmp_path / "a,b.yaml")) == str(tmp_path / "a,b.yaml") and split_names(None) is None
+
+
+@pytest.mark.parametrize("name", ["{a: b}", "[1]", "7", "true"])
+def test_a_choice_by_something_that_is_no_name_is_refused_beside_an_unknown_key(tmp_path, name):
+    path = tmp_path / "mine.yaml"
+    path.write_text(f"guidance:\n  coarse:\n    rule: {{name: {name}, stps: 1}}\n")
+    with pytest.raises(UserError, match="mine.yaml:3"):
+        load_config(str(path), [], {})
+    path.write_text(f"prior: {{name: {name}, fin: 1}}\n")
+    with pytest.raises(UserError, match="unknown key prior"):
+        load_config(str(path), [], {})

@@ -291,7 +291,8 @@ def _chosen(parent: type[BaseModel], values: Any, key: Key) -> type[BaseModel]:
     for part in key:
         values = values[part]
     variants = getattr(parent, "variants", dict)()
-    return variants.get(values if isinstance(values, str) else values.get(NAME), parent)
+    name = values.get(NAME) if isinstance(values, dict) else values
+    return variants.get(name, parent) if isinstance(name, str) else parent
 
 
 def _field_at(model: type[BaseModel], key: Key) -> FieldInfo | None:
