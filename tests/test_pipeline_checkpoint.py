@@ -7,7 +7,7 @@ import threading
 import pytest
 import torch
 
-from pipeline.runs.checkpoint import load_checkpoint, read_meta, save_checkpoint
+from pipeline.runs.checkpoint import STEPS, load_checkpoint, read_meta, save_checkpoint
 from stages.errors import UserError
 
 
@@ -54,3 +54,29 @@ def test_other_bytes_are_damaged(tmp_path, data):
     for read in (load_checkpoint, read_meta):
         with pytest.raises(UserError, match="damaged checkpoint"):
             read(tmp_path / "c")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"step": "3"},
+        {"steps": None},
+        {"seconds": []},
+        {"phases": 1},
+        {"settings": 2},
+        {"settings": [1]},
+        {"upstream": 1},
+    ],
+)
+def test_facts_of_another_kind_are_damaged(tmp_path, change):
+    save_checkpoint(tmp_path / "c", {"x": torch.ones(2)}, {"step": 3, "steps": 4} | change)
+    for read in (load_checkpoint, read_meta):
+        with pytest.raises(UserError, match=f"damaged checkpoint .*its {next(iter(change))} is"):
+            read(tmp_path / "c")
+
+
+def test_facts_that_are_needed_and_not_there_are_told(tmp_path):
+    save_checkpoint(tmp_path / "c", {"x": torch.ones(2)}, {"step": 3})
+    assert read_meta(tmp_path / "c")["step"] == 3
+    with pytest.raises(UserError, match="it does not say its steps"):
+        read_meta(tmp_path / "c", needs=STEPS)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pipeline.runs.folder import Lock, new_folder
-from pipeline.runs.log import Record
+from pipeline.runs.log import Metrics, Record, read_metrics
 from pipeline.runs.process import git_revision, peak_gpu_memory_mb
 from pipeline.runs.progress import Progress
 from stages.errors import UserError
@@ -114,3 +114,33 @@ def test_a_record_with_something_of_the_wrong_kind_is_damaged(tmp_path, data):
     (tmp_path / "run.json").write_text(json.dumps(data))
     with pytest.raises(UserError, match=r"damaged file .*run\.json"):
         Record(tmp_path)
+
+
+ROW = '{"stage": "coarse", "step": 1, "seconds": 0.5}'
+
+
+@pytest.mark.parametrize("last", ["", '{"stage": "coa', "\x00\x00", '{"stage": "coarse", "step": 2'])
+def test_a_last_line_that_is_cut_short_is_no_row(tmp_path, last):
+    (tmp_path / "metrics.jsonl").write_text(f"{ROW}\n{ROW}\n{last}")
+    assert read_metrics(tmp_path / "metrics.jsonl") == [json.loads(ROW)] * 2
+
+
+@pytest.mark.parametrize(
+    "line", ["7", "[]", "{}", '{"stage": 1, "step": 1}', '{"stage": "coarse", "step": "1"}', "\udcff"]
+)
+def test_a_line_that_is_no_step_is_told_and_dropped_by_a_resumed_run(tmp_path, line):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(f"{ROW}\n{line}\n{ROW}\n", encoding="utf-8", errors="surrogateescape")
+    with pytest.raises(UserError, match="its line 2 is no step of a stage"):
+        read_metrics(path)
+    Metrics(tmp_path).rewind("coarse", 1, ("fine",))
+    assert path.read_text() == f"{ROW}\n{ROW}\n"
+
+
+def test_a_run_may_begin_where_one_was_killed_before_its_first_file(tmp_path):
+    (tmp_path / ".lock").touch()
+    (tmp_path / ".config.yaml.x1y2.part").touch()
+    assert new_folder(tmp_path, "a red mug", 0) == tmp_path
+    (tmp_path / ".mesh.glb.x1y2.part").touch()
+    with pytest.raises(UserError, match="already holds files"):
+        new_folder(tmp_path, "a red mug", 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
 
 CHECKPOINT = "checkpoint.safetensors"  # its name in the folder of its stage
 _META = "pipeline"  # the one metadata entry of a checkpoint: JSON
+_KINDS = {"step": int, "steps": int, "seconds": int | float, "phases": dict, "settings": dict, "upstream": dict | None}
+STEPS = ("step", "steps")  # entries of a stage's checkpoint that say how far it is
 _HEADER = 100_000_000  # bytes: the longest header that the format allows
 
 
@@ -59,11 +62,19 @@ def load_checkpoint(path: Path, fix: str | None = None) -> tuple[dict[str, Tenso
     return state, meta
 
 
-def read_meta(path: Path, fix: str | None = None) -> dict[str, Any]:
-    """Read the meta of a checkpoint alone: step, steps, seconds, phases, lineage.py's; `fix` as in load_checkpoint."""
+def read_meta(path: Path, fix: str | None = None, needs: Sequence[str] = ()) -> dict[str, Any]:
+    """Read the meta of a checkpoint alone: step, steps, seconds, phases, and lineage.py's; `fix` as for load_checkpoint.
+
+    Args:
+        needs: entries without which it is refused.
+    """
     with path.open("rb") as file:
         length = file.read(8)
-        return _meta(path, length + file.read(min(int.from_bytes(length, "little"), _HEADER)), fix)
+        meta = _meta(path, length + file.read(min(int.from_bytes(length, "little"), _HEADER)), fix)
+    absent = [name for name in needs if name not in meta]
+    if absent:
+        raise _damaged(path, f"it does not say its {absent[0]}", fix)
+    return meta
 
 
 def _meta(path: Path, data: bytes, fix: str | None) -> dict[str, Any]:
@@ -72,9 +83,15 @@ def _meta(path: Path, data: bytes, fix: str | None) -> dict[str, Any]:
     if len(data) < max(end, 9):
         raise _damaged(path, "the file is cut short", fix)
     try:
-        return json.loads(json.loads(data[8:end])["__metadata__"][_META])
-    except (ValueError, KeyError, TypeError) as error:
+        meta = json.loads(json.loads(data[8:end])["__metadata__"][_META])
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise _damaged(path, str(error) or type(error).__name__, fix) from None
+    if not isinstance(meta, dict):
+        raise _damaged(path, "its facts are no JSON object", fix)
+    for name, kind in _KINDS.items():
+        if name in meta and not isinstance(meta[name], kind):
+            raise _damaged(path, f"its {name} is {json.dumps(meta[name])[:60]}", fix)
+    return meta
 
 
 def _damaged(path: Path, why: str, fix: str | None) -> UserError:

@@ -20,13 +20,14 @@ from stages.errors import UserError
 
 log = logging.getLogger(__name__)
 
+_BEGUN = re.compile(r"\.lock|\.config\.yaml\..*\.part")  # what a run leaves that is killed as it begins
 MIN_FREE_MB = 300  # checkpoints of both stages with a 128^3 grid, written beside their predecessors, and the exports
 
 
 def new_folder(out: Path | None, prompt: str, seed: int) -> Path:
-    """Make the folder of a new run: `out` where it is new or empty, else runs/<prompt>-<seed>[-k]."""
+    """Make the folder of a new run: `out` where it is new, empty or begun in vain, else runs/<prompt>-<seed>[-k]."""
     if out is not None:
-        if out.is_dir() and any(path.name != ".lock" for path in out.iterdir()):
+        if out.is_dir() and not all(_BEGUN.fullmatch(path.name) for path in out.iterdir()):
             run = (out / "config.yaml").is_file()
             raise UserError(
                 f"{out} already holds {'a run' if run else 'files'}",

@@ -17,7 +17,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.runs.checkpoint import CHECKPOINT, read_meta
+from pipeline.runs.checkpoint import CHECKPOINT, STEPS, read_meta
 from stages.errors import UserError
 from stages.guidance.residuals import RULES
 from stages.kinds import STAGES
@@ -64,7 +64,7 @@ def _changed(stage: str, saved: dict[str, Any], now: dict[str, Any]) -> list[str
     other."""
     changed = [name for name in saved if name in now and saved[name] != now[name]]
     rules = saved[f"guidance.{stage}.rule"], now[f"guidance.{stage}.rule"]
-    if all(name in RULES and not RULES[name].stateful for name in rules):
+    if all(isinstance(name, str) and name in RULES and not RULES[name].stateful for name in rules):
         changed = [name for name in changed if name != f"guidance.{stage}.rule"]
     return changed
 
@@ -105,7 +105,8 @@ def _upstream(folder: Path, config: Config, stage: str) -> dict[str, Any] | None
     if not (folder / file).is_file():
         raise UserError(f"{folder / file} is gone", f"{stage} was started from it", afresh(folder, config))
     remade = refined(config, stage) in config.stages
-    return {"file": file, "crc32": read_meta(folder / file, None if remade else afresh(folder, config))["crc32"]}
+    meta = read_meta(folder / file, None if remade else afresh(folder, config), ("crc32",))
+    return {"file": file, "crc32": meta["crc32"]}
 
 
 def afresh(folder: Path, config: Config) -> str:
@@ -126,7 +127,7 @@ def check_run(folder: Path, config: Config) -> None:
         path = folder / stage / CHECKPOINT
         if not path.is_file():
             continue
-        meta = read_meta(path, remedy(folder, config, stage))
+        meta = read_meta(path, remedy(folder, config, stage), STEPS)
         back = f"in {folder / 'config.yaml'}, or {afresh(folder, config)}"
         check_settings(path, meta, config, stage, back)
         if stage not in config.stages:
@@ -174,7 +175,7 @@ def _stands(folder: Path, config: Config, before: str, later: Path) -> bool:
     path = folder / checkpoint_of(before)
     if not path.is_file():
         return False
-    meta, steps = read_meta(path), getattr(config, before).steps
+    meta, steps = read_meta(path, needs=STEPS), getattr(config, before).steps
     if meta["step"] < meta["steps"]:
         return False
     if steps > meta["step"]:
@@ -193,7 +194,7 @@ def check_upstream(folder: Path, config: Config, stage: str, meta: dict[str, Any
     if was == now:
         return
     path = folder / stage / CHECKPOINT
-    was_file, now_file = (entry["file"] if entry else "nothing" for entry in (was, now))
+    was_file, now_file = (entry.get("file") if entry else "nothing" for entry in (was, now))
     if was_file != now_file:
         raise UserError(
             f"{path} was started from {was_file}, not from {now_file}",

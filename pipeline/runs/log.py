@@ -103,16 +103,12 @@ class Metrics:
         self._flushed = time.monotonic()
 
     def rewind(self, stage: str, step: int, later: tuple[str, ...]) -> None:
-        """Drop lines of `stage` after `step` and of `later` stages, and a last line cut short."""
+        """Drop lines of `stage` after `step` and of `later` stages, and those that are broken or cut short."""
         if not self._path.exists():
             return
         kept = []
-        for line in self._path.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                entry = json.loads(line)
-            except ValueError:
-                continue
-            if entry.get("stage") in later or (entry.get("stage") == stage and entry.get("step", 0) > step):
+        for line, row in _rows(self._path):
+            if row is None or row["stage"] in later or (row["stage"] == stage and row["step"] > step):
                 continue
             kept.append(line)
         write_whole(self._path, "".join(line + "\n" for line in kept).encode())
@@ -133,6 +129,36 @@ class Metrics:
                 os.fsync(file.fileno())
         self._lines.clear()
         self._flushed = time.monotonic()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of a metrics.jsonl; a last line that a kill cut short, or that is being written, is left out.
+
+    Raises: UserError for another line that is no row.
+    """
+    rows = _rows(path)
+    if rows and rows[-1][1] is None:
+        rows.pop()
+    for number, (line, row) in enumerate(rows, 1):
+        if row is None:
+            fix = "remove the line; `pipeline resume` does so where the run has steps to take"
+            raise UserError(f"damaged file {path}", f"its line {number} is no step of a stage: {line[:60]!r}", fix)
+    return [row for _, row in rows if row is not None]
+
+
+def _rows(path: Path) -> list[tuple[str, dict[str, Any] | None]]:
+    """The lines of a metrics.jsonl, and what each says; None where that is no step of a stage."""
+    rows: list[tuple[str, dict[str, Any] | None]] = []
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+        if not line:
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            row = None
+        whole = isinstance(row, dict) and isinstance(row.get("stage"), str) and isinstance(row.get("step"), int)
+        rows.append((line, row if whole else None))
+    return rows
 
 
 def _now() -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipeline.runs.folder import in_use, open_folder
-from pipeline.runs.log import UNFINISHED, read_record
+from pipeline.runs.log import UNFINISHED, read_metrics, read_record
 from stages.errors import UserError
 from stages.paths import from_home
 
@@ -71,8 +70,7 @@ class Result:
     @property
     def metrics(self) -> list[dict[str, Any]]:
         """A row for every step: stage, step (from 1), seconds, and the stage's own numbers."""
-        lines = (self.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        return [json.loads(line) for line in lines]
+        return read_metrics(self.folder / "metrics.jsonl")
 
     @property
     def seconds(self) -> float:

@@ -23,7 +23,7 @@ from pipeline.priors.memory import explain_shortage
 from pipeline.priors.sources import StagePrior, check_priors, notices
 from pipeline.runs import stages
 from pipeline.runs.caller import Caller, deterministic
-from pipeline.runs.checkpoint import CHECKPOINT, load_checkpoint, read_meta
+from pipeline.runs.checkpoint import CHECKPOINT, STEPS, load_checkpoint, read_meta
 from pipeline.runs.folder import Lock, check_disk, new_folder, open_folder
 from pipeline.runs.inputs import check_inputs, load_inputs
 from pipeline.runs.interrupt import StopRequest
@@ -380,7 +380,7 @@ class Run:
 
 def _saved_step(folder: Path, config: Config, name: str) -> int | None:
     path = folder / name / CHECKPOINT
-    return read_meta(path, remedy(folder, config, name))["step"] if path.exists() else None
+    return read_meta(path, remedy(folder, config, name), STEPS)["step"] if path.exists() else None
 
 
 def _finished(folder: Path, config: Config, name: str) -> bool:
