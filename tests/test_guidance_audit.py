@@ -6,7 +6,9 @@ import shutil
 import pytest
 from safetensors.torch import load_file, save_file
 
+from stages.errors import UserError
 from stages.guidance.diffusion.audit import audit
+from stages.guidance.diffusion.text import load_tokenizer
 from tests import tiny_families, tiny_folders
 
 FAMILIES = {
@@ -153,7 +155,7 @@ def test_a_folder_that_is_no_model_has_one_finding(tmp_path):
 def test_every_file_that_is_cut_emptied_or_of_another_type_is_named(folders, tmp_path, name, damage):
     for path in sorted(p for p in folders[name].rglob("*") if p.is_file()):
         if path.name == "merges.txt" and damage not in (b"", "folder"):
-            continue  # any text is one
+            continue  # any text is one, and these folders have no merges
         place = path.relative_to(folders[name])
         folder = shutil.copytree(folders[name], tmp_path / str(place).replace("/", "-"))
         (folder / place).unlink()
@@ -164,3 +166,35 @@ def test_every_file_that_is_cut_emptied_or_of_another_type_is_named(folders, tmp
             (folder / place).write_bytes(data[: len(data) // 2] if damage == "cut" else damage)
         wrong = [finding.detail for finding in audit(folder) if not finding.ok]
         assert any(path.name in detail for detail in wrong), (place, wrong)
+
+
+@pytest.mark.parametrize("kept", [6, 5, 1, 0])
+def test_merges_cut_at_the_end_of_a_line_are_named(tmp_path, kept):
+    tiny_folders.byte_tokenizer(tmp_path / "tokenizer")
+    place = tmp_path / "tokenizer" / "vocab.json"
+    words = [*json.loads(place.read_text()), "re", "red</w>", "mu", "mug</w>", "ug", "mug"]
+    place.write_text(json.dumps({word: number for number, word in enumerate(words)}))
+    lines = ["r e", "re d</w>", "m u", "mu g</w>", "u g", "m ug"][:kept]
+    (tmp_path / "tokenizer" / "merges.txt").write_text("\n".join(["#version: 0.2", *lines, ""]))
+    (tmp_path / "tokenizer" / "tokenizer_config.json").write_text('{"tokenizer_class": "CLIPTokenizer"}')
+    if kept == len(words) - 514:
+        assert load_tokenizer(tmp_path, "tokenizer")("red mug").input_ids[1:-1] == [515, 517]
+        return
+    with pytest.raises(UserError, match=f"merges.txt makes {kept} of vocab.json's 6 tokens"):
+        load_tokenizer(tmp_path, "tokenizer")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"num_train_timesteps": 0, "set_alpha_to_one": True}, "gives 0 noise levels"),
+        ({"num_train_timesteps": 1}, "gives 1 noise levels"),
+        ({"beta_start": -0.5, "beta_end": -0.1}, "do not fall within 1 and 0"),
+        ({"beta_start": 0, "beta_end": 0}, "do not fall within 1 and 0"),
+    ],
+)
+def test_a_noise_schedule_that_is_none_is_named(copied, change, words):
+    folder = copied("stable_diffusion")
+    edit(folder / "scheduler" / "scheduler_config.json", beta_schedule="linear", **change)
+    finding = by_part(audit(folder))["scheduler"]
+    assert not finding.ok and words in finding.detail

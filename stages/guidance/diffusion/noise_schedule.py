@@ -60,7 +60,7 @@ def load_schedule(folder: Path, class_name: str, image_tokens: int) -> NoiseSche
         folder, "scheduler", lambda: kind.from_pretrained(folder / "scheduler", local_files_only=True)
     )
     if class_name in FLOW:
-        return _flow(scheduler, image_tokens, what)
+        return _checked(_flow(scheduler, image_tokens, what), what)
     alphas_cumprod = getattr(scheduler, "alphas_cumprod", None)
     prediction = scheduler.config.get("prediction_type")
     if alphas_cumprod is None or prediction not in PREDICTIONS[:3]:
@@ -71,7 +71,18 @@ def load_schedule(folder: Path, class_name: str, image_tokens: int) -> NoiseSche
             f"use a model with one of {', '.join(PREDICTIONS[:3])}, or with {FLOW[0]}",
         )
     alphas_cumprod = torch.as_tensor(alphas_cumprod).detach().float().cpu().clone()
-    return NoiseSchedule(alphas_cumprod, prediction, torch.arange(len(alphas_cumprod)))
+    return _checked(NoiseSchedule(alphas_cumprod, prediction, torch.arange(len(alphas_cumprod))), what)
+
+
+def _checked(schedule: NoiseSchedule, what: str) -> NoiseSchedule:
+    """The schedule itself. Raises: UserError where its levels are not shares of the picture that fall."""
+    levels = schedule.alphas_cumprod
+    if len(levels) < 2:
+        raise UserError(what, f"its config gives {len(levels)} noise levels", "get the folder again")
+    if not bool(((levels >= 0) & (levels <= 1)).all() and (levels.diff() <= 0).all() and levels[0] > levels[-1]):
+        why = f"its noise levels do not fall within 1 and 0: alpha_bar from {levels[0]:.4g} to {levels[-1]:.4g}"
+        raise UserError(what, why, "get the folder again")
+    return schedule
 
 
 def _flow(scheduler: Any, image_tokens: int, what: str) -> NoiseSchedule:

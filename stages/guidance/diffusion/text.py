@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import importlib.util
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -214,7 +215,27 @@ def load_tokenizer(folder: Path, part: str) -> Any:
     tokenizer = load_part(folder, part, load)
     if tokenizer.pad_token is None:
         raise UserError(what, "it has no padding token", "get the folder again")
+    if "tokenizer.json" not in names and type(tokenizer).__name__.startswith("CLIPTokenizer"):
+        _check_merges(folder / part, tokenizer, what)
     return tokenizer
+
+
+def _check_merges(part: Path, tokenizer: Any, what: str) -> None:
+    """Refuse a CLIP tokenizer whose merges.txt does not make all tokens of its vocab.json.
+
+    One that is cut at the end of a line loads all the same, and reads prompts in smaller pieces than the model knows.
+    CLIP's vocabulary holds 256 letters, each within and at the end of a word, what each merge makes, and the special
+    tokens (byte pair encoding, Sennrich et al., arXiv 1508.07909).
+    """
+    vocabulary = json.loads((part / "vocab.json").read_text(encoding="utf-8"))
+    lines = (part / "merges.txt").read_text(encoding="utf-8").splitlines()
+    made = {"".join(line.split()) for line in lines if not line.startswith("#version")}
+    special = {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}
+    long = [token for token in vocabulary if len(token.removesuffix("</w>")) > 1 and token not in special]
+    absent = sum(token not in made for token in long)
+    if absent:
+        why = f"merges.txt makes {len(long) - absent} of vocab.json's {len(long)} tokens of several letters"
+        raise UserError(what, f"{why}: it is cut off", "get the folder again")
 
 
 def _installed(package: str) -> bool:
