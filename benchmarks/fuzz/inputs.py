@@ -2,95 +2,32 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import random
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
+from benchmarks.fuzz.changes import (
+    TEXTS,
+    mutated,
+    mutated_json,
+    mutated_mesh,
+    mutated_tensors,
+    mutated_yaml,
+    near_text,
+    tree_changed,
+)
+from benchmarks.fuzz.samples import mesh_samples
+from stages.errors import UserError
 
-_TEXTS = [
-    *("\x00", "\x07", "&a [*a]", "*a", "!!int x", "!!binary x", "{", "}", "[", "]", ": ", "- ", "? ", "|", ">", "%"),
-    *("nan", ".inf", "1e999", "-1", "0", "true", "null", "~", "9" * 400, "9" * 5000, "\N{HOT BEVERAGE}", "\u202e"),
-    *("\t", "\r", "<<: *a", "[" * 60, "{a: " * 60, "prompt", "stages", "coarse", "steps", "rule", "name", "---"),
-    *("'", '"', "extends: default"),
-]
-_NUMBERS = (b"0", b"-1", b"1e999", b"nan", b"inf", b"4294967295", b"99999999999", b"-2147483649", b"1e-400", b"")
-_KEYS = "prompt seed stages coarse.steps coarse.lr fine.tets guidance.coarse.rule prior.fine fine export.formats "
-_KEYS += "prompts.per_view coarse.field.levels reference.mesh coarse.steps.x"
+if TYPE_CHECKING:
+    from pipeline.config.model import Config
+
+_VALUES = "0 1 -1 2 0.5 1e9 true none auto 1,2 [0.03,0.003] [0.03,0.003,0,1,cosine] [1,0,1,0] sds ism pocket reference "
+_VALUES += "{name:\\ ism} glb,stl glb,glb python:x clip: y front 4x4 08 1_000 0x10 1e3"
 Read = Callable[[], object]
-
-
-def mutated(data: bytes, rng: random.Random) -> bytes:
-    """Return bytes with one to four random changes: cut, emptied, repeated, overwritten, numbers made extreme."""
-    for _ in range(rng.randint(1, 4)):
-        a, b = sorted(rng.randrange(len(data) + 1) for _ in range(2))
-        b = min(b, a + rng.choice((1, 4, 16, 400)))
-        change = rng.randrange(8)
-        if change == 0:
-            data = data[:a]
-        elif change == 1:
-            data = data[:a] + data[b:]
-        elif change == 2:
-            data = data[:b] + data[a:b] * rng.choice((1, 3)) + data[b:]
-        elif change == 3:
-            data = data[:a] + rng.choice(_TEXTS).encode() + data[b:]
-        elif change == 4:
-            data = data[:a] + rng.randbytes(b - a) + data[b:]
-        elif change == 5:
-            data = data[:a] + rng.choice((b"\xff", b"\x00", b"\xe9", b"\n")) * (b - a) + data[b:]
-        elif change == 6:
-            data = _number_changed(data, rng)
-        elif rng.random() < 0.1:
-            data = b""
-    return data
-
-
-def _number_changed(data: bytes, rng: random.Random) -> bytes:
-    starts = [i for i in range(1, len(data)) if data[i] in b"0123456789" and data[i - 1] in b" :-="]
-    if not starts:
-        return data
-    a = rng.choice(starts)
-    b = next((i for i in range(a, len(data)) if data[i] not in b"0123456789.eE+-"), len(data))
-    return data[:a] + rng.choice(_NUMBERS) + data[b:]
-
-
-def mutated_json(text: str, rng: random.Random) -> bytes:
-    """Return JSON with one value of another type, or without one; or its bytes mutated."""
-    if rng.random() < 0.3:
-        return mutated(text.encode(), rng)
-    root = json.loads(text)
-    places = list(_places(root))
-    odd = [None, True, -1, 0, 1e308, 10**30, "", "x", [], {}, [[]], {"a": []}, "\ud800", float("nan")]
-    if not places or rng.random() < 0.05:
-        return json.dumps(rng.choice(odd)).encode()
-    holder, key = rng.choice(places)
-    if rng.random() < 0.2:
-        del holder[key]
-    else:
-        holder[key] = rng.choice(odd)
-    return json.dumps(root).encode()
-
-
-def _places(value: Any) -> Iterator[tuple[Any, Any]]:
-    if not isinstance(value, dict | list):
-        return
-    for key in value if isinstance(value, dict) else range(min(len(value), 20)):
-        yield value, key
-        yield from _places(value[key])
-
-
-def mutated_tensors(data: bytes, rng: random.Random) -> bytes:
-    """Return a safetensors file with its header mutated or its end cut."""
-    end = 8 + int.from_bytes(data[:8], "little")
-    if rng.random() < 0.3:
-        return data[: rng.randrange(len(data))]
-    header = mutated_json(data[8:end].decode(), rng)
-    length = len(header) if rng.random() < 0.9 else rng.choice((0, 2**63, 2**20))
-    return length.to_bytes(8, "little") + header + data[end:]
 
 
 class Inputs:
@@ -100,6 +37,8 @@ class Inputs:
     """
 
     def __init__(self, folder: Path) -> None:
+        import yaml
+
         from pipeline.config.recipes import recipes
         from stages.pocket.models import WEIGHTS
 
@@ -112,8 +51,9 @@ class Inputs:
             "model": self._model,
         }
         self._recipes = [path.read_bytes() for path in recipes().values()]
-        self._meshes = _meshes(folder / "meshes")
+        self._meshes = mesh_samples(folder / "meshes")
         self._whole_run = _run_files(folder / "whole")
+        self._settings = list(_dotted(yaml.safe_load(self._whole_run["config.yaml"])))
         for space in ("pixel", "latent"):  # what the libraries load at first is not the first input's time
             _check(WEIGHTS / space)
 
@@ -127,39 +67,70 @@ class Inputs:
 
     def _config(self, rng: random.Random) -> tuple[bytes, Read]:
         from pipeline import load_config
-        from pipeline.config.written import dump_read
 
         source = self._whole_run["config.yaml"] if rng.random() < 0.5 else rng.choice(self._recipes)
-        data, path = mutated(source, rng), self._new("config.yaml")
+        data, path = mutated_yaml(source.decode(), rng), self._new("config.yaml")
         path.write_bytes(data)
-        return data, lambda: dump_read(load_config(path))
+        return data, lambda: _check_config(load_config(path), path.with_name("again.yaml"))
 
     def _override(self, rng: random.Random) -> tuple[bytes, Read]:
         from pipeline import load_config
 
-        word = f"{rng.choice(_KEYS.split())}={rng.choice(_TEXTS)}{rng.choice(('', *_TEXTS))}"
-        data = mutated(word.encode(), rng) if rng.random() < 0.5 else word.encode()
-        return data, lambda: load_config(None, [data.decode("utf-8", "surrogateescape")])
+        words = []
+        for _ in range(rng.randint(1, 2)):
+            key, value = rng.choice(self._settings)
+            text = near_text(value, rng) if rng.random() < 0.7 else rng.choice((*_VALUES.split(), *TEXTS))
+            words.append(f"{key}={text}".encode())
+        words[-1] = mutated(words[-1], rng) if rng.random() < 0.2 else words[-1]
+        texts = [word.decode("utf-8", "surrogateescape") for word in words]
+        return b" ".join(words), lambda: _check_config(load_config(None, texts), self._new("again.yaml"))
 
     def _mesh(self, rng: random.Random) -> tuple[bytes, Read]:
+        """A mesh's file with those beside it, one of them mutated."""
         from stages.mesh.files.read import read_mesh
         from stages.mesh.place import PlaceSettings, place
 
         name = rng.choice(sorted(self._meshes))
-        data, path = mutated(self._meshes[name], rng), self._new(name)
-        path.write_bytes(data)
+        files, path = self._meshes[name], self._new(name)
+        other = name if rng.random() < 0.7 else rng.choice(sorted(files))
+        data = mutated_mesh(files[other], Path(other).suffix, rng)
+        for beside, content in files.items():
+            (path.parent / beside).write_bytes(data if beside == other else content)
         return data, lambda: place(read_mesh(path), PlaceSettings())
 
     def _run(self, rng: random.Random) -> tuple[bytes, Read]:
-        """A run's folder with one of its files mutated, read as `pipeline resume` and the calls of Python read it."""
-        name = rng.choice(("run.json", "coarse/checkpoint.safetensors"))
+        """A run's folder with one of its files mutated, read as `pipeline resume`, a run from it and Python do."""
+        name = rng.choice(("run.json", "coarse/checkpoint.safetensors", "config.yaml", "metrics.jsonl"))
         source = self._whole_run[name]
-        data = mutated_json(source.decode(), rng) if name == "run.json" else mutated_tensors(source, rng)
+        if name == "run.json":
+            data = mutated_json(source.decode(), rng)
+        elif name == "config.yaml":
+            data = mutated_yaml(source.decode(), rng)
+        elif name == "metrics.jsonl":
+            lines = source.splitlines()
+            lines[rng.randrange(len(lines))] = mutated_json(lines[0].decode(), rng)
+            data = b"\n".join(lines) + b"\n" if rng.random() < 0.5 else mutated(source, rng)
+        else:
+            data = mutated_tensors(source, rng) if rng.random() < 0.5 else self._checkpoint_changed(rng)
         folder = self._new("run")
         for other, whole in self._whole_run.items():
             (folder / other).parent.mkdir(parents=True, exist_ok=True)
             (folder / other).write_bytes(data if other == name else whole)
         return data, lambda: _read_run(folder)
+
+    def _checkpoint_changed(self, rng: random.Random) -> bytes:
+        """A checkpoint whose tensors or facts are others, with a checksum that is right."""
+        from pipeline.runs.checkpoint import load_checkpoint, save_checkpoint
+
+        path = self._folder / "changed"
+        state, meta = load_checkpoint(self._folder / "whole" / "checkpoint")
+        if rng.random() < 0.2:
+            state = {"a": state["a"][:1].double()} if rng.random() < 0.5 else {"b": state["a"]}
+        else:
+            meta = tree_changed(meta, rng)
+            meta = meta if isinstance(meta, dict) else {}
+        save_checkpoint(path, state, meta)
+        return path.read_bytes()
 
     def _model(self, rng: random.Random) -> tuple[bytes, Read]:
         """A model's folder with one of its files mutated, as `pipeline models check` reads it."""
@@ -179,56 +150,78 @@ class Inputs:
         return f"{name}: ".encode() + data[:2000], lambda: _check(folder)
 
 
+def _dotted(tree: dict[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    """All settings and groups of a configuration, by dotted name."""
+    for name, value in tree.items():
+        yield above + name, value
+        if isinstance(value, dict):
+            yield from _dotted(value, f"{above}{name}.")
+
+
+def _check_config(config: Config, again: Path) -> None:
+    """As `pipeline run` does before any work; and what a run writes of it, to `again`, reads back as the same."""
+    from pipeline import load_config
+    from pipeline.config.written import dump_read, read_part
+    from pipeline.priors.folders import FolderSource
+    from pipeline.priors.sources import check_priors, parse_source
+    from pipeline.runs.inputs import check_inputs
+
+    config = read_part(config)
+    text = dump_read(config)
+    again.write_text(text, encoding="utf-8")
+    if dump_read(load_config(again)) != text:
+        raise AssertionError("what is written of a configuration reads back as another")
+    check_inputs(config)
+    sources = [parse_source(getattr(config.prior, stage)) for stage in config.stages]
+    if not any(isinstance(source, FolderSource) for source in sources):  # which would ask the hub
+        check_priors(config)
+
+
 def _check(folder: Path) -> None:
     """As `pipeline models check`, and on to what a run looks at first."""
     from stages.guidance.diffusion.audit import audit
     from stages.guidance.diffusion.plan import make_plan
     from stages.guidance.diffusion.settings import DiffusionSettings
 
-    if all(finding.ok for finding in audit(folder)):
-        make_plan(folder, DiffusionSettings(), ["a red mug"])
+    for finding in audit(folder):
+        if not finding.ok:
+            raise UserError(finding.part, finding.detail, finding.fix)
+    make_plan(folder, DiffusionSettings(), ["a red mug"])
 
 
 def _read_run(folder: Path) -> None:
+    """As `pipeline resume`, `pipeline run --from` and the calls of Python read a run, one after the other."""
+    from pipeline import load_config
     from pipeline.runs.checkpoint import CHECKPOINT, load_checkpoint
+    from pipeline.runs.inputs import check_inputs
+    from pipeline.runs.log import Metrics, Record
     from pipeline.runs.result import Result
     from pipeline.runs.run import read_run, stands
 
-    if stands(folder, read_run(folder)):
+    refused: UserError | None = None
+
+    def resume() -> None:
+        if not stands(folder, read_run(folder)):
+            Record(folder)
+            Metrics(folder).rewind("coarse", 1, ("fine",))
         load_checkpoint(folder / "coarse" / CHECKPOINT)
+
+    def begin() -> None:
+        check_inputs(load_config(None, {"stages": "fine", "from_run": str(folder)}))
+
+    def look() -> None:
         result = Result(folder)
-        _ = result.status, result.seconds, result.files
+        _ = result.status, result.seconds, result.files, result.metrics, result.config
 
-
-def _meshes(folder: Path) -> dict[str, bytes]:
-    """A small solid in every format that is read, with and without colours or texture, by file name."""
-    import trimesh
-
-    from pipeline.output.write import write_mesh
-    from stages.mesh.mesh import Mesh
-
-    folder.mkdir()
-    ball = trimesh.creation.icosphere(subdivisions=0)
-    vertices, faces = ball.vertices.astype(np.float32), ball.faces.astype(np.int32)
-    uv, texture = np.abs(vertices[:, :2]), np.full((8, 8, 3), 99, np.uint8)
-    write_mesh(Mesh(vertices, faces, uv=uv, uv_faces=faces, texture=texture), folder / "textured.glb")
-    write_mesh(Mesh(vertices, faces, np.abs(vertices)), folder / "coloured.ply")
-    ball.export(folder / "plain.stl")
-    ball.export(folder / "plain.obj")
-    (folder / "text.stl").write_text(trimesh.exchange.stl.export_stl_ascii(ball))
-    (folder / "text.ply").write_bytes(trimesh.exchange.ply.export_ply(ball, encoding="ascii"))
-    (folder / "embedded.gltf").write_text(_embedded(ball))
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix not in (".png", ".mtl")}
-
-
-def _embedded(mesh: Any) -> str:
-    """A glTF file whose buffers are data URIs."""
-    files = mesh.export(file_type="gltf")
-    root = json.loads(files.pop("model.gltf"))
-    for buffer in root["buffers"]:
-        data = base64.b64encode(files[buffer["uri"]]).decode()
-        buffer["uri"] = f"data:application/octet-stream;base64,{data}"
-    return json.dumps(root)
+    for read in (resume, begin, look):
+        try:
+            read()
+        except UserError as error:
+            if isinstance(error.__cause__, Exception):
+                raise  # for the fuzzer to look at
+            refused = error
+    if refused is not None:
+        raise refused
 
 
 def _run_files(folder: Path) -> dict[str, bytes]:
@@ -246,7 +239,9 @@ def _run_files(folder: Path) -> dict[str, bytes]:
     facts = {"step": 2, "steps": 2, "seconds": 1.0, "phases": {"step": 1.0}}
     record = {"stages": {"coarse": facts}, "sessions": [{"peak_memory_mb": 1.0}], "prompt": config.prompt}
     record |= {"status": "finished", "outputs": ["config.yaml"], "exported_with": config.export.model_dump(mode="json")}
+    rows = [{"stage": "coarse", "step": step, "seconds": 0.5, "loss": 1.0} for step in (1, 2)]
     return {
+        "metrics.jsonl": "".join(f"{json.dumps(row)}\n" for row in rows).encode(),
         "config.yaml": dump_read(config).encode(),
         "run.json": json.dumps(record).encode(),
         "coarse/checkpoint.safetensors": (folder / "checkpoint").read_bytes(),
