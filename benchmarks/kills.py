@@ -4,14 +4,19 @@
 
 A tiny run of both stages under the reference prior is killed by SIGKILL at a random moment and resumed, some of them
 killed again while they resume; every third of the kills hits an export of a finished run in its place, which is made
-again. A process that ends before it is killed is no kill: another takes its place. Compared are the mesh files, the
-checkpoints' tensors, and the metrics without their times.
+again. Compared are the mesh files, the checkpoints' tensors, and the metrics without their times.
+
+A run that is killed before its config.yaml is there has nothing to resume: the same command begins it again in the same
+folder, and is killed again. Such kills are counted apart. A process that ends before it is killed is no kill: another
+takes its place. Moments are measured in the process's own processor time, which does not depend on what else the
+machine does.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import random
 import shutil
@@ -44,6 +49,7 @@ coarse:
   samples: 64
   field: {levels: 8, log2_table: 12, finest: 64, hidden: 16}
   occupancy: {resolution: 32}
+  shading: {albedo_until: 0.33}
   preview_size: 16
 fine:
   steps: 9
@@ -61,7 +67,7 @@ State = dict[str, Any]
 
 @dataclass
 class Clock:
-    """How long a process takes that is left alone; shorter once one has ended before it was killed."""
+    """Processor time of a process that is left alone; less once one has ended before it was killed."""
 
     seconds: float
 
@@ -82,10 +88,12 @@ def state_of(run: Path) -> State:
 
 
 def kills(seed: int, count: int, work: Path) -> list[dict[str, Any]]:
-    """Kill `count` processes, take each up again, and compare; a line for each.
+    """Kill `count` runs and exports, take each up again, and compare.
 
     Args:
-        seed: of the moments. count: of kills. work: an empty folder.
+        seed: of the moments. count: of runs and exports. work: an empty folder.
+    Returns: for each what was `killed`, `after_s` (seconds of processor time, of each kill), how often it had
+        `begun_anew` before that, and what `differs` at its end.
     Raises: UserError where the run that is left alone does not come to its end.
     """
     import trimesh
@@ -95,12 +103,8 @@ def kills(seed: int, count: int, work: Path) -> list[dict[str, Any]]:
     (work / "tiny.yaml").write_text(RECIPE)
     words = ["run", "--config", "tiny.yaml", "reference.mesh=block.glb", "--prompt", "a block", "--out"]
     _finish(_start(work, *words, "warm"))  # compiles kernels, which later processes load
-    began = time.monotonic()
-    _finish(_start(work, *words, "alone"))
-    whole = Clock(time.monotonic() - began)
-    began = time.monotonic()
-    _finish(_start(work, "export", "alone", "--format", FORMATS, "--out", "files"))
-    exported = Clock(time.monotonic() - began)
+    whole = Clock(_finish(_start(work, *words, "alone")))
+    exported = Clock(_finish(_start(work, "export", "alone", "--format", FORMATS, "--out", "files")))
     alone, files = state_of(work / "alone"), _files(work / "files")
     lines = []
     for number in range(count):
@@ -115,29 +119,30 @@ def kills(seed: int, count: int, work: Path) -> list[dict[str, Any]]:
 
 def _kill_run(work: Path, name: str, words: list[str], rng: random.Random, clock: Clock, alone: State) -> State:
     def begin() -> subprocess.Popen:
-        shutil.rmtree(work / name, ignore_errors=True)
+        if (work / name / "config.yaml").exists():  # the one before ended too soon
+            shutil.rmtree(work / name)
         return _start(work, *words, name)
 
     moments = [_killed(begin, rng, clock)]
-    what = "run"
-    if not (work / name / "config.yaml").exists():  # killed before there was anything to take up
-        _finish(begin())
-    else:
-        if rng.random() < 0.5 and not _is_finished(work / name):
-            what = "run and resume"
-            kept = work / f"{name}-kept"
-            shutil.copytree(work / name, kept)
+    while not (work / name / "config.yaml").exists():
+        moments.append(_killed(begin, rng, clock))
+    begun_anew, what = len(moments) - 1, "run"
+    if rng.random() < 0.5 and not _is_finished(work / name):
+        what = "run and resume"
+        kept = work / f"{name}-kept"
+        shutil.copytree(work / name, kept)
 
-            def again() -> subprocess.Popen:
-                shutil.rmtree(work / name)
-                shutil.copytree(kept, work / name)
-                return _start(work, "resume", name)
+        def again() -> subprocess.Popen:
+            shutil.rmtree(work / name)
+            shutil.copytree(kept, work / name)
+            return _start(work, "resume", name)
 
-            moments.append(_killed(again, rng, Clock(clock.seconds)))
-            shutil.rmtree(kept)
-        _finish(_start(work, "resume", name))
+        moments.append(_killed(again, rng, Clock(clock.seconds)))
+        shutil.rmtree(kept)
+    _finish(_start(work, "resume", name))
     now = state_of(work / name)
-    return {"killed": what, "after_s": moments, "differs": [key for key in alone if now.get(key) != alone[key]]}
+    differs = [key for key in alone if now.get(key) != alone[key]]
+    return {"killed": what, "after_s": moments, "begun_anew": begun_anew, "differs": differs}
 
 
 def _kill_export(work: Path, name: str, rng: random.Random, clock: Clock, files: State) -> State:
@@ -155,6 +160,7 @@ def _kill_export(work: Path, name: str, rng: random.Random, clock: Clock, files:
     return {
         "killed": "export",
         "after_s": [moment],
+        "begun_anew": 0,
         "differs": sorted(k for k in files | now if files.get(k) != now.get(k)),
     }
 
@@ -184,33 +190,43 @@ def _start(work: Path, *words: str) -> subprocess.Popen:
 def _killed(begin: Callable[[], subprocess.Popen], rng: random.Random, clock: Clock) -> float:
     """Begin a process and kill it at a random moment of its time; where it ends first, begin again with a shorter one.
 
-    Returns: the seconds after which a kill ended it, and nothing else.
+    Returns: the seconds of processor time after which a kill ended it, and nothing else.
     """
     while True:
         process = begin()
-        began = time.monotonic()
-        try:
-            process.wait(rng.uniform(0.25, 1.0) * clock.seconds)
-        except subprocess.TimeoutExpired:
+        moment = rng.uniform(0.25, 1.0) * clock.seconds
+        used = _wait(process, moment)
+        if process.returncode is None:
             process.send_signal(signal.SIGKILL)
             if process.wait() == -signal.SIGKILL:
-                return round(time.monotonic() - began, 2)
-        if process.returncode:
-            _finish(process)
-        clock.seconds = min(clock.seconds, time.monotonic() - began)
+                return round(used, 2)
+        clock.seconds = min(clock.seconds, _finish(process, used))
 
 
-def _finish(process: subprocess.Popen) -> None:
-    if process.wait() != 0:
+def _wait(process: subprocess.Popen, seconds: float) -> float:
+    """Wait for the end of a process, no longer than it takes to use so much processor time; return what it used."""
+    used = 0.0
+    while process.poll() is None and used < seconds:
+        time.sleep(0.005)
+        fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
+        used = sum(map(int, fields[11:13])) / os.sysconf("SC_CLK_TCK")  # of user and system, proc(5)
+    return used
+
+
+def _finish(process: subprocess.Popen, used: float = 0.0) -> float:
+    """Wait for the end of a process, and return the processor time that it used. Raises: UserError where it failed."""
+    used = max(used, _wait(process, math.inf))
+    if process.returncode != 0:
         words = " ".join(process.args[3:])
         raise UserError(f"pipeline {words} ended with {process.returncode}", "see its output", "mend it first")
+    return used
 
 
 def main() -> int:
     """Run the command line; 1 where a process did not end with the bytes of one left alone."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.kills", description=__doc__.splitlines()[0])
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
-    parser.add_argument("--count", type=int, default=5, help="processes to kill")
+    parser.add_argument("--count", type=int, default=5, help="runs and exports to kill")
     parser.add_argument(
         "--out", type=from_home, help=f"folder of {FILE}, for a line of it; {RESULTS} is the published one"
     )
@@ -221,9 +237,10 @@ def main() -> int:
     for line in lines:
         print(f"{line['killed']} killed after {line['after_s']} s: {', '.join(line['differs']) or 'the same bytes'}")
     same = sum(not line["differs"] for line in lines)
-    print(f"{same} of {len(lines)} ended with the same bytes")
+    anew = sum(line["begun_anew"] for line in lines)
+    print(f"{same} of {len(lines)} resumed to the same bytes; {anew} kills before them only began a run anew")
     if args.out is not None:
-        facts = {"seed": args.seed, "kills": len(lines), "same_bytes": same, "each": lines}
+        facts = {"seed": args.seed, "kills": len(lines), "same_bytes": same, "begun_anew": anew, "each": lines}
         append_line(args.out / FILE, before | facts)
     return 0 if same == len(lines) else 1
 

@@ -12,36 +12,13 @@ import pytest
 if os.name != "posix":
     pytest.skip("kills and forks", allow_module_level=True)
 
+from benchmarks.kills import RECIPE
 from pipeline.output.glb import write_glb
 from pipeline.runs.checkpoint import load_checkpoint
 from stages.mesh.mesh import Mesh
 from tests.fork_server import forking
 
 pytestmark = pytest.mark.slow
-
-TINY = """
-prior: {coarse: reference, fine: reference}
-reference: {supersample: 1}
-checkpoint_every: 3
-preview_every: 6
-coarse:
-  steps: 12
-  resolution: 24
-  views_per_step: 2
-  samples: 64
-  field: {levels: 8, log2_table: 12, finest: 64, hidden: 16}
-  occupancy: {resolution: 32}
-  shading: {albedo_until: 0.33}
-  preview_size: 16
-fine:
-  steps: 9
-  resolution: 64
-  tets: 16
-  detail: {levels: 1, log2_table: 12, finest: 128}
-  initialise: {samples: 32}
-  preview_size: 16
-export: {texture_size: 64, faces: 1000, turntable_frames: 0, unwrap: boxes}
-"""
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +38,7 @@ def recipe(tmp_path_factory) -> Path:
     mesh = Mesh(corners.astype(np.float32), faces, colours)
     assert mesh.signed_volume() > 0
     write_glb(mesh, folder / "block.glb")
-    (folder / "tiny.yaml").write_text(TINY)
+    (folder / "tiny.yaml").write_text(RECIPE)
     return folder
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +159,17 @@ def reference_markdown(lines: list[dict[str, Any]]) -> str:
 _DIGITS = {"iou": "{:.3f}", "psnr_db": "{:.1f} dB", "chamfer": "{:.4f}"}
 
 
+def kills_markdown(line: dict[str, Any]) -> str:
+    """Return what a line of kills.jsonl says, in sentences."""
+    counts = Counter(entry["killed"] for entry in line["each"])
+    return (
+        f"{line['same_bytes']} of {line['kills']} processes, killed at random moments and taken up again, ended with "
+        f"the bytes of one left alone: {counts['run']} runs, {counts['run and resume']} runs killed once more while "
+        f"they resumed, and {counts['export']} exports. {line['begun_anew']} more kills came before a run had written "
+        f"anything to take up; it began anew.\n\n{origin_of([line])}, {line['cores']} cores of {line['cpu']}."
+    )
+
+
 def _marked(line: dict[str, Any] | None, name: str) -> str:
     """A score, bold where it misses its target, a dash where there is none."""
     if line is None or name not in line:
@@ -218,7 +230,7 @@ def guidance_markdown(lines: list[dict[str, Any]]) -> str:
 
 
 def markdown_blocks(results: Path = RESULTS) -> dict[str, str]:
-    """Every table there are results for, by name: pocket, reference, kernels, kernels_goals, speed, guidance,
+    """Every table there are results for, by name: pocket, reference, kernels, kernels_goals, speed, guidance, kills,
     quality_<suite>, compare_<name>, headline, recipes and models."""
     blocks = {"recipes": recipes_markdown(), "models": models_markdown()}
     lines = read_lines(results / "pocket.jsonl")
@@ -237,6 +249,9 @@ def markdown_blocks(results: Path = RESULTS) -> dict[str, str]:
     lines = read_lines(results / "guidance.jsonl")
     if lines:
         blocks["guidance"] = guidance_markdown(lines)
+    lines = read_lines(results / "kills.jsonl")
+    if lines:
+        blocks["kills"] = kills_markdown(lines[-1])
     for path in sorted(results.glob("compare_*.json")):
         blocks[path.stem] = compare_markdown(json.loads(path.read_text(encoding="utf-8")))
     for path in sorted(results.glob("quality_*.json")):
