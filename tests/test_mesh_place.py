@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from stages.errors import UserError
-from stages.mesh.place import PlaceSettings, place, upright
-from tests.mesh_shapes import box, make, moved, torus
+from stages.mesh.place import PlaceSettings, place, upright, without_far_specks
+from tests.mesh_shapes import box, join, make, moved, sphere, tetrahedron, torus
 
 
 def test_a_mesh_is_centred_on_its_box_and_scaled_to_the_radius():
@@ -71,3 +71,24 @@ def test_the_settings_overrule_the_formats_axis_and_may_keep_the_place():
 def test_what_has_no_extent_is_refused():
     with pytest.raises(UserError, match="cannot be placed"):
         place(make([[1, 1, 1]] * 3, [[0, 1, 2]]), PlaceSettings())
+
+
+def test_specks_far_away_are_left_out_and_larger_or_nearer_parts_are_not():
+    body = sphere(1.0)
+    far, near = (moved(tetrahedron(), (x, 0, 0), 0.001) for x in (100, 1.5))
+    mesh, count = without_far_specks(join(body, far, near, moved(far, (0, 5, 0))))
+    assert count == 3 and len(mesh.faces) == len(body.faces)
+    placed, _ = place(mesh, PlaceSettings())
+    assert np.linalg.norm(placed.vertices[: len(body.vertices)], axis=1).max() == pytest.approx(0.85, abs=1e-3)
+    large = moved(tetrahedron(), (100, 0, 0), 0.5)
+    for whole in (join(body, near), join(body, large), moved(box((100, 1, 1)), (5, 0, 0))):
+        assert without_far_specks(whole) == (whole, 0)
+
+
+def test_the_texture_of_what_is_kept_stays_on_its_faces():
+    body, far = sphere(1.0), moved(tetrahedron(), (100, 0, 0), 0.001)
+    mesh = join(far, body)
+    mesh.uv, mesh.uv_faces = np.zeros((len(mesh.vertices), 2), np.float32), mesh.faces.copy()
+    kept, _ = without_far_specks(mesh)
+    np.testing.assert_array_equal(kept.uv_faces, kept.faces)
+    np.testing.assert_array_equal(kept.faces, mesh.faces[len(far.faces) :])

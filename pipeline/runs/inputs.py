@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.config.model import read_config
 from pipeline.output.surface import GENERATOR
 from pipeline.runs import stages
-from pipeline.runs.checkpoint import load_checkpoint, read_meta, save_checkpoint
+from pipeline.runs.checkpoint import STEPS, load_checkpoint, read_meta, save_checkpoint
 from pipeline.runs.folder import open_folder
 from pipeline.runs.lineage import EDITED, GIVEN, afresh, check_settings, checkpoint_of, remedy, upstream_of
 from stages.errors import UserError
@@ -127,13 +127,15 @@ def _from_mesh(config: Config, first: str) -> Inputs:
         )
     path = Path(config.init_mesh)
     mesh, up = read_mesh(path), _up(path)
+    specks = _body_of(mesh, config)[1]
     place(mesh, config.place, up)  # refuses a mesh without extent, or outside the scene
     coats = "its texture" if mesh.texture is not None else "its colours"
     if mesh.texture is None and (mesh.colours == GREY).all():
         coats = "plain grey, for it has none"
-    locked = first == "fine" and config.fine.geometry == "locked"
-    use = "is painted and keeps its shape" if locked else "is refined"
+    use = "is painted and keeps its shape" if _is_locked(config) else "is refined"
     note = f"{path.name}, {len(mesh.faces)} faces, {use}, starting with {coats}"
+    if specks:
+        note += f"; specks far away are left out, {specks} of them: with them the rest would be small in the scene"
     return Inputs(mesh=mesh, up=up, format=path.suffix.lower()[1:], note=note)
 
 
@@ -158,7 +160,7 @@ def _finished(source: Path, stage: str) -> tuple[Path, dict[str, Any]]:
     if not path.is_file():
         fix = f"pipeline resume {source}, or another run" if stage in theirs.stages else "another run"
         raise UserError(what, f"no {path}", fix)
-    meta = read_meta(path, remedy(source, theirs, stage))
+    meta = read_meta(path, remedy(source, theirs, stage), STEPS)
     if meta["step"] < meta["steps"]:
         raise UserError(what, f"it stands at step {meta['step']} of {meta['steps']}", f"pipeline resume {source}")
     return source, meta
@@ -185,8 +187,19 @@ def _given_mesh(folder: Path, config: Config) -> Asset:
 
     state, meta = _loaded(folder, config, GIVEN)
     mesh = Mesh(**{name: part.numpy() for name, part in state.items()}, **{name: meta[name] for name in _FINISH})
-    mesh, placement = place(mesh, config.place, meta["up"], meta["format"])
+    mesh, placement = place(_body_of(mesh, config)[0], config.place, meta["up"], meta["format"])
     return Asset(mesh=mesh, placement=placement)
+
+
+def _is_locked(config: Config) -> bool:
+    return config.stages[0] == "fine" and config.fine.geometry == "locked"
+
+
+def _body_of(mesh: Mesh, config: Config) -> tuple[Mesh, int]:
+    """What of a user's mesh a run starts from, and how many specks are left out: none where its triangles are kept."""
+    from stages.mesh.place import without_far_specks
+
+    return (mesh, 0) if config.stages[0] != "fine" or _is_locked(config) else without_far_specks(mesh)
 
 
 def _loaded(folder: Path, config: Config, file: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

@@ -15,10 +15,13 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from stages.errors import UserError
+from stages.mesh.measure import face_areas, face_components
 from stages.mesh.mesh import Mesh
+from stages.mesh.orient import welded_faces
 
 Axis = Literal["x", "-x", "y", "-y", "z", "-z"]
 SPECK = 1e-3  # of the largest part's area: below it a part is dirt, above it a part of a user's mesh
+FAR = 0.5  # specks are left out where the sphere around the rest is smaller than this share of the sphere around all
 LIMIT = 0.95  # a mesh that keeps its own place must lie within this half side of the scene's box
 
 # (source axis, sign) of the new x, y and z: rotations that bring the named axis to +y
@@ -108,6 +111,30 @@ def laid(mesh: Mesh, up: str) -> Mesh:
     return replace(mesh, vertices=turned(mesh.vertices), normals=None if mesh.normals is None else turned(mesh.normals))
 
 
+def without_far_specks(mesh: Mesh) -> tuple[Mesh, int]:
+    """Return the mesh without specks that lie so far away that it would be small in the scene, and how many those are.
+
+    Specks are parts of less than SPECK of the largest part's area. Vertices keep their places.
+    """
+    used = mesh.vertices[np.unique(mesh.faces)].astype(np.float64)
+    away = np.linalg.norm(used - np.median(used, axis=0), axis=1)
+    if 4 * np.median(away) > away.max():  # most of it is not small beside all of it: no need to look at the parts
+        return mesh, 0
+    _, welded = welded_faces(mesh)
+    part = face_components(welded, int(welded.max()) + 1)
+    areas = np.bincount(part, face_areas(mesh.vertices, mesh.faces))
+    kept = (areas >= SPECK * areas.max())[part]
+    if _radius(mesh.vertices[np.unique(mesh.faces[kept])].astype(np.float64)) >= FAR * _radius(used):
+        return mesh, 0
+    uv_faces = None if mesh.uv_faces is None else mesh.uv_faces[kept]
+    return replace(mesh, faces=mesh.faces[kept], uv_faces=uv_faces), int((areas < SPECK * areas.max()).sum())
+
+
+def _radius(points: np.ndarray) -> float:
+    """Of the sphere around points [N, 3] whose centre is that of their box."""
+    return float(np.linalg.norm(points - (points.min(0) + points.max(0)) / 2, axis=1).max())
+
+
 def place(mesh: Mesh, settings: PlaceSettings, up: str = "y", format: str = "") -> tuple[Mesh, Placement]:
     """Return the mesh in scene coordinates, faces, colours and texture kept, and how it came there.
 
@@ -123,7 +150,7 @@ def place(mesh: Mesh, settings: PlaceSettings, up: str = "y", format: str = "") 
     centre, scale = np.zeros(3), 1.0
     if settings.radius is not None:
         centre = (used.min(0) + used.max(0)) / 2
-        radius = float(np.linalg.norm(used - centre, axis=1).max())
+        radius = _radius(used)
         if radius <= 0 or not math.isfinite(settings.radius / radius):
             raise UserError("The mesh cannot be placed", f"its radius is {radius:g}", "give a mesh with some extent")
         scale = settings.radius / radius
