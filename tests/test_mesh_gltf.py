@@ -9,7 +9,7 @@ import pytest
 
 from pipeline.output.glb import glb_bytes
 from stages.errors import UserError
-from stages.mesh.files.read import read_mesh
+from stages.mesh.files.read import GREY, read_mesh
 from tests.mesh_shapes import box
 
 SQUARE = [[0, 0, 0], [1, 0, 0], [1, 1, 0], [0, 1, 0]]
@@ -278,3 +278,12 @@ def test_what_a_file_says_beside_what_is_read_may_be_anything(document, tmp_path
     document.json |= {"extras": 7, "skins": "x"}
     document.json["nodes"][0] |= {"extras": [], "skin": None, "extensions": {"EXT_x": 1}}
     assert len(read_mesh(document.save(tmp_path)).faces) == 2
+
+
+def test_colours_that_are_none_are_grey_and_those_beyond_1_cut(document, tmp_path, caplog):
+    colours = [[0.5, 0.25, 1], [float("nan"), 0, 0], [0, float("inf"), 0], [2, -1, 0.5]]
+    document.json["meshes"][0]["primitives"][0]["attributes"]["COLOR_0"] = document.numbers(colours)
+    mesh = read_mesh(document.save(tmp_path))
+    np.testing.assert_allclose(mesh.colours, [[0.5, 0.25, 1], [GREY] * 3, [GREY] * 3, [1, 0, 0.5]])
+    assert "2 vertices have a colour that is no number" in caplog.text
+    assert "1 vertices have a colour beyond 0 and 1" in caplog.text

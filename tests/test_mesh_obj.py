@@ -292,3 +292,12 @@ def test_a_material_of_no_library_is_named(tmp_path, caplog):
     (tmp_path / "a.obj").write_text("\n".join(["mtllib a.mtl", "usemtl mine", *tetra()]))
     read_mesh(tmp_path / "a.obj")
     assert "the material mine is in no library" in caplog.text
+
+
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+@pytest.mark.parametrize("number", ["1e999", "nan", "-1e39"])
+def test_a_polygon_with_a_corner_that_is_no_point_is_refused(tmp_path, number):
+    (tmp_path / "a.obj").write_text(prism(0).replace("v 3.0 0 -3.0", f"v 3 {number} -3"))
+    assert number in (tmp_path / "a.obj").read_text()
+    with pytest.raises(UserError, match="coordinates that are not finite"):
+        read_mesh(tmp_path / "a.obj")

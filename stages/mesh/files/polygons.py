@@ -11,6 +11,7 @@ log = logging.getLogger(__name__)
 BENT = 1e-9  # of a polygon's area: a corner is concave where it turns back by more
 
 
+@np.errstate(all="ignore")  # positions that are not finite are refused with the mesh, by all readers alike
 def triangles_of(points: np.ndarray, corners: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the triangles of polygons and the polygon that each comes from, polygon after polygon.
 

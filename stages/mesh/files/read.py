@@ -49,6 +49,8 @@ def read_mesh(path: str | Path) -> Mesh:
         raise UserError(what, why, f"give the path of a file: {READ} are read")
     try:
         parts = _READERS[format_of(path)](path)
+        for part in parts:
+            _check_colours(part)
         mesh = join(parts) if parts else None
     except UserError:
         raise
@@ -74,6 +76,19 @@ def read_mesh(path: str | Path) -> Mesh:
         why = f"it is {long:g} units long and {far:g} from the origin, where single precision has steps of "
         raise UserError(what, f"{why}{np.spacing(far):g}", "move it near the origin and save it again")
     return mesh
+
+
+def _check_colours(part: Mesh) -> None:
+    """Give vertices grey whose colour is no number, and the nearest colour to those whose colour is beyond 0 and 1."""
+    if part.colours is None or ((part.colours >= 0) & (part.colours <= 1)).all():
+        return
+    strange = ~np.isfinite(part.colours).all(1)
+    if strange.any():
+        log.warning("%d vertices have a colour that is no number: they are grey", strange.sum())
+    beyond = ((part.colours < -1e-4) | (part.colours > 1 + 1e-4)).any(1) & ~strange
+    if beyond.any():
+        log.warning("%d vertices have a colour beyond 0 and 1: the nearest is taken", beyond.sum())
+    part.colours = np.where(strange[:, None], np.float32(GREY), np.clip(part.colours, 0, 1))
 
 
 def _read_gltf(path: Path) -> list[Mesh]:
