@@ -189,6 +189,7 @@ def test_merges_cut_at_the_end_of_a_line_are_named(tmp_path, kept):
     [
         ({"num_train_timesteps": 0, "set_alpha_to_one": True}, "gives 0 noise levels"),
         ({"num_train_timesteps": 1}, "gives 1 noise levels"),
+        ({"trained_betas": 0.5, "set_alpha_to_one": True}, "gives 1 noise levels"),
         ({"beta_start": -0.5, "beta_end": -0.1}, "do not fall within 1 and 0"),
         ({"beta_start": 0, "beta_end": 0}, "do not fall within 1 and 0"),
     ],

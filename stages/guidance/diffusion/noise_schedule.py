@@ -71,14 +71,14 @@ def load_schedule(folder: Path, class_name: str, image_tokens: int) -> NoiseSche
             f"use a model with one of {', '.join(PREDICTIONS[:3])}, or with {FLOW[0]}",
         )
     alphas_cumprod = torch.as_tensor(alphas_cumprod).detach().float().cpu().clone()
-    return _checked(NoiseSchedule(alphas_cumprod, prediction, torch.arange(len(alphas_cumprod))), what)
+    return _checked(NoiseSchedule(alphas_cumprod, prediction, torch.arange(alphas_cumprod.numel())), what)
 
 
 def _checked(schedule: NoiseSchedule, what: str) -> NoiseSchedule:
     """The schedule itself. Raises: UserError where its levels are not shares of the picture that fall."""
     levels = schedule.alphas_cumprod
-    if len(levels) < 2:
-        raise UserError(what, f"its config gives {len(levels)} noise levels", "get the folder again")
+    if levels.numel() < 2:
+        raise UserError(what, f"its config gives {levels.numel()} noise levels", "get the folder again")
     if not bool(((levels >= 0) & (levels <= 1)).all() and (levels.diff() <= 0).all() and levels[0] > levels[-1]):
         why = f"its noise levels do not fall within 1 and 0: alpha_bar from {levels[0]:.4g} to {levels[-1]:.4g}"
         raise UserError(what, why, "get the folder again")
