@@ -87,16 +87,13 @@ class Inputs:
 
     def _mesh(self, rng: random.Random) -> tuple[bytes, Read]:
         """A mesh's file with those beside it, one of them mutated."""
-        from stages.mesh.files.read import read_mesh
-        from stages.mesh.place import PlaceSettings, place
-
         name = rng.choice(sorted(self._meshes))
         files, path = self._meshes[name], self._new(name)
         other = name if rng.random() < 0.7 else rng.choice(sorted(files))
         data = mutated_mesh(files[other], Path(other).suffix, rng)
         for beside, content in files.items():
             (path.parent / beside).write_bytes(data if beside == other else content)
-        return data, lambda: place(read_mesh(path), PlaceSettings())
+        return data, lambda: _start_from(path)
 
     def _run(self, rng: random.Random) -> tuple[bytes, Read]:
         """A run's folder with one of its files mutated, read as `pipeline resume`, a run from it and Python do."""
@@ -148,6 +145,17 @@ class Inputs:
         (folder / name).unlink()
         (folder / name).write_bytes(data)
         return f"{name}: ".encode() + data[:2000], lambda: _check(folder)
+
+
+def _start_from(path: Path) -> None:
+    """As the fine stage begins with a mesh, on a coarse lattice."""
+    from stages.mesh.files.read import read_mesh
+    from stages.mesh.place import PlaceSettings, place, without_far_specks
+    from stages.mesh.tets.solidify import dmtet_from_mesh
+    from stages.mesh.tets.tetrahedra import Lattice
+
+    mesh, _ = place(without_far_specks(read_mesh(path))[0], PlaceSettings())
+    dmtet_from_mesh(mesh, Lattice(16))
 
 
 def _dotted(tree: dict[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
