@@ -25,7 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,12 +87,12 @@ def state_of(run: Path) -> State:
     return state
 
 
-def kills(seed: int, count: int, work: Path) -> list[dict[str, Any]]:
-    """Kill `count` runs and exports, take each up again, and compare.
+def kills(seed: int, count: int, work: Path) -> Iterator[State]:
+    """Yield what became of `count` runs and exports, each killed and taken up again.
 
     Args:
         seed: of the moments. count: of runs and exports. work: an empty folder.
-    Returns: for each what was `killed`, `after_s` (seconds of processor time, of each kill), how often it had
+    Yields: for each what was `killed`, `after_s` (seconds of processor time, of each kill), how often it had
         `begun_anew` before that, and what `differs` at its end.
     Raises: UserError where the run that is left alone does not come to its end.
     """
@@ -106,15 +106,13 @@ def kills(seed: int, count: int, work: Path) -> list[dict[str, Any]]:
     whole = Clock(_finish(_start(work, *words, "alone")))
     exported = Clock(_finish(_start(work, "export", "alone", "--format", FORMATS, "--out", "files")))
     alone, files = state_of(work / "alone"), _files(work / "files")
-    lines = []
     for number in range(count):
         name = f"run-{number}"
         if number % 3 == 2:
-            lines.append(_kill_export(work, name, rng, exported, files))
+            yield _kill_export(work, name, rng, exported, files)
         else:
-            lines.append(_kill_run(work, name, words, rng, whole, alone))
+            yield _kill_run(work, name, words, rng, whole, alone)
         shutil.rmtree(work / name, ignore_errors=True)
-    return lines
 
 
 def _kill_run(work: Path, name: str, words: list[str], rng: random.Random, clock: Clock, alone: State) -> State:
@@ -232,10 +230,12 @@ def main() -> int:
     )
     args = parser.parse_args()
     before = environment()  # the revision that the processes ran
+    lines = []
     with tempfile.TemporaryDirectory(prefix="kills-") as work:
-        lines = kills(args.seed, args.count, Path(work))
-    for line in lines:
-        print(f"{line['killed']} killed after {line['after_s']} s: {', '.join(line['differs']) or 'the same bytes'}")
+        for line in kills(args.seed, args.count, Path(work)):
+            lines.append(line)
+            end = ", ".join(line["differs"]) or "the same bytes"
+            print(f"{line['killed']} killed after {line['after_s']} s: {end}", flush=True)
     same = sum(not line["differs"] for line in lines)
     anew = sum(line["begun_anew"] for line in lines)
     print(f"{same} of {len(lines)} resumed to the same bytes; {anew} kills before them only began a run anew")

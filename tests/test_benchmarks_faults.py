@@ -25,7 +25,7 @@ def test_sixty_broken_inputs_of_a_kind_show_no_fault(kind):
 
 @pytest.mark.slow
 def test_five_killed_processes_end_with_the_bytes_of_one_left_alone(tmp_path):
-    lines = kills(0, 5, tmp_path)
+    lines = list(kills(0, 5, tmp_path))
     assert len(lines) == 5 and not any(line["differs"] for line in lines)
 
 
