@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.mesh_shapes import box, join, make, moved
+from tests.mesh_shapes import box, join, make, moved, sphere, tetrahedron
 
 if os.name != "posix":
     pytest.skip("kills and forks", allow_module_level=True)
@@ -20,7 +20,7 @@ from pipeline.config.model import load_config, read_config
 from pipeline.output.glb import write_glb
 from pipeline.output.stl import write_stl
 from pipeline.runs.checkpoint import read_meta
-from pipeline.runs.inputs import check_inputs
+from pipeline.runs.inputs import check_inputs, load_inputs
 from stages.errors import UserError
 from stages.kernels.srgb import srgb_to_linear
 from stages.mesh.files.read import read_mesh
@@ -205,7 +205,21 @@ def test_the_start_is_told(files):
     assert "is painted and keeps its shape" in checked(files / "grey.glb", "fine.geometry=locked").note
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize("geometry", ["dmtet", "locked"])
+def test_specks_far_away_are_left_out_of_what_is_refined(tmp_path, geometry):
+    ball = sphere(1.0)
+    write_glb(join(ball, moved(tetrahedron(), (100, 0, 0), 0.001)), tmp_path / "ball.glb")
+    flags = {"stages": "fine", "init_mesh": str(tmp_path / "ball.glb")}
+    config = load_config(None, [f"fine.geometry={geometry}"], flags)
+    inputs = check_inputs(config)
+    inputs.write(tmp_path)
+    mesh = load_inputs(tmp_path, config, torch.device("cpu")).mesh
+    assert len(mesh.faces) == len(ball.faces) + (4 if geometry == "locked" else 0)
+    size = np.ptp(mesh.vertices[mesh.faces[: len(ball.faces)]].reshape(-1, 3), axis=0).max()
+    assert size == pytest.approx(1.7 if geometry == "dmtet" else 0.034, rel=0.02)
+    assert ("specks far away (1)" in inputs.note) == (geometry == "dmtet")
+
+
 def test_a_mesh_and_a_run_to_start_from_are_one_too_many(files, painted):
     with pytest.raises(UserError, match="both given"):
         check_inputs(

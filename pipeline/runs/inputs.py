@@ -135,7 +135,7 @@ def _from_mesh(config: Config, first: str) -> Inputs:
     use = "is painted and keeps its shape" if _is_locked(config) else "is refined"
     note = f"{path.name}, {len(mesh.faces)} faces, {use}, starting with {coats}"
     if specks:
-        note += f"; specks far away are left out, {specks} of them: with them the rest would be small in the scene"
+        note += f"; left out are specks far away ({specks}), which would make the rest small in the scene"
     return Inputs(mesh=mesh, up=up, format=path.suffix.lower()[1:], note=note)
 
 
