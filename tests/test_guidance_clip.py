@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
 
 from stages.errors import UserError
-from stages.guidance.clip import ClipScorer, Preprocessing
+from stages.guidance.clip import ClipScorer, Preprocessing, check_clip_folder
 from stages.kernels.srgb import linear_to_srgb, srgb_to_linear
 from tests.tiny_clip import openai_like, pocket_like
 
@@ -147,3 +148,40 @@ def test_folders_that_are_no_clip_are_refused(pocket, tmp_path):
     (tmp_path / "preprocessor_config.json").write_text((pocket / "preprocessor_config.json").read_text())
     with pytest.raises(UserError, match="Cannot load the CLIP model"):
         ClipScorer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"image_std": [0.5, 0.5]}, "image_std"),
+        ({"image_std": [0.5, 0, 0.5]}, "image_std"),
+        ({"image_mean": 0.5}, "image_mean"),
+        ({"image_mean": [0.5, "x", 0.5]}, "image_mean"),
+        ({"resample": [3]}, "resamples"),
+        ({"crop_size": {"height": 224, "width": {}}}, "size"),
+        ({"size": {"shortest_edge": "x"}}, "size"),
+        ({"size": {"shortest_edge": 0}}, "size"),
+        ({"size": {"height": 64, "width": 7}, "do_center_crop": False}, "7 x 64 pixels, and its model sees 64 x 64"),
+    ],
+)
+def test_a_processors_config_of_other_kinds_is_refused(pocket, tmp_path, change, words):
+    folder = shutil.copytree(pocket, tmp_path / "clip")
+    path = folder / "preprocessor_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(UserError, match=words):
+        check_clip_folder(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("tokenizer_config.json", "null"),
+        ("tokenizer_config.json", '{"model_max_length": {}}'),
+        ("config.json", "[]"),
+    ],
+)
+def test_other_files_of_other_kinds_are_refused(pocket, tmp_path, name, text):
+    folder = shutil.copytree(pocket, tmp_path / "clip")
+    (folder / name).write_text(text)
+    with pytest.raises(UserError, match=f"{name}"):
+        ClipScorer(folder)

@@ -7,6 +7,7 @@ Letters: B images, P texts, D the width of the joint space. Embeddings are unit 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stages.errors import UserError, check_shape
-from stages.guidance.diffusion.folder import load_part, read_json
+from stages.guidance.diffusion.folder import check_texts, load_part, read_json
+from stages.guidance.diffusion.text import check_max_length
 from stages.kernels.srgb import linear_to_srgb
 from stages.paths import from_home
 
 RESAMPLE = {0: "nearest", 2: "bilinear", 3: "bicubic"}  # Pillow's numbers, as processors write them
+LARGEST = 8192  # side of a picture, in pixels
 OPENAI_MEAN, OPENAI_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
@@ -45,7 +48,7 @@ class Preprocessing:
         what = f"Cannot load the CLIP of {folder}"
         config = read_json(folder / "preprocessor_config.json", what)
         resample = config.get("resample", 3)
-        if resample not in RESAMPLE:
+        if not isinstance(resample, int) or resample not in RESAMPLE:
             raise UserError(what, f"its processor resamples by Pillow's method {resample}", f"one of {list(RESAMPLE)}")
         size = _size(config.get("size", {"shortest_edge": 224}), what) if config.get("do_resize", True) else None
         crop = _size(config.get("crop_size", {"height": 224, "width": 224}), what)
@@ -55,8 +58,8 @@ class Preprocessing:
             size=size,
             crop=crop if config.get("do_center_crop", True) else None,
             mode=RESAMPLE[resample],
-            mean=tuple(config.get("image_mean", OPENAI_MEAN)) if normalise else (0.0, 0.0, 0.0),
-            std=tuple(config.get("image_std", OPENAI_STD)) if normalise else (1.0, 1.0, 1.0),
+            mean=_of_channels(config, "image_mean", OPENAI_MEAN, what) if normalise else (0.0, 0.0, 0.0),
+            std=_of_channels(config, "image_std", OPENAI_STD, what) if normalise else (1.0, 1.0, 1.0),
         )
 
     def __call__(self, srgb: Tensor) -> Tensor:
@@ -145,11 +148,13 @@ def load_tokenizer(folder: Path) -> Any:
     """Load the tokenizer of a CLIP's folder."""
     import transformers
 
-    return load_part(
+    tokenizer = load_part(
         folder,
         "CLIP tokenizer",
         lambda: transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True),
     )
+    check_max_length(tokenizer, f"Cannot load the CLIP {folder}")
+    return tokenizer
 
 
 def token_limit(folder: Path, tokenizer: Any) -> int:
@@ -181,18 +186,44 @@ def check_clip_folder(folder: Path) -> None:
         raise UserError(what, f"its config.json says model_type {kind!r}", "use a CLIPModel folder")
     if not any(folder.glob("*.safetensors")):
         raise UserError(what, "it has no *.safetensors", "convert its weights, or get the folder again")
-    Preprocessing.read(folder)
+    check_texts(folder, what)
+    seen = Preprocessing.read(folder)
+    vision = read_json(folder / "config.json", what).get("vision_config")
+    side = vision.get("image_size", 224) if isinstance(vision, dict) else 224
+    made = seen.crop or seen.size
+    if isinstance(made, tuple) and made != (side, side):
+        why = f"its processor makes pictures of {made[1]} x {made[0]} pixels, and its model sees {side} x {side}"
+        raise UserError(what, why, "get the folder again")
 
 
 def _size(value: dict | int | list, what: str) -> tuple[int, int] | int:
     """A processor's size entry: (height, width), or one number for the shorter side."""
-    if isinstance(value, int):
-        return value
-    if isinstance(value, dict) and "shortest_edge" in value:
-        return int(value["shortest_edge"])
-    if isinstance(value, dict) and {"height", "width"} <= value.keys():
-        return int(value["height"]), int(value["width"])
-    raise UserError(what, f"its processor's size is {value!r}", "wanted shortest_edge, or height and width")
+    sides = [value]
+    if isinstance(value, dict):
+        sides = [value[name] for name in ("shortest_edge", "height", "width") if name in value]
+        sides = sides[:1] if "shortest_edge" in value else sides
+    if len(sides) not in (1, 2) or not all(_is_whole(side) and 0 < side <= LARGEST for side in sides):
+        raise UserError(what, f"its processor's size is {value!r}", "wanted shortest_edge, or height and width")
+    return int(sides[0]) if len(sides) == 1 else (int(sides[0]), int(sides[1]))
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value == value // 1
+
+
+def _of_channels(
+    config: dict[str, Any], name: str, otherwise: tuple[float, float, float], what: str
+) -> tuple[float, float, float]:
+    """A processor's three numbers of a name."""
+    values = config.get(name, otherwise)
+    numbers = isinstance(values, list | tuple) and all(
+        isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) for value in values
+    )
+    if not numbers or len(values) != 3 or (name == "image_std" and not all(values)):
+        raise UserError(
+            what, f"its processor's {name} is {values!r}", "wanted a number for each of red, green and blue"
+        )
+    return tuple(values)
 
 
 def _centre_crop(x: Tensor, crop: tuple[int, int]) -> Tensor:

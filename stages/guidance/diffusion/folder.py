@@ -16,6 +16,7 @@ from stages.errors import UserError, out_of_memory
 from stages.guidance.diffusion.weights import check_files
 
 PANIC = "PanicException"  # what a library in Rust raises where it trips over a file: no Exception to Python
+_SLIPS = (AttributeError, TypeError, KeyError, IndexError, ZeroDivisionError, RecursionError)
 _NEVER_EMPTY = ("config.json", "scheduler_config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json")
 
 
@@ -61,7 +62,7 @@ def check_component(folder: Path, component: Component, variant: str | None = No
             f"its {component.part}/ is missing",
             f"copy the {component.class_name} of the same model to {directory}",
         )
-    _check_texts(directory, f"Cannot load the {component.part} of {folder}")
+    check_texts(directory, f"Cannot load the {component.part} of {folder}")
     if component.stem is None:
         return []
     if not (directory / "config.json").is_file():
@@ -69,7 +70,7 @@ def check_component(folder: Path, component: Component, variant: str | None = No
     return check_files(directory, component.stem, variant, what)
 
 
-def _check_texts(directory: Path, what: str) -> None:
+def check_texts(directory: Path, what: str) -> None:
     """Refuse a part with a small file that is cut, emptied or of another type, by the file's name: the libraries' own
     readers ignore it, or report an error of their own."""
     for path in sorted(directory.iterdir()):
@@ -93,7 +94,12 @@ def load_part(folder: Path, part: str, load: Callable[[], Any]) -> Any:
     except BaseException as error:  # safetensors and tokenizers raise their own kinds, the latter bare Exceptions
         if out_of_memory(error) or not (isinstance(error, Exception) or type(error).__name__ == PANIC):
             raise
-        raise UserError(what, first_line(error), "the file is damaged or of another model: get it again") from error
+        why = _first_line(error)
+        if isinstance(error, _SLIPS):  # of the library's own, over a value that it does not look at first
+            why = (
+                f"a small file of it holds something of another kind than is read there ({type(error).__name__}: {why})"
+            )
+        raise UserError(what, why, "the file is damaged or of another model: get it again") from error
     if not isinstance(loaded, tuple):
         return loaded
     model, info = loaded

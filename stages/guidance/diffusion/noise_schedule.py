@@ -75,11 +75,11 @@ def load_schedule(folder: Path, class_name: str, image_tokens: int) -> NoiseSche
 
 
 def _checked(schedule: NoiseSchedule, what: str) -> NoiseSchedule:
-    """The schedule itself. Raises: UserError where its levels are not shares of the picture that fall."""
+    """The schedule itself. Raises: UserError where its levels are no shares of a picture, grow, or add no noise."""
     levels = schedule.alphas_cumprod
     if levels.numel() < 2:
         raise UserError(what, f"its config gives {levels.numel()} noise levels", "get the folder again")
-    if not bool(((levels >= 0) & (levels <= 1)).all() and (levels.diff() <= 0).all() and levels[0] > levels[-1]):
+    if not bool(((levels >= 0) & (levels <= 1)).all() and (levels.diff() <= 0).all() and levels[-1] < 1):
         why = f"its noise levels do not fall within 1 and 0: alpha_bar from {levels[0]:.4g} to {levels[-1]:.4g}"
         raise UserError(what, why, "get the folder again")
     return schedule

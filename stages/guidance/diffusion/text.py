@@ -183,6 +183,13 @@ def _collect() -> None:
         torch.cuda.empty_cache()
 
 
+def check_max_length(tokenizer: Any, what: str) -> None:
+    """Refuse a tokenizer whose config says how long a text may be in something that is no number."""
+    limit = tokenizer.model_max_length
+    if not isinstance(limit, int | float) or limit < 1:
+        raise UserError(what, f"its tokenizer_config.json says model_max_length {limit!r}", "get the folder again")
+
+
 def token_limit(spec: EncoderSpec, tokenizer: Any, config: Any) -> int:
     """Return how many tokens an encoder reads: the least that family, tokenizer and encoder allow."""
     limits = [tokenizer.model_max_length, getattr(config, "max_position_embeddings", None), spec.limit]
@@ -213,6 +220,7 @@ def load_tokenizer(folder: Path, part: str) -> Any:
         return tokenizer
 
     tokenizer = load_part(folder, part, load)
+    check_max_length(tokenizer, what)
     if tokenizer.pad_token is None:
         raise UserError(what, "it has no padding token", "get the folder again")
     if "tokenizer.json" not in names and type(tokenizer).__name__.startswith("CLIPTokenizer"):
