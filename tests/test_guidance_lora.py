@@ -343,3 +343,31 @@ def test_a_folder_may_name_the_file(folder, plain, tmp_path):
     write(tmp_path / "pytorch_lora_weights.safetensors", tensors)
     write(tmp_path / "other.safetensors", {"x": torch.zeros(1)})
     assert Lora(tmp_path).path.name == "pytorch_lora_weights.safetensors"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"lora_A": torch.ones(32)},
+        {"lora_A": torch.ones(0, 32)},
+        {"lora_B": torch.tensor(1.0)},
+        {"lora_A": torch.ones(1, 32, dtype=torch.int8)},
+        {"alpha": torch.ones(2)},
+        {"alpha": torch.tensor(float("nan"))},
+    ],
+)
+def test_tensors_that_can_be_no_change_are_refused_by_name(folder, plain, tmp_path, change):
+    parts = {"lora_A": torch.ones(1, 32), "lora_B": torch.ones(32, 1), "alpha": torch.tensor(1)} | change
+    tensors = {f"unet.{ATTENTION}.to_q.{name}{'' if name == 'alpha' else '.weight'}": t for name, t in parts.items()}
+    with pytest.raises(UserError, match=f"of a shape or type of no change: .*{next(iter(change))}"):
+        merged(folder, write(tmp_path / "a.safetensors", tensors))
+
+
+@pytest.mark.parametrize(
+    "text", ['{"unet.r": 2', "[]", '{"unet.lora_alpha": "x"}', '{"unet.alpha_pattern": {"a": "x"}}']
+)
+def test_settings_of_an_adapter_that_are_damaged_are_told(folder, tmp_path, text):
+    tensors = {f"unet.{ATTENTION}.to_q.lora_{ab}.weight": torch.ones(s) for ab, s in (("A", (1, 32)), ("B", (32, 1)))}
+    path = write(tmp_path / "a.safetensors", tensors, {"lora_adapter_metadata": text})
+    with pytest.raises(UserError, match="its adapter's .* damaged"):
+        merged(folder, path)

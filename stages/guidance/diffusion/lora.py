@@ -232,6 +232,7 @@ class Lora:
                         self._whole.setdefault(part, {})[_plain(rest)] = _WholeTensor(path, key, header)
             return
         tensors = load_file(self.path)
+        self._refuse([k for k, t in tensors.items() if not _is_change(k, t)], "of a shape or type of no change")
         if family.name == "Flux" and not any(name.startswith(("transformer.", "text_encoder.")) for name in tensors):
             tensors = self._from_flux_trainers(tensors)
         layers = getattr(configs[family.part], "layers_per_block", None)
@@ -269,8 +270,14 @@ class Lora:
         with safe_open(self.path, "pt") as file:
             text = (file.metadata() or {}).get("lora_adapter_metadata")
         adapters: dict[str, dict[str, Any]] = {}
-        for key, value in (json.loads(text) if text else {}).items():
+        try:
+            settings = json.loads(text) if text else {}
+        except (ValueError, RecursionError):
+            settings = None
+        for key, value in settings.items() if isinstance(settings, dict) else [("", settings)]:
             part, rest = _split(key)
+            if not key or not _are_alphas(rest, value):
+                raise UserError(self.what, f"its adapter's {key or 'settings'} are damaged", "get the file again")
             adapters.setdefault(part, {})[rest] = value
         return adapters
 
@@ -372,12 +379,26 @@ def from_sgm(flat: str, layers: int) -> str:
     return f"{block}_{kind}_{layer}_{_SGM_RESNET.get(rest, rest)}"
 
 
+def _are_alphas(rest: str, value: Any) -> bool:
+    """Whether a setting of an adapter is a number, or numbers by name, where it says alpha."""
+    alphas = {"lora_alpha": {"": value}, "alpha_pattern": value or {}}.get(rest, {})
+    return isinstance(alphas, dict) and all(isinstance(alpha, int | float) for alpha in alphas.values() if alpha)
+
+
+def _is_change(key: str, tensor: Tensor) -> bool:
+    """Whether a tensor may be what its key says: one half of a change (down, up), or its alpha."""
+    one = tensor.numel() == 1 and math.isfinite(float(tensor))
+    return (
+        one
+        if _KEY.fullmatch(key)["role"] == "alpha"
+        else tensor.is_floating_point() and tensor.ndim > 1 and tensor.numel() > 0
+    )
+
+
 def _adapter_alpha(adapter: dict[str, Any], flat: str, rank: int) -> float | None:
     """alpha of a layer by the file's metadata, so that alpha / rank is the adapter's own scaling; None without any."""
     alpha = adapter.get("lora_alpha")
     for name, value in (adapter.get("alpha_pattern") or {}).items():
         if flat.endswith(name.replace(".", "_")):
             alpha = value
-    if alpha is None:
-        return None
-    return alpha * math.sqrt(rank) if adapter.get("use_rslora") else alpha
+    return alpha * math.sqrt(rank) if alpha is not None and adapter.get("use_rslora") else alpha
