@@ -18,7 +18,7 @@ from stages.mesh.files.read import read_mesh
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["config", "override", "mesh", "run", "model"])
+@pytest.mark.parametrize("kind", ["config", "override", "mesh", "run", "model", "clip", "lora"])
 def test_sixty_broken_inputs_of_a_kind_show_no_fault(kind):
     assert fuzz(7, 60, [kind], limit_s=60).faults == []
 
@@ -63,7 +63,7 @@ def test_the_same_seed_breaks_an_input_in_the_same_way():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["config", "override", "mesh", "run", "model"])
+@pytest.mark.parametrize("kind", ["config", "override", "mesh", "run", "model", "clip", "lora"])
 def test_broken_inputs_get_past_the_first_check(kind):
     report = fuzz(8, 60, [kind], limit_s=60)
     assert report.taken[kind] >= 3

@@ -143,6 +143,31 @@ def mutated_tensors(data: bytes, rng: random.Random) -> bytes:
     return length.to_bytes(8, "little") + header + data[end:]
 
 
+def state_changed(state: dict[str, Any], rng: random.Random) -> dict[str, Any]:
+    """Return named tensors with one or two of them gone, under another name, of another shape, type or values."""
+    import torch
+
+    state = dict(state)
+    for _ in range(rng.choice((1, 1, 2))):
+        name = rng.choice(sorted(state) or ["x"])
+        tensor = state.pop(name, torch.zeros(1))
+        flat = tensor.reshape(-1)
+        shapes = (flat, flat[:1], flat[:0], tensor[None], tensor.sum())
+        types = (torch.int8, torch.bool, torch.float16, torch.bfloat16, torch.float64)
+        change = rng.randrange(5)
+        if change == 1:
+            name = rng.choice((name.rpartition(".")[0] or "x", f"{name}.x", name.replace("_A", "_B"), "x"))
+        if change == 2:
+            tensor = rng.choice(shapes)
+        if change == 3:
+            tensor = tensor.to(rng.choice(types))
+        if change == 4 and tensor.is_floating_point():
+            tensor = torch.full_like(tensor, rng.choice((float("nan"), float("inf"), 0.0)))
+        if change:
+            state[name] = tensor.contiguous().clone()
+    return state
+
+
 def mutated_mesh(data: bytes, suffix: str, rng: random.Random) -> bytes:
     """Return the file of a mesh, of a material library or of a picture with changes that its format lets pass.
 

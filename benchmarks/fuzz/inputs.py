@@ -17,6 +17,7 @@ from benchmarks.fuzz.changes import (
     mutated_tensors,
     mutated_yaml,
     near_text,
+    state_changed,
     tree_changed,
 )
 from benchmarks.fuzz.samples import mesh_samples
@@ -49,6 +50,8 @@ class Inputs:
             "mesh": self._mesh,
             "run": self._run,
             "model": self._model,
+            "clip": self._clip,
+            "lora": self._lora,
         }
         self._recipes = [path.read_bytes() for path in recipes().values()]
         self._meshes = mesh_samples(folder / "meshes")
@@ -133,7 +136,35 @@ class Inputs:
         """A model's folder with one of its files mutated, as `pipeline models check` reads it."""
         from stages.pocket.models import WEIGHTS
 
-        source = WEIGHTS / rng.choice(("pixel", "latent"))
+        data, folder = self._folder_changed(WEIGHTS / rng.choice(("pixel", "latent")), rng)
+        return data, lambda: _check(folder)
+
+    def _clip(self, rng: random.Random) -> tuple[bytes, Read]:
+        """A CLIP's folder with one of its files mutated, loaded and asked."""
+        from stages.pocket.models import WEIGHTS
+
+        data, folder = self._folder_changed(WEIGHTS / "clip", rng)
+        return data, lambda: _ask_clip(folder)
+
+    def _lora(self, rng: random.Random) -> tuple[bytes, Read]:
+        """A LoRA of the pocket prior, mutated, as a run that is given it reads it."""
+        from safetensors.torch import save
+
+        from pipeline import load_config
+        from pipeline.priors.sources import check_priors
+
+        state, facts = _lora_of_one_layer()
+        if rng.random() < 0.5:
+            data = mutated_tensors(save(state, facts), rng)
+        else:
+            facts = {key: mutated_json(text, rng).decode("utf-8", "replace") for key, text in facts.items()}
+            data = save(state_changed(state, rng), facts if rng.random() < 0.3 else None)
+        path = self._new("mine.safetensors")
+        path.write_bytes(data)
+        return data, lambda: check_priors(load_config(None, {"prior.lora": str(path)}))
+
+    def _folder_changed(self, source: Path, rng: random.Random) -> tuple[bytes, Path]:
+        """What one file of a model's folder became, and the folder with it and links to the others."""
         names = sorted(path.relative_to(source) for path in source.rglob("*") if path.is_file())
         name = rng.choice([name for name in names if name.parts[0] != "layout"])
         folder = self._new("model")
@@ -144,7 +175,7 @@ class Inputs:
         data = mutated_json(whole.decode(), rng) if name.suffix == ".json" else mutated_tensors(whole, rng)
         (folder / name).unlink()
         (folder / name).write_bytes(data)
-        return f"{name}: ".encode() + data[:2000], lambda: _check(folder)
+        return f"{name}: ".encode() + data[:2000], folder
 
 
 def _start_from(path: Path) -> None:
@@ -195,6 +226,26 @@ def _check(folder: Path) -> None:
         if not finding.ok:
             raise UserError(finding.part, finding.detail, finding.fix)
     make_plan(folder, DiffusionSettings(), ["a red mug"])
+
+
+def _ask_clip(folder: Path) -> None:
+    """As a CLIP that guides is loaded and used."""
+    import torch
+
+    from stages.guidance.clip import ClipScorer
+
+    with torch.no_grad():
+        ClipScorer(folder).scores(torch.full((1, 32, 32, 3), 0.5), ["a red mug"])
+
+
+def _lora_of_one_layer() -> tuple[dict[str, Any], dict[str, str]]:
+    """The tensors of a LoRA of the pixel prior, and its file's facts."""
+    import torch
+
+    layer = "unet.mid_block.attentions.0.to_q"
+    state = {"lora_A.weight": torch.ones(2, 192), "lora_B.weight": torch.zeros(192, 2), "alpha": torch.tensor(2.0)}
+    adapter = {"unet.r": 2, "unet.lora_alpha": 4, "unet.rank_pattern": {"to_q": 2}, "unet.alpha_pattern": {"to_q": 1}}
+    return {f"{layer}.{name}": tensor for name, tensor in state.items()}, {"lora_adapter_metadata": json.dumps(adapter)}
 
 
 def _read_run(folder: Path) -> None:
