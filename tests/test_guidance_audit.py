@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -199,3 +200,20 @@ def test_a_noise_schedule_that_is_none_is_named(copied, change, words):
     edit(folder / "scheduler" / "scheduler_config.json", beta_schedule="linear", **change)
     finding = by_part(audit(folder))["scheduler"]
     assert not finding.ok and words in finding.detail
+
+
+def test_a_config_that_makes_far_more_than_the_weights_hold_is_refused_at_once(copied):
+    folder = copied("flux")
+    edit(folder / "vae" / "config.json", encoder_block_out_channels=[4] * 4, num_encoder_blocks=[10**6] * 4)
+    began = time.process_time()
+    finding = by_part(audit(folder))["vae"]
+    assert not finding.ok and "makes more than" in finding.detail
+    assert time.process_time() - began < 5
+
+
+@pytest.mark.parametrize("text", ['{"a": ' + "9" * 5000 + "}", "[" * 100_000])
+def test_json_that_no_reader_takes_is_told(copied, text):
+    folder = copied("stable_diffusion")
+    (folder / "unet" / "config.json").write_text(text)
+    wrong = [finding.detail for finding in audit(folder) if not finding.ok]
+    assert any("config.json is damaged" in detail for detail in wrong), wrong

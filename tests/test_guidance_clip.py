@@ -161,7 +161,12 @@ def test_folders_that_are_no_clip_are_refused(pocket, tmp_path):
         ({"crop_size": {"height": 224, "width": {}}}, "size"),
         ({"size": {"shortest_edge": "x"}}, "size"),
         ({"size": {"shortest_edge": 0}}, "size"),
-        ({"size": {"height": 64, "width": 7}, "do_center_crop": False}, "7 x 64 pixels, and its model sees 64 x 64"),
+        (
+            {"size": {"height": 64, "width": 7}, "do_center_crop": False},
+            r"of \(7, 64\) pixels, and its model sees 64 x 64",
+        ),
+        ({"size": {"shortest_edge": 32}, "do_center_crop": False}, "of 32 pixels a side, and its model sees 64 x 64"),
+        ({"do_resize": False, "do_center_crop": False}, "of any size, and its model sees 64 x 64"),
     ],
 )
 def test_a_processors_config_of_other_kinds_is_refused(pocket, tmp_path, change, words):

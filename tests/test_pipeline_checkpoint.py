@@ -75,6 +75,17 @@ def test_facts_of_another_kind_are_damaged(tmp_path, change):
             read(tmp_path / "c")
 
 
+@pytest.mark.parametrize(
+    "notes", ["NaN", '"x"', "[]", '{"pipeline": 7}', '{"pipeline": "7"}', '{"other": "{}"}', '{"pipeline": "{"}']
+)
+def test_a_header_without_facts_is_damaged(tmp_path, notes):
+    header = f'{{"__metadata__": {notes}}}'.encode()
+    (tmp_path / "c").write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(UserError, match="damaged checkpoint") as caught:
+        read_meta(tmp_path / "c")
+    assert "facts" in caught.value.why or "Expecting" in caught.value.why
+
+
 def test_facts_that_are_needed_and_not_there_are_told(tmp_path):
     save_checkpoint(tmp_path / "c", {"x": torch.ones(2)}, {"step": 3})
     assert read_meta(tmp_path / "c")["step"] == 3

@@ -140,7 +140,7 @@ def _check_length(ask: Ask, folder: Path) -> None:
 def _read(folder: Path, name: str) -> dict[str, Any]:
     try:
         value = json.loads((folder / name).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise _absent(folder, f"{type(error).__name__}: {error}") from None
     if not isinstance(value, dict):
         raise _absent(folder, f"{name} holds no JSON object")

@@ -83,11 +83,14 @@ def _meta(path: Path, data: bytes, fix: str | None) -> dict[str, Any]:
     if len(data) < max(end, 9):
         raise _damaged(path, "the file is cut short", fix)
     try:
-        meta = json.loads(json.loads(data[8:end])["__metadata__"][_META])
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise _damaged(path, str(error) or type(error).__name__, fix) from None
+        header = json.loads(data[8:end])
+        notes = header.get("__metadata__") if isinstance(header, dict) else None
+        text = notes.get(_META) if isinstance(notes, dict) else None
+        meta = json.loads(text) if isinstance(text, str) else None
+    except (ValueError, RecursionError) as error:
+        raise _damaged(path, str(error), fix) from None
     if not isinstance(meta, dict):
-        raise _damaged(path, "its facts are no JSON object", fix)
+        raise _damaged(path, f"its header holds no facts of a run ({_META})", fix)
     for name, kind in _KINDS.items():
         if name in meta and not isinstance(meta[name], kind):
             raise _damaged(path, f"its {name} is {json.dumps(meta[name])[:60]}", fix)
@@ -114,7 +117,7 @@ def read_json(path: Path, fix: str) -> dict[str, Any]:
     """Read a JSON object from a file of a run folder. Raises UserError with `fix` where it is damaged."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"damaged file {path}", str(error), fix) from None
     if not isinstance(value, dict):
         raise UserError(f"damaged file {path}", "it does not hold a JSON object", fix)

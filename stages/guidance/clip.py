@@ -191,8 +191,11 @@ def check_clip_folder(folder: Path) -> None:
     vision = read_json(folder / "config.json", what).get("vision_config")
     side = vision.get("image_size", 224) if isinstance(vision, dict) else 224
     made = seen.crop or seen.size
-    if isinstance(made, tuple) and made != (side, side):
-        why = f"its processor makes pictures of {made[1]} x {made[0]} pixels, and its model sees {side} x {side}"
+    if made not in (side, (side, side)):
+        size = (
+            "any size" if made is None else f"{made} pixels a side" if isinstance(made, int) else f"{made[::-1]} pixels"
+        )
+        why = f"its processor makes pictures of {size}, and its model sees {side} x {side}"
         raise UserError(what, why, "get the folder again")
 
 

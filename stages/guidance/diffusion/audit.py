@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from stages.errors import UserError, out_of_memory
 from stages.guidance.diffusion.denoisers import Geometry
@@ -102,9 +103,10 @@ def _finding(part: str, check: Callable[[], str]) -> Finding:
 
 
 def _compare(component: Component, config: Any, headers: dict[str, Header]) -> None:
-    """Check that the files hold each tensor of the class with this config, in its shape."""
-    shapes = {_plain(name): tuple(tensor.shape) for name, tensor in _tensors(component, config).items()}
-    stored = {_plain(name): header.shape for name, header in headers.items()}
+    """That the files hold each tensor of the class with this config, in its shape."""
+    most = 2 * len(headers) + 1000
+    shapes = {_plain(name): tuple(tensor.shape) for name, tensor in _tensors(component, config, most).items()}
+    got = {_plain(name): header.shape for name, header in headers.items()}
     what, fix = component.part, "weights and config.json are not of the same model: get both again"
     missing = [name for name in shapes if name not in stored]
     if missing:
@@ -119,13 +121,26 @@ def _compare(component: Component, config: Any, headers: dict[str, Header]) -> N
         raise UserError(what, why, fix)
 
 
-def _tensors(component: Component, config: Any) -> dict[str, torch.Tensor]:
-    """The tensors that a component of this config must find in its files, without memory."""
+def _tensors(component: Component, config: Any, most: int) -> dict[str, torch.Tensor]:
+    """The tensors that a component of this config must find in its files, without memory.
+
+    Args:
+        most: of them; a config that makes many more than there are is refused before they are all made.
+    """
     import diffusers
     import transformers
 
     library = transformers if component.stem == "model" else diffusers
     kind = getattr(library, component.class_name)
+    count = 0
+
+    def made(*_: Any) -> None:
+        nonlocal count
+        count += 1
+        if count > most:
+            raise ValueError(f"it makes more than {most} tensors")
+
+    hook = register_module_parameter_registration_hook(made)
     try:
         with quiet(), torch.device("meta"):
             module = kind(config) if library is transformers else kind.from_config(vars(config))
@@ -134,6 +149,8 @@ def _tensors(component: Component, config: Any) -> dict[str, torch.Tensor]:
             raise
         why = f"config.json does not make a {component.class_name}: {error}"
         raise UserError(component.part, why, "get it again") from None
+    finally:
+        hook.remove()
     tied = set(getattr(module, "_tied_weights_keys", None) or ())
     return {name: tensor for name, tensor in module.state_dict().items() if name not in tied}
 

@@ -40,8 +40,8 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(what, f"{path} is missing", "use a complete diffusers folder") from error
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(what, f"{path} is damaged: {first_line(error)}", "copy or download it again") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(what, f"{path} is damaged: {_first_line(error)}", "copy or download it again") from error
     if not isinstance(value, dict):
         raise UserError(what, f"{path} holds no JSON object", "copy or download it again")
     return value

@@ -110,7 +110,7 @@ def read_header(path: Path) -> dict[str, Header]:
         end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
         if 8 + length + end != size:
             raise ValueError(f"it should have {8 + length + end} bytes and has {size}")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
         reason = error if isinstance(error, OSError | ValueError) else "its header is damaged"
         raise UserError(
             f"Cannot read {path}", f"{path.name}: {reason}", "the file is damaged: copy or download it again"
