@@ -33,7 +33,7 @@ from stages.errors import UserError
 from stages.paths import from_home
 
 LIMIT_S = 5.0  # of processor time, for one input
-ASLEEP = 20  # times as long may an input take by the clock: a reader that waits takes no processor time
+ASLEEP = 60  # times as long may an input take by the clock: a reader that waits takes no processor time
 ROOM = 4 * 2**30  # bytes that one input may add to what the process addresses
 _TOPS = {"pipeline", "stages"}  # folders whose lines are ours
 _SLIP_TEXT = re.compile(r"'\w+' object |(list|tuple|string) ind|unhashable type|argument of type|.{0,20}NoneType")

@@ -57,8 +57,10 @@ class Inputs:
         self._meshes = mesh_samples(folder / "meshes")
         self._whole_run = _run_files(folder / "whole")
         self._settings = list(_dotted(yaml.safe_load(self._whole_run["config.yaml"])))
-        for space in ("pixel", "latent"):  # what the libraries load at first is not the first input's time
+        for space in ("pixel", "latent"):  # what is loaded or compiled at first is not the first input's time
             _check(WEIGHTS / space)
+        _ask_clip(WEIGHTS / "clip")
+        _start_from(folder / "meshes" / "plain.stl")
 
     def _new(self, name: str) -> Path:
         """A path in a folder of its own; the one before is gone."""
