@@ -220,6 +220,7 @@ def test_specks_far_away_are_left_out_of_what_is_refined(tmp_path, geometry):
     assert ("specks far away (1)" in inputs.note) == (geometry == "dmtet")
 
 
+@pytest.mark.slow
 def test_a_mesh_and_a_run_to_start_from_are_one_too_many(files, painted):
     with pytest.raises(UserError, match="both given"):
         check_inputs(

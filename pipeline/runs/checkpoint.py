@@ -63,7 +63,7 @@ def load_checkpoint(path: Path, fix: str | None = None) -> tuple[dict[str, Tenso
 
 
 def read_meta(path: Path, fix: str | None = None, needs: Sequence[str] = ()) -> dict[str, Any]:
-    """Read the meta of a checkpoint alone: step, steps, seconds, phases, and lineage.py's; `fix` as for load_checkpoint.
+    """Read the meta of a checkpoint alone: step, steps, seconds, phases, lineage.py's; `fix` as in load_checkpoint.
 
     Args:
         needs: entries without which it is refused.

@@ -103,10 +103,10 @@ def _finding(part: str, check: Callable[[], str]) -> Finding:
 
 
 def _compare(component: Component, config: Any, headers: dict[str, Header]) -> None:
-    """That the files hold each tensor of the class with this config, in its shape."""
+    """Check that the files hold each tensor of the class with this config, in its shape."""
     most = 2 * len(headers) + 1000
     shapes = {_plain(name): tuple(tensor.shape) for name, tensor in _tensors(component, config, most).items()}
-    got = {_plain(name): header.shape for name, header in headers.items()}
+    stored = {_plain(name): header.shape for name, header in headers.items()}
     what, fix = component.part, "weights and config.json are not of the same model: get both again"
     missing = [name for name in shapes if name not in stored]
     if missing:

@@ -41,7 +41,7 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise UserError(what, f"{path} is missing", "use a complete diffusers folder") from error
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(what, f"{path} is damaged: {_first_line(error)}", "copy or download it again") from error
+        raise UserError(what, f"{path} is damaged: {first_line(error)}", "copy or download it again") from error
     if not isinstance(value, dict):
         raise UserError(what, f"{path} holds no JSON object", "copy or download it again")
     return value
@@ -94,7 +94,7 @@ def load_part(folder: Path, part: str, load: Callable[[], Any]) -> Any:
     except BaseException as error:  # safetensors and tokenizers raise their own kinds, the latter bare Exceptions
         if out_of_memory(error) or not (isinstance(error, Exception) or type(error).__name__ == PANIC):
             raise
-        why = _first_line(error)
+        why = first_line(error)
         if isinstance(error, _SLIPS):  # of the library's own, over a value that it does not look at first
             why = (
                 f"a small file of it holds something of another kind than is read there ({type(error).__name__}: {why})"
