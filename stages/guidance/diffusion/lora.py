@@ -332,8 +332,7 @@ def _split(name: str) -> tuple[str, str]:
 
 
 def _plain(name: str) -> str:
-    """A weight's name as all versions of transformers have it: some put a level above a CLIP text model, and some write
-    a T5's embeddings under the other of their names."""
+    """A weight's name as all versions of transformers have it, without a CLIP text model's level, with a T5's shared."""
     name = name.removeprefix("text_model.")
     return "shared.weight" if name == "encoder.embed_tokens.weight" else name
 
@@ -387,12 +386,9 @@ def _are_alphas(rest: str, value: Any) -> bool:
 
 def _is_change(key: str, tensor: Tensor) -> bool:
     """Whether a tensor may be what its key says: one half of a change (down, up), or its alpha."""
-    one = tensor.numel() == 1 and math.isfinite(float(tensor))
-    return (
-        one
-        if _KEY.fullmatch(key)["role"] == "alpha"
-        else tensor.is_floating_point() and tensor.ndim > 1 and tensor.numel() > 0
-    )
+    if _KEY.fullmatch(key)["role"] == "alpha":
+        return tensor.numel() == 1 and math.isfinite(float(tensor))
+    return tensor.is_floating_point() and tensor.ndim > 1 and tensor.numel() > 0
 
 
 def _adapter_alpha(adapter: dict[str, Any], flat: str, rank: int) -> float | None:
