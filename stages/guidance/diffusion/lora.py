@@ -332,7 +332,7 @@ def _split(name: str) -> tuple[str, str]:
 
 
 def _plain(name: str) -> str:
-    """A weight's name as all versions of transformers have it, without a CLIP text model's level, with a T5's shared."""
+    """A weight's name as all versions of transformers have it: no level above a CLIP text model, a T5's shared name."""
     name = name.removeprefix("text_model.")
     return "shared.weight" if name == "encoder.embed_tokens.weight" else name
 
