@@ -23,7 +23,7 @@ from torch import Tensor
 from stages.cameras import CameraSettings, Views, orbit_views, sample_views
 from stages.errors import UserError
 from stages.fields.backdrops import BackdropSettings, random_backdrops
-from stages.guidance.guide import Guide
+from stages.guidance.guide import Guide, Metric
 from stages.kernels.raster import edge_topology
 from stages.kernels.srgb import linear_to_srgb
 from stages.mesh.measure import edges_of
@@ -216,7 +216,7 @@ class ClipMeshStage:
             textureless = Shading(shading.ambient, shading.diffuse, textureless=True)
             looks = [(looks[0][0][k::2], look) for k, look in ((1, shading), (0, textureless))]
 
-        totals: dict[str, float] = {}
+        totals: dict[str, Metric] = {}
         loss = vertices.new_zeros(())
         for part, look in looks:
             if len(part) == 0:
@@ -236,7 +236,7 @@ class ClipMeshStage:
         with phase("backward", times):
             loss.backward()
         with phase("optimiser", times):
-            totals |= {"rough": float(rough.detach()), "grad_norm": self._update(progress)}
+            totals |= {"rough": float(rough.detach()), "grad_norm": self._update(progress, totals)}
         self.step_index += 1
         return totals
 
@@ -251,11 +251,11 @@ class ClipMeshStage:
         )  # fmt: skip
 
     @torch.no_grad()
-    def _update(self, progress: float) -> float:
+    def _update(self, progress: float, metrics: dict[str, Metric]) -> float:
         """Take the optimiser step, keep everything in its range, and return the gradient's norm (GroupedAdam.step)."""
         s = self.settings
         rates = [rate.at(progress) for rate in (s.lr_vertices, s.lr_texture, s.lr_normal)]
-        norm = self.adam.step(rates, self.step_index)
+        norm = self.adam.step(rates, self.step_index, metrics)
         self.control.clamp_(-self.bound, self.bound)
         self.colour_map.clamp_(0, 1)
         self.normal_map.clamp_(-1, 1)
