@@ -159,3 +159,9 @@ def test_small_parts_that_are_lost_are_counted(caplog):
     surface, facts = started(join(moved(BALL, (0, -0.2, 0), 0.8), *rods), 24)
     assert measure(surface).solid and facts["lost"] < 0.1
     assert "3 of 4 parts" in caplog.text
+
+
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+def test_a_part_without_area_changes_nothing_of_what_is_lost():
+    line = make([[0.9, 0, 0], [0.9, 0.1, 0], [0.9, 0.05, 0]], [[0, 1, 2]])
+    assert started(join(BALL, line), 24)[1]["lost"] == started(BALL, 24)[1]["lost"]
