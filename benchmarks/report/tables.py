@@ -159,14 +159,16 @@ def reference_markdown(lines: list[dict[str, Any]]) -> str:
 _DIGITS = {"iou": "{:.3f}", "psnr_db": "{:.1f} dB", "chamfer": "{:.4f}"}
 
 
-def kills_markdown(line: dict[str, Any]) -> str:
-    """Return what a line of kills.jsonl says, in sentences."""
-    counts = Counter(entry["killed"] for entry in line["each"])
+def kills_markdown(lines: list[dict[str, Any]]) -> str:
+    """Return what the lines of kills.jsonl say, in sentences: all those of the last one's revision together."""
+    lines = [line for line in lines if line["git"] == lines[-1]["git"]]
+    counts = Counter(entry["killed"] for line in lines for entry in line["each"])
+    same, kills, anew = (sum(line[name] for line in lines) for name in ("same_bytes", "kills", "begun_anew"))
     return (
-        f"{line['same_bytes']} of {line['kills']} processes, killed at random moments and taken up again, ended with "
-        f"the bytes of one left alone: {counts['run']} runs, {counts['run and resume']} runs killed once more while "
-        f"they resumed, and {counts['export']} exports. {line['begun_anew']} more kills came before a run had written "
-        f"anything to take up; it began anew.\n\n{origin_of([line])}, {line['cores']} cores of {line['cpu']}."
+        f"{same} of {kills} processes, killed at random moments and taken up again, ended with the bytes of one left "
+        f"alone: {counts['run']} runs, {counts['run and resume']} runs killed once more while they resumed, and "
+        f"{counts['export']} exports. {anew} more kills came before a run had written anything to take up; it began "
+        f"anew.\n\n{origin_of(lines)}, {lines[-1]['cores']} cores of {lines[-1]['cpu']}."
     )
 
 
@@ -251,7 +253,7 @@ def markdown_blocks(results: Path = RESULTS) -> dict[str, str]:
         blocks["guidance"] = guidance_markdown(lines)
     lines = read_lines(results / "kills.jsonl")
     if lines:
-        blocks["kills"] = kills_markdown(lines[-1])
+        blocks["kills"] = kills_markdown(lines)
     for path in sorted(results.glob("compare_*.json")):
         blocks[path.stem] = compare_markdown(json.loads(path.read_text(encoding="utf-8")))
     for path in sorted(results.glob("quality_*.json")):
