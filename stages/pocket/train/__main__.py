@@ -45,6 +45,9 @@ def main() -> None:
         "--init", type=Path, help="layout: begin from this one, a folder or a state, also a coarser one"
     )
     parser.add_argument("--side", type=int, default=128, help="layout: size in pixels of the renders that it learns by")
+    parser.add_argument(
+        "--solid", type=float, default=0.5, help="layout: share of the schedule, from its start, that learns from points"
+    )
     parser.add_argument("--fine", action="store_true", help="layout: with the level of 64^3 cells")
     parser.add_argument("--half", action="store_true", help="layout: bfloat16 volumes, for cores that have it")
     parser.add_argument("--compile", action="store_true", help="torch.compile the UNet: a sixth faster, a C++ compiler")

@@ -33,7 +33,6 @@ SHAPES = {"plain": 5, "patterned": 4, "pair": 4}  # of a step; those of a pair a
 COLOURS = {"plain": 3, "patterned": 3, "pair": 1}  # captions of each shape
 VIEWS = {"plain": 5, "patterned": 5, "pair": 4}  # renders of each caption
 RAYS = {"plain": 400, "patterned": 400, "pair": 1200}  # of each render; a pair's objects are small
-SOLID = 0.5  # share of the schedule, from its start, that learns from points of space
 SOLIDS, POINTS = 8, 8000  # of such a step: shapes, and points of each
 EMPTY = 4  # every so many steps a group of anything stands under the empty caption
 PAIRS = 24000  # of the placement's data
@@ -232,7 +231,7 @@ def train_layout(args: argparse.Namespace) -> None:
 
     def loss_step(step: int) -> Tensor:
         rng = np.random.default_rng([args.seed, step])
-        return learn_solids(rng) if training.progress < SOLID else ray_loss(step, rng)
+        return learn_solids(rng) if training.progress < args.solid else ray_loss(step, rng)
 
     def ray_loss(step: int, rng: np.random.Generator) -> Tensor:
         groups: list[tuple[str, np.ndarray, int]] = []  # text, renders, rays a render
