@@ -64,12 +64,12 @@ def test_scaled_linear_schedule_is_stable_diffusions():
 
 def test_context_repeats_views_and_backgrounds_together():
     views = orbit_views([10.0, 200.0])
-    background = torch.rand(2, 4, 4, 3)
-    twice = ViewContext(views, background).repeat(2)
+    backdrop = torch.rand(2, 4, 4, 3)
+    twice = ViewContext(views, backdrop).repeat(2)
     assert twice.views.azimuth_deg.tolist() == [10.0, 200.0, 10.0, 200.0]
-    torch.testing.assert_close(twice.background[2:], background)
+    torch.testing.assert_close(twice.backdrop[2:], backdrop)
     colour = torch.tensor([0.1, 0.2, 0.3])
-    assert ViewContext(views, colour).repeat(3).background is colour
+    assert ViewContext(views, colour).repeat(3).backdrop is colour
 
 
 def test_resizing_keeps_a_constant_image_and_the_mean_of_any():

@@ -118,7 +118,7 @@ class ReferencePrior:
     def image_set(self, context: ViewContext) -> Tensor:
         """Return the K images [B, K, 3, h, w] in [-1, 1] of each view of the context."""
         s, side, shading = self.settings, self.resolution, context.shading or ALBEDO
-        backdrop = torch.tensor(s.background) if context.background is None else context.background.float().cpu()
+        backdrop = torch.tensor(s.background) if context.backdrop is None else context.backdrop.float().cpu()
         backdrop = backdrop.expand(len(context), *backdrop.shape[-3:]) if backdrop.dim() == 4 else backdrop
         if backdrop.dim() == 4 and backdrop.shape[1:3] != (side, side):
             backdrop = resized(backdrop.permute(0, 3, 1, 2), side).permute(0, 2, 3, 1)

@@ -36,12 +36,12 @@ class ViewContext:
 
     Args:
         views: the cameras and lights of the images, B of them.
-        background: linear colour [B, H, W, 3] (or [3]) that the stage composited on; None where it is not known.
+        backdrop: linear colour [B, H, W, 3] (or [3]) that the stage composited on; None where it is not known.
         shading: the shading of all views; None means plain albedo.
     """
 
     views: Views
-    background: Tensor | None = None
+    backdrop: Tensor | None = None
     shading: Shading | None = None
 
     def __len__(self) -> int:
@@ -51,17 +51,17 @@ class ViewContext:
         """Return the context of the batch repeated `times` over as a whole, as a guidance batch needs it."""
         if times == 1:
             return self
-        background = self.background
-        if background is not None and background.dim() == 4:
+        backdrop = self.backdrop
+        if backdrop is not None and backdrop.dim() == 4:
             # Of one colour a view, that colour is repeated, and not each of 512 x 512 pixels.
-            flat = background[:, :1, :1] if is_flat(background) else background
-            background = flat.repeat(times, 1, 1, 1).expand(-1, *background.shape[1:])
-        return ViewContext(self.views.repeat(times), background, self.shading)
+            flat = backdrop[:, :1, :1] if is_flat(backdrop) else backdrop
+            backdrop = flat.repeat(times, 1, 1, 1).expand(-1, *backdrop.shape[1:])
+        return ViewContext(self.views.repeat(times), backdrop, self.shading)
 
 
-def is_flat(background: Tensor) -> bool:
-    """Return whether a background [B, H, W, 3] is one colour a view, expanded."""
-    return background.stride(1) == background.stride(2) == 0
+def is_flat(backdrop: Tensor) -> bool:
+    """Return whether a backdrop [B, H, W, 3] is one colour a view, expanded."""
+    return backdrop.stride(1) == backdrop.stride(2) == 0
 
 
 class Prior(Protocol):

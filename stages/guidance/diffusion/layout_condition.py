@@ -102,7 +102,7 @@ class LayoutCondition(nn.Module):
     @torch.no_grad()
     def of(self, text: Tensor, context: ViewContext) -> dict[str, Any]:
         """What is told of a batch's views; nothing where the stage does not say what lies behind the object."""
-        if context.background is None:
+        if context.backdrop is None:
             return {}
         return self.told(self.picture(text, context))
 
@@ -130,16 +130,16 @@ class LayoutCondition(nn.Module):
         return self._kept[key]
 
     def _setting(self, context: ViewContext, device: torch.device) -> Setting:
-        shading, background = context.shading, context.background.to(device)
+        shading, backdrop = context.shading, context.backdrop.to(device)
         ambient, bare = (1.0, 0.0) if shading is None else (float(shading.ambient), float(shading.textureless))
         views = context.views.to(device)
-        if background.dim() == 4 and not is_flat(background):
-            pixels = background.permute(0, 3, 1, 2).float()
-            background = F.interpolate(pixels, (self.side, self.side), mode="area").permute(0, 2, 3, 1)
+        if backdrop.dim() == 4 and not is_flat(backdrop):
+            pixels = backdrop.permute(0, 3, 1, 2).float()
+            backdrop = F.interpolate(pixels, (self.side, self.side), mode="area").permute(0, 2, 3, 1)
         else:
-            background = (background[:, 0, 0] if background.dim() == 4 else background).float().expand(len(views), 3)
+            backdrop = (backdrop[:, 0, 0] if backdrop.dim() == 4 else backdrop).float().expand(len(views), 3)
         every = torch.ones(len(views), device=device)
-        return Setting(views, ambient * every, bare * every, background)
+        return Setting(views, ambient * every, bare * every, backdrop)
 
     def save(self, folder: Path, base: str = "") -> None:
         """Write config.json and model.safetensors, fp16.
