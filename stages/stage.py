@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from stages.guidance.guide import Guide
 from stages.mesh.mesh import Mesh
 from stages.mesh.place import Placement
 from stages.optimise import under_prefix
@@ -100,14 +101,14 @@ def contact_sheet(rows: Sequence[Tensor]) -> np.ndarray:
     return sheet.mul(255).round().to(torch.uint8).cpu().numpy()
 
 
-def guidance_state(guidance: Any) -> dict[str, Tensor]:
-    """Return the state of a guidance as guidance.KEY, for Stage.state_dict; empty for one without a state."""
-    if not hasattr(guidance, "state_dict"):
+def guidance_state(guidance: Guide | None) -> dict[str, Tensor]:
+    """Return the state of a guidance as guidance.KEY, for Stage.state_dict; empty where there is none."""
+    if guidance is None:
         return {}
     return {f"guidance.{key}": value for key, value in guidance.state_dict().items()}
 
 
-def load_guidance_state(guidance: Any, state: Mapping[str, Tensor]) -> None:
+def load_guidance_state(guidance: Guide | None, state: Mapping[str, Tensor]) -> None:
     """Give a guidance its part of a stage's state; inverse of guidance_state."""
-    if hasattr(guidance, "load_state_dict"):
+    if guidance is not None:
         guidance.load_state_dict(under_prefix(state, "guidance"))

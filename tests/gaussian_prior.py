@@ -21,7 +21,8 @@ class GaussianPrior:
     """The exact denoiser of N(mean, std^2 I), mean and std by prompt; counts the samples of each call."""
 
     name, resolution, alphas_cumprod = "gaussian", 8, scaled_linear_alphas_cumprod()
-    data_range, prediction, reads_prompts = (-1.0, 1.0), "epsilon", True
+    data_range, prediction = (-1.0, 1.0), "epsilon"
+    reads_prompts, reads_t_anywhere = True, False
 
     def __init__(self):
         self.calls = []

@@ -52,7 +52,7 @@ class FlatPrior:
     """Wants every picture to be of one colour; knows its name and counts what it is asked."""
 
     name, resolution, data_range = "flat", 16, (-1.0, 1.0)
-    prediction, reads_prompts = "epsilon", True
+    prediction, reads_prompts, reads_t_anywhere = "epsilon", True, False
     alphas_cumprod = torch.linspace(0.99, 0.01, 100)
 
     def __init__(self):

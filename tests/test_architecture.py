@@ -45,7 +45,7 @@ ALLOWED = {
     "stages.mesh.subdivision": _MESH | {"stages.mesh.texture"},
     "stages.fields": _BASE | {"stages.kernels.*"},
     "stages.render": _SURFACE,
-    "stages.stage": {"stages.mesh", "stages.optimise"},
+    "stages.stage": {"stages.guidance.guide", "stages.mesh", "stages.optimise"},
     "stages.guidance.guide": _BASE | {"stages.render"},
     "stages.guidance.prior": _BASE | {"stages.render"},
     "stages.guidance.vsd": _BASE | {"stages.guidance.prior"},

@@ -7,8 +7,8 @@ import shutil
 import pytest
 
 from benchmarks.quality.judges import check_judges, fingerprint, guides_of, judges_among, judges_of_run
-from pipeline.config.layers import dump
 from pipeline.config.model import load_config
+from pipeline.config.yaml_dump import dump
 from pipeline.priors.clips import POCKET_CLIP
 from stages.errors import UserError
 from tests.tiny_clip import pocket_like

@@ -2,9 +2,9 @@
 
 import pytest
 
-from pipeline.config.layers import dump
 from pipeline.config.model import Config, load_config, read_config
 from pipeline.config.recipes import find_recipe, heading_of, recipes, split_names
+from pipeline.config.yaml_dump import dump
 from stages.errors import UserError
 from stages.ramp import constant
 

@@ -7,7 +7,8 @@ from typing import Literal
 import pytest
 from pydantic import BaseModel, ConfigDict, Field
 
-from pipeline.config.layers import dump, from_file, from_flags, from_overrides, from_recipe, merge, validate
+from pipeline.config.layers import from_file, from_flags, from_overrides, from_recipe, merge, validate
+from pipeline.config.yaml_dump import dump
 from stages.errors import UserError
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.config.layers import dump
 from pipeline.config.model import load_config
+from pipeline.config.yaml_dump import dump
 from pipeline.runs.checkpoint import CHECKPOINT, load_checkpoint, read_meta, save_checkpoint
 from pipeline.runs.inputs import check_inputs
 from pipeline.runs.lineage import (

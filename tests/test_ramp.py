@@ -7,7 +7,8 @@ import math
 import pytest
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from pipeline.config.layers import describe, dump, from_file, from_overrides, validate
+from pipeline.config.layers import describe, from_file, from_overrides, validate
+from pipeline.config.yaml_dump import dump
 from stages.errors import UserError
 from stages.ramp import DECADES, FORM, SHAPES, Ramp, constant, read_ramp
 

@@ -48,6 +48,7 @@ class StandIn:
     name = "stand-in"
     prediction = "epsilon"
     reads_prompts = False
+    reads_t_anywhere = False
     data_range = (-1.0, 1.0)
 
     def __init__(self, resolution: int, factor: int) -> None:

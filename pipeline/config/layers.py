@@ -1,4 +1,4 @@
-"""Layers of settings with the place each value came from, checked against a pydantic model and written back.
+"""Layers of settings with the place each value came from, checked against a pydantic model.
 
 yaml_text.py says what is read of YAML. Values are checked strictly: 3 is a float, "3" is not a number and true is not
 1.
@@ -11,24 +11,32 @@ import json
 import math
 import re
 import typing
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from pipeline.config.yaml_text import LONGEST, Dumper, Key, YamlFault, read_values
+from pipeline.config.yaml_text import LONGEST, Key, YamlFault, read_values
 from stages.errors import UserError
 from stages.ramp import FORM, Ramp
 
 Model = typing.TypeVar("Model", bound=BaseModel)
-NAME = "name"  # key of a group that is a choice among kinds, each with settings of its own, as a rule is
+NAME = "name"  # key of the kind in a group that is a Choice
 _SHOWN = 5  # mistakes listed at once
 _NO_TEXT = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f\ud800-\udfff\ufffe\uffff]")
+
+
+@typing.runtime_checkable
+class Choice(typing.Protocol):
+    """A group of settings that is a choice among kinds, each with settings of its own, as a rule is."""
+
+    @classmethod
+    def variants(cls) -> dict[str, type[BaseModel]]:
+        """Return the settings of each kind by its name."""
 
 
 @dataclass
@@ -286,19 +294,23 @@ def _explain(model: type[BaseModel], layer: Layer, problem: ErrorDetails) -> tup
     return f"{place}: {name} = {value_text}", why, describe(model, key)
 
 
+def _variants(group: type[BaseModel]) -> dict[str, type[BaseModel]]:
+    """The settings of each kind that a group is a choice among, by name; empty where there is nothing to choose."""
+    return group.variants() if issubclass(group, Choice) else {}
+
+
 def _chosen(parent: type[BaseModel], values: Any, key: Key) -> type[BaseModel]:
     """The settings of the kind that a group's values choose; the group's own where there is nothing to choose."""
     for part in key:
         values = values[part]
-    variants = getattr(parent, "variants", dict)()
     name = values.get(NAME) if isinstance(values, dict) else values
-    return variants.get(name, parent) if isinstance(name, str) else parent
+    return _variants(parent).get(name, parent) if isinstance(name, str) else parent
 
 
 def _field_at(model: type[BaseModel], key: Key) -> FieldInfo | None:
     """A setting's field; of a group that is a choice that of the first kind which has it."""
     parent = _model_at(model, key[:-1])
-    kinds = [] if parent is None else [parent, *getattr(parent, "variants", dict)().values()]
+    kinds = [] if parent is None else [parent, *_variants(parent).values()]
     return next((kind.model_fields[key[-1]] for kind in kinds if key[-1] in kind.model_fields), None)
 
 
@@ -345,11 +357,10 @@ def describe(model: type[BaseModel], key: Key) -> str:
     kind = kind.replace(f"{Ramp.__module__}.{Ramp.__name__}", FORM)
     kind = re.sub(r"^Literal\[(.*)\]$", r"one of \1", kind).replace(" | None", " or null")
     if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
-        kind = "a group of " + ", ".join(info.annotation.model_fields)
-        if hasattr(info.annotation, "variants"):
-            kind = "one of " + ", ".join(info.annotation.variants())
-    if key[-1] == NAME and hasattr(parent, "variants"):
-        kind = "one of " + ", ".join(parent.variants())
+        kinds = _variants(info.annotation)
+        kind = f"one of {', '.join(kinds)}" if kinds else f"a group of {', '.join(info.annotation.model_fields)}"
+    if key[-1] == NAME and parent is not None and _variants(parent):
+        kind = f"one of {', '.join(_variants(parent))}"
     default = _default_at(model, key)
     default = default.written() if isinstance(default, Ramp) else default
     default_text = (
@@ -367,29 +378,3 @@ def _default_at(model: type[BaseModel], key: Key) -> Any:
         else:
             default = getattr(default, name)
     return default
-
-
-def dump(settings: BaseModel, without: Collection[str] = ()) -> str:
-    """Return the settings as YAML, each line with its meaning; it reads back to an equal model.
-
-    Args:
-        settings: any model of settings.
-        without: dotted keys of settings and of whole groups to leave out, which read back as their defaults.
-    """
-    return "\n".join(_lines(settings, settings.model_dump(mode="json"), (), without)) + "\n"
-
-
-def _lines(settings: BaseModel, values: dict[str, Any], above: Key, without: Collection[str]) -> Iterator[str]:
-    indent = "  " * len(above)
-    for name, info in type(settings).model_fields.items():
-        value, key = getattr(settings, name), (*above, name)
-        if _dotted(key) in without:
-            continue
-        if isinstance(value, BaseModel) and type(value).model_fields:
-            lines = list(_lines(value, values[name], key, without))
-            yield from [f"{indent}{name}:", *lines] if lines else []
-            continue
-        text = yaml.dump(values[name], Dumper=Dumper, default_flow_style=True, width=math.inf, allow_unicode=True)
-        comment = " ".join((info.description or "").split())
-        line = f"{indent}{name}: {text.removesuffix('...' + chr(10)).strip()}"
-        yield f"{line}  # {comment}" if comment else line

@@ -63,6 +63,10 @@ class _PriorSettings(BaseModel):
     )
     diffusion: DiffusionSettings = Field(default_factory=DiffusionSettings)
 
+    def changes(self, stage: str) -> dict[str, Any]:
+        """Return what of `diffusion` is another for a stage; empty for one whose prior can only be a CLIP."""
+        return getattr(self, f"{stage}_diffusion", {})
+
 
 class _StageGuidance(BaseModel):
     """The guidance of each stage."""
@@ -236,7 +240,7 @@ def _anchored(config: Config) -> Config:
     vae = _anchored_folder(config.prior.diffusion.autoencoder)
     folders["diffusion"] = config.prior.diffusion.model_copy(update={"autoencoder": vae})
     for name in STAGES:
-        changes = getattr(config.prior, f"{name}_diffusion", {})
+        changes = config.prior.changes(name)
         if "autoencoder" in changes:
             folders[f"{name}_diffusion"] = changes | {"autoencoder": _anchored_folder(changes["autoencoder"])}
     mesh, source = config.reference.mesh, config.from_run

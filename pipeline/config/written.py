@@ -12,8 +12,9 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from pipeline.config.layers import Layer, dump, validate
+from pipeline.config.layers import Layer, validate
 from pipeline.config.model import Config, config_model
+from pipeline.config.yaml_dump import dump
 from pipeline.priors.sources import parse_source
 from stages.kinds import STAGES
 
@@ -38,7 +39,7 @@ def unread(config: Config) -> set[str]:
     read_keys = {key for stage in stages for key in parse_source(getattr(config.prior, stage)).reads(stage)}
     for group in _OF_SOURCES:
         keys |= set(_outside(config_model(), group, read_keys))
-    changes = {f"prior.{stage}_diffusion": getattr(config.prior, f"{stage}_diffusion", {}) for stage in STAGES}
+    changes = {f"prior.{stage}_diffusion": config.prior.changes(stage) for stage in STAGES}
     keys |= {name for name, changed in changes.items() if name not in read_keys or not changed}
     for stage in stages:
         switched_off = STAGES[stage].unread(getattr(config, stage), _start(config, stage, stages))

@@ -107,8 +107,7 @@ class FolderSource(PriorSource):
             ("max_batch", "1", settings.max_batch != 1),
             ("dtype", "bfloat16", settings.dtype not in ("float16", "bfloat16") and not copied),
         )
-        key = f"{ask.stage}_diffusion"
-        group = f"prior.{key}" if getattr(ask.config.prior, key, {}) else "prior.diffusion"
+        group = f"prior.{ask.stage}_diffusion" if ask.config.prior.changes(ask.stage) else "prior.diffusion"
         return [f"{group}.{name}={value}" for name, value, useful in chosen if useful]
 
     @classmethod

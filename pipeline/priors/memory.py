@@ -94,9 +94,8 @@ def advice(prior: StagePrior) -> list[str]:
     if images_at_once(prior.ask) > 1 and hasattr(settings, "accumulate"):
         named.append(f"{stage}.accumulate={settings.views_per_step}")
     named += prior.source.savings(prior.ask)
-    resolution = getattr(settings, "resolution", 0)
-    if resolution > 64:
-        named.append(f"{stage}.resolution={resolution // 2}")
+    if settings.resolution > 64:
+        named.append(f"{stage}.resolution={settings.resolution // 2}")
     if settings.views_per_step > 1:
         named.append(f"{stage}.views_per_step={settings.views_per_step // 2}")
     if hasattr(settings, "samples"):

@@ -85,7 +85,7 @@ class Ask:
     @property
     def diffusion(self) -> DiffusionSettings:
         """The loading settings of the stage's prior: prior.diffusion with the changes for this stage."""
-        changes = getattr(self.config.prior, f"{self.stage}_diffusion", {})
+        changes = self.config.prior.changes(self.stage)
         return self.config.prior.diffusion.with_changes(changes) if changes else self.config.prior.diffusion
 
     @property

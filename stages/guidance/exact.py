@@ -89,6 +89,7 @@ class ReferencePrior:
     data_range = (-1.0, 1.0)
     prediction = "epsilon"
     reads_prompts = False
+    reads_t_anywhere = False
 
     def __init__(self, mesh: Mesh, settings: ReferenceSettings, prompts: PromptSettings | None = None) -> None:
         self.mesh, self.settings, self.prompts = mesh, settings, prompts or PromptSettings()

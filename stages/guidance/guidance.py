@@ -102,7 +102,7 @@ class Guidance:
         alphas_cumprod, camera = self._levels(x.device), camera_vector(views)
 
         def prior_t(t_asked: Tensor) -> Tensor:
-            if getattr(self.prior, "reads_t_anywhere", False):
+            if self.prior.reads_t_anywhere:
                 return t_asked
             return t_host if t_asked is t else t_asked.cpu()
 

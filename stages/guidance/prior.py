@@ -77,6 +77,7 @@ class Prior(Protocol):
     data_range: tuple[float, float] | None  # of x; None where it is not known, as for most latents
     prediction: str  # of PREDICTIONS: what its network predicts
     reads_prompts: bool  # whether its predictions depend on the embeddings
+    reads_t_anywhere: bool  # whether it takes timesteps on any device; else it gets them on the CPU
 
     def embed(self, prompts: list[str]) -> Any:
         """Return the embeddings of prompts: a tensor, or anything that a [N] long tensor indexes along its prompts."""

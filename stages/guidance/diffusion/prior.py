@@ -43,7 +43,7 @@ class DiffusionPrior:
     """
 
     reads_prompts = True
-    reads_t_anywhere = True  # timesteps may be on any device
+    reads_t_anywhere = True
 
     def __init__(
         self,
