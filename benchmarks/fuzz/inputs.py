@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 _VALUES = "0 1 -1 2 0.5 1e9 true none auto 1,2 [0.03,0.003] [0.03,0.003,0,1,cosine] [1,0,1,0] sds ism pocket reference "
 _VALUES += "{name:\\ ism} glb,stl glb,glb python:x clip: y front 4x4 08 1_000 0x10 1e3"
+_UNET = "unet/diffusion_pytorch_model.safetensors"
 Read = Callable[[], object]
 
 
@@ -149,35 +150,51 @@ class Inputs:
         return data, lambda: _ask_clip(folder)
 
     def _lora(self, rng: random.Random) -> tuple[bytes, Read]:
-        """A LoRA of the pocket prior, mutated, as a run that is given it reads it."""
-        from safetensors.torch import save
-
+        """Personal weights of the pocket prior, a file or a folder, mutated, as a run that is given them reads them."""
         from pipeline import load_config
         from pipeline.priors.sources import check_priors
 
-        state, facts = _lora_of_one_layer()
-        if rng.random() < 0.5:
-            data = mutated_tensors(save(state, facts), rng)
+        if rng.random() < 0.25:
+            data, path = self._dreambooth_changed(rng)
         else:
-            facts = {key: mutated_json(text, rng).decode("utf-8", "replace") for key, text in facts.items()}
-            data = save(state_changed(state, rng), facts if rng.random() < 0.3 else None)
-        path = self._new("mine.safetensors")
-        path.write_bytes(data)
-        return data, lambda: check_priors(load_config(None, {"prior.lora": str(path)}))
+            data, path = _lora_changed(rng), self._new("mine.safetensors")
+            path.write_bytes(data)
+        settings = {"prior.lora": str(path), "prior.lora_stages": ["coarse"]}
+        return data, lambda: check_priors(load_config(None, settings))
 
     def _folder_changed(self, source: Path, rng: random.Random) -> tuple[bytes, Path]:
         """What one file of a model's folder became, and the folder with it and links to the others."""
         names = sorted(path.relative_to(source) for path in source.rglob("*") if path.is_file())
         name = rng.choice([name for name in names if name.parts[0] != "layout"])
-        folder = self._new("model")
-        for other in names:
-            (folder / other).parent.mkdir(parents=True, exist_ok=True)
-            (folder / other).symlink_to(source / other)
         whole = (source / name).read_bytes()
         data = mutated_json(whole.decode(), rng) if name.suffix == ".json" else mutated_tensors(whole, rng)
-        (folder / name).unlink()
-        (folder / name).write_bytes(data)
-        return f"{name}: ".encode() + data[:2000], folder
+        return f"{name}: ".encode() + data[:2000], self._folder_with(source, name, data)
+
+    def _dreambooth_changed(self, rng: random.Random) -> tuple[bytes, Path]:
+        """What one file of a whole model that is given as personal weights became, and its folder."""
+        from safetensors.torch import load, save
+
+        from stages.pocket.models import WEIGHTS
+
+        source = WEIGHTS / "pixel"
+        name = rng.choice(("scheduler/scheduler_config.json", "text_encoder/model.safetensors", _UNET))
+        whole = (source / name).read_bytes()
+        if name.startswith("scheduler"):
+            data = mutated_json(whole.decode(), rng)
+        else:
+            data = mutated_tensors(whole, rng) if name == _UNET else save(state_changed(load(whole), rng))
+        return f"{name}: ".encode() + data[:2000], self._folder_with(source, Path(name), data)
+
+    def _folder_with(self, source: Path, name: Path, data: bytes) -> Path:
+        """A model's folder with other content in one file, and links to the others."""
+        folder = self._new("model")
+        for other in (path.relative_to(source) for path in source.rglob("*") if path.is_file()):
+            (folder / other).parent.mkdir(parents=True, exist_ok=True)
+            if other == name:
+                (folder / other).write_bytes(data)
+            else:
+                (folder / other).symlink_to(source / other)
+        return folder
 
 
 def _start_from(path: Path) -> None:
@@ -240,14 +257,48 @@ def _ask_clip(folder: Path) -> None:
         ClipScorer(folder).scores(torch.full((1, 32, 32, 3), 0.5), ["a red mug"])
 
 
-def _lora_of_one_layer() -> tuple[dict[str, Any], dict[str, str]]:
-    """The tensors of a LoRA of the pixel prior, and its file's facts."""
+def _lora_changed(rng: random.Random) -> bytes:
+    """The file of personal weights with its header, one of its tensors or its adapter's facts mutated."""
+    from safetensors.torch import save
+
+    state, facts = rng.choice((_lora_of_diffusers, _lora_of_diffusers, _lora_of_kohya, _whole_layer))()
+    change = rng.random()
+    if change < 0.3:
+        return mutated_tensors(save(state, facts), rng)
+    if facts and change < 0.65:
+        return save(state, {key: mutated_json(text, rng).decode("utf-8", "replace") for key, text in facts.items()})
+    return save(state_changed(state, rng), facts)
+
+
+def _lora_of_diffusers() -> tuple[dict[str, Any], dict[str, str]]:
+    """The tensors of a LoRA of the pixel prior as diffusers names them, and its file's facts."""
     import torch
 
     layer = "unet.mid_block.attentions.0.to_q"
     state = {"lora_A.weight": torch.ones(2, 192), "lora_B.weight": torch.zeros(192, 2), "alpha": torch.tensor(2.0)}
     adapter = {"unet.r": 2, "unet.lora_alpha": 4, "unet.rank_pattern": {"to_q": 2}, "unet.alpha_pattern": {"to_q": 1}}
     return {f"{layer}.{name}": tensor for name, tensor in state.items()}, {"lora_adapter_metadata": json.dumps(adapter)}
+
+
+def _lora_of_kohya() -> tuple[dict[str, Any], dict[str, str]]:
+    """The tensors of a LoRA of the pixel prior's denoiser and text encoder as kohya names them; no facts."""
+    import torch
+
+    state: dict[str, Any] = {}
+    layers = {"unet_mid_block_attentions_0_to_q": 192, "te_text_model_encoder_layers_0_self_attn_q_proj": 128}
+    for layer, size in layers.items():
+        state[f"lora_{layer}.lora_down.weight"] = torch.ones(2, size)
+        state[f"lora_{layer}.lora_up.weight"] = torch.zeros(size, 2)
+        state[f"lora_{layer}.alpha"] = torch.tensor(2.0)
+    return state, {}
+
+
+def _whole_layer() -> tuple[dict[str, Any], dict[str, str]]:
+    """Whole weights of one layer of the pixel prior, as DreamBooth leaves them; no facts."""
+    import torch
+
+    layer = "unet.mid_block.attentions.0.to_k"
+    return {f"{layer}.weight": torch.ones(192, 192)}, {}
 
 
 def _read_run(folder: Path) -> None:
