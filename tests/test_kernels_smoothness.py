@@ -178,7 +178,7 @@ def test_a_mesh_without_edges_is_smooth(backend):
     v = torch.rand(4, 3, requires_grad=True)
     bend, rough = smoothness(v, torch.zeros(0, 3, dtype=torch.int32), none, none, backend=backend)
     (bend + rough).backward()
-    assert float(bend) == float(rough) == 0 and not v.grad.any()
+    assert bend.item() == rough.item() == 0 and not v.grad.any()
 
 
 def test_indices_outside_the_mesh_are_refused():

@@ -74,9 +74,9 @@ def bank(few, monkeypatch, tmp_path):
 def test_each_point_has_the_role_whose_colour_it_has_in_every_caption_of_the_training(bank):
     made, chosen = bank
     roles = find_roles(made, chosen, 48)
-    near = torch.from_numpy(np.asarray(made.near))
+    near = torch.tensor(np.asarray(made.near))
     painted = roles.colours[roles.number].transpose(1, 2)  # [N, C, P, 3]
-    error = (painted - torch.from_numpy(np.asarray(made.colours)).float()).abs().amax(-1)
+    error = (painted - torch.tensor(np.asarray(made.colours)).float()).abs().amax(-1)
     known = roles.known[..., None].bool() & near[:, None]
     assert error[known].max() < 2 * solids.ALIKE and 6 < len(roles.colours) < 30
     held = [text for alike in chosen for text in alike if world.held_out(world.parse(text))]
@@ -86,7 +86,7 @@ def test_each_point_has_the_role_whose_colour_it_has_in_every_caption_of_the_tra
 def test_a_small_part_weighs_more_than_its_points_and_what_is_far_from_a_surface_nothing(bank):
     made, chosen = bank
     roles = find_roles(made, chosen, 48)
-    near = torch.from_numpy(np.asarray(made.near))
+    near = torch.tensor(np.asarray(made.near))
     assert roles.weight[near].mean() == pytest.approx(1, abs=1e-4) and not roles.weight[~near].any()
     many = torch.bincount(roles.number[0][near[0]])
     small, large = many.masked_fill(many == 0, 10**6).argmin(), many.argmax()

@@ -118,6 +118,8 @@ def stable_diffusion(folder: Path, prediction: str = "epsilon", zero_snr: bool =
             beta_schedule="scaled_linear",
             prediction_type=prediction,
             rescale_betas_zero_snr=True,
+            steps_offset=1,
+            clip_sample=False,
         )
     return save_folder(
         folder,

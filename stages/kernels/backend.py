@@ -27,6 +27,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from stages.errors import UserError
+from stages.kernels.untraced import untraced
 
 BACKENDS = {
     "auto": "what the `kernels` settings say; else numba on the CPU and warp on CUDA for float32, torch otherwise",
@@ -135,15 +136,16 @@ def _auto(device: str, single: bool) -> str:
         return "torch"
     if device == "cpu":
         return "numba"
-    return "torch" if warp_off_cuda() else "warp"
+    return "torch" if untraced(warp_off_cuda) else "warp"
 
 
 def _absent(backend: str, device: str) -> str | None:
     """Return why a backend that could compute on a device is not there; None where it is."""
     if backend == "warp" and device == "cuda":
-        return warp_off_cuda()
-    if backend in PACKAGES and probe(backend).state != "ok":
-        return f"{backend} does not import: {probe(backend).detail}"
+        return untraced(warp_off_cuda)
+    if backend in PACKAGES:
+        package = untraced(probe, backend)
+        return None if package.state == "ok" else f"{backend} does not import: {package.detail}"
     return None
 
 
