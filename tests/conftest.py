@@ -1,6 +1,7 @@
 """Fixtures of the whole suite."""
 
 import atexit
+import functools
 import gc
 import json
 import os
@@ -96,6 +97,64 @@ def hub(monkeypatch, tmp_path_factory, hub_texts):
     monkeypatch.setattr(module, "fetch_index", answer)
     monkeypatch.setattr(module, "fetch_texts", lambda model_id, revision, what: hub_texts(model_id))
     return asks
+
+
+@pytest.fixture(scope="session")
+def pipeline():
+    """pipeline(*arguments, cwd=..., **environment) starts a `pipeline` process."""
+    from tests.fork_server import forking
+
+    with forking() as start:
+        yield start
+
+
+@pytest.fixture(scope="session")
+def toy(pipeline):
+    """As `pipeline`, with toy stages."""
+    return functools.partial(pipeline, toy=True)
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(toy, tmp_path_factory):
+    """The folder of a finished toy run."""
+    from tests.toy_runs import SMALL
+
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    code, out, err = toy("run", "--out", "run", "--seed", 3, *SMALL, cwd=folder).finish()
+    assert code == 0, err
+    assert "done: run/mesh.glb" in out
+    return folder / "run"
+
+
+@pytest.fixture
+def in_process(monkeypatch, tmp_path):
+    """pipeline.runs.run with the toys installed, in this process, standing in tmp_path."""
+    import pipeline.runs.loop
+    import pipeline.runs.run
+    from tests import toy_pipeline
+
+    toy_pipeline.install(monkeypatch.setattr)
+    monkeypatch.chdir(tmp_path)
+    return pipeline.runs.run
+
+
+@pytest.fixture(scope="session")
+def family_folders(tmp_path_factory):
+    """Tiny models of SDXL, Stable Diffusion 3 and Flux by their short names."""
+    from tests import tiny_families
+
+    root = tmp_path_factory.mktemp("families")
+    return {name: getattr(tiny_families, name)(root / name) for name in ("sdxl", "sd3", "flux")}
+
+
+@pytest.fixture(scope="session")
+def family_priors(family_folders):
+    """The priors of those models, loaded."""
+    from stages.guidance.diffusion.prior import load_prior
+    from stages.guidance.diffusion.settings import DiffusionSettings
+
+    settings = {"flux": DiffusionSettings(resolution=64)}
+    return {name: load_prior(folder, "cpu", settings=settings.get(name)) for name, folder in family_folders.items()}
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -50,11 +50,11 @@ class Forked:
 
 
 @contextlib.contextmanager
-def forking(toy: bool) -> Iterator[Callable[..., Forked]]:
-    """A function (*arguments, cwd, **environment) -> Forked."""
+def forking() -> Iterator[Callable[..., Forked]]:
+    """A function (*arguments, cwd, toy, **environment) -> Forked."""
     server = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
-    def start(*arguments: object, cwd: Path, **environment: str) -> Forked:
+    def start(*arguments: object, cwd: Path, toy: bool = False, **environment: str) -> Forked:
         request = {"arguments": [str(a) for a in arguments], "folder": str(cwd), "environment": environment, "toy": toy}
         return Forked(server, request)
 

@@ -33,16 +33,27 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
+from tests.pretend_answers import ANSWERED
+
 ROOT = f"{Path(__file__).resolve().parent.parent}/"
 CUDA = torch.device("cuda", 0)
-MEMORY = 139 << 30  # bytes
 _INDEXED = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index", "_unsafe_index_put"}
 _MOVES = {"copy_", "_to_copy", "set_data"}
 _ANSWERS = {"_local_scalar_dense", "equal", "nonzero", "masked_select", "is_nonzero"}  # the host waits for their result
+
+
 _ANSWERS |= {"_unique2", "unique_dim", "unique_consecutive", "repeat_interleave"}
+
+
 _NO_LAUNCH = {"view", "_unsafe_view", "detach", "t", "transpose", "permute", "expand", "slice", "select", "unsqueeze"}
+
+
 _NO_LAUNCH |= {"squeeze", "alias", "as_strided", "split", "split_with_sizes", "unbind", "_reshape_alias", "unfold"}
+
+
 _NO_LAUNCH |= {"diagonal", "chunk", "lift_fresh", "is_same_size", "empty", "empty_strided", "empty_like", "new_empty"}
+
+
 _NO_LAUNCH |= {"new_empty_strided", "_local_scalar_dense"}
 
 
@@ -330,36 +341,6 @@ def _launched(plain: Callable) -> Callable:
     return launch
 
 
-class _Properties:
-    name, total_memory, major, minor, multi_processor_count = "pretended GPU", MEMORY, 9, 0, 132
-
-
-class _Stream:
-    """The one stream; whatever is done with it is done at once."""
-
-    cuda_stream = 0
-
-    def __getattr__(self, name: str) -> Callable:
-        return lambda *_: None
-
-
-_ANSWERED = {  # what torch.cuda says of the device
-    "_lazy_init": None,
-    "is_available": True,
-    "is_initialized": True,
-    "device_count": 1,
-    "current_device": 0,
-    "current_stream": _Stream(),
-    "get_device_name": _Properties.name,
-    "get_device_properties": _Properties,
-    "get_device_capability": (9, 0),
-    "mem_get_info": (MEMORY, MEMORY),
-    "get_rng_state": torch.zeros(16, dtype=torch.uint8),
-    **dict.fromkeys(("set_rng_state", "manual_seed", "manual_seed_all", "empty_cache", "reset_peak_memory_stats")),
-    **dict.fromkeys(("memory_reserved", "memory_allocated", "max_memory_allocated", "max_memory_reserved"), 0),
-}
-
-
 def _forget_tensors() -> None:
     """Empty the caches of functions that give tensors by device: a real device has the pretended one's name."""
     for name in [name for name in sys.modules if name.startswith("stages.")]:
@@ -388,7 +369,7 @@ def pretended() -> Iterator[Counts]:
         def put(place: Any, name: str, value: Any) -> None:
             stack.enter_context(mock.patch.object(place, name, value))
 
-        for name, answer in _ANSWERED.items():
+        for name, answer in ANSWERED.items():
             put(torch.cuda, name, lambda *_, answer=answer, **__: answer)
         put(torch.cuda, "synchronize", lambda *_: _waited())
         functional = torch.nn.functional

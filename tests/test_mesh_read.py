@@ -1,9 +1,5 @@
 """Reading users' files: what is refused, and what their colours and texture coordinates become."""
 
-import base64
-import json
-import struct
-
 import numpy as np
 import pytest
 import torch
@@ -19,6 +15,7 @@ from stages.mesh.files.join import LARGEST, side_by_side
 from stages.mesh.files.read import GREY, _joined, _parts, read_mesh
 from stages.mesh.sample import _looked_up, colours_at
 from tests.mesh_shapes import box, moved, torus
+from tests.textured_meshes import CORNERS, painted, seen, shown_at, square
 
 TRIANGLE = "v 0 0 0\nv 1 0 0\nv 0 1 0\n"
 POINTS = (
@@ -63,26 +60,6 @@ def test_plain_files_of_every_format_are_grey_and_whole(tmp_path, suffix):
     back = read_mesh(tmp_path / f"mesh.{suffix}")
     np.testing.assert_array_equal(back.vertices[back.faces], mesh.vertices[mesh.faces])
     assert suffix == "glb" or np.allclose(back.colours, GREY)  # trimesh gives a GLB a material of its own
-
-
-def square(uv) -> trimesh.Trimesh:
-    """The unit square with a texture of four colours: red, green below; blue, white above."""
-    picture = np.zeros((64, 64, 3), np.uint8)
-    picture[32:, :32, 0] = picture[32:, 32:, 1] = picture[:32, :32, 2] = 255
-    picture[:32, 32:] = 255
-    visual = TextureVisuals(uv=np.asarray(uv, float), material=PBRMaterial(baseColorTexture=Image.fromarray(picture)))
-    corners = [[0, 0, 0], [1, 0, 0], [1, 1, 0], [0, 1, 0]]
-    return trimesh.Trimesh(corners, [[0, 1, 2], [0, 2, 3]], visual=visual, process=False)
-
-
-def seen(mesh, x, y):
-    """The colour a textured square shows at (x, y)."""
-    for face in range(len(mesh.faces)):
-        a, b, c = mesh.vertices[mesh.faces[face]][:, :2].astype(float)
-        weights = np.linalg.solve(np.array([[*a, 1], [*b, 1], [*c, 1]]).T, [x, y, 1])
-        if (weights > -1e-6).all():
-            return colours_at(mesh, np.array([face]), weights[None])[0].tolist()
-    raise AssertionError
 
 
 @pytest.mark.parametrize("shift", [0, 3, -2])
@@ -149,14 +126,6 @@ def test_vertex_colours_of_a_ply_are_srgb(tmp_path):
     np.testing.assert_allclose(read_mesh(tmp_path / "a.ply").colours, np.tile(wanted, (8, 1)), atol=1e-6)
 
 
-def shown_at(mesh, place):
-    """The colour of the face nearest to a point [3], at the place where it is."""
-    corners = mesh.vertices[mesh.faces].astype(float)
-    face = np.argmin(np.linalg.norm(corners.mean(1) - place, axis=1))
-    weights = np.linalg.lstsq(np.vstack([corners[face].T, np.ones(3)]), [*place, 1], rcond=None)[0]
-    return colours_at(mesh, np.array([face]), weights[None])[0].tolist()
-
-
 MTL = """newmtl picture\nKd 1 1 1\nmap_Kd picture.png\nnewmtl plain\nKd 0 1 0\n"""
 OBJ = (
     "mtllib a.mtl\nv 0 0 0\nv 1 0 0\nv 0 1 0\nv 5 0 0\nv 6 0 0\nv 5 1 0\nvt 0 0\nvt 1 0\nvt 0 1\n"
@@ -172,12 +141,6 @@ def test_an_obj_with_a_picture_and_a_plain_material_keeps_both(tmp_path):
     mesh = read_mesh(tmp_path / "a.obj")
     assert shown_at(mesh, [0.3, 0.3, 0]) == pytest.approx([1, 0, 0], abs=0.01)
     assert shown_at(mesh, [5.3, 0.3, 0]) == pytest.approx([0, 1, 0], abs=0.01)
-
-
-def painted(material, uv=((0, 0), (1, 0), (1, 1), (0, 1)), away=0.0) -> trimesh.Trimesh:
-    corners = np.array([[0, 0, 0], [1, 0, 0], [1, 1, 0], [0, 1, 0]]) + np.array([away, 0, 0])
-    visual = TextureVisuals(uv=np.asarray(uv, float), material=material)
-    return trimesh.Trimesh(corners, [[0, 1, 2], [0, 2, 3]], visual=visual, process=False)
 
 
 def test_factors_masks_and_tiles_of_several_textures_survive_the_joining(tmp_path):
@@ -239,233 +202,6 @@ def test_a_mesh_too_far_from_the_origin_for_its_numbers_is_refused(tmp_path):
         with pytest.raises(UserError, match="single precision") as caught:
             read_mesh(tmp_path / "a.obj")
         assert "origin" in caught.value.fix
-
-
-def edited(path, change):
-    """A GLB file with its JSON changed."""
-    data = path.read_bytes()
-    length = struct.unpack("<I", data[12:16])[0]
-    document = json.loads(data[20 : 20 + length])
-    change(document)
-    text = json.dumps(document).encode()
-    text += b" " * (-len(text) % 4)
-    body = struct.pack("<I4s", len(text), b"JSON") + text + data[20 + length :]
-    path.write_bytes(struct.pack("<4sII", b"glTF", 2, 12 + len(body)) + body)
-
-
-CORNERS = [[0, 0], [1, 0], [1, 1], [0, 1]]
-WITHIN = [(x, y) for x in (0.2, 0.4, 0.6, 0.8) for y in (0.1, 0.3, 0.7, 0.9)]
-
-
-def moving(**move):
-    """An edit that moves the base colour's texture (KHR_texture_transform)."""
-
-    def change(document):
-        texture = document["materials"][0]["pbrMetallicRoughness"]["baseColorTexture"]
-        texture["extensions"] = {"KHR_texture_transform": move}
-
-    return change
-
-
-def packed(values, dtype, kind, **more):
-    """An edit's helper: values as an accessor in a buffer of its own; returns a function of the document."""
-    values = np.asarray(values, dtype)
-    codes = {"int8": 5120, "uint8": 5121, "int16": 5122, "uint16": 5123, "uint32": 5125, "float32": 5126}
-
-    def add(document):
-        data = "data:;base64," + base64.b64encode(values.tobytes()).decode()
-        document["buffers"].append({"uri": data, "byteLength": values.nbytes})
-        view = {"buffer": len(document["buffers"]) - 1, "byteLength": values.nbytes}
-        document["bufferViews"].append(view)
-        accessor = {"bufferView": len(document["bufferViews"]) - 1, "componentType": codes[values.dtype.name]}
-        document["accessors"].append(accessor | {"type": kind, "count": len(values)} | more)
-        return len(document["accessors"]) - 1
-
-    return add
-
-
-def primitive(document):
-    return document["meshes"][0]["primitives"][0]
-
-
-def test_a_moved_texture_lands_where_the_file_says(tmp_path):
-    """The lower left quadrant, turned clockwise by 90 degrees: the extension's own example."""
-    square(CORNERS).export(tmp_path / "a.glb")
-    edited(tmp_path / "a.glb", moving(offset=[0, 1], rotation=np.pi / 2, scale=[0.5, 0.5]))
-    mesh = read_mesh(tmp_path / "a.glb")
-    # turned clockwise, the quadrant's lower right corner comes to lie at the lower left
-    np.testing.assert_allclose(mesh.uv[mesh.uv_faces[0]], [[0.5, 0], [0.5, 0.5], [0, 0.5]], atol=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("move", "uv"),
-    [
-        ({"scale": [2, 2]}, [[0, -1], [2, -1], [2, 1], [0, 1]]),
-        ({"offset": [0.5, 0]}, [[0.5, 0], [1.5, 0], [1.5, 1], [0.5, 1]]),
-        ({"offset": [0, 1], "scale": [1, -1]}, [[0, 1], [1, 1], [1, 0], [0, 0]]),
-        ({"offset": [1, 1], "rotation": np.pi}, [[1, 1], [0, 1], [0, 0], [1, 0]]),
-    ],
-)
-def test_a_moved_texture_shows_what_moved_coordinates_show(tmp_path, move, uv):
-    square(CORNERS).export(tmp_path / "moved.glb")
-    edited(tmp_path / "moved.glb", moving(**move))
-    square(uv).export(tmp_path / "written.glb")
-    one, other = read_mesh(tmp_path / "moved.glb"), read_mesh(tmp_path / "written.glb")
-    for x, y in WITHIN:
-        np.testing.assert_allclose(seen(one, x, y), seen(other, x, y), atol=1e-5, err_msg=f"{x}, {y}")
-
-
-@pytest.mark.parametrize("extension", [False, True])
-def test_the_coordinates_that_the_texture_uses_are_taken(tmp_path, extension):
-    def second(document):
-        used = primitive(document)["attributes"]
-        used["TEXCOORD_1"] = used["TEXCOORD_0"]
-        used["TEXCOORD_0"] = packed(np.full((4, 2), 0.7), "float32", "VEC2")(document)
-        texture = document["materials"][0]["pbrMetallicRoughness"]["baseColorTexture"]
-        if extension:
-            texture["extensions"] = {"KHR_texture_transform": {"texCoord": 1}}
-        else:
-            texture["texCoord"] = 1
-
-    square(CORNERS).export(tmp_path / "a.glb")
-    plain = read_mesh(tmp_path / "a.glb")
-    edited(tmp_path / "a.glb", second)
-    mesh = read_mesh(tmp_path / "a.glb")
-    np.testing.assert_array_equal(mesh.uv[mesh.uv_faces], plain.uv[plain.uv_faces])
-
-
-@pytest.mark.parametrize(("kind", "most"), [("int8", 127), ("int16", 32767)])
-def test_quantised_coordinates_are_read(tmp_path, kind, most):
-    """KHR_mesh_quantization: integers of [-1, 1], interleaved, their node makes them large."""
-    corners = np.array([[-1, -1, 0], [1, -1, 0], [1, 1, 0], [-1, 1, 0]])
-
-    def quantised(document):
-        used = primitive(document)["attributes"]
-        padded = np.zeros((4, 4), kind)  # rows are aligned to four bytes
-        padded[:, :3] = corners * most
-        padded[0, 0] -= 1  # the lowest integer is -1, too
-        used["POSITION"] = packed(padded, kind, "VEC3", normalized=True)(document)
-        document["bufferViews"][-1]["byteStride"] = 4 * padded.itemsize
-        down = 1 - np.array(CORNERS)[:, 1]
-        turned = np.stack([np.array(CORNERS)[:, 0], down], 1) * 65535
-        used["TEXCOORD_0"] = packed(turned, "uint16", "VEC2", normalized=True)(document)
-        document["extensionsRequired"] = ["KHR_mesh_quantization"]
-        for node in document["nodes"]:
-            if "mesh" in node:
-                node.pop("matrix", None)
-                node["scale"], node["translation"] = [3, 3, 3], [0, 1, 0]
-
-    square(CORNERS).export(tmp_path / "a.glb")
-    plain = read_mesh(tmp_path / "a.glb")
-    edited(tmp_path / "a.glb", quantised)
-    mesh = read_mesh(tmp_path / "a.glb")
-    np.testing.assert_allclose(mesh.vertices, corners * 3 + [0, 1, 0], atol=1e-6)
-    np.testing.assert_allclose(mesh.uv[mesh.uv_faces], plain.uv[plain.uv_faces], atol=1e-6)
-
-
-def test_sparse_coordinates_are_read(tmp_path):
-    def sparse(document):
-        used = primitive(document)["attributes"]
-        place = document["accessors"][packed([2], "uint8", "SCALAR")(document)]["bufferView"]
-        value = document["accessors"][packed([[5, 6, 7]], "float32", "VEC3")(document)]["bufferView"]
-        document["accessors"][used["POSITION"]]["sparse"] = {
-            "count": 1,
-            "indices": {"bufferView": place, "componentType": 5121},
-            "values": {"bufferView": value},
-        }
-
-    square(CORNERS).export(tmp_path / "a.glb")
-    edited(tmp_path / "a.glb", sparse)
-    mesh = read_mesh(tmp_path / "a.glb")
-    assert [5, 6, 7] in mesh.vertices.tolist() and [0, 1, 0] in mesh.vertices.tolist()
-
-
-def test_a_gltf_file_beside_its_buffers_is_written_out_too(tmp_path):
-    for name, data in trimesh.Scene(square(CORNERS)).export(file_type="gltf").items():
-        (tmp_path / name).write_bytes(data)
-    plain = read_mesh(tmp_path / "model.gltf")
-    document = json.loads((tmp_path / "model.gltf").read_text())
-    moving(offset=[0.25, 0], scale=[0.5, 1])(document)
-    (tmp_path / "model.gltf").write_text(json.dumps(document))
-    mesh = read_mesh(tmp_path / "model.gltf")
-    np.testing.assert_array_equal(mesh.texture, plain.texture)
-    np.testing.assert_allclose(mesh.uv[mesh.uv_faces], plain.uv[plain.uv_faces] * [0.5, 1] + [0.25, 0], atol=1e-6)
-
-
-@pytest.mark.parametrize("extension", ["EXT_meshopt_compression", "KHR_texture_basisu", "VENDOR_new_shapes"])
-def test_what_a_file_cannot_do_without_is_refused_by_name(tmp_path, extension):
-    def needs(document):
-        document["extensionsRequired"] = ["KHR_materials_unlit", extension]
-
-    square(CORNERS).export(tmp_path / "a.glb")
-    edited(tmp_path / "a.glb", needs)
-    with pytest.raises(UserError, match=extension) as caught:
-        read_mesh(tmp_path / "a.glb")
-    assert "unlit" not in caught.value.why and caught.value.fix
-
-
-def test_a_file_that_ends_in_its_numbers_is_refused(tmp_path):
-    def short(document):
-        used = primitive(document)["attributes"]
-        used["TEXCOORD_0"] = packed([[0, 0]], "uint8", "VEC2", normalized=True)(document)
-        document["accessors"][-1]["count"] = 4
-
-    square(CORNERS).export(tmp_path / "a.glb")
-    edited(tmp_path / "a.glb", short)
-    with pytest.raises(UserError, match="Cannot read the mesh"):
-        read_mesh(tmp_path / "a.glb")
-
-
-@pytest.mark.parametrize("kind", ["uint8", "uint16", "float32"])
-def test_linear_vertex_colours_of_every_kind_keep_their_values(tmp_path, kind):
-    most = 1 if kind == "float32" else np.iinfo(kind).max
-    values = np.array([[0.5, 0.25, 0, 1], [0.003, 0.0015, 0.8, 1], [0, 1, 0.1, 1], [1, 0, 0.3, 1]])
-
-    def coloured(document):
-        used = primitive(document)
-        used.pop("material", None)
-        stored = values * most if kind == "float32" else np.round(values * most)
-        used["attributes"]["COLOR_0"] = packed(stored, kind, "VEC4", normalized=kind != "float32")(document)
-
-    square(CORNERS).export(tmp_path / "a.glb")
-    edited(tmp_path / "a.glb", coloured)
-    mesh = read_mesh(tmp_path / "a.glb")
-    assert mesh.texture is None
-    np.testing.assert_allclose(mesh.colours, values[:, :3], atol=max(0.51 / most if most > 1 else 0, 1e-6))
-
-
-@pytest.mark.parametrize("indexed", [True, False])
-def test_a_fan_of_triangles_is_read(tmp_path, indexed):
-    def fan(document):
-        used = primitive(document)
-        used["mode"] = 6
-        if indexed:
-            used["indices"] = packed([[1], [2], [3], [0]], "uint16", "SCALAR")(document)
-        else:
-            del used["indices"]
-
-    square(CORNERS).export(tmp_path / "a.glb")
-    edited(tmp_path / "a.glb", fan)
-    faces = read_mesh(tmp_path / "a.glb").faces.tolist()
-    assert faces == ([[1, 2, 3], [1, 3, 0]] if indexed else [[0, 1, 2], [0, 2, 3]])
-
-
-def test_lost_pictures_unread_formats_and_skeletons_are_said(tmp_path, caplog):
-    changes = {
-        "gone.png": lambda document: document["images"].__setitem__(0, {"uri": "gone.png"}),
-        "format": lambda document: document["textures"].__setitem__(
-            0, {"extensions": {"KHR_texture_basisu": {"source": 0}}}
-        ),
-        "skeleton": lambda document: document["nodes"][-1].__setitem__("skin", 0),
-    }
-    for word, change in changes.items():
-        square(CORNERS).export(tmp_path / "a.glb")
-        read_mesh(tmp_path / "a.glb")
-        assert not caplog.records
-        edited(tmp_path / "a.glb", change)
-        read_mesh(tmp_path / "a.glb")
-        assert word in caplog.text
-        caplog.clear()
 
 
 def test_a_picture_of_sixteen_bits_keeps_its_grey(tmp_path):

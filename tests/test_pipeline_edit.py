@@ -18,7 +18,6 @@ from pipeline.runs.checkpoint import load_checkpoint, read_meta
 from pipeline.runs.inputs import check_inputs
 from stages.errors import UserError
 from stages.mesh.mesh import Mesh
-from tests.fork_server import forking
 
 TINY = """
 prior: {coarse: reference, fine: reference}
@@ -49,12 +48,6 @@ fine:
 export: {texture_size: 64, faces: 1000, turntable_frames: 0, unwrap: boxes, formats: [glb]}
 """
 SHORT = ["coarse.steps=8", "coarse.lr=[0.05, 0.005, 0, 1, cosine]", "fine.steps=2"]
-
-
-@pytest.fixture(scope="module")
-def pipeline():
-    with forking(toy=False) as start:
-        yield start
 
 
 @pytest.fixture(scope="module")

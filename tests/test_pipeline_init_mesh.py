@@ -27,7 +27,6 @@ from stages.mesh.files.read import read_mesh
 from stages.mesh.mesh import Mesh
 from stages.mesh.sample import painted_samples
 from stages.mesh.texture.uv import unwrap
-from tests.fork_server import forking
 
 TINY = """
 prior: {fine: reference}
@@ -65,12 +64,6 @@ def in_charts(mesh: Mesh) -> Mesh:
     )
     faces = corner.reshape(-1, 3).astype(np.int32)
     return replace(make(mesh.vertices[pairs[:, 0]], faces), uv=atlas.uv[pairs[:, 1]], uv_faces=faces)
-
-
-@pytest.fixture(scope="module")
-def pipeline():
-    with forking(toy=False) as start:
-        yield start
 
 
 @pytest.fixture(scope="module")

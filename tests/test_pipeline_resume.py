@@ -16,15 +16,8 @@ from benchmarks.kills import RECIPE
 from pipeline.output.glb import write_glb
 from pipeline.runs.checkpoint import load_checkpoint
 from stages.mesh.mesh import Mesh
-from tests.fork_server import forking
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def pipeline():
-    with forking(toy=False) as start:
-        yield start
 
 
 @pytest.fixture(scope="module")
