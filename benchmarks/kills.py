@@ -127,16 +127,16 @@ def _kill_run(work: Path, name: str, words: list[str], rng: random.Random, clock
     begun_anew, what = len(moments) - 1, "run"
     if rng.random() < 0.5 and not _is_finished(work / name):
         what = "run and resume"
-        kept = work / f"{name}-kept"
-        shutil.copytree(work / name, kept)
+        backup = work / f"{name}-kept"
+        shutil.copytree(work / name, backup)
 
         def again() -> subprocess.Popen:
             shutil.rmtree(work / name)
-            shutil.copytree(kept, work / name)
+            shutil.copytree(backup, work / name)
             return _start(work, "resume", name)
 
         moments.append(_killed(again, rng, Clock(clock.seconds)))
-        shutil.rmtree(kept)
+        shutil.rmtree(backup)
     _finish(_start(work, "resume", name))
     now = state_of(work / name)
     differs = [key for key in alone if now.get(key) != alone[key]]

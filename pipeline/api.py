@@ -173,10 +173,10 @@ def load_prior(
     import torch
 
     _check_stages([stage])
-    chosen: dict[str, Any] = {f"prior.{stage}": str(source), "reference.resolution": 64}
-    chosen |= {"reference.mesh": mesh} if mesh is not None else {}
-    chosen |= {"prior.diffusion": settings} if settings is not None else {}
-    return stage_prior(load_config(config_model()(), chosen), stage).load(torch.device(device), keep_text=True)
+    overrides: dict[str, Any] = {f"prior.{stage}": str(source), "reference.resolution": 64}
+    overrides |= {"reference.mesh": mesh} if mesh is not None else {}
+    overrides |= {"prior.diffusion": settings} if settings is not None else {}
+    return stage_prior(load_config(config_model()(), overrides), stage).load(torch.device(device), keep_text=True)
 
 
 def _config(

@@ -106,9 +106,9 @@ def _gltf_validator() -> tuple[str, str]:
     if node is None:
         return "missing", "node is not on PATH"
     script = "console.log(require('gltf-validator').version())"
-    done = subprocess.run([node, "-e", script], capture_output=True, text=True, timeout=30, cwd=ROOT)
-    if done.returncode == 0:
-        return "ok", done.stdout.strip()
+    process = subprocess.run([node, "-e", script], capture_output=True, text=True, timeout=30, cwd=ROOT)
+    if process.returncode == 0:
+        return "ok", process.stdout.strip()
     return "missing", "node is there; install with: npm install gltf-validator"
 
 

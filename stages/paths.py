@@ -26,7 +26,7 @@ def from_home(path: str | Path) -> Path:
 
 def cache_folder() -> Path:
     """Return where what can be made again is kept between runs: $PIPELINE_CACHE, else below the user's cache folder."""
-    own = os.environ.get("PIPELINE_CACHE")
-    if own:
-        return from_home(own)
+    folder = os.environ.get("PIPELINE_CACHE")
+    if folder:
+        return from_home(folder)
     return from_home(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "text3d-pipeline"

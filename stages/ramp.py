@@ -100,8 +100,8 @@ class Ramp:
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        written = core_schema.plain_serializer_function_ser_schema(cls.written)
-        return core_schema.no_info_plain_validator_function(read_ramp, serialization=written)
+        serialization = core_schema.plain_serializer_function_ser_schema(cls.written)
+        return core_schema.no_info_plain_validator_function(read_ramp, serialization=serialization)
 
 
 def constant(value: float) -> Ramp:

@@ -174,10 +174,10 @@ def fuzz(seed: int, count: int, kinds: list[str] | None = None, limit_s: float =
                 report.refusals[kind][ending.where] += 1
                 continue
             key = (kind, ending.what.partition(":")[0], ending.where)
-            known = faults.setdefault(key, Fault(f"{kind}: {ending.what}", ending.where, 0, data, index))
-            known.count += 1
-            if len(data) < len(known.smallest):
-                known.what, known.smallest, known.index = f"{kind}: {ending.what}", data, index
+            fault = faults.setdefault(key, Fault(f"{kind}: {ending.what}", ending.where, 0, data, index))
+            fault.count += 1
+            if len(data) < len(fault.smallest):
+                fault.what, fault.smallest, fault.index = f"{kind}: {ending.what}", data, index
     report.faults += faults.values()
     return report
 

@@ -210,8 +210,8 @@ def publish(lines: list[Line], path: Path) -> None:
             return who in contestants
         return who in gone and (line["device"], line["threads"], line["case"]) in cases
 
-    kept = [line for line in read_lines(path) if key_of(line) not in new and not outdated(line)]
-    text = "".join(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n" for line in [*kept, *lines])
+    others = [line for line in read_lines(path) if key_of(line) not in new and not outdated(line)]
+    text = "".join(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n" for line in [*others, *lines])
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, text.encode())
 

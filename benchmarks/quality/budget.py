@@ -143,17 +143,17 @@ def options_by_system(
         threads: of every run.
     """
     path = out / "budget.json"
-    kept: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    budgets: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
     for system, words in options.items():
         steps = own_steps(system, words)
-        if system in kept or not steps:
+        if system in budgets or not steps:
             continue
         cost = None
         if budget.unit == "seconds":
             print(f"{system:>10}  a run by its recipe, to see what its steps take", flush=True)
             cost = _trial(system, Job(prompt, 0, out / "trials" / Path(system).stem, threads, words), steps)
         fitted = fitted_steps(system, steps, budget, cost)
-        kept[system] = {"steps": fitted, "recipe": steps, "budget": str(budget)}
-        kept[system] |= {} if cost is None else {"fixed_s": round(cost.fixed_s, 2), "step_s": cost.step_s}
-        write_whole(path, (json.dumps(kept, indent=1) + "\n").encode())
-    return {system: as_options(kept.get(system, {"steps": {}})["steps"]) for system in options}
+        budgets[system] = {"steps": fitted, "recipe": steps, "budget": str(budget)}
+        budgets[system] |= {} if cost is None else {"fixed_s": round(cost.fixed_s, 2), "step_s": cost.step_s}
+        write_whole(path, (json.dumps(budgets, indent=1) + "\n").encode())
+    return {system: as_options(budgets.get(system, {"steps": {}})["steps"]) for system in options}

@@ -53,11 +53,11 @@ def read_cells(source: str, suite: str | None = None) -> list[Line]:
 
 def _published(revision: str) -> list[Line]:
     name = f"{revision}:benchmarks/results/quality.jsonl"
-    done = subprocess.run(["git", "show", name], cwd=RESULTS, capture_output=True, text=True)
-    if done.returncode:
-        why = (done.stderr.strip().splitlines()[-1:] or ["git said nothing"])[0]
+    process = subprocess.run(["git", "show", name], cwd=RESULTS, capture_output=True, text=True)
+    if process.returncode:
+        why = (process.stderr.strip().splitlines()[-1:] or ["git said nothing"])[0]
         raise UserError(f"cannot read {name}", why, "name a revision that has it; git log -- benchmarks/results")
-    return [json.loads(line) for line in done.stdout.splitlines() if line.strip()]
+    return [json.loads(line) for line in process.stdout.splitlines() if line.strip()]
 
 
 def compare_cells(before: list[Line], after: list[Line], systems: list[str] | None = None) -> dict[str, Any]:

@@ -254,8 +254,8 @@ def report(args: argparse.Namespace) -> list[Line]:
     if args.publish:
         target = RESULTS / "guidance.jsonl"
         new = {line["system"] for line in lines}
-        kept = [line for line in read_lines(target) if line["suite"] != suite.name or line["system"] not in new]
-        write_whole(target, _text([*kept, *lines]))
+        others = [line for line in read_lines(target) if line["suite"] != suite.name or line["system"] not in new]
+        write_whole(target, _text([*others, *lines]))
     return lines
 
 

@@ -212,14 +212,14 @@ def _check_same(args: argparse.Namespace, suite: Suite, options: dict[str, tuple
         before = json.loads(path.read_text())
         if any(before.get(k) != v for k, v in now.items()):
             raise UserError(f"{args.out} holds another suite", f"its settings were {before}", "choose another --out")
-        kept = before.get("recipes", {})
-        if changed := [name for name in recipes if kept.get(name, recipes[name]) != recipes[name]]:
+        earlier = before.get("recipes", {})
+        if changed := [name for name in recipes if earlier.get(name, recipes[name]) != recipes[name]]:
             raise UserError(
                 f"{args.out} holds cells of other recipes",
                 f"the settings of {', '.join(changed)} have changed since",
                 "choose another --out",
             )
-        recipes = kept | recipes
+        recipes = earlier | recipes
     facts = now | {"suite": suite.name, "prompts": args.prompts, "recipes": recipes}
     write_whole(path, (json.dumps(facts) + "\n").encode())
 
@@ -237,10 +237,10 @@ def _publish(lines: list[dict[str, Any]], summary: dict[str, Any]) -> None:
     from benchmarks.quality.summary import key_of
 
     path = RESULTS / "quality.jsonl"
-    kept = [line for line in read_lines(path) if line["suite"] != summary["suite"]]
+    others = [line for line in read_lines(path) if line["suite"] != summary["suite"]]
     bare = [
         {k: v for k, v in line.items() if k != "clip"} | {"scores": summary["scores"][key_of(line)]} for line in lines
     ]
-    write_whole(path, "".join(json.dumps(line) + "\n" for line in [*kept, *bare]).encode())
+    write_whole(path, "".join(json.dumps(line) + "\n" for line in [*others, *bare]).encode())
     short = {k: v for k, v in summary.items() if k != "scores"}
     write_whole(RESULTS / f"quality_{summary['suite']}.json", (json.dumps(short, indent=1) + "\n").encode())

@@ -69,9 +69,9 @@ def bootstrap(values: Mapping[str, Sequence[float]], confidence: float = 0.95, s
     chosen = rng.integers(0, n, (RESAMPLES, n))
     for k in range(n):  # the k-th drawn prompt of every resample
         prompt = chosen[:, k]
-        drawn = (rng.random((RESAMPLES, most)) * counts[prompt, None]).astype(int)
+        draws = (rng.random((RESAMPLES, most)) * counts[prompt, None]).astype(int)
         used = np.arange(most)[None] < counts[prompt, None]
-        resampled[:, k] = (table[prompt[:, None], drawn] * used).sum(1) / counts[prompt]
+        resampled[:, k] = (table[prompt[:, None], draws] * used).sum(1) / counts[prompt]
     means = resampled.mean(1)
     tail = 50 * (1 - confidence)
     low, high = np.percentile(means, [tail, 100 - tail])

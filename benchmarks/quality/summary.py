@@ -171,8 +171,8 @@ def paired_values(a: CellValues, b: CellValues) -> tuple[dict[str, list[float]],
 
     A system that fails on its hard seeds would else be compared by its easy ones. Seeds that one side never ran stay.
     """
-    lost = {key for key in a.keys() & b.keys() if math.isfinite(a[key]) != math.isfinite(b[key])}
-    return tuple(_by_prompt({key: v for key, v in side.items() if key not in lost}) for side in (a, b))
+    one_sided = {key for key in a.keys() & b.keys() if math.isfinite(a[key]) != math.isfinite(b[key])}
+    return tuple(_by_prompt({key: v for key, v in side.items() if key not in one_sided}) for side in (a, b))
 
 
 def _by_prompt(values: CellValues) -> dict[str, list[float]]:

@@ -81,7 +81,7 @@ def run_pipeline(job: Job, words: list[str]) -> tuple[Mesh, dict[str, Any]]:
         command = ["run", "--prompt", job.prompt, "--seed", str(job.seed), "--out", str(run), *words, *job.options]
     started = time.perf_counter()
     with open(job.folder / "log.txt", "a") as log, energy_j() as energy:
-        done = subprocess.run(
+        process = subprocess.run(
             [sys.executable, "-m", "pipeline", *command],
             stdout=log,
             stderr=log,
@@ -90,16 +90,16 @@ def run_pipeline(job: Job, words: list[str]) -> tuple[Mesh, dict[str, Any]]:
             check=False,
         )
     seconds = time.perf_counter() - started
-    if done.returncode == 130 or done.returncode < 0:
+    if process.returncode == 130 or process.returncode < 0:
         raise KeyboardInterrupt
     record = json.loads((run / "run.json").read_text()) if (run / "run.json").is_file() else {}
     if finished:  # made before and judged again: its own record says how long it took, to the second
         seconds = sum(_seconds_of(session) for session in record.get("sessions", []))
-    if done.returncode != 0:
+    if process.returncode != 0:
         tail = (job.folder / "log.txt").read_text(errors="replace").strip().splitlines()[-6:]
-        if done.returncode == 2 and record:  # it ran and found that there is no object
+        if process.returncode == 2 and record:  # it ran and found that there is no object
             raise Failed("\n".join(tail))
-        raise RuntimeError(f"pipeline {' '.join(command)} ended with {done.returncode}:\n" + "\n".join(tail))
+        raise RuntimeError(f"pipeline {' '.join(command)} ended with {process.returncode}:\n" + "\n".join(tail))
     cost = _times(record, seconds, job)
     # Else it is not this run's alone, or not the whole of it.
     if energy and not finished and job.threads == 0 and job.coarse_run is None and not cost["interrupted"]:

@@ -47,11 +47,11 @@ def look(page: Path, *more: str, size: tuple[int, int] = (1400, 1800)) -> str:
         window = (f"--user-data-dir={profile}", f"--window-size={size[0]},{size[1]}")
         command = [browser, *FLAGS, *window, *more, page.absolute().as_uri()]
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, check=True)
+            process = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, check=True)
         except (subprocess.SubprocessError, OSError) as error:
             last_line = (getattr(error, "stderr", None) or str(error)).strip().splitlines()[-1:]
             raise UserError(f"{browser} cannot show {page}", " ".join(last_line), "open the page yourself") from None
-    return done.stdout
+    return process.stdout
 
 
 def take_picture(page: Path, picture: Path, *, size: tuple[int, int] = (1400, 1800)) -> Path:

@@ -39,7 +39,7 @@ VIEWER_FACES = 5000  # of a mesh in the page
 
 def plots(summary: dict[str, Any]) -> list[str]:
     """Return quality against time for the systems that took any, with intervals."""
-    drawn = []
+    figures = []
     for name in ("r_precision_colour", "clip_colour", "volume_iou"):
         points = []
         for k, (system, facts) in enumerate(summary["systems"].items()):
@@ -48,10 +48,10 @@ def plots(summary: dict[str, Any]) -> list[str]:
                 points.append(
                     Point(name_of(system), x["mean"], y["mean"], (x["low"], x["high"]), (y["low"], y["high"]), k)
                 )
-        drawn.append(
+        figures.append(
             scatter(points, f"{METRICS[name].label} against time", "seconds a mesh", METRICS[name].label, log_x=True)
         )
-    return [plot for plot in drawn if plot]
+    return [plot for plot in figures if plot]
 
 
 def facts_of(summary: dict[str, Any]) -> list[str]:

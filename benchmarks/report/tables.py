@@ -209,8 +209,8 @@ def quality_table(summary: dict[str, Any], chosen: tuple[str, ...]) -> str:
     names = [n for n in chosen if any(n in facts["all"] for facts in summary["systems"].values())]
     rows = []
     for system, facts in summary["systems"].items():
-        lost = f" ({facts['failed']} of {facts['cells']} without an object)" if facts["failed"] else ""
-        rows.append([name_of(system) + lost, *(interval_text(facts["all"].get(n), METRICS[n].digits) for n in names)])
+        fails = f" ({facts['failed']} of {facts['cells']} without an object)" if facts["failed"] else ""
+        rows.append([name_of(system) + fails, *(interval_text(facts["all"].get(n), METRICS[n].digits) for n in names)])
     table = markdown_table(["system", *(METRICS[n].label for n in names)], rows)
     prompts, seeds = sum(summary["prompts"].values()), max(f["seeds"] for f in summary["systems"].values())
     note = (

@@ -45,7 +45,7 @@ def joules_between(before: int, after: int, most: int) -> float:
 @contextmanager
 def energy_j(root: Path = RAPL) -> Iterator[dict[str, float]]:
     """Joules taken inside the block, by "cpu" and "gpu", filled in at its end; without a key where nothing counts."""
-    counters, joules, done = packages(root), {}, threading.Event()
+    counters, joules, stop = packages(root), {}, threading.Event()
     gpu = shutil.which("nvidia-smi") is not None
     most = {c: int((c / "max_energy_range_uj").read_text()) for c in counters}
 
@@ -57,7 +57,7 @@ def energy_j(root: Path = RAPL) -> Iterator[dict[str, float]]:
         last, last_s, read_s, watts = began, began_s, began_s, watts_then
         ended = False
         while not ended:
-            ended = done.wait(INTERVAL_S if watts is not None else LONGEST_S)
+            ended = stop.wait(INTERVAL_S if watts is not None else LONGEST_S)
             now = time.monotonic()
             if watts is not None:
                 joules["gpu"] += watts * (now - last_s)
@@ -75,7 +75,7 @@ def energy_j(root: Path = RAPL) -> Iterator[dict[str, float]]:
     try:
         yield joules
     finally:
-        done.set()
+        stop.set()
         if thread.is_alive():
             thread.join()
 

@@ -35,11 +35,11 @@ def run(folder: Path, words: list[str], env: dict[str, str]) -> float:
     """`pipeline run --out folder words`; wall seconds from start to end. Raises Broken."""
     began = time.perf_counter()
     command = [*COMMAND, "run", "--out", str(folder), *words]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    process = subprocess.run(command, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     seconds = time.perf_counter() - began
-    if done.returncode:
-        tail = "\n".join((done.stdout + done.stderr).strip().splitlines()[-12:])
-        raise Broken(f"pipeline run {' '.join(words)} ended with {done.returncode}:\n{tail}")
+    if process.returncode:
+        tail = "\n".join((process.stdout + process.stderr).strip().splitlines()[-12:])
+        raise Broken(f"pipeline run {' '.join(words)} ended with {process.returncode}:\n{tail}")
     return seconds
 
 
@@ -146,11 +146,11 @@ def full_size_run(words: list[str], size: str, threads: int, device: str) -> Fac
 def device_memory_mb(device: str) -> Iterator[dict[str, float | None]]:
     """Highest use of the GPU's memory inside the block, by all processes, asked from nvidia-smi five times a second."""
     highest: dict[str, float | None] = {"peak": None}
-    done = threading.Event()
+    stop = threading.Event()
 
     def watch() -> None:
         query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
-        while not done.wait(0.2):
+        while not stop.wait(0.2):
             try:
                 text = subprocess.run(query, capture_output=True, text=True, check=True).stdout
             except (OSError, subprocess.SubprocessError):
@@ -163,6 +163,6 @@ def device_memory_mb(device: str) -> Iterator[dict[str, float | None]]:
     try:
         yield highest
     finally:
-        done.set()
+        stop.set()
         if device == "cuda":
             thread.join()

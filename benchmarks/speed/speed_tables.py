@@ -53,13 +53,13 @@ def sweeps_of(lines: list[Line]) -> dict[tuple, list[Line]]:
 
 def plots(lines: list[Line]) -> dict[str, str]:
     """SVG by file stem, a plot per stage and sweep: the whole step, and its phases where the growth is about them."""
-    drawn: dict[str, list[Curve]] = {}
+    groups: dict[str, list[Curve]] = {}
     about: dict[str, Line] = {}
     for (device, threads, networks, stage, sweep), sizes in sweeps_of(lines).items():
         name = f"speed_{stage}_{sweep}"
         where = f"{threads} threads" if device == "cpu" else device
         label = f"step, {where}" + ("" if networks == "none" else f", {networks} prior")
-        curves = drawn.setdefault(name, [])
+        curves = groups.setdefault(name, [])
         curves.append(curve_of(sizes, label))
         if (stage, sweep) == ("fine", "tets") and networks == "none":
             for phase in ("surface", "backward", "regularisers"):
@@ -70,7 +70,7 @@ def plots(lines: list[Line]) -> dict[str, str]:
         name: growth_plot(
             curves, f"{about[name]['stage']} step", _axis(about[name]), "ms", log=not about[name]["linear"]
         )
-        for name, curves in drawn.items()
+        for name, curves in groups.items()
     }
 
 

@@ -72,8 +72,9 @@ def free_bytes(device: torch.device) -> int | None:
     if device.type == "cuda":
         import torch
 
-        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by torch, free for the next
-        return torch.cuda.mem_get_info(device)[0] + kept
+        # What torch holds back is free for the next allocation.
+        reserve = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + reserve
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:
@@ -90,17 +91,17 @@ def advice(prior: StagePrior) -> list[str]:
     that), the denoiser's weights in main memory (1.7 GB to 24 GB); then what costs quality.
     """
     settings, stage = prior.ask.settings, prior.ask.stage
-    named: list[str] = []
+    savings: list[str] = []
     if images_at_once(prior.ask) > 1 and hasattr(settings, "accumulate"):
-        named.append(f"{stage}.accumulate={settings.views_per_step}")
-    named += prior.source.savings(prior.ask)
+        savings.append(f"{stage}.accumulate={settings.views_per_step}")
+    savings += prior.source.savings(prior.ask)
     if settings.resolution > 64:
-        named.append(f"{stage}.resolution={settings.resolution // 2}")
+        savings.append(f"{stage}.resolution={settings.resolution // 2}")
     if settings.views_per_step > 1:
-        named.append(f"{stage}.views_per_step={settings.views_per_step // 2}")
+        savings.append(f"{stage}.views_per_step={settings.views_per_step // 2}")
     if hasattr(settings, "samples"):
-        named.append(f"{stage}.samples={max(settings.samples // 2, 16)}")
-    return named[:3]
+        savings.append(f"{stage}.samples={max(settings.samples // 2, 16)}")
+    return savings[:3]
 
 
 def explain_shortage(error: BaseException, prior: StagePrior, folder: Path) -> UserError:

@@ -106,12 +106,12 @@ class Metrics:
         """Drop lines of `stage` after `step` and of `later` stages, and those that are broken or cut short."""
         if not self._path.exists():
             return
-        kept = []
+        lines = []
         for line, row in _rows(self._path):
             if row is None or row["stage"] in later or (row["stage"] == stage and row["step"] > step):
                 continue
-            kept.append(line)
-        write_whole(self._path, "".join(line + "\n" for line in kept).encode())
+            lines.append(line)
+        write_whole(self._path, "".join(line + "\n" for line in lines).encode())
 
     def add(self, stage: str, step: int, seconds: float, metrics: dict[str, float]) -> None:
         """Append a step's line; the file gets it within a second or so."""

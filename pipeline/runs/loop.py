@@ -64,7 +64,7 @@ class StageLoop:
         self._folder = run.folder / name
         self._path = self._folder / CHECKPOINT
         self._writer = ThreadPoolExecutor(1, "preview")
-        self._written: Future | None = None
+        self._preview_write: Future | None = None
         self._leave: Callable[[], None] | None = None  # what leaves a caller's prior as it was
         self._phases: dict[str, float] = {}
         self._seconds = 0.0
@@ -148,7 +148,7 @@ class StageLoop:
         image = self._timed("preview", stage.preview)
         path = self._folder / "previews" / f"{stage.step_index:06d}.png"
         self._timed("preview", self._join)
-        self._written = self._writer.submit(lambda: write_whole(path, png_bytes(image)))
+        self._preview_write = self._writer.submit(lambda: write_whole(path, png_bytes(image)))
 
     def _save(self, stage: Stage) -> None:
         self._timed("checkpoint", lambda: self._write(stage))
@@ -178,8 +178,8 @@ class StageLoop:
             return call()
 
     def _join(self) -> None:
-        if self._written is not None:
-            self._written.result()
+        if self._preview_write is not None:
+            self._preview_write.result()
 
     def close(self) -> None:
         """Leave with every preview and metric written."""

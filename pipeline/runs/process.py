@@ -66,8 +66,8 @@ def git_revision(root: Path = ROOT) -> str | None:
 
 
 def _git(root: Path, *words: str) -> str:
-    done = subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, timeout=10, check=True)
-    return done.stdout.strip()
+    process = subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, timeout=10, check=True)
+    return process.stdout.strip()
 
 
 def version_of(package: str) -> str | None:

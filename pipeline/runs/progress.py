@@ -86,8 +86,8 @@ class _CompileWatch:
         if not self._count:
             return
         trouble = self._trouble()
-        kept = f"they are not kept: {trouble}" if trouble else "later runs load them"
-        self._progress.note(f"compiled {self._count} kernels in {self._seconds:.0f} s; {kept}")
+        reuse = f"they are not kept: {trouble}" if trouble else "later runs load them"
+        self._progress.note(f"compiled {self._count} kernels in {self._seconds:.0f} s; {reuse}")
 
 
 class StageProgress:

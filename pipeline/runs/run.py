@@ -144,8 +144,8 @@ def export_run(
     check_run(folder, config)
     in_place = out is None or out.resolve() == folder.resolve()
     target = folder if in_place else out
-    if not in_place and (taken := existing_files(target, names)):
-        raise UserError(f"{target} already holds {taken[0]}", "it may be another run's", "choose another --out")
+    if not in_place and (existing := existing_files(target, names)):
+        raise UserError(f"{target} already holds {existing[0]}", "it may be another run's", "choose another --out")
     check_disk(target)
     target.mkdir(parents=True, exist_ok=True)
     with Lock(folder) if in_place else contextlib.nullcontext():  # a run that is only read may lie on a read-only disk
@@ -354,17 +354,17 @@ class Run:
 
         facts: dict[str, Any] = {"phases": {}}
         self.progress.note("export: cleaning, unwrapping, baking, turning")
-        written: dict[str, float] = {}
+        times: dict[str, float] = {}
         with phase("export"):
             mesh = finished_mesh(asset, self.config.export, self.config.fine.initialise, facts)
-            with phase("write", written):
+            with phase("write", times):
                 axes = file_axes(asset.placement, self.config.export)
                 result = ResultMesh(in_own_place(mesh, asset), mesh, axes)
                 paths = write_results(mesh, self.folder, self.config.export, result.data, axes)
         if "stl" in self.config.export.formats:
             self.progress.note(f"mesh.stl: {axes.note(result.data)}")
         self.caller.mesh = result
-        facts["phases"]["write"] = round(written["write"], 3)
+        facts["phases"]["write"] = round(times["write"], 3)
         files = [path.name for path in paths]
         self.record.save(export=facts, outputs=files, exported_with=_export_settings(self.config))
 

@@ -187,14 +187,14 @@ def check_clip_folder(folder: Path) -> None:
     if not any(folder.glob("*.safetensors")):
         raise UserError(what, "it has no *.safetensors", "convert its weights, or get the folder again")
     check_texts(folder, what)
-    seen = Preprocessing.read(folder)
+    preprocessing = Preprocessing.read(folder)
     vision = read_json(folder / "config.json", what).get("vision_config")
     side = vision.get("image_size", 224) if isinstance(vision, dict) else 224
-    made = seen.crop or seen.size
-    if made not in (side, (side, side)):
-        size = (
-            "any size" if made is None else f"{made} pixels a side" if isinstance(made, int) else f"{made[::-1]} pixels"
-        )
+    output = preprocessing.crop or preprocessing.size
+    if output not in (side, (side, side)):
+        size = f"{output} pixels a side"
+        if not isinstance(output, int):
+            size = "any size" if output is None else f"{output[::-1]} pixels"
         why = f"its processor makes pictures of {size}, and its model sees {side} x {side}"
         raise UserError(what, why, "get the folder again")
 

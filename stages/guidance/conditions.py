@@ -41,11 +41,11 @@ class ViewConditions:
         """
         if device.type == "cpu":
             return self, t
-        named, mixed = list(self.rows), list(self.others)
+        row_names, other_names = list(self.rows), list(self.others)
         host = [*self.rows.values(), *self.others.values(), self.share, *self.perp_neg_weights, t]
         numbers = iter(torch.stack([values.double() for values in host]).to(device).unbind())
-        rows = {name: next(numbers).long() for name in named}
-        others = {name: next(numbers).long() for name in mixed}
+        rows = {name: next(numbers).long() for name in row_names}
+        others = {name: next(numbers).long() for name in other_names}
         share = next(numbers).float()
         perp_neg_weights = [next(numbers).float() for _ in self.perp_neg_weights]
         twin = None

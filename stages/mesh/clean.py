@@ -68,8 +68,8 @@ def tidy(mesh: Mesh) -> Mesh:
     if boundary:
         _, first, inverse = np.unique(mesh.vertices, axis=0, return_index=True, return_inverse=True)
         welded = first[inverse.reshape(-1)][faces]
-        kept = welded[(welded != np.roll(welded, 1, axis=1)).all(axis=1)]
-        after = _openness(kept) if len(kept) else (boundary, crowded)
+        triangles = welded[(welded != np.roll(welded, 1, axis=1)).all(axis=1)]
+        after = _openness(triangles) if len(triangles) else (boundary, crowded)
         if after[0] < boundary and after[1] <= crowded:
             faces = welded
     faces = faces[(faces != np.roll(faces, 1, axis=1)).all(axis=1)]

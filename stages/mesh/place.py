@@ -123,11 +123,11 @@ def without_far_specks(mesh: Mesh) -> tuple[Mesh, int]:
     _, welded = welded_faces(mesh)
     part = face_components(welded, int(welded.max()) + 1)
     areas = np.bincount(part, face_areas(mesh.vertices, mesh.faces))
-    kept = (areas >= SPECK * areas.max())[part]
-    if _radius(mesh.vertices[np.unique(mesh.faces[kept])].astype(np.float64)) >= FAR * _radius(used):
+    large = (areas >= SPECK * areas.max())[part]
+    if _radius(mesh.vertices[np.unique(mesh.faces[large])].astype(np.float64)) >= FAR * _radius(used):
         return mesh, 0
-    uv_faces = None if mesh.uv_faces is None else mesh.uv_faces[kept]
-    return replace(mesh, faces=mesh.faces[kept], uv_faces=uv_faces), int((areas < SPECK * areas.max()).sum())
+    uv_faces = None if mesh.uv_faces is None else mesh.uv_faces[large]
+    return replace(mesh, faces=mesh.faces[large], uv_faces=uv_faces), int((areas < SPECK * areas.max()).sum())
 
 
 def _radius(points: np.ndarray) -> float:

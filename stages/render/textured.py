@@ -49,7 +49,7 @@ class TextureMaterial:
         if normal_map is not None:
             check_shape("normal_map", normal_map, tuple(colour_map.shape))
             self.maps = torch.cat([colour_map, normal_map], -1)
-            along, self.handed = tangents(vertices, faces, uv, uv_faces)
+            along, self.handedness = tangents(vertices, faces, uv, uv_faces)
             self.attributes = torch.cat([uv, along], -1)
 
     def at(self, rast: Tensor, covered: Tensor, normals: Tensor) -> tuple[Tensor, Tensor]:
@@ -65,7 +65,7 @@ class TextureMaterial:
         triangle = row[0, 0, :, 3].detach().long() - 1
         along = planes[:, 2:]
         along = normalize(along - normals * (along * normals).sum(-1, keepdim=True), dim=-1, eps=1e-8)
-        across = torch.linalg.cross(normals, along) * self.handed[triangle][:, None]
+        across = torch.linalg.cross(normals, along) * self.handedness[triangle][:, None]
         x, y, z = looked_up[:, 3:].split(1, -1)
         return colour, normalize(x * along + y * across + z * normals, dim=-1, eps=1e-8)
 
@@ -80,12 +80,12 @@ def tangents(vertices: Tensor, faces: Tensor, uv: Tensor, uv_faces: Tensor) -> t
     q = uv.index_select(0, uv_faces.reshape(-1).long()).view(-1, 3, 2)
     edge, other = p[:, 1] - p[:, 0], p[:, 2] - p[:, 0]
     (du, dv), (su, sv) = (q[:, 1] - q[:, 0]).split(1, -1), (q[:, 2] - q[:, 0]).split(1, -1)
-    handed = torch.where(du * sv - su * dv < 0, -1.0, 1.0).to(vertices.dtype)  # [F, 1]
-    along = normalize((edge * sv - other * dv) * handed, dim=-1, eps=1e-20)
+    handedness = torch.where(du * sv - su * dv < 0, -1.0, 1.0).to(vertices.dtype)  # [F, 1]
+    along = normalize((edge * sv - other * dv) * handedness, dim=-1, eps=1e-20)
     along = along * (du * sv - su * dv).abs()
     total = torch.zeros(len(uv), 3, dtype=vertices.dtype, device=vertices.device)
     total = total.index_add(0, uv_faces.T.reshape(-1).long(), along.repeat(3, 1))
-    return normalize(total, dim=-1, eps=1e-20), handed[:, 0]
+    return normalize(total, dim=-1, eps=1e-20), handedness[:, 0]
 
 
 def blurred_maps(maps: Tensor, kernel: int, sigma: float) -> Tensor:

@@ -112,8 +112,8 @@ def text_bytes(class_name: str, headers: dict[str, Header], dtype: torch.dtype) 
     """Count the bytes of a text encoder in a precision; float16 leaves some layers of a T5 in float32."""
     import transformers
 
-    kept = getattr(getattr(transformers, class_name), "_keep_in_fp32_modules", None) or ()
-    whole = {n: h for n, h in headers.items() if dtype == torch.float16 and set(n.split(".")) & set(kept)}
+    float32_parts = getattr(getattr(transformers, class_name), "_keep_in_fp32_modules", None) or ()
+    whole = {n: h for n, h in headers.items() if dtype == torch.float16 and set(n.split(".")) & set(float32_parts)}
     return parameter_count(headers) * dtype.itemsize + parameter_count(whole) * (4 - dtype.itemsize)
 
 

@@ -155,9 +155,9 @@ class PromptEncoder:
 
     def _encoded(self, prompts: list[str], keep: bool) -> Tensor:
         """Embeddings of prompts that were not asked for before, from the disk or from the encoders."""
-        known = None if self._store is None else self._store.load(prompts)
-        if known is not None:
-            return known.to(self._device)
+        embeddings = None if self._store is None else self._store.load(prompts)
+        if embeddings is not None:
+            return embeddings.to(self._device)
         encoded = []
         for encoder in self.encoders:
             parts = encoder.encode(prompts)
@@ -237,10 +237,10 @@ def _check_merges(part: Path, tokenizer: Any, what: str) -> None:
     """
     vocabulary = json.loads((part / "vocab.json").read_text(encoding="utf-8"))
     lines = (part / "merges.txt").read_text(encoding="utf-8").splitlines()
-    made = {"".join(line.split()) for line in lines if not line.startswith("#version")}
+    merges = {"".join(line.split()) for line in lines if not line.startswith("#version")}
     special = {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}
     long = [token for token in vocabulary if len(token.removesuffix("</w>")) > 1 and token not in special]
-    absent = sum(token not in made for token in long)
+    absent = sum(token not in merges for token in long)
     if absent:
         why = f"merges.txt makes {len(long) - absent} of vocab.json's {len(long)} tokens of several letters"
         raise UserError(what, f"{why}: it is cut off", "get the folder again")

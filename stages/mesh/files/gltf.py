@@ -46,22 +46,22 @@ def plain_gltf(path: Path) -> tuple[bytes, str] | None:
             "pip install DracoPy" if needed == [DRACO] else "save it again as plain glTF, without compression",
         )
     visible = show(file)
-    done: dict[tuple[Any, ...], int] = {}  # parts share accessors, and then what they became
-    left_out: list[str] = []
+    rewrites: dict[tuple[Any, ...], int] = {}  # parts share accessors, and then what they became
+    omissions: list[str] = []
     count = 0
     for number, part in enumerate(file.document["meshes"]):
-        kept = [primitive for primitive in part.get("primitives", []) if number in visible]
-        kept = [primitive for primitive in kept if _is_surface(file, primitive, left_out)]
-        file.changed |= len(kept) != len(part.get("primitives", []))
-        part["primitives"] = kept
-        count += len(kept)
-        for primitive in kept:
-            file.changed |= _write_out(file, primitive, done)
+        primitives = [primitive for primitive in part.get("primitives", []) if number in visible]
+        primitives = [primitive for primitive in primitives if _is_surface(file, primitive, omissions)]
+        file.changed |= len(primitives) != len(part.get("primitives", []))
+        part["primitives"] = primitives
+        count += len(primitives)
+        for primitive in primitives:
+            file.changed |= _write_out(file, primitive, rewrites)
     if not count:
         raise file.wrong(
-            f"it holds no triangles: {'; '.join(left_out) or 'its meshes are empty'}", "save a triangle mesh"
+            f"it holds no triangles: {'; '.join(omissions) or 'its meshes are empty'}", "save a triangle mesh"
         )
-    for why in left_out:
+    for why in omissions:
         log.warning("%s: %s: left out", path.name, why)
     _drop_empty(file)
     _check_materials(file)
@@ -77,16 +77,16 @@ def _drop_empty(file: GltfFile) -> None:
             del node["mesh"]
 
 
-def _is_surface(file: GltfFile, primitive: dict[str, Any], left_out: list[str]) -> bool:
-    """Whether a primitive has triangles to read, all of which are there; else why not is added to `left_out`."""
+def _is_surface(file: GltfFile, primitive: dict[str, Any], omissions: list[str]) -> bool:
+    """Whether a primitive has triangles to read, all of which are there; else why not is added to `omissions`."""
     mode, attributes = primitive.get("mode", TRIANGLES), primitive.get("attributes", {})
     if mode in LINES:
-        left_out.append(f"a primitive of {LINES[mode]}")
+        omissions.append(f"a primitive of {LINES[mode]}")
         return False
     if mode not in (TRIANGLES, STRIP, FAN):
         raise file.wrong(f"it has a primitive of mode {mode}, which glTF does not know")
     if "POSITION" not in attributes:
-        left_out.append("a primitive without POSITION, which says where its corners are")
+        omissions.append("a primitive without POSITION, which says where its corners are")
         return False
     if "material" in primitive:
         file.item("materials", primitive["material"])
@@ -108,7 +108,7 @@ def _is_surface(file: GltfFile, primitive: dict[str, Any], left_out: list[str]) 
     if mode == TRIANGLES and corners % 3:
         raise file.wrong(f"a primitive of triangles has {corners} corners, which is no multiple of 3")
     if corners < 3:
-        left_out.append(f"a primitive of {corners} corners")
+        omissions.append(f"a primitive of {corners} corners")
         return False
     return True
 
@@ -157,7 +157,7 @@ def _is_read(extension: str) -> bool:
     return extension in KNOWN or extension.startswith("KHR_materials_")
 
 
-def _write_out(file: GltfFile, primitive: dict[str, Any], done: dict[tuple[Any, ...], int]) -> bool:
+def _write_out(file: GltfFile, primitive: dict[str, Any], rewrites: dict[tuple[Any, ...], int]) -> bool:
     """Give a primitive plain accessors in the place of those that trimesh would misread; whether there were any."""
     attributes = primitive.get("attributes", {})
     before = (dict(attributes), dict(primitive))
@@ -170,10 +170,10 @@ def _write_out(file: GltfFile, primitive: dict[str, Any], done: dict[tuple[Any, 
     def plain(number: int, move: tuple[float, ...] | None, colour: bool = False) -> int:
         if move is None and not file.is_odd(number, colour):
             return number
-        if (number, move) not in done:
+        if (number, move) not in rewrites:
             values = file.numbers(number)
-            done[number, move] = file.add(values if move is None else _moved(values, *move))
-        return done[number, move]
+            rewrites[number, move] = file.add(values if move is None else _moved(values, *move))
+        return rewrites[number, move]
 
     used = attributes.get(f"TEXCOORD_{which}")
     attributes.pop("TEXCOORD_0", None)

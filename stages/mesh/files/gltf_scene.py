@@ -48,12 +48,12 @@ def show(file: GltfFile) -> set[int]:
             file.changed = True
     used = [node for node in shown_nodes if "mesh" in document["nodes"][node]]
     if not used:
-        kept = (
+        reason = (
             "it holds no triangles: it has no mesh"
             if not meshes
             else f"its scene shows none of its {len(meshes)} meshes"
         )
-        raise file.wrong(kept, "save it again with a mesh in its scene")
+        raise file.wrong(reason, "save it again with a mesh in its scene")
     for node in used:
         file.item("meshes", document["nodes"][node]["mesh"])
     _morph(file, used)

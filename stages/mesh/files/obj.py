@@ -51,7 +51,7 @@ class _Obj:
         self.face_materials: list[int] = []
         self.materials: list[str] = [""]
         self.libraries: list[str] = []
-        left_out: Counter[str] = Counter()
+        omissions: Counter[str] = Counter()
         strange: list[int] = []
         current = 0
         rows = {"v": self.v, "vt": self.vt, "vn": self.vn}
@@ -66,7 +66,7 @@ class _Obj:
                 rows[key].append(words[1:])
             elif key in ("f", "fo"):
                 if len(words) < 4:
-                    left_out["faces of fewer than three corners"] += 1
+                    omissions["faces of fewer than three corners"] += 1
                     continue
                 self._face(words[1:], number, current)
             elif key == "usemtl":
@@ -77,10 +77,10 @@ class _Obj:
             elif key == "mtllib":
                 self.libraries += [line.split(None, 1)[1].strip()] if len(words) > 1 else []
             elif key in _LEFT_OUT:
-                left_out[_LEFT_OUT[key]] += 1
+                omissions[_LEFT_OUT[key]] += 1
             elif key not in _SILENT:
                 strange.append(number)
-        for what, count in left_out.items():
+        for what, count in omissions.items():
             log.warning("%s: %d %s are left out", path.name, count, what)
         if strange:
             log.warning("%s: %d lines are no OBJ (the first is %d), and are left out", path.name, *_first(strange))
@@ -149,17 +149,17 @@ class _Obj:
 
     def indices(self) -> np.ndarray:
         """The corners [C, 3] as places of v, vt, vn; -1 where one has none. UserError where v has no such place."""
-        written = np.stack([np.array(column, dtype=np.int64) for column in self.corners], -1)
+        corners = np.stack([np.array(column, dtype=np.int64) for column in self.corners], -1)
         faces = np.repeat(np.arange(len(self.sizes)), self.sizes)
         before = np.array(self.counts, dtype=np.int64).reshape(-1, 3)[faces]
-        places = np.where(written > 0, written - 1, np.where(written < 0, written + before, -1))
+        places = np.where(corners > 0, corners - 1, np.where(corners < 0, corners + before, -1))
         for k, key in enumerate(("v", "vt", "vn")):
             count = len(getattr(self, key))
-            bad = (places[:, k] >= count) | ((written[:, k] < 0) & (places[:, k] < 0))
+            bad = (places[:, k] >= count) | ((corners[:, k] < 0) & (places[:, k] < 0))
             if not bad.any():
                 continue
             first = int(bad.argmax())
-            index, line = int(written[first, k]), self.face_lines[faces[first]]
+            index, line = int(corners[first, k]), self.face_lines[faces[first]]
             there = count if index > 0 else before[first, k]
             if k == 0:
                 raise self._wrong(line, f"the index {index} is out of bounds, there are {there} vertices")

@@ -257,10 +257,10 @@ def _faces(file: _Ply, points: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.n
         few = sizes < 3
         if few.any():
             log.warning("%s: %d faces of fewer than three corners are left out", file.path.name, few.sum())
-        kept = np.flatnonzero(~few)
+        whole = np.flatnonzero(~few)
         places = np.flatnonzero(np.repeat(~few, sizes))
-        corners, polygons = triangles_of(points, flat[places], sizes[kept])
-        corners, polygons = places[corners], kept[polygons]
+        corners, polygons = triangles_of(points, flat[places], sizes[whole])
+        corners, polygons = places[corners], whole[polygons]
         triangles = flat[corners]
     strip = file.elements.get("tristrips")
     if strip is not None:

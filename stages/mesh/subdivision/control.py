@@ -62,8 +62,8 @@ def control_mesh(
     if len(mesh.faces) > most_faces:
         log.warning("the start mesh has %d faces and is decimated to %d", len(mesh.faces), most_faces)
         mesh = decimate(Mesh(mesh.vertices, mesh.faces, _vertex_colours(mesh)), most_faces)
-    mesh, kept = _with_layout(mesh, texture_size, padding, method)
-    if mesh.texture is not None and kept:
+    mesh, same_layout = _with_layout(mesh, texture_size, padding, method)
+    if mesh.texture is not None and same_layout:
         texture = _resized(mesh.texture, texture_size)
     else:
         colours = _vertex_colours(mesh)
@@ -80,15 +80,15 @@ def welded(mesh: Mesh) -> Mesh:
     check_mesh(mesh)
     vertices, first, place = np.unique(mesh.vertices, axis=0, return_index=True, return_inverse=True)
     faces = place.reshape(-1)[mesh.faces]
-    kept = (faces != np.roll(faces, 1, axis=1)).all(axis=1)
-    if not kept.any():
+    whole = (faces != np.roll(faces, 1, axis=1)).all(axis=1)
+    if not whole.any():
         raise UserError("The start mesh is empty", "all of its faces are degenerate (no area)", "give another mesh")
     return replace(
         mesh,
         vertices=vertices.astype(np.float32),
-        faces=faces[kept].astype(np.int32),
+        faces=faces[whole].astype(np.int32),
         colours=None if mesh.colours is None else mesh.colours[first],
-        uv_faces=None if mesh.uv_faces is None else mesh.uv_faces[kept],
+        uv_faces=None if mesh.uv_faces is None else mesh.uv_faces[whole],
     )
 
 

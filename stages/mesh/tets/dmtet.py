@@ -149,11 +149,11 @@ class DMTet:
         ids = dilate(self.lattice, old_ids[core], MARGIN)
         source = lookup(old_ids, ids)
         sdf = extend(self.lattice, ids, np.where(source >= 0, old_sdf[source], 0), source >= 0)
-        kept = torch.from_numpy(source >= 0).to(self.device)
+        inherits = torch.from_numpy(source >= 0).to(self.device)
         index = torch.from_numpy(np.maximum(source, 0)).to(self.device)
 
         def carry(tensor: Tensor) -> Tensor:
-            return tensor[index] * kept.reshape(-1, *[1] * (tensor.dim() - 1))
+            return tensor[index] * inherits.reshape(-1, *[1] * (tensor.dim() - 1))
 
         with torch.no_grad():
             self.sdf.data = torch.from_numpy(sdf).to(self.device)

@@ -134,10 +134,10 @@ def _kept_parts(solid: np.ndarray, keep: float) -> tuple[np.ndarray, np.ndarray,
     labels, count = ndimage.label(solid)
     sizes = np.bincount(labels.reshape(-1), minlength=count + 1)[1:]
     order = np.argsort(-sizes, kind="stable")
-    kept = order[sizes[order] >= keep * sizes[order[0]]] if count else order
+    large = order[sizes[order] >= keep * sizes[order[0]]] if count else order
     rank = np.zeros(count + 1, dtype=np.int32)
-    rank[kept + 1] = np.arange(1, len(kept) + 1)
-    return rank[labels], sizes[kept], count
+    rank[large + 1] = np.arange(1, len(large) + 1)
+    return rank[labels], sizes[large], count
 
 
 def examine(grid: np.ndarray, level: float, settings: InitialiseSettings, true_hits: list[np.ndarray]) -> Level:

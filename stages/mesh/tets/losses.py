@@ -73,8 +73,8 @@ def losses(mesh: Mesh, body: TriangleTree, surface: TriangleTree, cell: float) -
     count = np.bincount(part_of, minlength=len(areas))
     with np.errstate(invalid="ignore"):
         shares = np.bincount(part_of, gone, len(areas)) / count
-    asked = np.bincount(part[face], minlength=len(areas))
-    weight = (areas / np.maximum(count, 1))[part_of] * (count / np.maximum(asked, 1))[part_of]
+    probes = np.bincount(part[face], minlength=len(areas))
+    weight = (areas / np.maximum(count, 1))[part_of] * (count / np.maximum(probes, 1))[part_of]
     order = np.argsort(thick)
     thin = np.searchsorted(np.cumsum(weight[order]), 0.1 * weight.sum())
     return Losses(float(np.average(gone, weights=weight)), shares, float(thick[order][thin]), reach)

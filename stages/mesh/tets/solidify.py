@@ -128,9 +128,9 @@ def dmtet_from_mesh(
     with torch.no_grad():  # crossings from distances are not those found above where the body is thin
         surface = dmtet.surface()
     triangles = surface.vertices.cpu().numpy()[surface.faces.cpu().numpy()]
-    lost = losses(mesh, body.tree, TriangleTree(triangles), lattice.cell)
-    _judge(lost, lattice)
-    return dmtet, {"faces": float(len(mesh.faces)), "missed": missed, "lost": lost.share}
+    loss = losses(mesh, body.tree, TriangleTree(triangles), lattice.cell)
+    _judge(loss, lattice)
+    return dmtet, {"faces": float(len(mesh.faces)), "missed": missed, "lost": loss.share}
 
 
 def _decided(body: Body, lattice: Lattice) -> tuple[Band, np.ndarray]:
@@ -184,32 +184,32 @@ def _missed(mesh: Mesh, body: Body, surface: TriangleTree, cell: float) -> float
     return float((surface.distances(points[visible]) > cell + body.shell).mean())
 
 
-def _judge(lost: Losses, lattice: Lattice) -> None:
+def _judge(loss: Losses, lattice: Lattice) -> None:
     """Warn of what a first surface has lost of its body, or refuse it with the setting that helps."""
-    cell, thin = lattice.cell, lost.thickness < lattice.cell
-    parts = int((lost.parts > 0.5).sum())
-    dwarf = f"its largest part is {100 * lost.reach:.2g} % as long as all of it" if lost.reach < FAR else ""
-    if lost.share > BROKEN or ((thin or dwarf) and lost.share > TORN):
-        why = f"{100 * lost.share:.0f} % of the body would be lost"
+    cell, thin = lattice.cell, loss.thickness < lattice.cell
+    parts = int((loss.parts > 0.5).sum())
+    dwarf = f"its largest part is {100 * loss.reach:.2g} % as long as all of it" if loss.reach < FAR else ""
+    if loss.share > BROKEN or ((thin or dwarf) and loss.share > TORN):
+        why = f"{100 * loss.share:.0f} % of the body would be lost"
         if dwarf:
             raise _no_body(f"{why}: {dwarf}", lattice, "take the parts that lie far away out of the file, or ")
         raise _no_body(
-            f"{why}: a tenth of it or more is thinner than {lost.thickness:.2g}", lattice, _finer(lost, cell)
+            f"{why}: a tenth of it or more is thinner than {loss.thickness:.2g}", lattice, _finer(loss, cell)
         )
     if dwarf:
         log.warning("%s: parts that lie far away make it small, and coarse", dwarf)
-    if lost.share > (WARN if thin else TORN):
+    if loss.share > (WARN if thin else TORN):
         text = "%.0f %% of the mesh's body is thinner than a cell of %.3g, and is lost"
-        log.warning(text, 100 * lost.share, cell)
+        log.warning(text, 100 * loss.share, cell)
     elif parts:
         text = "%d of %d parts of the mesh are thinner than a cell of %.3g, and lost, most or all of them"
-        log.warning(text, parts, len(lost.parts), cell)
+        log.warning(text, parts, len(loss.parts), cell)
 
 
-def _finer(lost: Losses, cell: float) -> str:
+def _finer(loss: Losses, cell: float) -> str:
     """Advice on a lattice that holds most of a body."""
-    tets = int(np.ceil(CELLS * 2 / lost.thickness / 8)) * 8
-    return f"set fine.tets={tets}, or " if lost.thickness < 2 * cell and tets <= MAX_RESOLUTION else ""
+    tets = int(np.ceil(CELLS * 2 / loss.thickness / 8)) * 8
+    return f"set fine.tets={tets}, or " if loss.thickness < 2 * cell and tets <= MAX_RESOLUTION else ""
 
 
 def _no_body(why: str, lattice: Lattice, better: str | None = None) -> UserError:

@@ -144,12 +144,12 @@ def _split(charts: np.ndarray, neighbours: list[list[int]], conflicts: np.ndarra
     """Split every chart with a conflict in two: each face goes with the nearer of two conflicting faces, in steps."""
     charts = charts.copy()
     following = int(charts.max()) + 1
-    done = set()
+    halves = set()
     for one, other in conflicts.tolist():
         chart = int(charts[one])
-        if chart != charts[other] or chart in done:
+        if chart != charts[other] or chart in halves:
             continue
-        done.update((chart, following))
+        halves.update((chart, following))
         side = {one: chart, other: following}
         queue = deque((one, other))
         while queue:
