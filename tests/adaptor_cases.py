@@ -36,8 +36,8 @@ def stand_ins(monkeypatch):
     forget()
 
 
-def assert_close(found, wanted, relative):
-    for a, b in zip(found, wanted, strict=True):
+def assert_close(actual, expected, relative):
+    for a, b in zip(actual, expected, strict=True):
         assert a.shape == b.shape and a.dtype == b.dtype
         scale = float(b.detach().abs().max()) if b.numel() else 1.0
         torch.testing.assert_close(a, b, rtol=0, atol=relative * max(scale, 1e-30))
@@ -46,6 +46,6 @@ def assert_close(found, wanted, relative):
 def real(name):
     """Skip unless the package imports here."""
     forget()
-    found = probe(name)
-    if found.state != "ok":
-        pytest.skip(f"{name}: {found.detail}")
+    status = probe(name)
+    if status.state != "ok":
+        pytest.skip(f"{name}: {status.detail}")

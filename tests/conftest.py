@@ -57,7 +57,7 @@ _INDICES = {  # class by part, by a part of the hub id; the last is any other's
 @pytest.fixture(scope="session")
 def hub_texts(tmp_path_factory):
     """What the hub has of an id beside its weights: that of a tiny model whose index is the one of its name."""
-    made = {}
+    folders = {}
 
     def make(model_id):
         from tests import tiny_families, tiny_folders
@@ -65,14 +65,14 @@ def hub_texts(tmp_path_factory):
         builders = {"IF-I": lambda folder: tiny_folders.deepfloyd(folder, 77), "-xl-": tiny_families.sdxl}
         builders |= {"diffusion-3": tiny_families.sd3, "": tiny_folders.stable_diffusion}
         part = next(part for part in builders if part in model_id)
-        if part not in made:
-            made[part] = folder = builders[part](tmp_path_factory.mktemp("texts") / "model")
+        if part not in folders:
+            folders[part] = folder = builders[part](tmp_path_factory.mktemp("texts") / "model")
             for weights in folder.rglob("*.safetensors"):
                 weights.unlink()
             config = folder / "transformer" / "config.json"
             if config.is_file():  # as large as the real one, for pictures of any size
                 config.write_text(json.dumps(json.loads(config.read_text()) | {"pos_embed_max_size": 192}))
-        return made[part]
+        return folders[part]
 
     return make
 

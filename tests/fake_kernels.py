@@ -74,7 +74,7 @@ class _Grid(nn.Module):
         self.params = nn.Parameter(torch.full((offset * self.features,), float("nan")))
 
     def encode(self, x: Tensor, params: Tensor) -> Tensor:
-        table, found = params.reshape(-1, self.features), []
+        table, columns = params.reshape(-1, self.features), []
         for scale, side, offset, rows in self.levels:
             p = (x.double() * scale + 0.5).float()  # fma
             cell = p.detach().floor()
@@ -87,8 +87,8 @@ class _Grid(nn.Module):
                 index = (at[0] * PRIMES[0]) ^ (at[1] * PRIMES[1]) ^ (at[2] * PRIMES[2])
             index = (index & 0xFFFFFFFF) % rows
             weights = torch.where(bits.bool(), share[:, None], 1 - share[:, None]).prod(-1)
-            found.append((weights[..., None] * table[offset + index]).sum(1))
-        return torch.cat(found, 1)
+            columns.append((weights[..., None] * table[offset + index]).sum(1))
+        return torch.cat(columns, 1)
 
 
 class Encoding(nn.Module):
@@ -186,8 +186,8 @@ def nvdiffrast() -> dict[str, ModuleType]:
 def marching_tetrahedra(vertices, tets, sdf, return_tet_idx=False):
     """One list entry a batch item; faces point to where sdf > 0, and the tetrahedra with one triangle come first."""
     assert tets.dtype == torch.int64
-    found = [_marching(v, tets, s) for v, s in zip(vertices, sdf, strict=True)]
-    return [list(part) for part in zip(*found, strict=True)][: 3 if return_tet_idx else 2]
+    meshes = [_marching(v, tets, s) for v, s in zip(vertices, sdf, strict=True)]
+    return [list(part) for part in zip(*meshes, strict=True)][: 3 if return_tet_idx else 2]
 
 
 def _marching(vertices, tets, sdf):
@@ -202,7 +202,7 @@ def _marching(vertices, tets, sdf):
     positive = (sdf > 0)[tets].sum(1)
     count = torch.where((positive == 0) | (positive == 4), 0, torch.where(positive == 2, 2, 1))
     owner = torch.arange(len(tets)).repeat_interleave(count)
-    order = torch.cat([(count[owner] == wanted).nonzero()[:, 0] for wanted in (1, 2)])
+    order = torch.cat([(count[owner] == inside).nonzero()[:, 0] for inside in (1, 2)])
     return points, faces.long()[order], owner[order]
 
 

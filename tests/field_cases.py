@@ -155,8 +155,8 @@ def case_of_cull(seed: int) -> Case:
     sigmas, samples = draw.samples()
 
     def op(sigmas, t, delta, offsets, backend):
-        index, kept = cull(20 * sigmas, Samples(t, delta, offsets), 1e-2, 0.05, backend=backend)
-        return index, kept.t, kept.delta, kept.ray_offsets
+        index, survivors = cull(20 * sigmas, Samples(t, delta, offsets), 1e-2, 0.05, backend=backend)
+        return index, survivors.t, survivors.delta, survivors.ray_offsets
 
     return Case(op, (sigmas,), (samples.t, samples.delta, samples.ray_offsets), layout=draw.layout)
 
@@ -201,8 +201,8 @@ OPS = {
 def problem(n: int, device: str = "cpu", spec: HashGridSpec = SMALL) -> tuple[Tensor, ...]:
     """points, table, and upstream gradients of features and of points."""
     g = torch.Generator().manual_seed(4)
-    drawn = (torch.rand(n, 3, generator=g), *(torch.randn(*s, generator=g) for s in ((spec.rows, 2), (n, spec.width))))
-    return tuple(v.to(device) for v in (*drawn, torch.randn(n, 3, generator=g)))
+    draws = (torch.rand(n, 3, generator=g), *(torch.randn(*s, generator=g) for s in ((spec.rows, 2), (n, spec.width))))
+    return tuple(v.to(device) for v in (*draws, torch.randn(n, 3, generator=g)))
 
 
 def head(inputs: int, hidden: int, outs: int, device: str) -> tuple[Tensor, ...]:

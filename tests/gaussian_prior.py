@@ -60,8 +60,8 @@ def with_rule(settings):
     if isinstance(name, dict):
         return settings
     known = RULES[name].settings.model_fields if name in RULES else {}
-    own = {key: value for key, value in settings.items() if key in OWN and key in known}
-    return {key: value for key, value in settings.items() if key not in OWN} | {"rule": {"name": name, **own}}
+    of_rule = {key: value for key, value in settings.items() if key in OWN and key in known}
+    return {key: value for key, value in settings.items() if key not in OWN} | {"rule": {"name": name, **of_rule}}
 
 
 def make(negative="", seed=0, **settings):

@@ -143,8 +143,8 @@ def case_of_marching(seed: int) -> Case:
     g, kind, pick = random(seed)
     n, count = pick(4, 20), {"empty": 0, "one": 1}.get(kind, pick(2, 40))
     positions, sdf = torch.randn(n, 3, generator=g), torch.randn(n, generator=g)
-    drawn = [torch.randperm(n, generator=g)[:4] for _ in range(count)]
-    tets = torch.stack(drawn) if drawn else torch.zeros(0, 4, dtype=torch.long)
+    draws = [torch.randperm(n, generator=g)[:4] for _ in range(count)]
+    tets = torch.stack(draws) if draws else torch.zeros(0, 4, dtype=torch.long)
     pairs = torch.stack([tets[:, [a, b]] for a, b in ((0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3))], 1)  # [T, 6, 2]
     edges, number = pairs.sort(-1)[0].reshape(-1, 2).unique(dim=0, return_inverse=True)
     if kind == "degenerate":
@@ -192,8 +192,8 @@ def case_of_diffuse(seed: int) -> Case:
     slots = int(joined.sum(1).max()) + 1 if n else 3
     neighbours = torch.full((n, slots), -1, dtype=torch.int32)
     for i, row in enumerate(joined):
-        found = row.nonzero()[:, 0].int()
-        neighbours[i, torch.randperm(slots, generator=g)[: len(found)]] = found
+        columns = row.nonzero()[:, 0].int()
+        neighbours[i, torch.randperm(slots, generator=g)[: len(columns)]] = columns
     values = torch.randn(n, generator=g) * (1e8 if kind == "huge" else 1)
     strength = 10.0 ** (2 * torch.rand((), generator=g).item() - 0.5)
     return Case(diffuse, (values,), (neighbours, strength))
@@ -244,8 +244,8 @@ FAST = [
 def outputs(case: Case, backend: str, device: str, keep: Tensor | None):
     """What the op returns and the gradients of the leaves, on the CPU; `keep` masks the pixels that count."""
     leaves = tuple(leaf.to(device).requires_grad_() for leaf in case.leaves)
-    found = case(leaves, backend, device)
-    ends = [t for t in found if t.requires_grad]
+    outs = case(leaves, backend, device)
+    ends = [t for t in outs if t.requires_grad]
     grads = ()
     if ends:
         g = torch.Generator().manual_seed(1)
@@ -254,7 +254,7 @@ def outputs(case: Case, backend: str, device: str, keep: Tensor | None):
             weights = [torch.where(keep[..., None], weight, 0.0) for weight in weights]
         grads = torch.autograd.grad(ends, leaves, [w.to(device) for w in weights], allow_unused=True)
         grads = [torch.zeros_like(leaf) if g is None else g for g, leaf in zip(grads, leaves, strict=True)]
-    return tuple(t.detach().cpu() for t in found), tuple(g.cpu() for g in grads)
+    return tuple(t.detach().cpu() for t in outs), tuple(g.cpu() for g in grads)
 
 
 def assert_agrees(
@@ -280,5 +280,5 @@ def assert_refused_or_left_to_the_twin(case: Case, dtype: torch.dtype, backend: 
         case(leaves, backend, "cpu")
     if dtype == torch.float64:
         rest = tuple(t.double() if isinstance(t, Tensor) and t.is_floating_point() else t for t in case.rest)
-        found = replace(case, rest=rest)(leaves, "auto", "cpu")
-        assert {out.dtype for out in found if out.is_floating_point()} == {torch.float64}
+        outs = replace(case, rest=rest)(leaves, "auto", "cpu")
+        assert {out.dtype for out in outs if out.is_floating_point()} == {torch.float64}

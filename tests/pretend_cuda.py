@@ -80,9 +80,9 @@ class Counts:
     def __str__(self) -> str:
         lines = [f"{self.launches} launches"]
         for name in ("waits", "copies"):
-            found = getattr(self, name)
-            lines.append(f"{found.total()} {name}")
-            lines += [f"  {count} {line}" for line, count in found.most_common()]
+            counter = getattr(self, name)
+            lines.append(f"{counter.total()} {name}")
+            lines += [f"  {count} {line}" for line, count in counter.most_common()]
         return "\n".join(lines)
 
 
@@ -109,7 +109,7 @@ class OnDevice(torch.Tensor):
 
     @staticmethod
     def __new__(cls, memory: torch.Tensor) -> OnDevice:
-        made = torch.Tensor._make_wrapper_subclass(
+        wrapper = torch.Tensor._make_wrapper_subclass(
             cls,
             memory.size(),
             strides=memory.stride(),
@@ -118,8 +118,8 @@ class OnDevice(torch.Tensor):
             layout=memory.layout,
             device="meta",  # autograd runs its hooks in the calling thread; a build without CUDA knows no other
         )
-        made.memory = memory
-        return made
+        wrapper.memory = memory
+        return wrapper
 
     __torch_function__ = torch._C._disabled_torch_function_impl
     device = property(lambda self: CUDA)
@@ -243,8 +243,8 @@ def _check_devices(function: Any, name: str, args: tuple, tensors: list[torch.Te
     first = isinstance(args[0], OnDevice) or not isinstance(args[0], torch.Tensor)
     fits = all(tensor.dim() == 0 or id(tensor) in indices for tensor in strangers)
     if not fits or not (first or not (indices or function._schema.is_mutable)):
-        shown = ", ".join(f"{list(t.shape)} on {t.device}" for t in tensors)
-        raise RuntimeError(f"pretended CUDA: {name} of tensors on two devices: {shown}")
+        shapes = ", ".join(f"{list(t.shape)} on {t.device}" for t in tensors)
+        raise RuntimeError(f"pretended CUDA: {name} of tensors on two devices: {shapes}")
     _counts.copies.update([_line()] * sum(id(tensor) in indices for tensor in strangers))
 
 
@@ -268,8 +268,8 @@ def _written(schema: Any, args: tuple, kwargs: dict, result: Any) -> Any:
     """The tensors that an op wrote into, as the caller knows them, in the place of their memory."""
     if not schema.returns:
         return None
-    given = {argument.name: kwargs.get(argument.name) for argument in schema.arguments}
-    given |= dict(zip((argument.name for argument in schema.arguments), args, strict=False))
+    values = {argument.name: kwargs.get(argument.name) for argument in schema.arguments}
+    values |= dict(zip((argument.name for argument in schema.arguments), args, strict=False))
     several = isinstance(result, tuple | list)
     returned = []
     for out, value in zip(schema.returns, result if several else [result], strict=True):
@@ -277,7 +277,7 @@ def _written(schema: Any, args: tuple, kwargs: dict, result: Any) -> Any:
         if out.alias_info is not None and out.alias_info.is_write:
             same = [a for a in schema.arguments if a.alias_info is not None]
             same = [a for a in same if a.alias_info.before_set == out.alias_info.before_set]
-            target = given[same[0].name] if same else None
+            target = values[same[0].name] if same else None
         returned.append(_on_device(value) if target is None else target)
     return type(result)(returned) if several else returned[0]
 
@@ -357,7 +357,7 @@ def pretended() -> Iterator[Counts]:
     import pipeline.runs.loop
     from stages.kernels import backend, cuda
 
-    kept = torch.__future__.get_overwrite_module_params_on_conversion()
+    overwrite = torch.__future__.get_overwrite_module_params_on_conversion()
     load = transformers.PreTrainedModel.from_pretrained.__func__
 
     def loaded(cls, *args, **kwargs):  # it builds its modules on torch's own meta device
@@ -377,13 +377,13 @@ def pretended() -> Iterator[Counts]:
         put(transformers.PreTrainedModel, "from_pretrained", classmethod(loaded))
         put(pipeline.runs.loop, "forecast", lambda *_: None)  # it counts on meta tensors
         put(backend, "warp_off_cuda", lambda: None)
-        for found in pkgutil.iter_modules(cuda.__path__):
-            module = importlib.import_module(f"{cuda.__name__}.{found.name}")
+        for info in pkgutil.iter_modules(cuda.__path__):
+            module = importlib.import_module(f"{cuda.__name__}.{info.name}")
             if hasattr(module, "launch"):
                 put(module, "launch", _launched(module.launch))
         _forget_tensors()
         stack.callback(_forget_tensors)
-        stack.callback(torch.__future__.set_overwrite_module_params_on_conversion, kept)
+        stack.callback(torch.__future__.set_overwrite_module_params_on_conversion, overwrite)
         torch.__future__.set_overwrite_module_params_on_conversion(True)
         _counts.reset()
         with _Dispatch(), _Functions():

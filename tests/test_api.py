@@ -173,10 +173,10 @@ def test_a_mesh_is_saved_in_every_format(rebuilt, tmp_path):
 
 
 def test_trimesh_sees_the_same_surface(rebuilt):
-    seen, mesh = rebuilt.mesh.trimesh(), rebuilt.mesh.data
-    assert len(seen.faces) == len(mesh.faces)
-    assert seen.volume == pytest.approx(mesh.signed_volume(), rel=1e-4)
-    assert np.array_equal(np.asarray(seen.visual.material.baseColorTexture), mesh.texture)
+    view, mesh = rebuilt.mesh.trimesh(), rebuilt.mesh.data
+    assert len(view.faces) == len(mesh.faces)
+    assert view.volume == pytest.approx(mesh.signed_volume(), rel=1e-4)
+    assert np.array_equal(np.asarray(view.visual.material.baseColorTexture), mesh.texture)
     coloured = ResultMesh(toy_pipeline.octahedron()).trimesh()
     assert len(coloured.vertices) == 6 and coloured.visual.vertex_colors[0].tolist() == [188, 188, 188, 255]
 

@@ -98,15 +98,15 @@ def module_name(path: Path) -> str:
 @cache
 def imports(path: Path) -> list[tuple[int, str, bool]]:
     """(line, module, is a star import) of every import in the file, those inside functions included."""
-    found = []
+    pairs = []
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            found += [(node.lineno, alias.name, False) for alias in node.names]
+            pairs += [(node.lineno, alias.name, False) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}:{node.lineno}: relative import"
             star = any(alias.name == "*" for alias in node.names)
-            found += [(node.lineno, f"{node.module}.{alias.name}", star) for alias in node.names]
-    return found
+            pairs += [(node.lineno, f"{node.module}.{alias.name}", star) for alias in node.names]
+    return pairs
 
 
 def room(module: str) -> str | None:
@@ -134,12 +134,12 @@ def circles(graph: dict[str, set[str]]) -> set[frozenset[str]]:
     """Sets of modules that reach each other by imports (strongly connected components of two and more)."""
 
     def reached(start: str) -> set[str]:
-        seen, waiting = set(), [start]
+        visited, waiting = set(), [start]
         while waiting:
-            new = graph.get(waiting.pop(), set()) - seen
-            seen |= new
+            new = graph.get(waiting.pop(), set()) - visited
+            visited |= new
             waiting += new
-        return seen
+        return visited
 
     reach = {name: reached(name) for name in graph}
     return {frozenset(other for other in reach[name] if name in reach[other]) for name in graph if name in reach[name]}
@@ -148,15 +148,15 @@ def circles(graph: dict[str, set[str]]) -> set[frozenset[str]]:
 def back_edges() -> list[str]:
     wrong = []
     for path in sources():
-        own = room(module_name(path))
+        home = room(module_name(path))
         for line, module, star in imports(path):
             other = room(module)
             if star:
                 wrong.append(f"{path.relative_to(ROOT)}:{line}: star import of {module}")
-            if other is None or other == own:
+            if other is None or other == home:
                 continue
-            if not is_allowed(ALLOWED.get(own, set()), other):
-                wrong.append(f"{path.relative_to(ROOT)}:{line}: {own} imports {other}")
+            if not is_allowed(ALLOWED.get(home, set()), other):
+                wrong.append(f"{path.relative_to(ROOT)}:{line}: {home} imports {other}")
     return wrong
 
 

@@ -24,9 +24,9 @@ def test_a_flat_backdrop_is_cut_with_its_views_and_the_environment_stays_whole()
 
 def test_over_a_plain_backdrop_guidance_sees_the_renders_themselves_and_cannot_learn_the_backdrop():
     images, views = rendered(), orbit_views([0.0, 90.0], 20.0)
-    shown = PlainBackdrop(torch.ones(2, 1, 1, 3)).show(images, views)
-    assert shown.colour is images.colour and shown.views is views
-    assert torch.equal(shown.backdrop, images.backdrop) and not shown.backdrop.requires_grad
+    images_on_backdrop = PlainBackdrop(torch.ones(2, 1, 1, 3)).show(images, views)
+    assert images_on_backdrop.colour is images.colour and images_on_backdrop.views is views
+    assert torch.equal(images_on_backdrop.backdrop, images.backdrop) and not images_on_backdrop.backdrop.requires_grad
 
 
 def test_every_view_is_shown_once_on_each_of_its_pictures():
@@ -34,12 +34,15 @@ def test_every_view_is_shown_once_on_each_of_its_pictures():
     pictures = torch.rand(6, 4, 4, 3, generator=torch.Generator().manual_seed(1))
     backdrop = PictureBackdrop(pictures, 3)
     assert torch.equal(backdrop.under, torch.zeros(3))  # what comes behind afterwards must not be there twice
-    shown = backdrop.show(images, views)
-    assert shown.views.azimuth_deg.tolist() == [0, 0, 0, 90, 90, 90] and shown.backdrop is pictures
+    images_on_backdrop = backdrop.show(images, views)
+    assert (
+        images_on_backdrop.views.azimuth_deg.tolist() == [0, 0, 0, 90, 90, 90]
+        and images_on_backdrop.backdrop is pictures
+    )
     for k in range(6):
         expected = images.colour[k // 3] + (1 - images.opacity[k // 3]) * pictures[k]
-        torch.testing.assert_close(shown.colour[k], expected)
-    shown.colour.sum().backward()
+        torch.testing.assert_close(images_on_backdrop.colour[k], expected)
+    images_on_backdrop.colour.sum().backward()
     torch.testing.assert_close(images.colour.grad, torch.full_like(images.colour, 3.0))
 
 

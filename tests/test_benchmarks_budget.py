@@ -78,10 +78,10 @@ def test_a_budget_of_seconds_is_used_up_by_the_fitted_steps():
 
 
 def test_steps_are_settled_once_and_trials_are_made_of_the_systems_that_optimise(tmp_path, monkeypatch, capsys):
-    made = []
+    jobs = []
 
     def make(job):
-        made.append(job)
+        jobs.append(job)
         if "fine.steps=1" in job.options:
             raise systems.Failed("no object")
         (job.folder / "run").mkdir(parents=True)
@@ -94,41 +94,41 @@ def test_steps_are_settled_once_and_trials_are_made_of_the_systems_that_optimise
     (tmp_path / "trials" / "magic3d" / "run").mkdir(parents=True)  # what an interrupted trial left
     options = {"magic3d": ("coarse.views_per_step=1",), "truth": ()}
     words = (Budget("seconds", 50), options, "a red mug", tmp_path, 1)
-    found = options_by_system(*words)
-    assert found == {"magic3d": ("coarse.steps=100", "fine.steps=30"), "truth": ()}
-    assert len(made) == 2 and made[1].options == ("coarse.views_per_step=1",)
+    actual = options_by_system(*words)
+    assert actual == {"magic3d": ("coarse.steps=100", "fine.steps=30"), "truth": ()}
+    assert len(jobs) == 2 and jobs[1].options == ("coarse.views_per_step=1",)
     assert "to see what its steps take" in capsys.readouterr().out
-    assert options_by_system(*words) == found and len(made) == 2
+    assert options_by_system(*words) == actual and len(jobs) == 2
 
 
 @pytest.mark.slow
 def test_cells_of_a_budget_get_their_systems_steps_and_share_no_coarse_stage(tmp_path, monkeypatch):
-    seen = []
-    monkeypatch.setattr(quality, "run_cells", lambda cells, args: seen.append(args) or [])
+    calls = []
+    monkeypatch.setattr(quality, "run_cells", lambda cells, args: calls.append(args) or [])
     prompts = tmp_path / "one.txt"
     prompts.write_text("a red ball\n")
     words = ["--prompts", str(prompts), "--systems", "coarse,magic3d,truth", "--budget", "steps=26", "--out"]
     assert quality.main([*words, str(tmp_path / "out")]) == 0
-    assert seen[0].words == {
+    assert calls[0].words == {
         "coarse": ("coarse.steps=26",),
         "magic3d": ("coarse.steps=20", "fine.steps=6"),
         "truth": (),
     }
-    assert not seen[0].take_over
+    assert not calls[0].take_over
     assert json.loads((tmp_path / "out" / "suite.json").read_text())["suite"].endswith("-steps-26")
 
 
 @pytest.mark.slow
 def test_a_quick_suite_takes_a_share_of_every_recipes_steps(tmp_path, monkeypatch):
-    seen = []
-    monkeypatch.setattr(quality, "run_cells", lambda cells, args: seen.append((cells, args)) or [])
+    calls = []
+    monkeypatch.setattr(quality, "run_cells", lambda cells, args: calls.append((cells, args)) or [])
     assert quality.main(["--quick", "--out", str(tmp_path / "out")]) == 0
-    cells, args = seen[0]
+    cells, args = calls[0]
     assert len({c.prompt for c in cells}) == 4 and {c.seed for c in cells} == {0}
     assert args.take_over and not args.options
     for system in ("coarse", "magic3d", "sphere", "reference"):
-        own = own_steps(system, ())
-        assert args.words[system] == tuple(f"{stage}.steps={round(0.6 * n)}" for stage, n in own.items())
+        recipe_steps = own_steps(system, ())
+        assert args.words[system] == tuple(f"{stage}.steps={round(0.6 * n)}" for stage, n in recipe_steps.items())
     assert args.words["truth"] == args.words["floor"] == ()
     assert quality.main(["--out", str(tmp_path / "out")]) == 2  # not into the same folder
 
@@ -149,34 +149,34 @@ def test_energy_is_that_of_whole_packages_between_the_ends(tmp_path, monkeypatch
     for name in ("intel-rapl:0", "intel-rapl:1", "intel-rapl:0:0"):
         counter(tmp_path, name, 5_000_000)
     assert [p.name for p in packages(tmp_path)] == ["intel-rapl:0", "intel-rapl:1"]
-    with energy_j(tmp_path) as found:
+    with energy_j(tmp_path) as actual:
         counter(tmp_path, "intel-rapl:0", 9_000_000)
         counter(tmp_path, "intel-rapl:1", 999_000_000)
         counter(tmp_path, "intel-rapl:0:0", 7_000_000)
-    assert found == {"cpu": pytest.approx(4 + 994)}
+    assert actual == {"cpu": pytest.approx(4 + 994)}
 
 
 def test_power_of_gpus_is_summed_over_time(tmp_path, monkeypatch):
     monkeypatch.setattr("benchmarks.speed.energy.shutil.which", lambda name: "/usr/bin/nvidia-smi")
     monkeypatch.setattr("benchmarks.speed.energy._gpu_watts", lambda: 100.0)
-    with energy_j(tmp_path) as found:
+    with energy_j(tmp_path) as actual:
         pass
-    assert 0 <= found["gpu"] < 50 and "cpu" not in found
+    assert 0 <= actual["gpu"] < 50 and "cpu" not in actual
 
 
 def test_a_gpu_that_stops_answering_has_no_energy(tmp_path, monkeypatch):
     answers = iter([100.0])
     monkeypatch.setattr("benchmarks.speed.energy.shutil.which", lambda name: "/usr/bin/nvidia-smi")
     monkeypatch.setattr("benchmarks.speed.energy._gpu_watts", lambda: next(answers, None))
-    with energy_j(tmp_path) as found:
+    with energy_j(tmp_path) as actual:
         pass
-    assert found == {}
+    assert actual == {}
 
 
 def test_without_counters_there_is_no_energy(tmp_path, monkeypatch):
     monkeypatch.setattr("benchmarks.speed.energy.shutil.which", lambda name: None)
-    with energy_j(tmp_path) as found:
+    with energy_j(tmp_path) as actual:
         pass
-    assert found == {}
+    assert actual == {}
     assert METRICS["energy_kj"].value({"cost": {"wall_s": 3.0}}, {}) is None
     assert METRICS["energy_kj"].value({"cost": {"energy_j": {"cpu": 1500.0, "gpu": 500.0}}}, {}) == 2.0

@@ -20,8 +20,8 @@ AFTER = [line("a", 0, 84.0, 60.0), line("a", 1, 82.0, 60.0), line("b", 0, 71.0, 
 
 
 def test_only_cells_of_both_sides_count_and_prompts_weigh_alike():
-    found = compare.compare_cells(BEFORE, AFTER)
-    facts = found["systems"]["magic3d"]
+    actual = compare.compare_cells(BEFORE, AFTER)
+    facts = actual["systems"]["magic3d"]
     assert facts["cells"] == 3
     score, seconds = facts["metrics"]["clip_colour"], facts["metrics"]["wall_s"]
     assert score["before"]["mean"] == pytest.approx((81 + 70) / 2)
@@ -40,17 +40,17 @@ def test_a_side_is_a_file_a_folder_or_a_revision(tmp_path, monkeypatch, capsys):
     scores = {compare.key_of(cell): cell["scores"] for cell in AFTER}
     (folder / "summary.json").write_text(json.dumps({"scores": scores}))
     assert compare.main([str(file), str(folder), "--suite", "s", "--publish", "change"]) == 0
-    shown = capsys.readouterr().out
-    assert "| magic3d | CLIP score, colour | 75.5" in shown
-    assert markdown_blocks(tmp_path)["compare_change"] == shown.strip()
+    output = capsys.readouterr().out
+    assert "| magic3d | CLIP score, colour | 75.5" in output
+    assert markdown_blocks(tmp_path)["compare_change"] == output.strip()
 
 
 def test_a_run_without_an_object_has_no_score_and_hides_no_other(tmp_path):
-    lost = {k: v for k, v in line("b", 0, 0.0, 1.0).items()} | {"failed": "no object", "scores": {}}
-    metrics = compare.compare_cells([*BEFORE[:2], lost], AFTER[:3])["systems"]["magic3d"]["metrics"]
+    failure = {k: v for k, v in line("b", 0, 0.0, 1.0).items()} | {"failed": "no object", "scores": {}}
+    metrics = compare.compare_cells([*BEFORE[:2], failure], AFTER[:3])["systems"]["magic3d"]["metrics"]
     assert metrics["r_precision_colour"]["before"]["mean"] == pytest.approx(50)  # it is no hit
     assert metrics["clip_colour"]["before"]["mean"] == pytest.approx(81)
-    only = compare.compare_cells([lost], [lost])["systems"]["magic3d"]["metrics"]
+    only = compare.compare_cells([failure], [failure])["systems"]["magic3d"]["metrics"]
     assert "r_precision_colour" not in only and "clip_colour" not in only
 
 
@@ -62,9 +62,9 @@ def test_a_seed_that_failed_on_one_side_is_left_out_on_both():
             before.append(line(prompt, seed, 50.0 - wall, 1.0))
             after.append(line(prompt, seed, 50.0 - wall, 1.0))
         after[-2] |= {"failed": "no object", "scores": {}}
-    found = compare.compare_cells(before, after)["systems"]["magic3d"]["metrics"]["clip_colour"]
-    assert found["difference"]["mean"] == 0 and found["p_value"] == 1
-    assert found["before"]["mean"] == found["after"]["mean"] == 48
+    actual = compare.compare_cells(before, after)["systems"]["magic3d"]["metrics"]["clip_colour"]
+    assert actual["difference"]["mean"] == 0 and actual["p_value"] == 1
+    assert actual["before"]["mean"] == actual["after"]["mean"] == 48
 
 
 def test_mistakes_are_told(tmp_path, capsys):

@@ -108,7 +108,7 @@ def numbers_of(janus, saturation, r_colour, r_textureless=50.0):
 
 
 @pytest.mark.parametrize(
-    ("mine", "wanted"),
+    ("mine", "expected"),
     [
         ((20.0, 0.2, 50.0), True),  # halved
         ((4.9, 0.04, 50.0), True),  # under 5 %
@@ -119,18 +119,18 @@ def numbers_of(janus, saturation, r_colour, r_textureless=50.0):
         ((math.nan, 0.1, 60.0), None),
     ],
 )
-def test_what_meets_the_goal(mine, wanted):
+def test_what_meets_the_goal(mine, expected):
     base = {("a mug", 0): numbers_of(40.0, 0.4, 50.0)}
-    assert meets(paired({("a mug", 0): numbers_of(*mine)}, base)) is wanted
+    assert meets(paired({("a mug", 0): numbers_of(*mine)}, base)) is expected
 
 
 def test_systems_are_compared_over_the_cells_where_both_ended_with_an_object():
-    lost = numbers_of(math.nan, math.nan, 0.0, 0.0)
-    mine = {("a", 0): numbers_of(10, 0.1, 100), ("b", 0): lost, ("c", 0): numbers_of(90, 0.9, 100)}
+    failure = numbers_of(math.nan, math.nan, 0.0, 0.0)
+    mine = {("a", 0): numbers_of(10, 0.1, 100), ("b", 0): failure, ("c", 0): numbers_of(90, 0.9, 100)}
     base = {("a", 0): numbers_of(30, 0.3, 100), ("b", 0): numbers_of(50, 0.5, 100)}
-    found = paired(mine, base)
-    assert found["janus"] == {"mine": 10, "base": 30, "cells": 1}
-    assert found["r_colour"] == {"mine": 50, "base": 100, "cells": 2}  # what was lost counts here
+    actual = paired(mine, base)
+    assert actual["janus"] == {"mine": 10, "base": 30, "cells": 1}
+    assert actual["r_colour"] == {"mine": 50, "base": 100, "cells": 2}  # what was lost counts here
 
 
 @pytest.fixture()
@@ -204,10 +204,10 @@ def test_table_of_nothing_is_a_user_error(tmp_path, capsys):
 
 
 def test_cells_are_asked_of_the_quality_suite(tmp_path, monkeypatch):
-    seen = []
-    monkeypatch.setattr(quality, "main", lambda words: seen.append(words) or 130)
+    calls = []
+    monkeypatch.setattr(quality, "main", lambda words: calls.append(words) or 130)
     words = ["--systems", "sds,sds+static", "--limit", "1", "--set", "coarse.steps=3", "--out", str(tmp_path)]
     assert main(words) == 130  # stopped: no table
-    args = quality._arguments(seen[0])
+    args = quality._arguments(calls[0])
     assert args.systems == "sds,sds+static" and args.limit == 1 and args.options == ["coarse.steps=3"]
     assert args.seeds == 2 and args.prompts == str(guidance.PROMPTS) and args.out == tmp_path

@@ -48,15 +48,15 @@ def test_a_run_is_judged_by_the_clips_its_folder_does_not_name(tmp_path, other):
 @pytest.mark.parametrize("recipe", ["dreamfields", "clip-mesh"])
 def test_systems_without_an_impartial_judge_are_refused_before_any_work(recipe, other):
     systems = {"truth": None, "coarse": "default", recipe: recipe}
-    with pytest.raises(UserError, match=f"{recipe} is guided by the CLIP that would judge it") as caught:
+    with pytest.raises(UserError, match=f"{recipe} is guided by the CLIP that would judge it") as error:
         check_judges(systems, [POCKET_CLIP], dict.fromkeys(systems, ()))
-    assert "stages.pocket.train clip --seed 1" in caught.value.fix
+    assert "stages.pocket.train clip --seed 1" in error.value.fix
     check_judges(systems, [POCKET_CLIP, other], dict.fromkeys(systems, ()))
     stage = {"dreamfields": "coarse", "clip-mesh": "clipmesh"}[recipe]
-    told = {"truth": (), "coarse": (), recipe: (f"prior.{stage}=clip:{other}",)}
-    check_judges(systems, [POCKET_CLIP], told)
+    options = {"truth": (), "coarse": (), recipe: (f"prior.{stage}=clip:{other}",)}
+    check_judges(systems, [POCKET_CLIP], options)
     with pytest.raises(UserError, match="guided by"):
-        check_judges(systems, [other], told)
+        check_judges(systems, [other], options)
 
 
 def test_an_option_that_makes_a_clip_the_guide_counts(other):

@@ -24,16 +24,16 @@ TINY = operations.Sizes(side=4, per_ray=4, tables=(10, 11), hidden=8, pixels=24,
 
 @pytest.fixture(scope="module")
 def tiny() -> dict[tuple[str, str, str], operations.Case]:
-    found = {(case.name, case.work, str(case.shapes)): case for case in cases(TINY, "cpu")}
-    assert len(found) == len(list(cases(TINY, "cpu")))
-    return found
+    by_key = {(case.name, case.work, str(case.shapes)): case for case in cases(TINY, "cpu")}
+    assert len(by_key) == len(list(cases(TINY, "cpu")))
+    return by_key
 
 
 def test_the_ball_is_closed_faces_outwards_and_has_the_triangles_it_says():
     vertices, triangles = bumpy_ball(6)
     assert len(triangles) == 4 * 6 * 5 and len(vertices) == 5 * 12 + 2
-    found = measure(Mesh(vertices, triangles))
-    assert found.solid and found.volume > 0
+    actual = measure(Mesh(vertices, triangles))
+    assert actual.solid and actual.volume > 0
     assert abs(len(bumpy_ball(operations.Sizes().rings)[1]) - 50_000) < 1000
 
 
@@ -54,8 +54,8 @@ def test_points_lie_in_the_box_in_the_order_of_their_rays():
 def test_every_case_gives_the_same_under_both_backends(tiny):
     assert {name for name, _, _ in tiny} == set(kernels.CASES)
     cull = next(case for case in tiny.values() if case.name == "cull")
-    kept, _ = cull.call(kernels.backends("numba", "cpu"))()
-    assert 0.2 < len(kept) / cull.shapes["samples"] < 0.8
+    survivors, _ = cull.call(kernels.backends("numba", "cpu"))()
+    assert 0.2 < len(survivors) / cull.shapes["samples"] < 0.8
     for case in tiny.values():
         ours, twin = (flat(case.call(kernels.backends(name, "cpu"))()) for name in ("numba", "torch"))
         assert len(ours) == len(twin) > 0
@@ -63,12 +63,12 @@ def test_every_case_gives_the_same_under_both_backends(tiny):
             assert torch.allclose(a.double(), b.double(), rtol=2e-3, atol=2e-3), case.name
 
 
-def flat(found) -> list[torch.Tensor]:
-    if isinstance(found, torch.Tensor):
-        return [found.detach()]
-    if isinstance(found, (tuple, list)):
-        return [t for part in found for t in flat(part)]
-    return [found.t, found.delta, found.ray_offsets]  # Samples
+def flat(actual) -> list[torch.Tensor]:
+    if isinstance(actual, torch.Tensor):
+        return [actual.detach()]
+    if isinstance(actual, (tuple, list)):
+        return [t for part in actual for t in flat(part)]
+    return [actual.t, actual.delta, actual.ray_offsets]  # Samples
 
 
 def test_a_forward_case_records_no_gradients(tiny):
@@ -93,9 +93,9 @@ def scene_of(case: operations.Case) -> operations.Scene:
 def test_a_ray_caster_that_answers_right_agrees_and_one_that_does_not_does_not(tiny):
     case = next(case for case in tiny.values() if case.peers == "cast")
     ids = case.inputs[1][0, ..., 3].reshape(-1).long().numpy() - 1
-    assert kernels._agreement(peers.Cast(lambda: ids, lambda found: found, None), case.inputs[1]) == 1
+    assert kernels._agreement(peers.Cast(lambda: ids, lambda actual: actual, None), case.inputs[1]) == 1
     wrong = np.where(ids >= 0, -1, 0)
-    assert kernels._agreement(peers.Cast(lambda: wrong, lambda found: found, None), case.inputs[1]) == 0
+    assert kernels._agreement(peers.Cast(lambda: wrong, lambda actual: actual, None), case.inputs[1]) == 0
 
 
 @pytest.mark.parametrize("name", peers.ON["cpu"])
@@ -107,12 +107,12 @@ def test_every_installed_peer_computes_what_it_is_there_for(tiny, name):
     kind = next(kind for kind, names in peers.HAVE.items() if name in names)
     for case in tiny.values():
         if case.peers == kind:
-            made = peers.contestant(name, kind, case.inputs, 1)
-            if isinstance(made, peers.Cast):
-                assert kernels._agreement(made, case.inputs[1]) > 0.99
-                assert made.build() is not None
+            contestant = peers.contestant(name, kind, case.inputs, 1)
+            if isinstance(contestant, peers.Cast):
+                assert kernels._agreement(contestant, case.inputs[1]) > 0.99
+                assert contestant.build() is not None
             else:
-                assert made() is not None
+                assert contestant() is not None
 
 
 def test_a_peer_that_breaks_on_import_or_on_use_is_absent_with_its_reason(monkeypatch, tiny):
@@ -133,7 +133,7 @@ def test_absent_peers_have_lines_and_the_others_are_measured(monkeypatch, tiny):
     def fake(name, kind, inputs, threads):
         if name != "embree":
             raise peers.Absent("ImportError: libfoo")
-        return peers.Cast(lambda: ids, lambda found: found, lambda: ids)
+        return peers.Cast(lambda: ids, lambda actual: actual, lambda: ids)
 
     monkeypatch.setattr(peers, "contestant", fake)
     monkeypatch.setattr(peers, "probe", lambda name: "1.2")
@@ -188,13 +188,13 @@ def test_cuda_without_a_device_is_refused_in_three_lines(monkeypatch, capsys):
 
 
 def line(case, work, contestant, ms, ours=None, threads=1, **more) -> dict:
-    found = {"benchmark": "kernels", "date": "2026-01-02T00:00:00Z", "git": "0123456789abcdef", "device": "cpu"}
-    found |= {"cpu": "a cpu", "cores": 2, "versions": {"torch": "2.13", "numba": "0.68"}, "threads": threads}
-    found |= {"case": case, "work": work, "contestant": contestant, "shapes": {"samples": 64}, "runs": 9}
-    found |= {"ms": ms, "ms_low": 0.9 * ms, "ms_high": 1.1 * ms}
+    facts = {"benchmark": "kernels", "date": "2026-01-02T00:00:00Z", "git": "0123456789abcdef", "device": "cpu"}
+    facts |= {"cpu": "a cpu", "cores": 2, "versions": {"torch": "2.13", "numba": "0.68"}, "threads": threads}
+    facts |= {"case": case, "work": work, "contestant": contestant, "shapes": {"samples": 64}, "runs": 9}
+    facts |= {"ms": ms, "ms_low": 0.9 * ms, "ms_high": 1.1 * ms}
     if ours:
-        found |= {"times_ours": ms / ours, "times_ours_low": 0.8 * ms / ours, "times_ours_high": 1.25 * ms / ours}
-    return found | more
+        facts |= {"times_ours": ms / ours, "times_ours_low": 0.8 * ms / ours, "times_ours_high": 1.25 * ms / ours}
+    return facts | more
 
 
 def by_hand() -> list[dict]:
@@ -214,7 +214,7 @@ def by_hand() -> list[dict]:
 
 
 def test_a_row_holds_what_was_measured_of_one_shape():
-    rows = rows_of([found for found in by_hand() if "case" in found])
+    rows = rows_of([line for line in by_hand() if "case" in line])
     assert list(rows) == [
         ("nerf_step", BOTH, "log2_table 15"),
         ("nerf_step", BOTH, "log2_table 19"),
@@ -234,12 +234,12 @@ def test_the_table_shows_ours_the_twin_and_the_others_by_threads():
 
 
 def test_targets_are_met_missed_or_not_measured():
-    said = targets(by_hand())
-    assert len(said) == 3
-    assert "log2_table 15, 1 thread, against the torch twin: 12.0x [9.6, 15.0] in 3 runs; wanted >= 10x" in said[0]
-    assert "missed" not in said[0] and "9.0x" in said[1] and said[1].endswith("**missed**")
-    assert "against the fastest peer, mitsuba: 3.5x" in said[2] and "missed" not in said[2]
-    alone = [found for found in by_hand() if found.get("contestant") == "numba"]
+    answers = targets(by_hand())
+    assert len(answers) == 3
+    assert "log2_table 15, 1 thread, against the torch twin: 12.0x [9.6, 15.0] in 3 runs; wanted >= 10x" in answers[0]
+    assert "missed" not in answers[0] and "9.0x" in answers[1] and answers[1].endswith("**missed**")
+    assert "against the fastest peer, mitsuba: 3.5x" in answers[2] and "missed" not in answers[2]
+    alone = [line for line in by_hand() if line.get("contestant") == "numba"]
     assert all(text.endswith("**not measured**") for text in targets(alone))
     assert {target.case for target in TARGETS} == {"nerf_step", "raster_step", "rasterise"}
 
@@ -247,8 +247,8 @@ def test_targets_are_met_missed_or_not_measured():
 def test_on_a_moved_mesh_a_peer_builds_before_it_casts():
     cast = [line("rasterise", FORWARD, name, ms) for name, ms in (("numba", 5.0), ("mitsuba", 10.0), ("open3d", 30.0))]
     build = [line("rasterise", "build", "mitsuba", 90.0), line("rasterise", "build", "open3d", 20.0)]
-    (said,) = on_moved_meshes([*cast, *build])
-    assert "10.0x the fastest peer with its structure built anew, open3d" in said
+    (text,) = on_moved_meshes([*cast, *build])
+    assert "10.0x the fastest peer with its structure built anew, open3d" in text
     assert on_moved_meshes(cast) == on_moved_meshes(build) == []
 
 
@@ -258,9 +258,9 @@ def test_publishing_replaces_the_same_measurement_and_keeps_the_others(tmp_path)
     kernels.publish([line("rasterise", FORWARD, "numba", 8.0), line("march", FORWARD, "kaolin", 1.0)], path)
     lines = read_lines(path)
     assert len(lines) == len(by_hand()) + 1 - 1  # one new, one replaced, one no longer absent
-    mine = [found for found in lines if (found["contestant"], found["case"]) == ("numba", "rasterise")]
-    assert [found["ms"] for found in mine] == [5.0, 8.0]
-    assert not [found for found in lines if "absent" in found]
+    mine = [entry for entry in lines if (entry["contestant"], entry["case"]) == ("numba", "rasterise")]
+    assert [entry["ms"] for entry in mine] == [5.0, 8.0]
+    assert not [entry for entry in lines if "absent" in entry]
 
 
 def test_publishing_drops_old_numbers_of_who_is_absent_now_in_the_cases_measured_again(tmp_path):
@@ -268,9 +268,9 @@ def test_publishing_drops_old_numbers_of_who_is_absent_now_in_the_cases_measured
     kernels.publish([*by_hand(), line("march", FORWARD, "open3d", 2.0)], path)
     gone = {"benchmark": "kernels", "device": "cpu", "threads": 1, "contestant": "open3d", "absent": "not installed"}
     kernels.publish([gone, line("rasterise", FORWARD, "numba", 8.0)], path)
-    found = {(one["contestant"], one.get("case"), one.get("work")) for one in read_lines(path)}
-    assert ("open3d", None, None) in found and ("open3d", "march", FORWARD) in found
-    assert ("open3d", "rasterise", FORWARD) not in found and ("mitsuba", "rasterise", FORWARD) in found
+    actual = {(one["contestant"], one.get("case"), one.get("work")) for one in read_lines(path)}
+    assert ("open3d", None, None) in actual and ("open3d", "march", FORWARD) in actual
+    assert ("open3d", "rasterise", FORWARD) not in actual and ("mitsuba", "rasterise", FORWARD) in actual
 
 
 def test_a_line_is_shown_for_a_person():

@@ -104,8 +104,8 @@ def test_scaling_colours_by_1_3_moves_the_saturation_error_by_three_tenths_of_th
     truth = build(world.parse("a green mug"))
     truth.colours = srgb_to_linear(0.7 * linear_to_srgb(torch.from_numpy(truth.colours))).numpy()
     over = srgb_to_linear(1.3 * linear_to_srgb(torch.from_numpy(truth.colours))).numpy()
-    own, more = (Subject.of(Mesh(truth.vertices, truth.faces, c)) for c in (truth.colours, over))
-    same, facts = colour_facts(own, own), colour_facts(more, own)
+    painted_truth, more = (Subject.of(Mesh(truth.vertices, truth.faces, c)) for c in (truth.colours, over))
+    same, facts = colour_facts(painted_truth, painted_truth), colour_facts(more, painted_truth)
     assert (same["saturation_error"], same["brightness_error"], same["colour_difference"]) == (0, 0, 0)
     assert facts["saturation_error"] == pytest.approx(0.3 * same["saturation"], rel=0.02)
     assert facts["brightness_error"] == pytest.approx(0.3 * same["brightness"], rel=0.02)
@@ -181,14 +181,14 @@ def features(mesh: Mesh) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.slow
 def test_janus_is_caught_in_nine_of_ten_kinds_and_not_seen_in_the_truth():
     colours, rng = list(world.COLOURS), np.random.default_rng(3)
-    caught = wronged = 0
+    error = wronged = 0
     for k, kind in enumerate(FRONTED):
         spec = world.Spec(kind, colours[k % len(colours)])
         truth = features(build(spec))
         varied = build(spec, rng)
-        caught += metrics.two_faced(metrics.front_share(features(mirrored_front(varied))[0], *truth))
+        error += metrics.two_faced(metrics.front_share(features(mirrored_front(varied))[0], *truth))
         wronged += metrics.two_faced(metrics.front_share(features(varied)[0], *truth))
-    assert caught >= 0.9 * len(FRONTED)
+    assert error >= 0.9 * len(FRONTED)
     assert wronged < 0.05 * len(FRONTED)
 
 

@@ -110,7 +110,7 @@ def test_r_precision_counts_what_is_nearest_and_a_failed_run_scores_nothing(tmp_
     from stages.guidance.clip import ClipScorer
 
     suite = load_suite_of(["a red car", "a blue mug"], tmp_path)
-    own, other = ClipScorer(clips[0]).embed_texts(["a red car", "a blue mug"]).tolist()
+    own_times, other = ClipScorer(clips[0]).embed_texts(["a red car", "a blue mug"]).tolist()
     bare = ClipScorer(clips[0]).embed_texts(["a car", "a mug"]).tolist()
     base = {"date": "2026-01-01", "git": None, "cores": 2, "cpu": "", "device": "cpu", "versions": {}, "options": []}
 
@@ -119,7 +119,7 @@ def test_r_precision_counts_what_is_nearest_and_a_failed_run_scores_nothing(tmp_
         return base | {"system": system, "prompt": prompt, "seed": 0, "clip": {clips[0].name: looks}}
 
     lines = [
-        line("a", "a red car", own, bare[1]),
+        line("a", "a red car", own_times, bare[1]),
         line("a", "a blue mug", other, bare[1]),
         line("b", "a red car", other, bare[1]),
         base | {"system": "b", "prompt": "a blue mug", "seed": 0, "failed": "no object"},
@@ -130,8 +130,8 @@ def test_r_precision_counts_what_is_nearest_and_a_failed_run_scores_nothing(tmp_
     assert (b["r_precision_colour"]["mean"], b["solid"]["mean"]) == (0, 0)
     assert a["clip_colour"]["mean"] == pytest.approx(100, abs=0.01)
     assert summary["systems"]["b"]["failed"] == 1
-    (found,) = [c for c in summary["comparisons"] if c["metric"] == "r_precision_colour"]
-    assert (found["wins"], found["losses"], found["difference"]["mean"]) == (2, 0, 100)
+    (actual,) = [c for c in summary["comparisons"] if c["metric"] == "r_precision_colour"]
+    assert (actual["wins"], actual["losses"], actual["difference"]["mean"]) == (2, 0, 100)
 
 
 def suite_command(out, prompts, clips, *more):
@@ -215,12 +215,12 @@ def test_a_run_that_was_interrupted_has_no_time_and_one_resumed_adds_none_it_mad
     stage = {"seconds": 30.0, "steps": 10, "phases": {}}
     (tmp_path / "run.json").write_text(json.dumps({"stages": {"coarse": stage}}))
     job = Job("a red ball", 0, tmp_path, 1, coarse_run=tmp_path)
-    taken = systems._times({"stages": {"fine": stage}, "sessions": [{}]}, 40.0, job)
-    assert taken["wall_s"] == 70.0 and taken["coarse_taken_over"]
-    own = systems._times({"stages": {"coarse": stage, "fine": stage}, "sessions": [{}, {}]}, 40.0, job)
-    assert own["wall_s"] == 40.0 and not own["coarse_taken_over"]
-    assert METRICS["wall_s"].value({"cost": taken}, {}) == 70.0
-    assert METRICS["wall_s"].value({"cost": own}, {}) is None
+    times = systems._times({"stages": {"fine": stage}, "sessions": [{}]}, 40.0, job)
+    assert times["wall_s"] == 70.0 and times["coarse_taken_over"]
+    times_own = systems._times({"stages": {"coarse": stage, "fine": stage}, "sessions": [{}, {}]}, 40.0, job)
+    assert times_own["wall_s"] == 40.0 and not times_own["coarse_taken_over"]
+    assert METRICS["wall_s"].value({"cost": times}, {}) == 70.0
+    assert METRICS["wall_s"].value({"cost": times_own}, {}) is None
 
 
 def test_a_folder_with_cells_of_another_recipe_is_refused(tmp_path, clips, capsys, monkeypatch):

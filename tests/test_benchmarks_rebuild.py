@@ -39,9 +39,9 @@ def test_the_knot_and_the_bracket_have_one_hole_and_the_bowl_none():
 def test_compare_counts_silhouettes_and_squares_by_hand():
     target, coverage = srgb_to_linear(torch.full((1, 4, 4, 3), 0.5)), torch.zeros(1, 4, 4, 1)
     coverage[:, :, :2] = 1  # the left half; found is the top half: 4 pixels in both, 12 in either
-    found, image = coverage.transpose(1, 2).contiguous(), target.clone()
+    actual, image = coverage.transpose(1, 2).contiguous(), target.clone()
     image[:, 0, 0] = float(srgb_to_linear(torch.tensor(0.7)))  # one pixel of 16, 0.2 off in sRGB
-    scores = reference.compare(image, found, target, coverage)
+    scores = reference.compare(image, actual, target, coverage)
     assert scores["iou"] == pytest.approx(4 / 12)
     assert scores["psnr_db"] == pytest.approx(-10 * math.log10(0.04 / 16), abs=1e-3)
     assert scores["psnr_object_db"] == pytest.approx(-10 * math.log10(0.04 / 12), abs=1e-3)
@@ -49,10 +49,10 @@ def test_compare_counts_silhouettes_and_squares_by_hand():
 
 def test_chamfer_of_a_grown_sphere_is_the_growth_over_the_diagonal():
     ball = sphere(0.5, 128, 64)
-    grown = Mesh(1.1 * ball.vertices, ball.faces)
-    found = reference.chamfer(grown, ball, count=20_000)
-    assert found == pytest.approx(0.05 / math.sqrt(3), rel=0.02)
-    assert reference.chamfer(ball, ball, count=20_000) < 0.2 * found
+    larger = Mesh(1.1 * ball.vertices, ball.faces)
+    actual = reference.chamfer(larger, ball, count=20_000)
+    assert actual == pytest.approx(0.05 / math.sqrt(3), rel=0.02)
+    assert reference.chamfer(ball, ball, count=20_000) < 0.2 * actual
 
 
 def test_missed_names_what_is_beyond_its_bound():
@@ -103,8 +103,8 @@ def test_the_table_takes_the_latest_lines_and_marks_what_is_missed():
     assert rows[2] == (
         "| knot | 0.951 | 24.0 dB | 0.980 | **25.0 dB** | 0.0041 | closed, manifold, **2 parts** | 100 s + 60 s |"
     )
-    wanted = ">= 0.930 | >= 22.0 dB | >= 0.970 | >= 26.0 dB | <= 0.0100 | closed, manifold, 1 part"
-    assert rows[3] == f"| wanted | {wanted} |  |"
+    expected = ">= 0.930 | >= 22.0 dB | >= 0.970 | >= 26.0 dB | <= 0.0100 | closed, manifold, 1 part"
+    assert rows[3] == f"| wanted | {expected} |  |"
     assert "0.0011" in text and "bold misses" in text and "2030-01-02, revision 0123456789, 2 cores" in text
 
 

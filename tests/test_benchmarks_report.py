@@ -57,8 +57,8 @@ def finished(tmp_path_factory):
             from PIL import Image
 
             Image.new("RGB", (64, 16), "grey").save(folder / "gallery.jpg")
-    lost = line("magic3d", PROMPTS[0], "tiny") | {"failed": "The field is empty\nno <object>"}
-    lines.append({k: v for k, v in lost.items() if k not in ("clip", "mesh", "cost")})
+    failure = line("magic3d", PROMPTS[0], "tiny") | {"failed": "The field is empty\nno <object>"}
+    lines.append({k: v for k, v in failure.items() if k not in ("clip", "mesh", "cost")})
     summary = summarise(lines, Suite("three", {"captions": PROMPTS}, ["a red mug"], []), [clip])
     (out / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
     (out / "summary.json").write_text(json.dumps(summary))
@@ -129,13 +129,13 @@ def made_up_summary() -> dict:
 
 
 def test_the_answers_turn_comparisons_the_right_way_round():
-    said = tables.answers(made_up_summary())
-    assert said[0] == (
+    text = tables.answers(made_up_summary())
+    assert text[0] == (
         "R-Precision, colour, %: coarse + fine against coarse alone +25.0 [+10.0, +40.0], better on 3 and "
         "worse on 0 of 4 prompts (p = 0.030)."
     )
-    assert said[1] == "The price of the fine stage: 60 s more [50, 70]."
-    assert "Coarse + fine against the ground truth: R-Precision, colour, % -23.0 [-30.0, -16.0]." in said
+    assert text[1] == "The price of the fine stage: 60 s more [50, 70]."
+    assert "Coarse + fine against the ground truth: R-Precision, colour, % -23.0 [-30.0, -16.0]." in text
 
 
 def test_quality_markdown_has_a_row_a_system_and_says_where_it_comes_from():
@@ -272,8 +272,8 @@ def test_the_page_says_where_the_time_went(tmp_path):
     times = summary["systems"]["magic3d"]["times"]
     assert (times["fine"]["seconds"], times["fine"]["steps_per_s"]) == (45, 0.75)
     assert times["export"]["seconds"] == 3
-    shown = report.times_table(summary)
-    assert "prior 40.0, render 20.0" in shown and "load" not in shown and ">0.75<" in shown
+    table = report.times_table(summary)
+    assert "prior 40.0, render 20.0" in table and "load" not in table and ">0.75<" in table
     assert "1 of 3 without an object" in tables.quality_markdown(
         summary | {"systems": {"magic3d": summary["systems"]["magic3d"] | {"failed": 1, "cells": 3}}}
     )
@@ -302,9 +302,9 @@ def test_a_browser_shows_the_page_and_turns_a_mesh(finished, tmp_path):
         )
     )
     dumped = look(probe, "--dump-dom", size=(1280, 1400))
-    found = re.search(r'data-probe="([^"]*)"', dumped)
-    assert found, dumped[-2000:]
-    facts = json.loads(found[1].replace("&quot;", '"'))
+    actual = re.search(r'data-probe="([^"]*)"', dumped)
+    assert actual, dumped[-2000:]
+    facts = json.loads(actual[1].replace("&quot;", '"'))
     assert facts["errors"] == []
     assert "faces here" in facts["note"], facts["note"]
     assert 0.05 < facts["first"] < 0.9

@@ -43,15 +43,15 @@ def test_a_ball_takes_the_share_of_the_box_that_was_asked_for(share):
 @pytest.mark.slow
 @pytest.mark.parametrize("sweep", SWEEPS, ids=lambda sweep: f"{sweep.stage}.{sweep.name}")
 def test_every_sweep_runs_and_says_what_its_steps_worked_on(sweep):
-    found = run_sweep(sweep, device=CPU, runs=1, quick=True)
-    assert [line["value"] for line in found] == list(sweep.quick)
-    for line in found:
+    actual = run_sweep(sweep, device=CPU, runs=1, quick=True)
+    assert [line["value"] for line in actual] == list(sweep.quick)
+    for line in actual:
         assert line["runs"] == 1 and line["ms_low"] <= line["step_ms"] <= line["ms_high"]
         assert {"render", "guidance", "backward", "optimiser"} <= set(line["phases_ms"])
         assert 0.5 * line["step_ms"] < sum(line["phases_ms"].values()) <= 1.001 * line["step_ms"]
-    small, large = (line["facts"] for line in found)
-    grown = {"occupied": "occupied", "pixels": "rays", "samples": "samples", "table": "table_rows", "tets": "faces"}
-    assert small[grown[sweep.name]] < large[grown[sweep.name]]
+    small, large = (line["facts"] for line in actual)
+    axes = {"occupied": "occupied", "pixels": "rays", "samples": "samples", "table": "table_rows", "tets": "faces"}
+    assert small[axes[sweep.name]] < large[axes[sweep.name]]
 
 
 def test_steps_leave_the_scene_as_it_is():
@@ -167,17 +167,17 @@ def test_a_random_model_is_a_prior_like_any_other(tmp_path):
 
 
 def line(part: str, **more) -> dict:
-    found = {"benchmark": "speed", "date": "2026-01-02T00:00:00Z", "git": "0123456789abcdef", "device": "cpu"}
-    found |= {"cpu": "a cpu", "cores": 2, "versions": {"torch": "2.13"}, "threads": 2, "part": part}
-    return found | more
+    facts = {"benchmark": "speed", "date": "2026-01-02T00:00:00Z", "git": "0123456789abcdef", "device": "cpu"}
+    facts |= {"cpu": "a cpu", "cores": 2, "versions": {"torch": "2.13"}, "threads": 2, "part": part}
+    return facts | more
 
 
 def step(stage: str, sweep: str, value: float, ms: float, **more) -> dict:
     about = next((s for s in SWEEPS if (s.stage, s.name) == (stage, sweep)), None)
-    found = {"stage": stage, "sweep": sweep, "value": value, "label": about.label, "linear": about.linear}
-    found |= {"networks": "none", "step_ms": ms, "ms_low": 0.9 * ms, "ms_high": 1.1 * ms, "runs": 5}
-    found |= {"phases_ms": {"surface": ms / 4, "backward": ms / 2, "regularisers": ms / 8}, "facts": {}}
-    return line("growth", **found, **more)
+    facts = {"stage": stage, "sweep": sweep, "value": value, "label": about.label, "linear": about.linear}
+    facts |= {"networks": "none", "step_ms": ms, "ms_low": 0.9 * ms, "ms_high": 1.1 * ms, "runs": 5}
+    facts |= {"phases_ms": {"surface": ms / 4, "backward": ms / 2, "regularisers": ms / 8}, "facts": {}}
+    return line("growth", **facts, **more)
 
 
 def by_hand() -> list[dict]:
@@ -200,19 +200,19 @@ def by_hand() -> list[dict]:
 
 
 def test_growth_of_the_fine_stage_is_fitted_where_the_surface_dominates():
-    found = [row for row in by_hand() if row["part"] == "growth" and row["stage"] == "fine"]
-    curve = speed_tables.curve_of(found, "step")
+    actual = [row for row in by_hand() if row["part"] == "growth" and row["stage"] == "fine"]
+    curve = speed_tables.curve_of(actual, "step")
     kind, a, b, r2, low = curve.fit
     assert (kind, low) == ("power", 64)
     assert (a, b, r2) == (pytest.approx(0.01), pytest.approx(2), pytest.approx(1))
     assert curve.at(100) == pytest.approx(100)
     assert fit_label(curve.fit) == "x^2.00 (R2 1.000)"
-    assert speed_tables.curve_of(found, "s", "surface").fit[2] == pytest.approx(2)
+    assert speed_tables.curve_of(actual, "s", "surface").fit[2] == pytest.approx(2)
 
 
 def test_growth_with_the_occupied_share_is_fitted_by_a_line():
-    found = [row for row in by_hand() if row["part"] == "growth" and row["stage"] == "coarse"]
-    kind, a, b, r2, _ = speed_tables.curve_of(found, "step").fit
+    actual = [row for row in by_hand() if row["part"] == "growth" and row["stage"] == "coarse"]
+    kind, a, b, r2, _ = speed_tables.curve_of(actual, "step").fit
     assert kind == "line" and a == pytest.approx(50) and b == pytest.approx(1000) and r2 == pytest.approx(1)
 
 
@@ -239,8 +239,8 @@ def test_the_table_says_what_was_asked_for_and_what_is_missed():
 
 def test_the_main_job_is_the_median_of_its_runs_with_their_spread(monkeypatch):
     waits = iter([90.0, 60.0, 66.0, 99.0])
-    made = lambda words, env, profiled: by_hand()[7] | {"wall_s": next(waits), "profiled": profiled}  # noqa: E731
-    monkeypatch.setattr(runs, "main_job", made)
+    measure = lambda words, env, profiled: by_hand()[7] | {"wall_s": next(waits), "profiled": profiled}  # noqa: E731
+    monkeypatch.setattr(runs, "main_job", measure)
     plain, profiled = speed.main_job(argparse.Namespace(quick=False, threads=1, device="cpu"))
     assert (plain["wall_s"], plain["low_s"], plain["high_s"], plain["runs"]) == (66.0, 60.0, 90.0, 3)
     assert profiled["wall_s"] == 99.0 and profiled["profiled"]
@@ -256,12 +256,12 @@ def test_a_full_size_run_says_that_its_weights_are_random():
 
 
 def test_plots_are_pictures_of_every_sweep():
-    drawn = speed_tables.plots(by_hand())
-    assert set(drawn) == {"speed_fine_tets", "speed_coarse_occupied"}
-    for svg in drawn.values():
+    svgs = speed_tables.plots(by_hand())
+    assert set(svgs) == {"speed_fine_tets", "speed_coarse_occupied"}
+    for svg in svgs.values():
         assert ElementTree.fromstring(svg).tag.endswith("svg")
-    assert drawn["speed_fine_tets"].count("<polyline") == 4 and "x^2.00" in drawn["speed_fine_tets"]
-    assert drawn["speed_coarse_occupied"].count("<circle") == 3 and "50 + 1000 x" in drawn["speed_coarse_occupied"]
+    assert svgs["speed_fine_tets"].count("<polyline") == 4 and "x^2.00" in svgs["speed_fine_tets"]
+    assert svgs["speed_coarse_occupied"].count("<circle") == 3 and "50 + 1000 x" in svgs["speed_coarse_occupied"]
 
 
 def test_a_fitted_curve_goes_through_its_points():
@@ -299,17 +299,17 @@ def test_a_run_that_breaks_ends_the_command_and_keeps_what_was_measured(command,
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "answer"),
     [
         (["--parts", "growth,fly"], "fly: wanted growth, start, main, full"),
         (["--quick", "--publish"], "mean nothing"),
         (["--threads", "0"], "at least 1"),
     ],
 )
-def test_mistyped_words_are_answered(words, said, capsys):
+def test_mistyped_words_are_answered(words, answer, capsys):
     with pytest.raises(SystemExit) as stop:
         speed.main(words)
-    assert stop.value.code == 2 and said in capsys.readouterr().err
+    assert stop.value.code == 2 and answer in capsys.readouterr().err
 
 
 def test_what_this_machine_does_not_have_is_refused_in_three_lines(capsys, monkeypatch):

@@ -29,8 +29,8 @@ def test_median_and_quartiles_by_hand():
 
 
 def test_ratio_and_its_bounds_by_hand():
-    found = ratio(Timing((10.0, 20.0, 30.0)), Timing((1.0, 2.0, 4.0)))
-    assert (found.value, found.low, found.high) == (10.0, 2.5, 30.0)
+    actual = ratio(Timing((10.0, 20.0, 30.0)), Timing((1.0, 2.0, 4.0)))
+    assert (actual.value, actual.low, actual.high) == (10.0, 2.5, 30.0)
 
 
 class Clock:

@@ -79,35 +79,35 @@ def same(a, b) -> bool:
 def test_surface_and_colours_follow_the_guidance():
     plain = ShadingSettings(albedo_until=1)
     looks = {"bare_until": 0, "cameras": NEAR, "shading": plain, "backdrops": GREY}
-    made = stage(small(steps=40, lr_texture=0.05, lr_vertices=0.02, **looks), Green())
-    first, *_, last = run(made, 40)
+    clip_stage = stage(small(steps=40, lr_texture=0.05, lr_vertices=0.02, **looks), Green())
+    first, *_, last = run(clip_stage, 40)
     assert last["cover"] > 1.3 * first["cover"]  # the surface grows over the grey
-    seen = made.render(orbit_views([0.0, 90.0, 200.0], 10.0), 32, shading=ALBEDO, backdrop=torch.zeros(3))
-    inside = seen.colour[seen.mask[..., 0] > 0.99]
+    picture = clip_stage.render(orbit_views([0.0, 90.0, 200.0], 10.0), 32, shading=ALBEDO, backdrop=torch.zeros(3))
+    inside = picture.colour[picture.mask[..., 0] > 0.99]
     assert torch.allclose(inside.mean(0), torch.tensor([0.0, 0.6, 0.1]), atol=0.06)
-    asset = made.finish()
+    asset = clip_stage.finish()
     assert measure(asset.mesh).solid and asset.albedo is None
     assert np.abs(asset.mesh.vertices).max() <= 1.3  # the control vertices stay in the box
 
 
 def test_finished_mesh_shows_its_texture_where_the_stage_did():
-    made = stage()
-    run(made, 2)
-    mesh = made.finish().mesh
+    clip_stage = stage()
+    run(clip_stage, 2)
+    mesh = clip_stage.finish().mesh
     exported = finalise(mesh, None, ExportSettings(faces=4), notes=(notes := {}))
     assert exported is mesh and notes["unwrap"] == "own" and notes["charts"] >= 4 and 0.2 < notes["coverage"] < 1
     assert mesh.faces.shape == mesh.uv_faces.shape == (320, 3)
     assert mesh.texture.shape == mesh.normal_map.shape == (32, 32, 3)
     assert (mesh.normal_map[..., 2] > 200).all()  # still nearly upright after two steps
     views = orbit_views([30.0], 20.0)
-    seen = made.render(views, 48, shading=ALBEDO, backdrop=torch.zeros(3))
+    picture = clip_stage.render(views, 48, shading=ALBEDO, backdrop=torch.zeros(3))
     vertices = torch.from_numpy(mesh.vertices)
     rast = rasterise(to_clip(vertices, views), torch.from_numpy(mesh.faces), 48, 48)
     uv = interpolate(torch.from_numpy(mesh.uv), rast, torch.from_numpy(mesh.uv_faces))
     looked_up = texture(torch.from_numpy(mesh.texture).float() / 255, uv)
-    inside = (seen.mask[..., 0] > 0.999) & (rast[..., 3] > 0)
+    inside = (picture.mask[..., 0] > 0.999) & (rast[..., 3] > 0)
     assert inside.sum() > 200
-    assert torch.allclose(looked_up[inside], linear_to_srgb(seen.colour)[inside], atol=0.02)
+    assert torch.allclose(looked_up[inside], linear_to_srgb(picture.colour)[inside], atol=0.02)
 
 
 def test_first_half_shows_every_second_view_without_texture():
@@ -124,11 +124,11 @@ def test_first_half_shows_every_second_view_without_texture():
 
 def test_textureless_views_leave_the_colours_alone_and_move_the_normals():
     settings = small(views_per_step=1, steps=2, lr_texture=0.5)  # one view: the bare one
-    made = stage(settings)
-    made._prepare()
-    colour, normal = made.colour_map.detach().clone(), made.normal_map.detach().clone()
-    made.step()
-    assert torch.equal(made.colour_map, colour) and not torch.equal(made.normal_map, normal)
+    clip_stage = stage(settings)
+    clip_stage._prepare()
+    colour, normal = clip_stage.colour_map.detach().clone(), clip_stage.normal_map.detach().clone()
+    clip_stage.step()
+    assert torch.equal(clip_stage.colour_map, colour) and not torch.equal(clip_stage.normal_map, normal)
 
 
 def test_laplacian_weight_decays_as_the_published_code_multiplies_it_step_by_step():
@@ -142,9 +142,9 @@ def test_laplacian_weight_decays_as_the_published_code_multiplies_it_step_by_ste
 
 
 def test_learning_rate_falls_by_ten_as_the_papers_does():
-    made = stage(small(steps=4))
-    run(made, 3)
-    rates = [group["lr"] for group in made.adam.optimiser.param_groups]
+    clip_stage = stage(small(steps=4))
+    run(clip_stage, 3)
+    rates = [group["lr"] for group in clip_stage.adam.optimiser.param_groups]
     assert rates == pytest.approx([rate * 10**-0.5 for rate in (6e-3, 1e-2, 1e-2)])
 
 
@@ -154,29 +154,31 @@ def test_smoothness_holds_a_noisy_control_mesh_together():
             return SimpleNamespace(loss=0 * images.sum(), metrics={})
 
     settings = small(steps=30, laplacian=10.0, lr_vertices=0.01)
-    made = stage(settings, Nothing())
-    made._prepare()
+    clip_stage = stage(settings, Nothing())
+    clip_stage._prepare()
     with torch.no_grad():
-        made.control += 0.08 * torch.randn(made.control.shape, generator=torch.Generator().manual_seed(0))
-    rough = [m["rough"] for m in run(made, 30)]
+        clip_stage.control += 0.08 * torch.randn(clip_stage.control.shape, generator=torch.Generator().manual_seed(0))
+    rough = [m["rough"] for m in run(clip_stage, 30)]
     assert rough[-1] < 0.5 * rough[0]
 
 
 def test_gradient_of_the_surface_through_the_stage_agrees_with_finite_differences():
-    made = stage(small(subdivisions=2))
-    made._prepare()
-    weights = torch.randn(made.matrix.shape[0], 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    made.matrix, control = made.matrix.double(), made.control.detach().double()
-    made.control = torch.nn.Parameter(control.clone())
-    (made.surface().pow(3) * weights).sum().backward()
+    clip_stage = stage(small(subdivisions=2))
+    clip_stage._prepare()
+    weights = torch.randn(
+        clip_stage.matrix.shape[0], 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64
+    )
+    clip_stage.matrix, control = clip_stage.matrix.double(), clip_stage.control.detach().double()
+    clip_stage.control = torch.nn.Parameter(control.clone())
+    (clip_stage.surface().pow(3) * weights).sum().backward()
     direction = torch.randn(control.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     values = []
     for h in (1e-6, -1e-6):
-        made.control = torch.nn.Parameter(control + h * direction)
-        values.append(float((made.surface().detach().pow(3) * weights).sum()))
-    made.control = torch.nn.Parameter(control)
-    (made.surface().pow(3) * weights).sum().backward()
-    assert float((made.control.grad * direction).sum()) == pytest.approx((values[0] - values[1]) / 2e-6, rel=1e-6)
+        clip_stage.control = torch.nn.Parameter(control + h * direction)
+        values.append(float((clip_stage.surface().detach().pow(3) * weights).sum()))
+    clip_stage.control = torch.nn.Parameter(control)
+    (clip_stage.surface().pow(3) * weights).sum().backward()
+    assert float((clip_stage.control.grad * direction).sum()) == pytest.approx((values[0] - values[1]) / 2e-6, rel=1e-6)
 
 
 def test_same_seed_same_bytes_another_seed_another_run():
@@ -187,7 +189,7 @@ def test_same_seed_same_bytes_another_seed_another_run():
 
 def test_resumed_run_has_the_same_bytes_as_an_uninterrupted_one():
     straight = stage(seed=3)
-    wanted = run(straight, 6)
+    expected = run(straight, 6)
     for stop in (0, 2, 4):  # before the first step, before and after the last textureless one
         first = stage(seed=3)
         got = run(first, stop)
@@ -196,7 +198,7 @@ def test_resumed_run_has_the_same_bytes_as_an_uninterrupted_one():
         second.load_state_dict(state)
         second.preview()  # looking does not change the run
         got += run(second, 6 - stop)
-        assert got == wanted and same(second.state_dict(), straight.state_dict())
+        assert got == expected and same(second.state_dict(), straight.state_dict())
     assert all(v.is_contiguous() for v in straight.state_dict().values())
     mesh, again = straight.finish().mesh, second.finish().mesh
     for name in ("vertices", "faces", "uv", "uv_faces", "texture", "normal_map"):
@@ -212,13 +214,15 @@ def test_a_clip_folder_guides_it_and_resume_equals_uninterrupted(tmp_path):
         return ClipGuidance(scorer, settings, prompts, torch.Generator().manual_seed(0))
 
     straight = stage(small(steps=4), guidance())
-    wanted = run(straight, 4)
-    assert all(math.isfinite(v) for m in wanted for v in m.values()) and {"clip", "cover", "rough"} <= set(wanted[0])
+    expected = run(straight, 4)
+    assert all(math.isfinite(v) for m in expected for v in m.values()) and {"clip", "cover", "rough"} <= set(
+        expected[0]
+    )
     first = stage(small(steps=4), guidance())
     run(first, 2)
     second = stage(small(steps=4), guidance(), seed=5)
     second.load_state_dict(first.state_dict())
-    assert run(second, 2) == wanted[2:] and same(second.state_dict(), straight.state_dict())
+    assert run(second, 2) == expected[2:] and same(second.state_dict(), straight.state_dict())
     moved = straight.control.detach() - torch.from_numpy(control_sphere(0.6, 1, 32, 2).vertices)
     assert float(moved.abs().max()) > 1e-3  # CLIP's gradient reaches the control vertices
 
@@ -236,15 +240,15 @@ def test_control_vertices_stay_within_the_box_or_within_what_the_start_needs():
 
 def test_placement_of_what_it_is_given_goes_on_with_the_mesh():
     mesh, placement = place(octahedron(), PlaceSettings(radius=0.5))
-    made = stage(previous=Asset(mesh=mesh, placement=placement))
-    assert made.finish().placement is placement
+    clip_stage = stage(previous=Asset(mesh=mesh, placement=placement))
+    assert clip_stage.finish().placement is placement
 
 
 def test_starts_from_the_mesh_of_what_it_is_given():
-    given = control_sphere(0.5, 1, 32, 2)
-    flat = given.vertices * np.float32([1, 0.4, 1])
+    sphere = control_sphere(0.5, 1, 32, 2)
+    flat = sphere.vertices * np.float32([1, 0.4, 1])
     picture = np.full((16, 16, 3), 90, np.uint8)
-    mesh = Mesh(flat, given.faces, uv=given.uv, uv_faces=given.uv_faces, texture=picture)
+    mesh = Mesh(flat, sphere.faces, uv=sphere.uv, uv_faces=sphere.uv_faces, texture=picture)
     first = stage(previous=Asset(mesh=mesh))
     points = first.surface()
     size = (points.amax(0) - points.amin(0)).detach()
@@ -258,17 +262,19 @@ def test_starts_from_the_mesh_of_what_it_is_given():
 
 
 def test_preview_is_a_contact_sheet_of_colours_clay_and_normals():
-    made = stage()
-    sheet = made.preview()
-    assert sheet.shape == (3 * 24, 4 * 24, 3) and sheet.dtype == np.uint8 and np.array_equal(sheet, made.preview())
+    clip_stage = stage()
+    sheet = clip_stage.preview()
+    assert (
+        sheet.shape == (3 * 24, 4 * 24, 3) and sheet.dtype == np.uint8 and np.array_equal(sheet, clip_stage.preview())
+    )
     coloured, clay, _ = sheet.astype(int).reshape(3, 24, 96, 3)
     assert np.abs(clay[..., 0] - clay[..., 2]).max() <= 1 < 5 < np.ptp(coloured[..., 0] - coloured[..., 2])
 
 
 def test_headline_names_cover_and_clip():
-    made = stage()
-    assert made.headline({"cover": 0.314, "clip": 27.31}) == "cover 31 %, CLIP 27.3"
-    assert made.headline({"cover": 0.314, "agreement_db": 12.34}) == "cover 31 %, agreement 12.3 dB"
+    clip_stage = stage()
+    assert clip_stage.headline({"cover": 0.314, "clip": 27.31}) == "cover 31 %, CLIP 27.3"
+    assert clip_stage.headline({"cover": 0.314, "agreement_db": 12.34}) == "cover 31 %, agreement 12.3 dB"
 
 
 def test_non_finite_gradients_skip_the_step_and_give_up_after_some():
@@ -276,23 +282,23 @@ def test_non_finite_gradients_skip_the_step_and_give_up_after_some():
         def __call__(self, images, *args, **kwargs):
             return SimpleNamespace(loss=(images * torch.nan).sum(), metrics={})
 
-    made = stage(small(max_skipped=3), Broken())
-    made._prepare()
-    before = made.control.detach().clone()
-    assert [m["grad_norm"] for m in run(made, 2)] == [-1.0, -1.0]
-    assert torch.equal(made.control, before) and made.step_index == 2
+    clip_stage = stage(small(max_skipped=3), Broken())
+    clip_stage._prepare()
+    before = clip_stage.control.detach().clone()
+    assert [m["grad_norm"] for m in run(clip_stage, 2)] == [-1.0, -1.0]
+    assert torch.equal(clip_stage.control, before) and clip_stage.step_index == 2
     with pytest.raises(UserError, match="diverged"):
-        made.step()
+        clip_stage.step()
 
 
 @pytest.mark.parametrize("damage, message", [(0.0, "without an object"), (math.nan, "broken numbers")])
 def test_what_is_no_object_is_refused_at_the_end(damage, message):
-    made = stage()
-    made._prepare()
+    clip_stage = stage()
+    clip_stage._prepare()
     with torch.no_grad():
-        made.control.mul_(damage)
+        clip_stage.control.mul_(damage)
     with pytest.raises(UserError, match=message):
-        made.finish()
+        clip_stage.finish()
 
 
 def test_even_width_of_the_filter_is_refused():

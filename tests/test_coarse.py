@@ -103,9 +103,9 @@ def test_a_coloured_ball_is_rebuilt_from_its_posed_images():
     metrics = run(stage, settings.steps)
     views = orbit_views([10.0, 100.0, 190.0, 280.0], [33.0, 5.0, -20.0, 55.0])
     grey = torch.full((3,), 0.5)
-    seen = stage.render(views, 64, backdrop=grey)
+    images = stage.render(views, 64, backdrop=grey)
     target = ball_images(views, 64, grey.expand(4, 64, 64, 3))
-    mse = (linear_to_srgb(seen.colour) - linear_to_srgb(target)).square().mean()
+    mse = (linear_to_srgb(images.colour) - linear_to_srgb(target)).square().mean()
     assert -10 * math.log10(float(mse)) > 25
     assert {"cover", "grad_norm", "mse", "orientation"} <= set().union(*metrics)
     asset = stage.finish()
@@ -119,7 +119,7 @@ def test_a_coloured_ball_is_rebuilt_from_its_posed_images():
 def test_resumed_run_has_the_same_bytes_as_an_uninterrupted_one():
     settings = small()
     straight = CoarseStage(settings, Noisy(), torch.device("cpu"), 3, None)
-    wanted = run(straight, 12)
+    expected = run(straight, 12)
     for stop in (1, 7):  # before and after the first shaded step, the warm-up, an environment step
         first = CoarseStage(settings, Noisy(), torch.device("cpu"), 3, None)
         got = run(first, stop)
@@ -128,7 +128,7 @@ def test_resumed_run_has_the_same_bytes_as_an_uninterrupted_one():
         second.load_state_dict(state)
         second.preview()  # looking does not change the run
         got += run(second, 12 - stop)
-        assert got == wanted
+        assert got == expected
         final, reference = second.state_dict(), straight.state_dict()
         assert final.keys() == reference.keys()
         assert all(torch.equal(final[k], reference[k]) for k in final)
@@ -176,16 +176,16 @@ def test_rendering_in_parts_gives_the_step_of_the_whole():
 
 
 def test_copies_of_a_view_show_one_object_on_different_pictures():
-    seen = []
+    pictures = []
 
     class Spy(Noisy):
         def __call__(self, images, views, *args, backdrop, **kwargs):
-            seen.append((images.detach(), views, backdrop))
+            pictures.append((images.detach(), views, backdrop))
             return super().__call__(images, views, *args, backdrop=backdrop, **kwargs)
 
     stage = CoarseStage(small(backdrops=BackdropSettings(copies=3)), Spy(), torch.device("cpu"), 0, None)
     stage.step()
-    images, views, behind = seen[0]
+    images, views, behind = pictures[0]
     assert images.shape == behind.shape == (6, 16, 16, 3) and len(views) == 6
     azimuth = views.azimuth_deg.tolist()
     assert azimuth[0] == azimuth[1] == azimuth[2] != azimuth[3] == azimuth[5]

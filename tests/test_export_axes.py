@@ -47,9 +47,9 @@ def test_laying_a_mesh_down_undoes_setting_it_upright(up):
 
 def test_a_locked_stl_comes_back_with_z_up_to_the_bit(tmp_path):
     trimesh.Trimesh(TOWER.vertices, TOWER.faces, process=False).export(tmp_path / "given.stl")
-    given = tmp_path / "given.stl"
-    axes = painted(tmp_path, read_mesh(given), _up(given), "stl", yaw_deg=30)
-    np.testing.assert_array_equal(triangles(tmp_path / "mesh.stl"), triangles(given))
+    source = tmp_path / "given.stl"
+    axes = painted(tmp_path, read_mesh(source), _up(source), "stl", yaw_deg=30)
+    np.testing.assert_array_equal(triangles(tmp_path / "mesh.stl"), triangles(source))
     assert _up(tmp_path / "mesh.stl") == "z" and axes.note(TOWER).startswith("z up")
     for name in ("glb", "obj", "ply"):  # the others have y up
         np.testing.assert_allclose(
@@ -60,10 +60,10 @@ def test_a_locked_stl_comes_back_with_z_up_to_the_bit(tmp_path):
 @pytest.mark.parametrize("format", ["obj", "ply", "glb", "gltf"])
 def test_a_format_gets_back_the_axes_it_came_with(tmp_path, format):
     painted(tmp_path, TOWER, "z", format)
-    own = "glb" if format == "gltf" else format
+    container = "glb" if format == "gltf" else format
     for name in ("glb", "obj", "ply", "stl"):
         tall = np.ptp(triangles(tmp_path / f"mesh.{name}"), axis=(0, 1)).argmax()
-        assert tall == (2 if name in (own, "stl") else 1)
+        assert tall == (2 if name in (container, "stl") else 1)
 
 
 def test_a_locked_mesh_keeps_normals_metalness_and_roughness(tmp_path):

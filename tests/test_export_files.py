@@ -225,12 +225,12 @@ def test_a_run_without_a_mesh_stage_heeds_lattice_and_level():
 def test_advice_on_the_lattice_names_the_exports_own():
     speck = Asset(density=lambda p: 1e4 * (p - 0.031).norm(dim=-1).lt(0.05))
     settings = InitialiseSettings(samples=64, level=1.0, volume=(1e-6, 0.6))
-    with pytest.raises(UserError, match="first surface is empty") as caught:
+    with pytest.raises(UserError, match="first surface is empty") as error:
         finalise(speck, ExportSettings(tets=16), initialise=settings)
-    assert "raise export.tets" in caught.value.fix and "fine.tets" not in caught.value.fix
+    assert "raise export.tets" in error.value.fix and "fine.tets" not in error.value.fix
 
 
 def test_asset_without_a_surface_is_refused_with_advice():
-    with pytest.raises(UserError, match="no mesh") as caught:
+    with pytest.raises(UserError, match="no mesh") as error:
         finalise(Asset(), ExportSettings())
-    assert "fine" in caught.value.fix
+    assert "fine" in error.value.fix

@@ -45,11 +45,11 @@ def node_modules() -> str:
     """A node_modules folder with gltf-validator: $GLTF_VALIDATOR_MODULES, an earlier install, or a fresh one."""
     if shutil.which("node") is None:
         pytest.skip("node is not installed")
-    given = os.environ.get("GLTF_VALIDATOR_MODULES")
-    folder = Path(given).parent if given else Path(tempfile.gettempdir()) / "text3d-gltf-validator"
+    chosen_folder = os.environ.get("GLTF_VALIDATOR_MODULES")
+    folder = Path(chosen_folder).parent if chosen_folder else Path(tempfile.gettempdir()) / "text3d-gltf-validator"
     modules = folder / "node_modules"
     if not (modules / "gltf-validator" / "index.js").exists():
-        if given or shutil.which("npm") is None:
+        if chosen_folder or shutil.which("npm") is None:
             pytest.skip(f"gltf-validator is not in {modules} and npm cannot fetch it")
         command = ["npm", "install", "--no-audit", "--no-fund", "--prefix", str(folder)]
         command.append("gltf-validator@2.0.0-dev.3.10")
@@ -170,12 +170,12 @@ def test_normal_map_comes_with_tangents_along_u_and_bitangents_up_the_picture(mi
         return np.frombuffer(binary, "<f4", width * accessor["count"], start).reshape(-1, width).astype(np.float64)
 
     widths = {"POSITION": 3, "NORMAL": 3, "TEXCOORD_0": 2, "TANGENT": 4}
-    points, normals, uv, found = (read(name, width) for name, width in widths.items())
-    tangent, handed = found[:, :3], found[:, 3:]
+    points, normals, uv, actual = (read(name, width) for name, width in widths.items())
+    tangent, sign = actual[:, :3], actual[:, 3:]
     np.testing.assert_allclose(np.linalg.norm(tangent, axis=1), 1, atol=1e-5)
     np.testing.assert_allclose(np.einsum("vk,vk->v", tangent, normals), 0, atol=1e-5)
-    assert set(handed[:, 0]) == {-1.0 if mirror else 1.0}
-    bitangent = np.cross(normals, tangent) * handed
+    assert set(sign[:, 0]) == {-1.0 if mirror else 1.0}
+    bitangent = np.cross(normals, tangent) * sign
     faces = np.unique(np.stack([mesh.faces.reshape(-1), mesh.uv_faces.reshape(-1)], -1), axis=0, return_inverse=True)[1]
     for face in faces.reshape(-1, 3)[::17]:
         edge, grow = points[face[1:]] - points[face[0]], uv[face[1:]] - uv[face[0]]

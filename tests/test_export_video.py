@@ -121,8 +121,8 @@ def test_a_mesh_with_normals_of_its_own_is_lit_by_them():
     mesh = torus()
     turned = replace(mesh, faces=mesh.faces[:, ::-1].copy(), normals=mesh.vertex_normals())
     views = orbit_views(torch.tensor([0.0, 120.0]), 20.0, 4.0, 30.0)
-    for wanted, got in zip(render_frames(mesh, views, 48), render_frames(turned, views, 48), strict=True):
-        assert np.abs(wanted.astype(int) - got).mean() < 1
+    for expected, got in zip(render_frames(mesh, views, 48), render_frames(turned, views, 48), strict=True):
+        assert np.abs(expected.astype(int) - got).mean() < 1
 
 
 def test_a_run_does_without_a_film_that_cannot_be_made(tmp_path, monkeypatch, caplog):

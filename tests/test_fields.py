@@ -113,17 +113,17 @@ def test_the_whole_has_the_gradients_of_its_parts():
 
 def test_levels_fade_in_with_progress():
     field, points = rough_field(bands=Ramp(1 / 3, 1.0, 0.0, 0.5)), world(50)
-    seen = []
+    calls = []
     for progress in (0.0, 0.25, 0.5, 1.0):
         field.set_progress(progress)
-        seen.append(field.density(points))
-    assert field.bands.min() == 1 and torch.equal(seen[2], seen[3])
-    assert not torch.equal(seen[0], seen[1]) and not torch.equal(seen[1], seen[2])
+        calls.append(field.density(points))
+    assert field.bands.min() == 1 and torch.equal(calls[2], calls[3])
+    assert not torch.equal(calls[0], calls[1]) and not torch.equal(calls[1], calls[2])
     field.set_progress(0.0)
     assert field.bands.tolist() == [1.0] * 4 + [0.0] * 8
     with torch.no_grad():
         field.table[field.spec.offsets[2] :] += 1  # levels that are off
-    assert torch.equal(field.density(points), seen[0])
+    assert torch.equal(field.density(points), calls[0])
 
 
 def test_detail_keeps_the_colours_until_trained_and_then_can_refine_them():
@@ -167,9 +167,9 @@ def test_environment_starts_near_mid_grey_and_random_backgrounds_stay_in_their_r
     assert (Background(BackgroundSettings(), generator())(directions) - 0.5).abs().max() < 0.15
     settings = BackgroundSettings(random_probability=0.5, grey=(0.4, 0.9), tint=0.02)
     g = generator(3)
-    drawn = [random_background(settings, 4, g) for _ in range(200)]
-    flat = torch.cat([d for d in drawn if d is not None])
-    assert 70 < sum(d is None for d in drawn) < 130
+    draws = [random_background(settings, 4, g) for _ in range(200)]
+    flat = torch.cat([d for d in draws if d is not None])
+    assert 70 < sum(d is None for d in draws) < 130
     srgb = linear_to_srgb(flat.reshape(-1, 3))
     assert srgb.min() > 0.37 and srgb.max() < 0.93 and (srgb.amax(1) - srgb.amin(1)).max() < 0.041
     assert srgb.mean(1).std() > 0.1  # views of one step differ

@@ -33,9 +33,9 @@ def only(**changes) -> BackdropSettings:
 
 
 def test_noise_is_uniform_in_srgb():
-    seen = linear_to_srgb(random_backdrops(only(noise=1.0), 8, 64, generator()))
-    assert abs(float(seen.mean()) - 0.5) < 0.005 and abs(float(seen.var()) - 1 / 12) < 0.002
-    neighbours = torch.corrcoef(torch.stack([seen[:, :, :-1].flatten(), seen[:, :, 1:].flatten()]))[0, 1]
+    images = linear_to_srgb(random_backdrops(only(noise=1.0), 8, 64, generator()))
+    assert abs(float(images.mean()) - 0.5) < 0.005 and abs(float(images.var()) - 1 / 12) < 0.002
+    neighbours = torch.corrcoef(torch.stack([images[:, :, :-1].flatten(), images[:, :, 1:].flatten()]))[0, 1]
     assert abs(float(neighbours)) < 0.02
 
 
@@ -63,18 +63,20 @@ def test_fourier_texture_has_the_contrast_of_its_spectrum_at_any_size():
         k = torch.arange(-(size // 2), size - size // 2).double()
         radius = (k[:, None].square() + k.square()).sqrt().clamp_min(1)
         total = (radius.pow(-3) * torch.where((k == 0) | (k == -(size // 2)), 0.5, 1.0)).sum()
-        wanted = GAIN * AMPLITUDE * math.sqrt(2 * SIDE * float(total))
+        expected = GAIN * AMPLITUDE * math.sqrt(2 * SIDE * float(total))
         inner = raw[:, (logits.abs() < 15).all(-1).flatten()]  # float32's sigmoid saturates beyond
         assert inner.shape[1] > 0.99 * raw.shape[1]
-        assert float(inner.std()) == pytest.approx(wanted, rel=0.06)
+        assert float(inner.std()) == pytest.approx(expected, rel=0.06)
 
 
 def test_fourier_texture_is_smooth_and_hardly_coloured():
-    seen = fourier_textures(50, 64, generator(3))
-    red, green, blue = seen.flatten(0, 2).T
+    images = fourier_textures(50, 64, generator(3))
+    red, green, blue = images.flatten(0, 2).T
     assert float(torch.corrcoef(torch.stack([red, green]))[0, 1]) > 0.8
     assert float(torch.corrcoef(torch.stack([red, blue]))[0, 1]) > 0.5
-    assert float((seen[:, :, 1:] - seen[:, :, :-1]).abs().mean()) < 0.3 * float((seen - seen.flip(2)).abs().mean())
+    assert float((images[:, :, 1:] - images[:, :, :-1]).abs().mean()) < 0.3 * float(
+        (images - images.flip(2)).abs().mean()
+    )
 
 
 def test_flat_kinds_are_flat_and_greys_are_grey():
@@ -87,25 +89,25 @@ def test_flat_kinds_are_flat_and_greys_are_grey():
 
 
 def test_kinds_come_in_their_shares():
-    seen = random_backdrops(only(colour=3.0, grey=1.0), 400, 4, generator())
-    neutral = ((seen - seen.mean(-1, keepdim=True)).abs().amax((1, 2, 3)) < 1e-5).double().mean()
+    images = random_backdrops(only(colour=3.0, grey=1.0), 400, 4, generator())
+    neutral = ((images - images.mean(-1, keepdim=True)).abs().amax((1, 2, 3)) < 1e-5).double().mean()
     assert abs(float(neutral) - 0.25) < 0.06
 
 
 def test_blur_is_a_normalised_gaussian_of_its_own_width_for_each_picture():
     pictures = torch.rand(3, 96, 96, 3, generator=generator(), dtype=torch.float64)
     deviation = torch.tensor([0.0, 1.0, 30.0], dtype=torch.float64)
-    seen = blurred(pictures, deviation)
-    assert torch.equal(seen[0], pictures[0])
+    images = blurred(pictures, deviation)
+    assert torch.equal(images[0], pictures[0])
     reach = 3  # 7 of 224 pixels
     x = torch.arange(-reach, reach + 1, dtype=torch.float64)
     for k in (1, 2):
         kernel = torch.exp(-0.5 * (x / deviation[k]) ** 2)
         kernel = kernel / kernel.sum()
         around = pictures[k, 40 - reach : 41 + reach, 50 - reach : 51 + reach]
-        assert torch.allclose(seen[k, 40, 50], torch.einsum("i,j,ijc->c", kernel, kernel, around))
+        assert torch.allclose(images[k, 40, 50], torch.einsum("i,j,ijc->c", kernel, kernel, around))
     assert torch.allclose(blurred(torch.full((1, 20, 20, 3), 0.3), torch.tensor([2.0])), torch.tensor(0.3))
-    assert float(seen[2].std()) < float(seen[1].std()) < float(pictures[1].std())
+    assert float(images[2].std()) < float(images[1].std()) < float(pictures[1].std())
 
 
 def test_pictures_depend_on_the_generator_alone():
@@ -119,11 +121,11 @@ def test_pictures_depend_on_the_generator_alone():
 def test_copies_of_a_view_stand_beside_each_other_on_their_own_pictures():
     colour, opacity = torch.rand(2, 4, 4, 3, generator=generator()), torch.rand(2, 4, 4, 1, generator=generator(1))
     pictures = torch.rand(6, 4, 4, 3, generator=generator(2))
-    seen = show_on(colour, opacity, pictures)
+    images = show_on(colour, opacity, pictures)
     for view in range(2):
         for copy in range(3):
             k = 3 * view + copy
-            assert torch.allclose(seen[k], colour[view] + (1 - opacity[view]) * pictures[k])
+            assert torch.allclose(images[k], colour[view] + (1 - opacity[view]) * pictures[k])
     with pytest.raises(ValueError, match="pictures"):
         show_on(colour, opacity, pictures[:5])
 

@@ -15,9 +15,9 @@ FIELD = FieldSettings(levels=6, log2_table=12, base=4, finest=64, hidden=16)
 
 
 def field():
-    made = HashField(FIELD, torch.Generator().manual_seed(0))
-    made.set_progress(1.0)
-    return made
+    fitted_field = HashField(FIELD, torch.Generator().manual_seed(0))
+    fitted_field.set_progress(1.0)
+    return fitted_field
 
 
 def generator():
@@ -36,37 +36,37 @@ def halves() -> Mesh:
 
 @pytest.mark.slow
 def test_a_field_learns_a_texture():
-    made = field()
-    error = fit_albedo(made, painted_samples(halves(), generator()), FitSettings(steps=150, points=2048))
+    fitted_field = field()
+    error = fit_albedo(fitted_field, painted_samples(halves(), generator()), FitSettings(steps=150, points=2048))
     assert error < 0.08
-    seen = made.albedo(torch.tensor([[0.0, 0.6, 0.36], [0.0, -0.6, 0.36]])).detach()
-    wanted = srgb_to_linear(torch.tensor([[200 / 255, 0, 0], [0, 0, 200 / 255]]))
-    torch.testing.assert_close(seen, wanted, atol=0.05, rtol=0)
+    colours = fitted_field.albedo(torch.tensor([[0.0, 0.6, 0.36], [0.0, -0.6, 0.36]])).detach()
+    expected = srgb_to_linear(torch.tensor([[200 / 255, 0, 0], [0, 0, 200 / 255]]))
+    torch.testing.assert_close(colours, expected, atol=0.05, rtol=0)
 
 
 def test_a_plain_mesh_needs_no_training():
     mesh = sphere()
     mesh.colours = np.full_like(mesh.vertices, 0.3)
-    made = field()
-    before = {k: v.clone() for k, v in made.state_dict().items()}
-    assert fit_albedo(made, painted_samples(mesh, generator()), FitSettings()) < 0.01
-    changed = [k for k, v in made.state_dict().items() if not torch.equal(v, before[k])]
+    fitted_field = field()
+    before = {k: v.clone() for k, v in fitted_field.state_dict().items()}
+    assert fit_albedo(fitted_field, painted_samples(mesh, generator()), FitSettings()) < 0.01
+    changed = [k for k, v in fitted_field.state_dict().items() if not torch.equal(v, before[k])]
     assert changed == ["albedo_head.b2"]
 
 
 def test_no_steps_leave_the_field_as_it_is():
-    made = field()
-    before = {k: v.clone() for k, v in made.state_dict().items()}
-    fit_albedo(made, painted_samples(halves(), generator()), FitSettings(steps=0))
-    assert all(torch.equal(v, before[k]) for k, v in made.state_dict().items())
+    fitted_field = field()
+    before = {k: v.clone() for k, v in fitted_field.state_dict().items()}
+    fit_albedo(fitted_field, painted_samples(halves(), generator()), FitSettings(steps=0))
+    assert all(torch.equal(v, before[k]) for k, v in fitted_field.state_dict().items())
 
 
 def test_fitting_leaves_no_gradient_behind_and_repeats_with_its_generator():
-    made = [field(), field()]
-    for each in made:
+    fitted_field = [field(), field()]
+    for each in fitted_field:
         fit_albedo(each, painted_samples(halves(), generator()), FitSettings(steps=5, points=256))
-    assert torch.equal(made[0].table, made[1].table)
-    assert all(p.grad is None for p in made[0].parameters())
+    assert torch.equal(fitted_field[0].table, fitted_field[1].table)
+    assert all(p.grad is None for p in fitted_field[0].parameters())
 
 
 def test_samples_lie_evenly_on_the_surface_and_colours_are_interpolated():

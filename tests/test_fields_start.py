@@ -25,10 +25,10 @@ def cup(points: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.fixture(scope="module")
 def field() -> HashField:
     generator = torch.Generator().manual_seed(0)
-    made = HashField(SMALL, generator)
-    made.set_progress(1.0)
-    fit_start(made, cup, StartSettings(source="prior", steps=120, points=4096), generator, STEP)
-    return made
+    hash_field = HashField(SMALL, generator)
+    hash_field.set_progress(1.0)
+    fit_start(hash_field, cup, StartSettings(source="prior", steps=120, points=4096), generator, STEP)
+    return hash_field
 
 
 def opacity_at(field: HashField, *points: tuple[float, float, float]) -> list[float]:
@@ -49,8 +49,8 @@ def test_its_colours_are_the_shapes(field: HashField) -> None:
 
 
 def stage_under(guide, **settings) -> CoarseStage:
-    made = CoarseSettings(steps=4, resolution=16, views_per_step=1, samples=32, field=SMALL_BALL, **settings)
-    return CoarseStage(made, guide, torch.device("cpu"), 0)
+    coarse = CoarseSettings(steps=4, resolution=16, views_per_step=1, samples=32, field=SMALL_BALL, **settings)
+    return CoarseStage(coarse, guide, torch.device("cpu"), 0)
 
 
 class Guide:

@@ -48,9 +48,9 @@ class Target:
         self.calls.append((len(views), progress))
         noise = self.noise * torch.randn(images.shape, generator=self.generator)  # so that its generator matters
         with torch.no_grad():
-            wanted = self.render(views, images.shape[1], shading, backdrop).colour
-        loss = (images + noise - wanted).square().sum() * 4096 / images[0].numel() / len(views)
-        error = (images.detach() - wanted).square().mean()
+            target = self.render(views, images.shape[1], shading, backdrop).colour
+        loss = (images + noise - target).square().sum() * 4096 / images[0].numel() / len(views)
+        error = (images.detach() - target).square().mean()
         return GuidanceOutput(loss, {"agreement_db": float(-10 * torch.log10(error + 1e-10))})
 
     def state_dict(self):
@@ -158,8 +158,8 @@ def test_start_has_the_coarse_surface_and_the_coarse_colours_and_leaves_the_coar
     mesh = fine.finish().mesh
     radius = np.linalg.norm(mesh.vertices, axis=1)
     assert 0.43 < radius.mean() < 0.53 and radius.std() < 0.02
-    wanted = asset.field.albedo(torch.from_numpy(mesh.vertices)).detach().numpy()
-    np.testing.assert_allclose(mesh.colours, wanted, atol=1e-5)
+    expected = asset.field.albedo(torch.from_numpy(mesh.vertices)).detach().numpy()
+    np.testing.assert_allclose(mesh.colours, expected, atol=1e-5)
     first, *_, last = [fine.step() for _ in range(3)]
     assert first["start_match"] > 0.8 and first["start_level"] > 0 and "start_level" not in last
     assert equal(before, asset.field.state_dict())
@@ -167,23 +167,23 @@ def test_start_has_the_coarse_surface_and_the_coarse_colours_and_leaves_the_coar
 
 
 def test_parts_of_a_step_add_up_to_the_whole_step():
-    found = []
+    actual = []
     for accumulate in (1, 2):
         target = Target(torus(), noise=0.0)
         fine = stage(target, accumulate=accumulate)
-        kept = {}
+        history = {}
 
-        def keep(progress, metrics, fine=fine, kept=kept):
-            kept.update({k: p.grad.clone() for k, p in fine.adam.parameters.items()})
+        def keep(progress, metrics, fine=fine, history=history):
+            history.update({k: p.grad.clone() for k, p in fine.adam.parameters.items()})
             return 0.0
 
         fine._update = keep
         fine.step()
-        found.append((kept, target.calls))
-    assert found[0][1] == [(2, 0.0)] and found[1][1] == [(1, 0.0), (1, 0.0)]
-    for name, gradient in found[0][0].items():
-        assert (gradient - found[1][0][name]).norm() <= 1e-4 * gradient.norm(), name
-    assert found[0][0]["dmtet.sdf"].norm() > 0 and found[0][0]["field.table"].norm() > 0
+        actual.append((history, target.calls))
+    assert actual[0][1] == [(2, 0.0)] and actual[1][1] == [(1, 0.0), (1, 0.0)]
+    for name, gradient in actual[0][0].items():
+        assert (gradient - actual[1][0][name]).norm() <= 1e-4 * gradient.norm(), name
+    assert actual[0][0]["dmtet.sdf"].norm() > 0 and actual[0][0]["field.table"].norm() > 0
 
 
 def test_locked_geometry_is_painted_and_not_moved():
@@ -217,8 +217,8 @@ def test_a_users_mesh_becomes_the_first_surface_in_its_own_colours():
     mesh = fine.finish().mesh
     ring = np.hypot(np.linalg.norm(mesh.vertices[:, [0, 2]], axis=1) - 0.55, mesh.vertices[:, 1])
     np.testing.assert_allclose(ring, 0.22, atol=0.03)
-    wanted = colour(torch.from_numpy(mesh.vertices)).numpy()
-    assert np.abs(mesh.colours - wanted).mean() < 0.06
+    expected = colour(torch.from_numpy(mesh.vertices)).numpy()
+    assert np.abs(mesh.colours - expected).mean() < 0.06
 
 
 @pytest.mark.slow
@@ -247,19 +247,22 @@ def test_small_parts_of_a_users_mesh_are_kept():
 
 def test_a_locked_file_with_seams_keeps_its_bytes_and_only_its_colours_learn():
     ball = sphere(0.7, 16, 8)
-    own = make(ball.vertices[ball.faces].reshape(-1, 3), np.arange(3 * len(ball.faces)).reshape(-1, 3))
-    own.uv, own.uv_faces = np.random.default_rng(0).random((len(own.vertices), 2)).astype(np.float32), own.faces
-    before = {k: v.copy() for k, v in vars(own).items() if v is not None}
+    split_ball = make(ball.vertices[ball.faces].reshape(-1, 3), np.arange(3 * len(ball.faces)).reshape(-1, 3))
+    split_ball.uv, split_ball.uv_faces = (
+        np.random.default_rng(0).random((len(split_ball.vertices), 2)).astype(np.float32),
+        split_ball.faces,
+    )
+    before = {k: v.copy() for k, v in vars(split_ball).items() if v is not None}
     target = Target(ball)
     kinds = []
     call = Target.__call__
 
-    def watched(images, views, progress, textureless=False, **named):
-        kinds.append(named["shading"].kind)
-        return call(target, images, views, progress, textureless, **named)
+    def watched(images, views, progress, textureless=False, **options):
+        kinds.append(options["shading"].kind)
+        return call(target, images, views, progress, textureless, **options)
 
     bare = ShadingSettings(albedo_until=0, diffuse_probability=1, textureless_probability=1)
-    fine = stage(watched, Asset(mesh=own), geometry="locked", steps=4, shading=bare)
+    fine = stage(watched, Asset(mesh=split_ball), geometry="locked", steps=4, shading=bare)
     for _ in range(4):
         assert fine.step()["grad_norm"] > 0
     assert kinds == ["lambert"] * 4  # a shape that stays has nothing to learn from a textureless view
@@ -270,8 +273,8 @@ def test_a_locked_file_with_seams_keeps_its_bytes_and_only_its_colours_learn():
     assert asset.locked
     for name, value in before.items():
         np.testing.assert_array_equal(getattr(asset.mesh, name), value)
-        np.testing.assert_array_equal(getattr(own, name), value)
-    assert not np.array_equal(asset.mesh.colours, own.colours)
+        np.testing.assert_array_equal(getattr(split_ball, name), value)
+    assert not np.array_equal(asset.mesh.colours, split_ball.colours)
 
 
 def test_smoothness_terms_smooth():
@@ -317,7 +320,7 @@ def test_state_is_flat_tensors_and_the_headline_names_the_size():
 
 def test_a_non_finite_gradient_is_skipped_and_gives_up_after_a_while():
     class Broken(Target):
-        def __call__(self, images, *args, **named):
+        def __call__(self, images, *args, **options):
             return GuidanceOutput(images.sum() * float("nan"), {})
 
     fine = stage(Broken(torus()), max_skipped=3)
@@ -334,10 +337,10 @@ def test_the_asset_holds_the_field_and_lets_the_prior_go():
     target = Target(torus())
     fine = stage(target, steps=1)
     fine.step()
-    asset, watched = fine.finish(), weakref.ref(target)
+    asset, target_ref = fine.finish(), weakref.ref(target)
     del fine, target
     gc.collect()
-    assert watched() is None
+    assert target_ref() is None
     points = torch.from_numpy(asset.mesh.vertices[:5])
     torch.testing.assert_close(asset.albedo(points), asset.field.albedo(points).detach())
     assert not asset.albedo(points).requires_grad
@@ -353,8 +356,8 @@ def test_finish_drops_floaters():
     with torch.no_grad():
         surface = fine.surface()
     assert measure(Mesh(surface.vertices.numpy(), surface.faces.numpy())).components == 2
-    found = measure(fine.finish().mesh)
-    assert found.components == 1 and found.solid and abs(found.volume / (4 / 3 * np.pi * 0.4**3) - 1) < 0.05
+    actual = measure(fine.finish().mesh)
+    assert actual.components == 1 and actual.solid and abs(actual.volume / (4 / 3 * np.pi * 0.4**3) - 1) < 0.05
 
 
 @pytest.mark.parametrize(

@@ -91,12 +91,12 @@ def test_a_surface_that_bounds_nothing_is_refused():
 
 
 def test_a_locked_mesh_is_handed_on_as_its_source_or_as_its_triangles():
-    shown, source = sphere(), sphere(0.3)
-    assert np.array_equal(locked(shown).mesh().vertices, shown.vertices)
-    mesh = locked(shown, source).mesh()
+    view, source = sphere(), sphere(0.3)
+    assert np.array_equal(locked(view).mesh().vertices, view.vertices)
+    mesh = locked(view, source).mesh()
     assert mesh is not source and mesh.vertices is source.vertices  # its colours are to be set, the user's are not
-    surface, leaf = leaf_of(locked(shown))
-    assert locked(shown).regularise(leaf, surface) == {} and not leaf.requires_grad
+    surface, leaf = leaf_of(locked(view))
+    assert locked(view).regularise(leaf, surface) == {} and not leaf.requires_grad
 
 
 def test_states_make_equal_geometries():

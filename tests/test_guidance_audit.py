@@ -50,16 +50,16 @@ def by_part(findings):
 def test_a_whole_folder_is_found_whole(folders, name, family, fit, noise):
     findings = audit(folders[name])
     assert all(finding.ok for finding in findings), [f for f in findings if not f.ok]
-    found = by_part(findings)
-    assert found["family"].detail.startswith(family)
-    assert found["fit"].detail == fit and found["scheduler"].detail.startswith(noise)
-    assert "tokens of a prompt" in found["tokenizer"].detail
+    actual = by_part(findings)
+    assert actual["family"].detail.startswith(family)
+    assert actual["fit"].detail == fit and actual["scheduler"].detail.startswith(noise)
+    assert "tokens of a prompt" in actual["tokenizer"].detail
 
 
 def test_flux_is_checked_at_the_size_asked_for(folders):
     assert by_part(audit(folders["flux"]))["fit"].detail == "1024x1024, latents [4, 128, ...]"
-    found = by_part(audit(folders["flux"], resolution=64))
-    assert found["fit"].detail == "64x64, latents [4, 8, ...]"
+    actual = by_part(audit(folders["flux"], resolution=64))
+    assert actual["fit"].detail == "64x64, latents [4, 8, ...]"
     assert not by_part(audit(folders["flux"], resolution=72))["fit"].ok
 
 
@@ -124,12 +124,12 @@ def edit(path, **changes):
 def test_parts_of_other_models_and_schedulers_are_named(copied, folders):
     folder = copied("sdxl")
     edit(folder / "scheduler" / "scheduler_config.json", prediction_type="flow_prediction")
-    found = by_part(audit(folder))
-    assert not found["scheduler"].ok and "flow_prediction" in found["scheduler"].detail
+    actual = by_part(audit(folder))
+    assert not actual["scheduler"].ok and "flow_prediction" in actual["scheduler"].detail
     shutil.rmtree(folder / "text_encoder_2")
     shutil.copytree(folders["sd3"] / "text_encoder", folder / "text_encoder_2")
-    found = by_part(audit(folder))
-    assert not found["fit"].ok and "numbers a token" in found["fit"].detail
+    actual = by_part(audit(folder))
+    assert not actual["fit"].ok and "numbers a token" in actual["fit"].detail
 
 
 def test_a_tokenizer_of_another_model_is_named(copied, folders):
@@ -169,19 +169,19 @@ def test_every_file_that_is_cut_emptied_or_of_another_type_is_named(folders, tmp
         assert any(path.name in detail for detail in wrong), (place, wrong)
 
 
-@pytest.mark.parametrize("kept", [6, 5, 1, 0])
-def test_merges_cut_at_the_end_of_a_line_are_named(tmp_path, kept):
+@pytest.mark.parametrize("lines_left", [6, 5, 1, 0])
+def test_merges_cut_at_the_end_of_a_line_are_named(tmp_path, lines_left):
     tiny_folders.byte_tokenizer(tmp_path / "tokenizer")
     place = tmp_path / "tokenizer" / "vocab.json"
     words = [*json.loads(place.read_text()), "re", "red</w>", "mu", "mug</w>", "ug", "mug"]
     place.write_text(json.dumps({word: number for number, word in enumerate(words)}))
-    lines = ["r e", "re d</w>", "m u", "mu g</w>", "u g", "m ug"][:kept]
+    lines = ["r e", "re d</w>", "m u", "mu g</w>", "u g", "m ug"][:lines_left]
     (tmp_path / "tokenizer" / "merges.txt").write_text("\n".join(["#version: 0.2", *lines, ""]))
     (tmp_path / "tokenizer" / "tokenizer_config.json").write_text('{"tokenizer_class": "CLIPTokenizer"}')
-    if kept == len(words) - 514:
+    if lines_left == len(words) - 514:
         assert load_tokenizer(tmp_path, "tokenizer")("red mug").input_ids[1:-1] == [515, 517]
         return
-    with pytest.raises(UserError, match=f"merges.txt makes {kept} of vocab.json's 6 tokens"):
+    with pytest.raises(UserError, match=f"merges.txt makes {lines_left} of vocab.json's 6 tokens"):
         load_tokenizer(tmp_path, "tokenizer")
 
 

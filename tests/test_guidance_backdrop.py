@@ -55,15 +55,15 @@ def test_an_empty_picture_of_any_grey_is_left_alone_by_every_rule(rule):
     def x0_hat(**settings):
         guidance = make("bad", rule=rule, scale=7.5, inversion_steps=3, t_min=0.7, t_max=0.7, **settings)
         picture = images(0.6, batch=2)
-        found = []
+        actual = []
         original = RULES[rule]
-        RULES[rule] = replace(original, residual=lambda p, s: found.append(original.residual(p, s)) or found[-1])
+        RULES[rule] = replace(original, residual=lambda p, s: actual.append(original.residual(p, s)) or actual[-1])
         try:
             guidance(picture, orbit_views([0.0, 90.0]), 0.5, backdrop=picture.detach())
         finally:
             RULES[rule] = original
-        z_t, alpha_bar = found[0].z_t, guidance.prior.alphas_cumprod[700]
-        return (z_t - (1 - alpha_bar).sqrt() * found[0].eps_hat) / alpha_bar.sqrt()
+        z_t, alpha_bar = actual[0].z_t, guidance.prior.alphas_cumprod[700]
+        return (z_t - (1 - alpha_bar).sqrt() * actual[0].eps_hat) / alpha_bar.sqrt()
 
     torch.testing.assert_close(x0_hat(backdrop_width=100.0), torch.full((2, 3, 16, 16), 0.6), atol=2e-3, rtol=0)
     assert (x0_hat() - 0.6).abs().max() > 0.1  # what the guess would have asked for

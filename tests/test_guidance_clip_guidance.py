@@ -53,10 +53,10 @@ def test_views_are_asked_with_their_own_words(scorer):
 def test_textureless_renders_are_asked_without_the_words_named(scorer):
     words = {"textureless_without": ["red", "striped", "orange"]}
     images = pictures(1)
-    asked = guidance(scorer, "an orange striped cat on a red chair", WHOLE | words)
+    guide = guidance(scorer, "an orange striped cat on a red chair", WHOLE | words)
     for textureless, text in ((True, "a cat on a chair"), (False, "an orange striped cat on a red chair")):
-        wanted = -float(scorer.scores(images, [text]))
-        assert float(asked(images, VIEWS[:1], 0.0, textureless).loss) == pytest.approx(wanted, abs=1e-6)
+        expected = -float(scorer.scores(images, [text]))
+        assert float(guide(images, VIEWS[:1], 0.0, textureless).loss) == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.parametrize("build", [pocket_like, openai_like])
@@ -65,14 +65,14 @@ def test_gradient_agrees_with_finite_differences(tmp_path, build):
     scorer.model.double()
     scorer.embed_images = lambda images: _embed_double(scorer, images)
     scorer._texts = {}
-    asked = guidance(scorer, settings={"crop": (0.8, 0.9), "crops": 2})
+    guide = guidance(scorer, settings={"crop": (0.8, 0.9), "crops": 2})
     scorer._texts = {text: value.double() for text, value in scorer._texts.items()}
     images = (0.2 + 0.6 * pictures(1, 50)).double()
     direction = torch.randn(images.shape, generator=generator(3), dtype=torch.float64)
 
     def loss(x):
-        asked.generator.manual_seed(7)
-        return asked(x, VIEWS[:1], 0.0).loss
+        guide.generator.manual_seed(7)
+        return guide(x, VIEWS[:1], 0.0).loss
 
     x = images.clone().requires_grad_()
     (gradient,) = torch.autograd.grad(loss(x), x)
@@ -121,22 +121,22 @@ def test_gradient_of_a_crop_stays_within_it():
 def test_state_of_the_generator_goes_on_where_it_stopped(scorer):
     settings, images = {"crop": (0.6, 0.9)}, pictures()
     straight = guidance(scorer, settings=settings)
-    wanted = [float(straight(images, VIEWS, 0.0).loss) for _ in range(3)]
+    expected = [float(straight(images, VIEWS, 0.0).loss) for _ in range(3)]
     first = guidance(scorer, settings=settings)
     got = [float(first(images, VIEWS, 0.0).loss)]
     second = guidance(scorer, settings=settings, seed=9)
     second.load_state_dict(first.state_dict())
     got += [float(second(images, VIEWS, 0.0).loss) for _ in range(2)]
-    assert got == wanted and len(set(wanted)) == 3
+    assert got == expected and len(set(expected)) == 3
 
 
 def test_what_only_a_diffusion_prior_can_do_is_refused(scorer):
-    with pytest.raises(UserError, match="cannot be asked") as caught:
+    with pytest.raises(UserError, match="cannot be asked") as error:
         guidance(scorer, negative="ugly")
-    assert "no negative prompt" in caught.value.why
-    with pytest.raises(UserError, match="cannot be asked") as caught:
+    assert "no negative prompt" in error.value.why
+    with pytest.raises(UserError, match="cannot be asked") as error:
         guidance(scorer, prompts=PromptSettings(blend="perp_neg"))
-    assert "prompts.blend=classes" in caught.value.fix
+    assert "prompts.blend=classes" in error.value.fix
 
 
 def test_words_that_do_not_fit_are_refused_before_any_step(scorer):

@@ -62,10 +62,10 @@ def test_gradient_of_sdi_on_the_reference_prior_is_its_formula_without_noise(ref
     # inverted: z_t = a y + width / STD (x - y); its noise and the predicted one, both linear in x - y
     width = flow(ALPHA_BAR)
     z_over = width / STD
-    wanted = SIGMA / width**2 * z_over - (z_over - A) / SIGMA
+    expected = SIGMA / width**2 * z_over - (z_over - A) / SIGMA
     b, rest = slope(reference, rule="sdi", inversion_scale=1.0, inversion_steps=50)
-    assert b == pytest.approx(wanted, rel=0.03) and rest < 1e-3
-    assert abs(wanted) > 0.05
+    assert b == pytest.approx(expected, rel=0.03) and rest < 1e-3
+    assert abs(expected) > 0.05
 
 
 def test_gradient_of_ism_on_the_reference_prior_is_its_formula_without_noise(reference):
@@ -73,10 +73,10 @@ def test_gradient_of_ism_on_the_reference_prior_is_its_formula_without_noise(ref
     z_s = flow(s) / STD
     eps_s = math.sqrt(1 - s) / flow(s) ** 2 * z_s
     z_t = A * (z_s - math.sqrt(1 - s) * eps_s) / math.sqrt(s) + SIGMA * eps_s
-    wanted = SIGMA / flow(ALPHA_BAR) ** 2 * z_t - eps_s
+    expected = SIGMA / flow(ALPHA_BAR) ** 2 * z_t - eps_s
     b, rest = slope(reference, rule="ism", delta=0.1, inversion_steps=50)
-    assert b == pytest.approx(wanted, rel=0.05) and rest < 1e-3
-    assert abs(wanted) > 0.02
+    assert b == pytest.approx(expected, rel=0.05) and rest < 1e-3
+    assert abs(expected) > 0.02
 
 
 class TwoPictures(GaussianPrior):
@@ -101,8 +101,8 @@ def test_monte_carlo_gradient_of_sds_between_two_pictures_is_its_integral(x):
     density = np.exp(-(g**2) / 2) / math.sqrt(2 * math.pi)
     tanh = np.tanh(A * (A * x * y * n + SIGMA * y * math.sqrt(n) * g) / v)
     pull = float((tanh * density).sum() * (g[1] - g[0]))
-    wanted = A * SIGMA / v * (x - y * pull)
-    assert got == pytest.approx(wanted, abs=5 / math.sqrt(64 * 768))
+    expected = A * SIGMA / v * (x - y * pull)
+    assert got == pytest.approx(expected, abs=5 / math.sqrt(64 * 768))
 
 
 def clamped_mean(mean, std, low=-1.0, high=1.0):
@@ -130,10 +130,10 @@ def x0_of_guidance(x, scale, kinds=(PROMPT, EMPTY)):
 @pytest.mark.parametrize("x", [-0.6, 0.2, 1.0])
 def test_monte_carlo_gradient_under_a_static_threshold_is_its_formula(x):
     mean, std = x0_of_guidance(x, 12.0)
-    wanted = A / SIGMA * (x - clamped_mean(mean, std))
+    expected = A / SIGMA * (x - clamped_mean(mean, std))
     guidance = make(scale=12.0, threshold="static", t_min=0.4, t_max=0.4)
-    assert mean_gradient(guidance, x) == pytest.approx(wanted, abs=0.02)
-    assert abs(A / SIGMA * (x - mean) - wanted) > 0.3  # without it the step would be another
+    assert mean_gradient(guidance, x) == pytest.approx(expected, abs=0.02)
+    assert abs(A / SIGMA * (x - mean) - expected) > 0.3  # without it the step would be another
 
 
 def test_fixed_point_of_guided_sds_leaves_the_data_range_and_a_static_threshold_keeps_it_in():
@@ -147,13 +147,13 @@ def test_fixed_point_of_guided_sds_leaves_the_data_range_and_a_static_threshold_
     scale = 4.0
     k1, k0 = (k_of(torch.tensor(ALPHA_BAR), std).item() for _, std in (PROMPT, EMPTY))
     free = root(lambda x: scale * k1 * (x - PROMPT[0]) + (1 - scale) * k0 * (x - EMPTY[0]))
-    kept = root(lambda x: x - clamped_mean(*x0_of_guidance(x, scale)))
-    assert free > 1.2 and PROMPT[0] < kept < 1
-    for wanted, settings in ((free, {}), (kept, {"threshold": "static"})):
+    mean_clamped = root(lambda x: x - clamped_mean(*x0_of_guidance(x, scale)))
+    assert free > 1.2 and PROMPT[0] < mean_clamped < 1
+    for expected, settings in ((free, {}), (mean_clamped, {"threshold": "static"})):
         guidance = make(scale=scale, t_min=0.4, t_max=0.4, **settings)
-        assert abs(mean_gradient(guidance, wanted)) < 0.03
+        assert abs(mean_gradient(guidance, expected)) < 0.03
         guidance = make(scale=scale, t_min=0.4, t_max=0.4, **settings)
-        assert mean_gradient(guidance, wanted - 0.2) < -0.05  # and it is stable
+        assert mean_gradient(guidance, expected - 0.2) < -0.05  # and it is stable
 
 
 def test_csd_between_equally_wide_prompts_never_stops_and_a_static_threshold_bounds_its_push():
@@ -216,14 +216,14 @@ def test_highest_t_may_jump_at_a_share():
 
 def test_gradient_clamp_widens_between_its_shares_and_says_how_much_it_held():
     guidance = make(scale=7.5, grad_clip=(0.5, 20.0, 0.2, 0.4), t_min=0.4, t_max=0.4)
-    held = {}
+    points = {}
     for progress, limit in ((0.0, 0.5), (0.3, 10.25), (0.9, 20.0)):
         picture = images(batch=2)
         output = guidance(picture, orbit_views([0.0, 90.0]), progress)
         output.loss.backward()
-        held[progress] = output.metrics["clipped"]
+        points[progress] = output.metrics["clipped"]
         assert picture.grad.abs().max().item() <= limit * (1 + 1e-6)
-    assert held[0.0] > 0.2 > held[0.9] == 0.0
+    assert points[0.0] > 0.2 > points[0.9] == 0.0
 
 
 @pytest.mark.parametrize(

@@ -69,8 +69,8 @@ def test_stable_diffusion_noise_is_what_its_own_pipeline_computes(folders, prior
     torch.testing.assert_close(prior.embed(["", ""]), negatives)
     torch.testing.assert_close(pipe.scheduler.add_noise(x, eps, t), z_t)
     with torch.no_grad():
-        wanted = pipe.unet(z_t, t, encoder_hidden_states=embeddings).sample
-    torch.testing.assert_close(prior.predict_noise(z_t, t, embeddings), wanted)
+        expected = pipe.unet(z_t, t, encoder_hidden_states=embeddings).sample
+    torch.testing.assert_close(prior.predict_noise(z_t, t, embeddings), expected)
 
 
 def test_latents_are_the_vaes_posterior_sample_times_its_scale(priors):
@@ -81,8 +81,8 @@ def test_latents_are_the_vaes_posterior_sample_times_its_scale(priors):
     got = prior.encode(images, torch.Generator().manual_seed(5))
     torch.testing.assert_close(got, (posterior.mean + posterior.std * noise) * 0.18215)
     back = prior.decode(got)
-    wanted = prior.vae.decode(got / 0.18215).sample.permute(0, 2, 3, 1) / 2 + 0.5
-    torch.testing.assert_close(back, wanted.clamp(0, 1))
+    expected = prior.vae.decode(got / 0.18215).sample.permute(0, 2, 3, 1) / 2 + 0.5
+    torch.testing.assert_close(back, expected.clamp(0, 1))
 
 
 def test_posterior_mode_takes_no_randomness(folders):
@@ -97,8 +97,8 @@ def test_posterior_mode_takes_no_randomness(folders):
 def test_tiny_vae_latents_and_patched_v_prediction_equal_the_modules(priors):
     prior = priors["pocket_latent"]
     images = torch.rand(2, 64, 64, 3)
-    wanted = prior.vae.encode(images.permute(0, 3, 1, 2) * 2 - 1).latents * 0.7
-    torch.testing.assert_close(prior.encode(images, torch.Generator()), wanted)
+    expected = prior.vae.encode(images.permute(0, 3, 1, 2) * 2 - 1).latents * 0.7
+    torch.testing.assert_close(prior.encode(images, torch.Generator()), expected)
     x, eps, t, z_t = noisy(prior)
     embeddings = prior.embed(["a red mug", "a ball"])
     # patches by hand: channel c, row offset i, column offset j -> c * 4 + i * 2 + j
@@ -107,8 +107,8 @@ def test_tiny_vae_latents_and_patched_v_prediction_equal_the_modules(priors):
         v = prior.unet(patched, t, encoder_hidden_states=embeddings).sample
     v = v.reshape(2, 4, 2, 2, 8, 8).permute(0, 1, 4, 2, 5, 3).reshape(2, 4, 16, 16)
     alpha_bar = prior.alphas_cumprod[t].view(2, 1, 1, 1)
-    wanted = alpha_bar.sqrt() * v + (1 - alpha_bar).sqrt() * z_t
-    torch.testing.assert_close(prior.predict_noise(z_t, t, embeddings), wanted)
+    expected = alpha_bar.sqrt() * v + (1 - alpha_bar).sqrt() * z_t
+    torch.testing.assert_close(prior.predict_noise(z_t, t, embeddings), expected)
 
 
 def test_pixel_unet_with_pooled_text_equals_the_module(priors):
@@ -119,10 +119,10 @@ def test_pixel_unet_with_pooled_text_equals_the_module(priors):
     with torch.no_grad():
         v = prior.unet(torch.nn.functional.pixel_unshuffle(z_t, 4), t, encoder_hidden_states=embeddings).sample
     alpha_bar = prior.alphas_cumprod[t].view(2, 1, 1, 1)
-    wanted = alpha_bar.sqrt() * torch.nn.functional.pixel_shuffle(v, 4) + (1 - alpha_bar).sqrt() * z_t
-    torch.testing.assert_close(prior.predict_noise(z_t, t, embeddings), wanted)
+    expected = alpha_bar.sqrt() * torch.nn.functional.pixel_shuffle(v, 4) + (1 - alpha_bar).sqrt() * z_t
+    torch.testing.assert_close(prior.predict_noise(z_t, t, embeddings), expected)
     text_matters = prior.predict_noise(z_t, t, prior.embed(["a blue cat"] * 2))
-    assert (text_matters - wanted).abs().max() > 1e-4
+    assert (text_matters - expected).abs().max() > 1e-4
 
 
 def test_deepfloyd_drops_the_variance_and_masks_the_padding(folders, priors):
@@ -133,15 +133,15 @@ def test_deepfloyd_drops_the_variance_and_masks_the_padding(folders, priors):
     prior = priors["deepfloyd"]
     # IFPipeline pads to its constant 77, beyond this tiny tokenizer's 16: encode as it does, at 16
     tokens = pipe.tokenizer(["a red mug"], padding="max_length", max_length=16, return_tensors="pt")
-    wanted = pipe.text_encoder(tokens.input_ids, attention_mask=tokens.attention_mask)[0]
-    torch.testing.assert_close(prior.embed([" A red MUG "]), wanted)
+    expected = pipe.text_encoder(tokens.input_ids, attention_mask=tokens.attention_mask)[0]
+    torch.testing.assert_close(prior.embed([" A red MUG "]), expected)
     unmasked = pipe.text_encoder(tokens.input_ids)[0]
-    assert (unmasked - wanted).abs().max() > 1e-4
+    assert (unmasked - expected).abs().max() > 1e-4
     x, eps, t, z_t = noisy(prior)
     with torch.no_grad():
-        six = pipe.unet(z_t, t, encoder_hidden_states=wanted.expand(2, -1, -1)).sample
+        six = pipe.unet(z_t, t, encoder_hidden_states=expected.expand(2, -1, -1)).sample
     assert six.shape[1] == 6
-    torch.testing.assert_close(prior.predict_noise(z_t, t, wanted.expand(2, -1, -1)), six[:, :3])
+    torch.testing.assert_close(prior.predict_noise(z_t, t, expected.expand(2, -1, -1)), six[:, :3])
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -178,8 +178,8 @@ def test_small_batches_and_slicing_change_memory_not_results(folders, priors):
     careful = load_prior(folders["stable_diffusion"], "cpu", settings=settings)
     x, eps, t, z_t = noisy(priors["stable_diffusion"])
     embeddings = careful.embed(["a red mug", "a ball"])
-    wanted = priors["stable_diffusion"].predict_noise(z_t, t, embeddings)
-    torch.testing.assert_close(careful.predict_noise(z_t, t, embeddings), wanted, rtol=1e-4, atol=1e-5)
+    expected = priors["stable_diffusion"].predict_noise(z_t, t, embeddings)
+    torch.testing.assert_close(careful.predict_noise(z_t, t, embeddings), expected, rtol=1e-4, atol=1e-5)
     images = torch.rand(1, 64, 64, 3, requires_grad=True)
     grads = []
     for prior in (careful, priors["stable_diffusion"]):
@@ -230,9 +230,9 @@ def broken(folders, tmp_path):
 
 
 def refuse(folder, pattern, **settings):
-    with pytest.raises(UserError, match=pattern) as caught:
+    with pytest.raises(UserError, match=pattern) as error:
         load_prior(folder, "cpu", settings=DiffusionSettings(**settings))
-    assert caught.value.what and caught.value.why and caught.value.fix
+    assert error.value.what and error.value.why and error.value.fix
 
 
 @pytest.mark.parametrize("part", ["unet", "vae", "text_encoder", "tokenizer", "scheduler"])

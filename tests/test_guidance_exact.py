@@ -94,9 +94,9 @@ def test_guidance_with_the_exact_pose_is_noise_free_reconstruction():
     srgb = linear_to_srgb(images.detach())
     alpha_bar = prior.alphas_cumprod[400].item()
     # grad on x in [-1, 1]: w alpha / sigma (x - y) / B, and x = 2 srgb - 1
-    wanted = (1 - alpha_bar) * (alpha_bar / (1 - alpha_bar)) ** 0.5 * 2 * (srgb - target) / 2 * 2
+    expected = (1 - alpha_bar) * (alpha_bar / (1 - alpha_bar)) ** 0.5 * 2 * (srgb - target) / 2 * 2
     twin = images.detach().requires_grad_()
-    linear_to_srgb(twin).backward(wanted)
+    linear_to_srgb(twin).backward(expected)
     torch.testing.assert_close(images.grad, twin.grad, rtol=1e-3, atol=1e-4)
 
 
@@ -156,11 +156,11 @@ def test_creases_stay_sharp_and_seams_do_not_show():
 def test_class_views_belong_to_the_class_of_the_asked_view(sides):
     prompts, settings = PromptSettings(sides=sides), ReferenceSettings(class_azimuths=5, class_elevations=3)
     views = sample_views(CameraSettings(elevation_deg=(-10.0, 80.0)), 60, torch.Generator().manual_seed(0))
-    seen = set()
+    values = set()
     for k in range(len(views)):
         group = class_views(views[k], settings, prompts)
         name = view_class(views.azimuth_deg[k].item(), views.elevation_deg[k].item(), prompts)
-        seen.add(name)
+        values.add(name)
         assert len(group) == 15
         for azimuth, elevation in zip(group.azimuth_deg.tolist(), group.elevation_deg.tolist(), strict=True):
             assert view_class(azimuth, elevation, prompts) == name
@@ -169,7 +169,7 @@ def test_class_views_belong_to_the_class_of_the_asked_view(sides):
         torch.testing.assert_close(
             (group.light - group.position).norm(dim=-1), (views.light[k] - views.position[k]).norm().expand(15)
         )
-    assert len(seen) == (5 if sides else 4)
+    assert len(values) == (5 if sides else 4)
 
 
 def test_class_pose_posterior_picks_the_nearest_view_at_low_noise():

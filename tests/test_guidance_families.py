@@ -23,9 +23,9 @@ def overheard(pipe, name, *args, **kwargs):
     network, calls = getattr(pipe, name), []
     forward = network.forward
 
-    def listen(*given, **named):
-        out = forward(*given, **named)
-        everything = dict(zip(("hidden_states", "timestep"), given, strict=False)) | named
+    def listen(*inputs, **options):
+        out = forward(*inputs, **options)
+        everything = dict(zip(("hidden_states", "timestep"), inputs, strict=False)) | options
         hidden = everything.get("hidden_states", everything.get("sample"))
         calls.append((hidden.clone(), everything["timestep"], everything, out[0].clone()))
         return out
@@ -46,10 +46,10 @@ def test_stable_diffusion_hears_what_its_pipeline_says(tmp_path):
     pipe, prior = StableDiffusionPipeline.from_pretrained(folder, **absent), load_prior(folder, "cpu")
     embedding = torch.cat([prior.embed(["ugly"] * 2), prior.embed(PROMPTS)])
     size = dict(height=64, width=64, output_type="latent", guidance_scale=7.5)
-    for z, t, _, wanted in overheard(pipe, "unet", PROMPTS, negative_prompt=["ugly"] * 2, **size):
-        torch.testing.assert_close(prior.denoiser(z, t.expand(4), embedding), wanted)
+    for z, t, _, expected in overheard(pipe, "unet", PROMPTS, negative_prompt=["ugly"] * 2, **size):
+        torch.testing.assert_close(prior.denoiser(z, t.expand(4), embedding), expected)
         alpha_bar = pipe.scheduler.alphas_cumprod[t]
-        eps = alpha_bar.sqrt() * wanted + (1 - alpha_bar).sqrt() * z
+        eps = alpha_bar.sqrt() * expected + (1 - alpha_bar).sqrt() * z
         torch.testing.assert_close(prior.predict_noise(z, t.expand(4), embedding), eps)
 
 
@@ -60,9 +60,9 @@ def test_deepfloyd_hears_what_its_pipeline_says(tmp_path):
     absent = dict(safety_checker=None, feature_extractor=None, watermarker=None, requires_safety_checker=False)
     pipe, prior = IFPipeline.from_pretrained(folder, **absent), load_prior(folder, "cpu")
     embedding = torch.cat([prior.embed(["", ""]), prior.embed(PROMPTS)])
-    for z, t, _, wanted in overheard(pipe, "unet", PROMPTS, height=16, width=16, output_type="pt"):
-        assert wanted.shape[1] == 6  # three of them a learned variance
-        torch.testing.assert_close(prior.predict_noise(z, t.expand(4), embedding), wanted[:, :3])
+    for z, t, _, expected in overheard(pipe, "unet", PROMPTS, height=16, width=16, output_type="pt"):
+        assert expected.shape[1] == 6  # three of them a learned variance
+        torch.testing.assert_close(prior.predict_noise(z, t.expand(4), embedding), expected[:, :3])
 
 
 @pytest.mark.slow
@@ -76,11 +76,11 @@ def test_sdxl_hears_what_its_pipeline_says(family_folders, family_priors):
     assert torch.equal(prior.embed(["", ""]), join_pooled(zeros, pooled_zeros))  # zeros, not an encoded ""
     embedding = torch.cat([prior.embed(["", ""]), prior.embed(PROMPTS)])
     calls = overheard(pipe, "unet", PROMPTS, height=64, width=64, output_type="latent", guidance_scale=7.5)
-    for z, t, given, wanted in calls:
-        torch.testing.assert_close(prior.predict_noise(z, t.long().expand(4), embedding), wanted)
-        assert given["added_cond_kwargs"]["time_ids"].tolist() == [[64, 64, 0, 0, 64, 64]] * 4
+    for z, t, inputs, expected in calls:
+        torch.testing.assert_close(prior.predict_noise(z, t.long().expand(4), embedding), expected)
+        assert inputs["added_cond_kwargs"]["time_ids"].tolist() == [[64, 64, 0, 0, 64, 64]] * 4
     other = load_prior(family_folders["sdxl"], "cpu", settings=DiffusionSettings(resolution=128))
-    assert (other.predict_noise(z, t.long().expand(4), embedding) - wanted).abs().max() > 1e-5  # it is told the size
+    assert (other.predict_noise(z, t.long().expand(4), embedding) - expected).abs().max() > 1e-5  # it is told the size
 
 
 @pytest.mark.slow
@@ -96,10 +96,10 @@ def test_sd3_hears_what_its_pipeline_says(family_folders, family_priors, tmp_pat
     length = 16 if with_t5 else 256  # of the tiny tokenizer, and of the zeros in T5's place
     embedding = torch.cat([prior.embed(["", ""]), prior.embed(PROMPTS)])
     size = dict(height=64, width=64, output_type="latent", guidance_scale=5.0, max_sequence_length=length)
-    for z, t, given, wanted in overheard(pipe, "transformer", PROMPTS, **size):
-        rows = join_pooled(given["encoder_hidden_states"], given["pooled_projections"])
+    for z, t, inputs, expected in overheard(pipe, "transformer", PROMPTS, **size):
+        rows = join_pooled(inputs["encoder_hidden_states"], inputs["pooled_projections"])
         torch.testing.assert_close(embedding, rows)
-        torch.testing.assert_close(prior.denoiser(z, t, embedding), wanted)
+        torch.testing.assert_close(prior.denoiser(z, t, embedding), expected)
 
 
 @pytest.mark.parametrize("guidance", [True, False])
@@ -113,12 +113,14 @@ def test_flux_hears_what_its_pipeline_says(family_folders, family_priors, tmp_pa
     embedding = prior.embed(PROMPTS)
     size = dict(height=64, width=64, output_type="latent", guidance_scale=3.5, max_sequence_length=16)
     calls = overheard(pipe, "transformer", PROMPTS, **size)
-    for packed, fraction, given, wanted in calls:
-        torch.testing.assert_close(embedding, join_pooled(given["encoder_hidden_states"], given["pooled_projections"]))
-        z, wanted = (pipe._unpack_latents(tensor, 64, 64, 8) for tensor in (packed, wanted))
-        torch.testing.assert_close(prior.denoiser(z, 1000 * fraction, embedding), wanted)
+    for packed, fraction, inputs, expected in calls:
+        torch.testing.assert_close(
+            embedding, join_pooled(inputs["encoder_hidden_states"], inputs["pooled_projections"])
+        )
+        z, expected = (pipe._unpack_latents(tensor, 64, 64, 8) for tensor in (packed, expected))
+        torch.testing.assert_close(prior.denoiser(z, 1000 * fraction, embedding), expected)
     weak = load_prior(folder, "cpu", settings=DiffusionSettings(resolution=64, embedded_guidance=1.0))
-    change = (weak.denoiser(z, 1000 * fraction, embedding) - wanted).abs().max()
+    change = (weak.denoiser(z, 1000 * fraction, embedding) - expected).abs().max()
     assert (change > 1e-4) == guidance
     # the pipeline's second step of two: sigma 1/2 shifted by mu, which 16 image tokens of 4 to 64 move to 0.63
     e_mu = math.exp(0.5 + (1.15 - 0.5) * (16 - 4) / (64 - 4))
@@ -136,8 +138,8 @@ def test_noise_of_a_flow_is_that_of_its_velocity(family_priors, name):
     embedding = prior.embed(PROMPTS)
     with torch.no_grad():
         velocity = prior.denoiser(noisy, prior.schedule.timesteps[t], embedding)
-    wanted = noisy - sigma * velocity + velocity
-    torch.testing.assert_close(prior.predict_noise(z_t, t, embedding), wanted, rtol=1e-4, atol=1e-5)
+    expected = noisy - sigma * velocity + velocity
+    torch.testing.assert_close(prior.predict_noise(z_t, t, embedding), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_an_euler_step_of_the_pipeline_is_a_ddim_step_of_the_prior(family_folders, family_priors):
@@ -155,11 +157,11 @@ def test_an_euler_step_of_the_pipeline_is_a_ddim_step_of_the_prior(family_folder
     noisy = (1 - sigma) * x + sigma * eps
     with torch.no_grad():
         velocity = prior.denoiser(noisy, scheduler.timesteps[:1].expand(2), embedding)
-    wanted = scheduler.step(velocity, scheduler.timesteps[0], noisy).prev_sample
+    expected = scheduler.step(velocity, scheduler.timesteps[0], noisy).prev_sample
     alpha_bar, below = prior.alphas_cumprod[high], prior.alphas_cumprod[low]
     z_t = add_noise(x, eps, alpha_bar)
     moved = ddim_step(z_t, prior.predict_noise(z_t, high, embedding), alpha_bar, below)
-    torch.testing.assert_close(moved * per_sample(flow_scale(below), moved), wanted, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(moved * per_sample(flow_scale(below), moved), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_shifted_and_scaled_latents_are_the_pipelines(family_priors):

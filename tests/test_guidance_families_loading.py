@@ -53,9 +53,9 @@ def edit(path, **changes):
 
 
 def refuse(folder, pattern, **settings):
-    with pytest.raises(UserError, match=pattern) as caught:
+    with pytest.raises(UserError, match=pattern) as error:
         load_prior(folder, "cpu", settings=DiffusionSettings(**settings))
-    assert caught.value.what and caught.value.why and caught.value.fix
+    assert error.value.what and error.value.why and error.value.fix
 
 
 @pytest.mark.parametrize("part", ["text_encoder_2", "tokenizer_3", "transformer", "vae", "scheduler"])
@@ -125,9 +125,9 @@ def test_another_autoencoder_of_the_same_latents_takes_the_place_of_the_models_o
     tiny_families.tiny_vae(4).save_pretrained(str(folder))
     prior = load_prior(family_folders["sdxl"], "cpu", settings=DiffusionSettings(autoencoder=str(folder)))
     images = torch.rand(1, 64, 64, 3)
-    wanted = prior.vae.encode(images.permute(0, 3, 1, 2) * 2 - 1).latents
+    expected = prior.vae.encode(images.permute(0, 3, 1, 2) * 2 - 1).latents
     assert type(prior.vae).__name__ == "AutoencoderTiny"
-    torch.testing.assert_close(prior.encode(images, torch.Generator()), wanted)
+    torch.testing.assert_close(prior.encode(images, torch.Generator()), expected)
     other = tmp_path / "other"
     tiny_families.tiny_vae(16).save_pretrained(str(other))
     refuse(family_folders["sdxl"], "latents have 16 channels, the model's 4", autoencoder=str(other))
@@ -138,8 +138,8 @@ def test_careful_memory_settings_do_not_change_the_result(family_folders, family
     s = DiffusionSettings(max_batch=1, vae_slicing=True, vae_checkpointing=True, offload="blocks", text_device="cpu")
     careful, plain = load_prior(family_folders["sdxl"], "cpu", settings=s), family_priors["sdxl"]
     x, eps, t, z_t = problem(plain)
-    wanted = plain.predict_noise(z_t, t, plain.embed(PROMPTS))
-    torch.testing.assert_close(careful.predict_noise(z_t, t, careful.embed(PROMPTS)), wanted, rtol=1e-4, atol=1e-5)
+    reference = plain.predict_noise(z_t, t, plain.embed(PROMPTS))
+    torch.testing.assert_close(careful.predict_noise(z_t, t, careful.embed(PROMPTS)), reference, rtol=1e-4, atol=1e-5)
     images = torch.rand(2, 64, 64, 3, requires_grad=True)
     results = []
     for prior in (careful, plain):

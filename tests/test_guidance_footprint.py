@@ -26,8 +26,10 @@ def folders(tmp_path_factory):
 
 
 def found(folder, images=2, predictions=4, device=CPU, vsd=None, **settings):
-    made = DiffusionSettings(**settings)
-    return footprint(make_plan(folder, made), made, device, images=images, predictions=predictions, vsd=vsd)
+    chosen_settings = DiffusionSettings(**settings)
+    return footprint(
+        make_plan(folder, chosen_settings), chosen_settings, device, images=images, predictions=predictions, vsd=vsd
+    )
 
 
 @pytest.mark.slow
@@ -65,12 +67,12 @@ def test_bytes_counted_without_memory_are_those_counted_in_memory(folders, name)
     """The same forward and backward passes once on the meta device and once for real."""
     prior = load_prior(folders[name], "cpu", settings=DiffusionSettings(vae_sample="mode"))
     pictures = torch.rand(2, 3, 64, 64, requires_grad=True)
-    kept, peak = live_bytes(prior.vae, lambda: prior.autoencoder.encode(pictures, torch.Generator()), backward=True)
+    live, peak = live_bytes(prior.vae, lambda: prior.autoencoder.encode(pictures, torch.Generator()), backward=True)
     z, t, embedding = torch.randn(4, 4, 8, 8), torch.full((4,), 500.0), prior.embed(["a"] * 4)
     with torch.no_grad():
         _, predicting = live_bytes(prior.unet, lambda: prior.denoiser(z, t, embedding))
     counted = found(folders[name])
-    assert counted.images == pytest.approx(max(peak, kept + predicting), rel=0.02)
+    assert counted.images == pytest.approx(max(peak, live + predicting), rel=0.02)
 
 
 @pytest.mark.parametrize("name", ["deepfloyd", "sdxl", "sd3", "flux"])
@@ -102,12 +104,12 @@ def test_a_rule_that_looks_at_decoded_pictures_counts_them(folders):
     from dataclasses import replace
 
     folder = folders["sdxl"]
-    made = DiffusionSettings()
-    plan, device = make_plan(folder, made), torch.device("cpu")
+    chosen_settings = DiffusionSettings()
+    plan, device = make_plan(folder, chosen_settings), torch.device("cpu")
     plain, counted = (
-        footprint(plan, made, device, images=8, predictions=1, decodes=decodes) for decodes in (False, True)
+        footprint(plan, chosen_settings, device, images=8, predictions=1, decodes=decodes) for decodes in (False, True)
     )
-    prior = load_prior(folder, "cpu", settings=made)
+    prior = load_prior(folder, "cpu", settings=chosen_settings)
     z = torch.randn(8, prior.channels, plan.geometry.latents, plan.geometry.latents)
     with torch.no_grad():
         _, decoding = live_bytes(prior.vae, lambda: prior.autoencoder.decode(z))

@@ -193,10 +193,10 @@ def test_joined_layers_of_flux_trainers_are_taken_apart(tmp_path):
     prior = merged(folder, write(tmp_path / "a.safetensors", tensors))
     for k, name in enumerate(("to_q", "to_k", "to_v")):
         was = weight_of(plain.unet, f"transformer_blocks.0.attn.{name}")
-        wanted = was + (up @ down)[32 * k : 32 * k + 32]
-        torch.testing.assert_close(weight_of(prior.unet, f"transformer_blocks.0.attn.{name}"), wanted)
-    named = {f"transformer.transformer_blocks.0.attn.to_q.lora_{ab}.weight": m for ab, m in zip("AB", matrices(was))}
-    assert merged(folder, write(tmp_path / "b.safetensors", named)).unet is not None
+        expected = was + (up @ down)[32 * k : 32 * k + 32]
+        torch.testing.assert_close(weight_of(prior.unet, f"transformer_blocks.0.attn.{name}"), expected)
+    names = {f"transformer.transformer_blocks.0.attn.to_q.lora_{ab}.weight": m for ab, m in zip("AB", matrices(was))}
+    assert merged(folder, write(tmp_path / "b.safetensors", names)).unet is not None
 
 
 @pytest.mark.parametrize("prefix", ["", "unet."])
@@ -225,39 +225,39 @@ def same(module, other):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("given", ["whole folder", "networks alone", "unet", "shards", "fp16"])
-def test_a_dreambooth_folder_takes_the_networks_place(folder, plain, dreambooth, tmp_path, given):
-    wanted = load_prior(dreambooth, "cpu")
+@pytest.mark.parametrize("kind", ["whole folder", "networks alone", "unet", "shards", "fp16"])
+def test_a_dreambooth_folder_takes_the_networks_place(folder, plain, dreambooth, tmp_path, kind):
+    expected = load_prior(dreambooth, "cpu")
     path = dreambooth
-    if given == "networks alone":
+    if kind == "networks alone":
         for name in ("vae", "scheduler", "tokenizer"):
             shutil.rmtree(dreambooth / name)
         (dreambooth / "model_index.json").unlink()
-    elif given == "unet":
+    elif kind == "unet":
         path = dreambooth / "unet"
-    elif given == "shards":
+    elif kind == "shards":
         file = dreambooth / "unet" / "diffusion_pytorch_model.safetensors"
         tensors = list(load_file(file).items())
         for k, part in enumerate((tensors[:20], tensors[20:])):
             save_file(dict(part), file.with_name(f"diffusion_pytorch_model-0000{k + 1}-of-00002.safetensors"))
         file.unlink()
-    elif given == "fp16":
+    elif kind == "fp16":
         file = dreambooth / "unet" / "diffusion_pytorch_model.safetensors"
         file.rename(file.with_suffix(".fp16.safetensors"))
     prior = merged(folder, path)
-    assert same(prior.unet, wanted.unet) and same(prior.vae, plain.vae)
-    said = plain if given == "unet" else wanted
-    assert same(prior.text.encoders[0].load(), said.text.encoders[0].load())
+    assert same(prior.unet, expected.unet) and same(prior.vae, plain.vae)
+    result = plain if kind == "unet" else expected
+    assert same(prior.text.encoders[0].load(), result.text.encoders[0].load())
 
 
 @pytest.mark.parametrize("where", [("mine",), ("base",), ("mine", "base")])
 def test_what_old_files_count_beside_their_weights_is_left_aside(folder, dreambooth, tmp_path, where):
-    wanted = load_prior(dreambooth, "cpu").text.encoders[0].load()
+    expected = load_prior(dreambooth, "cpu").text.encoders[0].load()
     shutil.copytree(folder, tmp_path / "base")
     for name in where:
         (file,) = (tmp_path / name / "text_encoder").glob("*.safetensors")
         save_file(load_file(file) | {"text_model.embeddings.position_ids": torch.arange(40)[None]}, file)
-    assert same(merged(tmp_path / "base", dreambooth).text.encoders[0].load(), wanted)
+    assert same(merged(tmp_path / "base", dreambooth).text.encoders[0].load(), expected)
 
 
 def test_half_of_a_dreambooth_is_halfway(folder, plain, dreambooth):
@@ -281,10 +281,10 @@ def test_a_dreambooth_folder_of_another_model_is_refused(folder, dreambooth, tmp
 
 
 def refuse(folder, path, pattern):
-    with pytest.raises(UserError, match=pattern) as caught:
+    with pytest.raises(UserError, match=pattern) as error:
         merged(folder, path)
-    assert "prior.lora=" in caught.value.what and caught.value.fix
-    return caught.value
+    assert "prior.lora=" in error.value.what and error.value.fix
+    return error.value
 
 
 @pytest.mark.parametrize(

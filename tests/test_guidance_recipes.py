@@ -25,14 +25,14 @@ RULE_RECIPES = {"csd": "csd", "nfsd": "nfsd", "ism": "ism", "sdi": "sdi", "vsd":
 
 def differences(a, b, path=""):
     """Dotted names of the settings in which two models differ."""
-    found = []
+    keys = []
     for name in type(a).model_fields:
         left, right = getattr(a, name), getattr(b, name)
         if hasattr(left, "model_fields"):
-            found += differences(left, right, f"{path}{name}.")
+            keys += differences(left, right, f"{path}{name}.")
         elif left != right:
-            found.append(path + name)
-    return found
+            keys.append(path + name)
+    return keys
 
 
 def test_plain_sds_is_dreamfusions_whatever_the_default_recipe_says():
@@ -126,7 +126,7 @@ def test_recipe_for_real_weights_is_accepted_with_them_and_before_they_are_here(
 
 @pytest.mark.parametrize("name", sorted(RULE_RECIPES))
 def test_rule_is_laid_over_a_recipe_for_real_weights_without_the_pocket_priors_numbers(name):
-    sd, laid, own = (load_config(n, [], {}) for n in ("stable-diffusion", ["stable-diffusion", name], name))
+    sd, laid, alone = (load_config(n, [], {}) for n in ("stable-diffusion", ["stable-diffusion", name], name))
     changed = differences(sd, laid)
     assert changed and all(key.startswith("guidance.") for key in changed)
     assert laid.negative == sd.negative and laid.prior == sd.prior and laid.coarse == sd.coarse
@@ -136,10 +136,10 @@ def test_rule_is_laid_over_a_recipe_for_real_weights_without_the_pocket_priors_n
         )
     if name == "vsd":
         assert (laid.guidance.coarse.rule.lr, laid.guidance.coarse.rule.rank) == (1e-4, 4)  # published
-        assert (own.guidance.coarse.rule.lr, own.guidance.coarse.rule.rank) == (1e-3, 8)
+        assert (alone.guidance.coarse.rule.lr, alone.guidance.coarse.rule.rank) == (1e-3, 8)
     if name == "hifa":
         assert (laid.guidance.coarse.scale, laid.guidance.coarse.timesteps) == (100, "sqrt")
-        assert (own.guidance.coarse.scale, own.guidance.fine.scale) == (2, 4)
+        assert (alone.guidance.coarse.scale, alone.guidance.fine.scale) == (2, 4)
 
 
 @pytest.fixture(scope="module")
@@ -230,8 +230,8 @@ def test_fractions_of_the_flow_recipe_are_as_noisy_as_those_of_stable_diffusion(
         ramps = (mine.t_min, theirs.t_min), (mine.t_max, theirs.t_max)
         for k, t in ((a.at(share), b.at(share)) for a, b in ramps for share in (0.0, 1.0)):
             sigma = torch.tensor(3 * k / (1 + 2 * k))
-            wanted = alphas_cumprod[round(1000 * t)].item()
-            assert path_alphas_cumprod(1 - sigma, sigma).item() == pytest.approx(wanted, rel=0.03, abs=1e-3)
+            expected = alphas_cumprod[round(1000 * t)].item()
+            assert path_alphas_cumprod(1 - sigma, sigma).item() == pytest.approx(expected, rel=0.03, abs=1e-3)
 
 
 def test_every_line_of_a_guidance_recipe_fits_and_says_why():

@@ -62,9 +62,9 @@ def test_rule_of_the_table_has_its_settings_its_errors_and_its_count(toy, capsys
     assert max_predictions(settings, ViewPrompts("a mug")) == 7
     config = load_config(None, ["guidance.fine.rule=pull", "guidance.fine.rule.strength=3"], {})
     assert config.guidance.fine.rule.strength.at(0.5) == 3 and config.guidance.coarse.rule.name == "sds"
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(UserError) as error:
         load_config(None, ["guidance.fine.rule=pull", "guidance.fine.rule.strenght=3"], {})
-    assert caught.value.why == "guidance.fine.rule knows: floor, name, strength"
+    assert error.value.why == "guidance.fine.rule knows: floor, name, strength"
     with pytest.raises(UserError, match="the rules are sds, .*, vsd, pull, got 'push'"):
         load_config(None, ["guidance.fine.rule=push"], {})
     print_settings("guidance.fine.rule", None)
@@ -91,8 +91,8 @@ def test_rule_of_the_table_runs_from_the_command_to_the_files_and_is_listed(toy,
 def test_rule_of_the_table_is_taken_by_the_command_from_a_recipe_of_its_own(toy, tmp_path, capsys):
     write_glb(sphere(), tmp_path / "ball.glb")
     rule = "guidance: {fine: {scale: 1, t_min: 0.28, t_max: 0.28, rule: {name: pull, floor: 0.25}}}"
-    own = [rule if line.startswith("guidance") else line for line in TINY.splitlines()]
-    (tmp_path / "mine.yaml").write_text("\n".join(own))
+    lines = [rule if line.startswith("guidance") else line for line in TINY.splitlines()]
+    (tmp_path / "mine.yaml").write_text("\n".join(lines))
     mesh = f"reference.mesh={tmp_path / 'ball.glb'}"
     run, again = str(tmp_path / "run"), str(tmp_path / "again")
     assert command("run", "--config", str(tmp_path / "mine.yaml"), "--prompt", "a ball", "--out", run, mesh) == 0
@@ -105,9 +105,9 @@ def test_rule_of_the_table_is_taken_by_the_command_from_a_recipe_of_its_own(toy,
 
 
 def test_strength_of_the_toy_rule_reaches_the_gradient(toy):
-    def gradient(**own):
+    def gradient(**lines):
         picture = images(batch=4)
-        guidance = make(rule={"name": "pull", **own}, scale=1.0)
+        guidance = make(rule={"name": "pull", **lines}, scale=1.0)
         guidance(picture, orbit_views([0.0, 90.0, 180.0, 270.0]), 1.0).loss.backward()
         return picture.grad
 

@@ -21,7 +21,7 @@ NOISE = 1 / (VIEWS * 768) ** 0.5
 
 
 @pytest.mark.parametrize(
-    ("settings", "negative", "wanted", "spread"),
+    ("settings", "negative", "expected", "spread"),
     [
         (dict(rule="sds", scale=1.0), "", K1 * D1, 1.0),
         (dict(rule="sds", scale=5.0), "", -4 * K0 * D0 + 5 * K1 * D1, 5.0),
@@ -31,10 +31,10 @@ NOISE = 1 / (VIEWS * 768) ** 0.5
         (dict(rule="nfsd", scale=7.5), "bad", K0 * D0 - KN * DN + 7.5 * (K1 * D1 - K0 * D0), 10.0),
     ],
 )
-def test_monte_carlo_gradient_of_each_rule_is_its_formula(settings, negative, wanted, spread):
+def test_monte_carlo_gradient_of_each_rule_is_its_formula(settings, negative, expected, spread):
     got = mean_gradient(make(negative, **AT, **settings))
-    assert got == pytest.approx(wanted, abs=5 * spread * NOISE)
-    assert abs(wanted) > 10 * spread * NOISE  # the tolerance could tell it from zero
+    assert got == pytest.approx(expected, abs=5 * spread * NOISE)
+    assert abs(expected) > 10 * spread * NOISE  # the tolerance could tell it from zero
 
 
 def test_csd_moves_its_reference_from_the_empty_to_the_negative_prompt():
@@ -56,8 +56,8 @@ def test_low_noise_of_nfsd_is_a_noise_level_and_not_a_timestep():
     """t = 0.15 of a schedule whose steps are all as noisy as Stable Diffusion's above 0.2 is no low noise."""
     guidance = make("bad", rule="nfsd", scale=7.5, t_min=0.15, t_max=0.15)
     guidance.prior.alphas_cumprod = torch.full((1000,), A)
-    wanted = K0 * D0 - KN * DN + 7.5 * (K1 * D1 - K0 * D0)
-    assert mean_gradient(guidance) == pytest.approx(wanted, abs=10 * NOISE)
+    expected = K0 * D0 - KN * DN + 7.5 * (K1 * D1 - K0 * D0)
+    assert mean_gradient(guidance) == pytest.approx(expected, abs=10 * NOISE)
 
 
 def test_sds_weight_scales_the_gradient_by_sigma_squared():
@@ -86,9 +86,9 @@ def test_fixed_point_of_sds_is_the_mode_whatever_the_timesteps():
 def test_guidance_overshoots_the_mode_by_the_amount_known_for_gaussians():
     scale = 3.0
     # (1 - s) k0 (x - m0) + s k1 (x - m1) = 0
-    wanted = ((1 - scale) * K0 * EMPTY[0] + scale * K1 * PROMPT[0]) / ((1 - scale) * K0 + scale * K1)
-    assert descend(make(scale=scale, **AT), rate=0.1) == pytest.approx(wanted, abs=0.03)
-    assert wanted > PROMPT[0] + 0.3
+    expected = ((1 - scale) * K0 * EMPTY[0] + scale * K1 * PROMPT[0]) / ((1 - scale) * K0 + scale * K1)
+    assert descend(make(scale=scale, **AT), rate=0.1) == pytest.approx(expected, abs=0.03)
+    assert expected > PROMPT[0] + 0.3
 
 
 def test_sdi_inverts_gaussian_data_along_its_exact_flow():
@@ -97,10 +97,10 @@ def test_sdi_inverts_gaussian_data_along_its_exact_flow():
     v = A * std**2 + 1 - A
     z = A**0.5 * mean + v**0.5 / std * (X0 - mean)
     eps_inverted = (z - A**0.5 * X0) / (1 - A) ** 0.5
-    wanted = (1 - A) ** 0.5 / v * (z - A**0.5 * mean) - eps_inverted
+    expected = (1 - A) ** 0.5 / v * (z - A**0.5 * mean) - eps_inverted
     got = mean_gradient(make(rule="sdi", scale=1.0, inversion_scale=1.0, inversion_steps=50, **AT))
-    assert got == pytest.approx(wanted, rel=0.05)
-    assert abs(wanted) > 0.15
+    assert got == pytest.approx(expected, rel=0.05)
+    assert abs(expected) > 0.15
 
 
 def test_ism_is_the_difference_of_two_predictions_on_one_inverted_path():
@@ -115,8 +115,8 @@ def test_ism_is_the_difference_of_two_predictions_on_one_inverted_path():
     z_s = a_s**0.5 * mean + (a_s * std**2 + 1 - a_s) ** 0.5 / std * (X0 - mean)  # exact flow to s
     eps_s = eps(z_s, a_s, EMPTY)
     z_t = A**0.5 * (z_s - (1 - a_s) ** 0.5 * eps_s) / a_s**0.5 + (1 - A) ** 0.5 * eps_s
-    wanted = eps(z_t, A, EMPTY) + 7.5 * (eps(z_t, A, PROMPT) - eps(z_t, A, EMPTY)) - eps_s
-    assert got == pytest.approx(wanted, rel=0.03)
+    expected = eps(z_t, A, EMPTY) + 7.5 * (eps(z_t, A, PROMPT) - eps(z_t, A, EMPTY)) - eps_s
+    assert got == pytest.approx(expected, rel=0.03)
 
 
 def test_ddim_step_there_and_back_returns():
@@ -132,8 +132,8 @@ def test_rescale_gives_the_guided_x0_the_conditional_contrast():
     from stages.guidance.prior import x0_from_eps
 
     full = rules.rescale_cfg(5 * eps_hat, eps_y, z, alpha_bar, 1.0)
-    wanted = x0_from_eps(eps_y, z, alpha_bar).std((1, 2, 3))
-    torch.testing.assert_close(x0_from_eps(full, z, alpha_bar).std((1, 2, 3)), wanted)
+    expected = x0_from_eps(eps_y, z, alpha_bar).std((1, 2, 3))
+    torch.testing.assert_close(x0_from_eps(full, z, alpha_bar).std((1, 2, 3)), expected)
     half = rules.rescale_cfg(5 * eps_hat, eps_y, z, alpha_bar, 0.5)
     torch.testing.assert_close(half, (full + 5 * eps_hat) / 2)
     assert rules.rescale_cfg(eps_hat, eps_y, z, alpha_bar, 0.0) is eps_hat
@@ -169,13 +169,13 @@ def test_gradient_clamp_ramps_with_progress():
 
 
 def test_linear_renders_reach_the_prior_as_srgb():
-    seen = []
+    calls = []
     guidance = make(scale=1.0, srgb=True, **AT)
     encode = guidance.prior.encode
-    guidance.prior.encode = lambda x, generator: seen.append(x) or encode(x, generator)
+    guidance.prior.encode = lambda x, generator: calls.append(x) or encode(x, generator)
     picture = torch.rand(1, 8, 8, 3, requires_grad=True)
     guidance(picture, orbit_views([0.0]), 0.0).loss.backward()
-    torch.testing.assert_close(seen[0], linear_to_srgb(picture))
+    torch.testing.assert_close(calls[0], linear_to_srgb(picture))
     assert torch.isfinite(picture.grad).all() and picture.grad.abs().min() > 0
 
 

@@ -27,18 +27,18 @@ def test_dynamic_threshold_divides_by_the_quantile_and_leaves_samples_in_range_a
 
 def test_static_threshold_keeps_the_target_of_sds_within_the_data_range():
     free, plain = x0_of_gradient(make(scale=30.0, **AT))
-    kept, metrics = x0_of_gradient(make(scale=30.0, threshold="static", **AT))
+    x0, metrics = x0_of_gradient(make(scale=30.0, threshold="static", **AT))
     outside = (free.abs() > 1).double().mean().item()
     assert free.abs().max() > 5 and outside > 0.3  # what guidance alone asks for
-    torch.testing.assert_close(kept, free.clamp(-1, 1), atol=1e-4, rtol=0)
+    torch.testing.assert_close(x0, free.clamp(-1, 1), atol=1e-4, rtol=0)
     assert metrics["clamped"] == pytest.approx(outside, abs=1e-3) and "clamped" not in plain
 
 
 def test_dynamic_threshold_keeps_the_order_that_a_clamp_flattens():
     free, _ = x0_of_gradient(make(scale=30.0, **AT))
-    kept, _ = x0_of_gradient(make(scale=30.0, threshold="dynamic", threshold_quantile=1.0, **AT))
-    wanted = free / free.abs().flatten(1).max(1).values.reshape(-1, 1, 1, 1)
-    torch.testing.assert_close(kept, wanted, atol=1e-4, rtol=0)
+    x0, _ = x0_of_gradient(make(scale=30.0, threshold="dynamic", threshold_quantile=1.0, **AT))
+    expected = free / free.abs().flatten(1).max(1).values.reshape(-1, 1, 1, 1)
+    torch.testing.assert_close(x0, expected, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("kind", ["static", "dynamic"])
@@ -85,11 +85,11 @@ def test_threshold_on_latents_of_unknown_range_is_refused_until_a_range_is_given
     from stages.guidance.compatibility import data_range
 
     settings = GuidanceSettings(threshold="static")
-    with pytest.raises(UserError, match="threshold=static does not fit the prior gaussian") as caught:
+    with pytest.raises(UserError, match="threshold=static does not fit the prior gaussian") as error:
         data_range(Latent(), settings)
-    assert "threshold_range" in caught.value.fix
-    given = GuidanceSettings(threshold="static", threshold_range=(-3.0, 3.0))
-    assert data_range(Latent(), given) == (-3.0, 3.0)
+    assert "threshold_range" in error.value.fix
+    with_range = GuidanceSettings(threshold="static", threshold_range=(-3.0, 3.0))
+    assert data_range(Latent(), with_range) == (-3.0, 3.0)
     assert data_range(Latent(), GuidanceSettings()) is None
 
 

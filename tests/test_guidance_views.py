@@ -63,9 +63,9 @@ def test_class_embeddings_jump_where_interpolated_ones_glide():
 @pytest.mark.parametrize(("azimuth", "mean"), [(0, 0.8), (90, 0.8), (180, -0.7)])
 def test_negative_prompt_of_a_view_is_what_guidance_leaves_behind(azimuth, mean):
     prompts = ViewPrompts("a mug", "bad", PromptSettings(per_view_negative={"back": "worse"}))
-    own = {0: 0.6, 90: -0.4, 180: 0.1}[azimuth]
-    wanted = K * ((1 - SCALE) * (0.2 - mean) + SCALE * (0.2 - own))
-    assert gradient_at(make(prompts, scale=SCALE), azimuth) == pytest.approx(wanted, abs=NOISE)
+    share = {0: 0.6, 90: -0.4, 180: 0.1}[azimuth]
+    expected = K * ((1 - SCALE) * (0.2 - mean) + SCALE * (0.2 - share))
+    assert gradient_at(make(prompts, scale=SCALE), azimuth) == pytest.approx(expected, abs=NOISE)
 
 
 def test_perp_neg_uses_only_what_is_perpendicular_to_the_prompt():
@@ -103,12 +103,12 @@ def test_perp_neg_in_a_step_is_its_formula_on_the_predictions(rule):
     weights = [0.7 * torch.tensor(w) for w in zip(perp_neg_weights(60.0), perp_neg_weights(150.0), strict=True)]
     pushed = perp_neg(eps_y, reference, [predicted(0.6, -0.4), predicted(-0.4, 0.6)], weights)
     if rule == "sds":
-        wanted = classifier_free_guidance(pushed, reference, SCALE) - eps
+        expected = classifier_free_guidance(pushed, reference, SCALE) - eps
     elif rule == "csd":
-        wanted = SCALE * (pushed - eps_0)
+        expected = SCALE * (pushed - eps_0)
     else:
-        wanted = eps_0 - eps_n + SCALE * (pushed - eps_0)
-    torch.testing.assert_close(picture.grad.permute(0, 3, 1, 2) * 2 / 2, wanted, atol=1e-4, rtol=1e-4)
+        expected = eps_0 - eps_n + SCALE * (pushed - eps_0)
+    torch.testing.assert_close(picture.grad.permute(0, 3, 1, 2) * 2 / 2, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_perp_neg_asks_for_two_further_predictions_and_none_from_above():
@@ -135,24 +135,24 @@ def step_of(rule, phi=0.0, blend="perp_neg", scale=SCALE):
         lambda z, t, *branches: [known[branch] for branch in branches],
         perp_neg_weights=[torch.tensor([-1.5, -0.5]), torch.tensor([-0.7, -1.2])] if blend == "perp_neg" else [],
     )
-    own = {"rule": rule, "negative_share": (0.0, 1.0, 0.4, 0.6)}
-    settings = GuidanceSettings(**with_rule(own), scale=scale, rescale=phi)
+    share = {"rule": rule, "negative_share": (0.0, 1.0, 0.4, 0.6)}
+    settings = GuidanceSettings(**with_rule(share), scale=scale, rescale=phi)
     return RULES[rule].residual(inputs, settings), known
 
 
 @pytest.mark.parametrize("rule", ["sds", "csd", "nfsd"])
 def test_prompts_own_prediction_is_reported_and_not_the_one_that_perp_neg_pushed(rule):
-    found, known = step_of(rule)
-    assert torch.equal(found.eps_y, known["prompt"])
+    actual, known = step_of(rule)
+    assert torch.equal(actual.eps_y, known["prompt"])
     plain, _ = step_of(rule, blend="classes")
-    assert (found.residual - plain.residual).abs().mean() > 0.1  # and it is pushed
+    assert (actual.residual - plain.residual).abs().mean() > 0.1  # and it is pushed
 
 
 def test_rescale_gives_back_the_contrast_of_the_prompts_own_prediction_under_perp_neg():
-    found, known = step_of("sds", phi=1.0)
+    actual, known = step_of("sds", phi=1.0)
     alpha_bar = ALPHA_BAR.expand(2)
-    wanted, got = (x0_from_eps(eps, found.z_t, alpha_bar) for eps in (known["prompt"], found.eps_hat))
-    torch.testing.assert_close(got.std((1, 2, 3)), wanted.std((1, 2, 3)))
+    expected, got = (x0_from_eps(eps, actual.z_t, alpha_bar) for eps in (known["prompt"], actual.eps_hat))
+    torch.testing.assert_close(got.std((1, 2, 3)), expected.std((1, 2, 3)))
 
 
 @pytest.mark.parametrize(
@@ -223,14 +223,14 @@ def folder(tmp_path_factory):
 )
 def test_a_text_that_the_encoder_would_cut_is_refused_before_any_step(folder, settings):
     prompt = "a mug" if "per_view" in str(settings) else "a red mug on a table beside a lamp"
-    with pytest.raises(UserError, match="too long for the prior's text encoder") as caught:
+    with pytest.raises(UserError, match="too long for the prior's text encoder") as error:
         Guidance(
             load_prior(folder, "cpu"),
             GuidanceSettings(),
             ViewPrompts(prompt, settings=PromptSettings(**settings)),
             torch.Generator(),
         )
-    assert "would be cut" in caught.value.why and "shorten" in caught.value.fix
+    assert "would be cut" in error.value.why and "shorten" in error.value.fix
 
 
 class Wordless(GaussianPrior):
@@ -258,9 +258,9 @@ class Sampler(GaussianPrior):
 )
 def test_rule_that_does_not_fit_the_prior_or_the_prompts_is_refused(prior, settings, prompts, what):
     prompts = ViewPrompts("a mug", settings=PromptSettings(**prompts))
-    with pytest.raises(UserError, match=what) as caught:
+    with pytest.raises(UserError, match=what) as error:
         check_compatibility(prior(), GuidanceSettings(**settings), prompts)
-    assert caught.value.why and caught.value.fix
+    assert error.value.why and error.value.fix
 
 
 @pytest.mark.parametrize("rule", ["sds", "sjc", "ism", "sdi"])

@@ -79,9 +79,9 @@ def test_monte_carlo_gradient_of_vsd_is_its_formula():
     mu, spread, x = -0.3, 0.2, 0.4  # of the renders, and where one of them is
     got = residual_of(torch.full((4096, 1, 1, 1), x), lambda z, t, eps: gaussian_noise(z, t, mu, spread))
     a = torch.tensor(ALPHA_BAR)
-    wanted = k_of(a, PROMPT[1]) * (x - PROMPT[0]) - k_of(a, spread) * (x - mu)
-    assert got.mean().item() == pytest.approx(wanted.item(), abs=5 * got.std().item() / 64)
-    assert abs(wanted) > 10 * got.std() / 64
+    expected = k_of(a, PROMPT[1]) * (x - PROMPT[0]) - k_of(a, spread) * (x - mu)
+    assert got.mean().item() == pytest.approx(expected.item(), abs=5 * got.std().item() / 64)
+    assert abs(expected) > 10 * got.std() / 64
 
 
 def renders(prior, batch=2, seed=0):
@@ -137,21 +137,21 @@ def test_score_of_a_prior_that_is_told_the_camera_begins_as_that_prior(with_came
     twin = scores(with_camera, model, lr=5e-3)[1]
     score.train(x, embedding, camera, torch.Generator().manual_seed(0), context)
     twin.train(x, embedding, camera, torch.Generator().manual_seed(0))
-    told, untold = (one.predict(z, t, embedding, camera, context) for one in (score, twin))
-    assert not torch.allclose(told, untold, atol=1e-4)  # it learns under the camera, too
+    with_shading, untold = (one.predict(z, t, embedding, camera, context) for one in (score, twin))
+    assert not torch.allclose(with_shading, untold, atol=1e-4)  # it learns under the camera, too
     assert all(p.grad is None for p in prior.layout.parameters())
 
 
 def test_a_step_of_vsd_tells_its_score_the_views(with_camera):
-    seen = []
+    calls = []
     settings = GuidanceSettings(rule={"name": "vsd", "updates": 2}, scale=7.5)
     guidance = Guidance(load_prior(with_camera, "cpu"), settings, ViewPrompts("a mug"), torch.Generator())
     conditions = guidance.prior.conditions
-    guidance.prior.conditions = lambda embedding, context: seen.append(context) or conditions(embedding, context)
+    guidance.prior.conditions = lambda embedding, context: calls.append(context) or conditions(embedding, context)
     views = orbit_views([0.0, 90.0])
     guidance(torch.rand(2, 32, 32, 3), views, 0.0, backdrop=torch.full((2, 32, 32, 3), 0.5))
-    assert [len(context) for context in seen] == [4, 2, 2, 2]  # both prompts; the score's look, and its two lessons
-    assert all(context.views.azimuth_deg[:2].tolist() == [0.0, 90.0] for context in seen)
+    assert [len(context) for context in calls] == [4, 2, 2, 2]  # both prompts; the score's look, and its two lessons
+    assert all(context.views.azimuth_deg[:2].tolist() == [0.0, 90.0] for context in calls)
 
 
 @pytest.mark.slow
@@ -188,8 +188,8 @@ def test_a_batch_that_the_prior_splits_gives_each_sample_its_own_camera(folders,
     x, z, t, embedding, camera = renders(whole[0], batch=4)
     for _, score in (whole, parts):
         score.train(x, embedding, camera, torch.Generator().manual_seed(0))
-    got, wanted = (score.predict(z, t, embedding, camera) for _, score in (parts, whole))
-    torch.testing.assert_close(got, wanted, atol=1e-3, rtol=1e-3)
+    got, expected = (score.predict(z, t, embedding, camera) for _, score in (parts, whole))
+    torch.testing.assert_close(got, expected, atol=1e-3, rtol=1e-3)
 
 
 def test_errors_are_weighed_as_the_network_predicts():
@@ -220,9 +220,9 @@ def test_a_prior_without_attention_is_refused():
 
 def test_a_whole_copy_in_half_precision_and_offloaded_weights_are_refused(folders):
     half = load_prior(folders["stable_diffusion"], "cpu", torch.bfloat16)
-    with pytest.raises(UserError, match="half precision is too coarse") as caught:
+    with pytest.raises(UserError, match="half precision is too coarse") as error:
         RenderScore(half, VsdSettings(model="copy"), torch.Generator())
-    assert "rule.model=lora" in caught.value.fix
+    assert "rule.model=lora" in error.value.fix
     x, _, _, embedding, camera = renders(half)
     score = RenderScore(half, VsdSettings(), torch.Generator().manual_seed(0))
     assert score.train(x, embedding, camera, torch.Generator().manual_seed(0)) > 0
@@ -254,10 +254,10 @@ def test_restored_guidance_goes_on_to_the_same_bytes(folders, model):
     later = make(folders["pocket_pixel"], model)
     later.load_state_dict(state)
     for progress in (0.2, 0.3):
-        (wanted, facts), (got, found) = step(guidance, progress), step(later, progress)
-        assert torch.equal(got, wanted) and found == facts
+        (expected, facts), (got, actual) = step(guidance, progress), step(later, progress)
+        assert torch.equal(got, expected) and actual == facts
     assert facts["score_error"] > 0
-    assert not torch.equal(step(make(folders["pocket_pixel"], model), 0.3)[0], wanted)
+    assert not torch.equal(step(make(folders["pocket_pixel"], model), 0.3)[0], expected)
 
 
 @pytest.mark.slow
@@ -273,6 +273,6 @@ def test_coarse_stage_under_vsd_resumes_from_its_checkpoint_to_the_same_bytes(fo
     resumed = stage()
     resumed.load_state_dict(load_checkpoint(tmp_path / "c.safetensors")[0])
     assert resumed.step() == whole.step()
-    wanted, got = whole.state_dict(), resumed.state_dict()
-    assert wanted.keys() == got.keys() and any(key.startswith("guidance.score.adam.") for key in wanted)
-    assert all(torch.equal(value, got[key]) for key, value in wanted.items())
+    expected, got = whole.state_dict(), resumed.state_dict()
+    assert expected.keys() == got.keys() and any(key.startswith("guidance.score.adam.") for key in expected)
+    assert all(torch.equal(value, got[key]) for key, value in expected.items())

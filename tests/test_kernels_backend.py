@@ -119,9 +119,9 @@ def test_a_call_by_name_refuses_tensors_that_the_backend_does_not_compute(name, 
 def test_a_call_by_name_of_what_is_not_installed_says_why(monkeypatch):
     installed(monkeypatch)
     for name, family in (("kaolin", "marching"), ("warp", "hash")):
-        with pytest.raises(UserError) as caught:
+        with pytest.raises(UserError) as error:
             choose_backend(name, tensor(), family=family, adaptor=True)
-        assert name in caught.value.what and "not installed" in caught.value.why and "doctor" in caught.value.fix
+        assert name in error.value.what and "not installed" in error.value.why and "doctor" in error.value.fix
 
 
 @pytest.mark.parametrize(
@@ -138,17 +138,17 @@ def test_a_call_by_name_of_what_is_not_installed_says_why(monkeypatch):
 )
 def test_a_setting_that_cannot_be_met_is_answered_with_what_why_and_fix(family, name, device, why, monkeypatch):
     installed(monkeypatch)
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(UserError) as error:
         resolve(KernelSettings(**{family: name}), device)
-    assert caught.value.what == f"kernels.{family}={name} cannot be used"
-    assert caught.value.why == why and caught.value.fix.startswith(f"kernels.{family}=auto")
+    assert error.value.what == f"kernels.{family}={name} cannot be used"
+    assert error.value.why == why and error.value.fix.startswith(f"kernels.{family}=auto")
 
 
 def test_settings_of_another_family_are_refused_with_the_names_that_are_allowed():
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(UserError) as error:
         load_config(None, ["kernels.raster=kaolin"], {})
-    said = str(caught.value)
-    assert "kernels.raster" in said and "kaolin" in said and "nvdiffrast" in said
+    message = str(error.value)
+    assert "kernels.raster" in message and "kaolin" in message and "nvdiffrast" in message
     with pytest.raises(UserError, match="kernels.hush"):
         load_config(None, ["kernels.hush=numba"], {})
 
@@ -162,13 +162,13 @@ def test_a_probe_imports_once_and_keeps_the_reason_of_any_failure(error, tmp_pat
     monkeypatch.setitem(kernels.PACKAGES, "broken", kernels.Package("brokenkernels", "none", "brokenkernels"))
     monkeypatch.setattr("builtins.kernel_imports", 0, raising=False)
     try:
-        found = [kernels.probe("broken") for _ in range(3)]
+        actual = [kernels.probe("broken") for _ in range(3)]
     finally:
         kernels.probe.cache_clear()
     import builtins
 
-    assert found[0].state == "broken" and found[0].detail.split(":")[0] == error.split("(")[0]
-    assert found[0] is found[2] and builtins.kernel_imports == 1
+    assert actual[0].state == "broken" and actual[0].detail.split(":")[0] == error.split("(")[0]
+    assert actual[0] is actual[2] and builtins.kernel_imports == 1
 
 
 def test_a_run_on_cuda_without_warp_says_so_and_one_on_the_cpu_has_nothing_to_say(monkeypatch):
@@ -184,8 +184,8 @@ def test_a_run_on_cuda_without_warp_says_so_and_one_on_the_cpu_has_nothing_to_sa
 
 def test_a_run_with_nvdiffrast_or_tinycudann_is_told_what_comes_with_them(monkeypatch):
     installed(monkeypatch, *PACKAGES)
-    told = "\n".join(resolve(KernelSettings(raster="nvdiffrast", mlp="tinycudann"), "cuda").notices)
-    assert told.count("non-commercial") == 1 and "half precision" in told and "not the same bytes" in told
+    notices = "\n".join(resolve(KernelSettings(raster="nvdiffrast", mlp="tinycudann"), "cuda").notices)
+    assert notices.count("non-commercial") == 1 and "half precision" in notices and "not the same bytes" in notices
     assert not resolve(KernelSettings(marching="kaolin"), "cuda").notices
 
 
@@ -197,13 +197,13 @@ def test_the_doctor_gives_state_reason_cost_and_licence_of_every_package(monkeyp
     )
     monkeypatch.setattr(doctor, "_CHECKS", [check for check in doctor._CHECKS if check[0] in (*PACKAGES, "warp-lang")])
     monkeypatch.setattr(doctor, "_prior_checks", list)
-    found = {finding.name: finding for finding in doctor.examine()}
-    assert set(found) == {"warp-lang", "tinycudann", "nvdiffrast", "kaolin"}
-    for name, finding in found.items():
+    actual = {finding.name: finding for finding in doctor.examine()}
+    assert set(actual) == {"warp-lang", "tinycudann", "nvdiffrast", "kaolin"}
+    for name, finding in actual.items():
         assert not finding.required and finding.cost and "licence: " in finding.detail
         assert finding.state == ("ok" if name == "nvdiffrast" else "broken")
         assert ("0.4.0" if name == "nvdiffrast" else "OSError: no libcuda") in finding.detail
-    assert "non-commercial" in found["nvdiffrast"].detail
+    assert "non-commercial" in actual["nvdiffrast"].detail
 
 
 def test_the_doctor_calls_warp_broken_where_it_does_not_reach_the_gpu(monkeypatch):
@@ -229,18 +229,18 @@ SMALL = ["coarse.steps=2", "fine.steps=2", "export.turntable_frames=0", "device=
 
 
 def test_a_run_takes_its_settings_notes_what_they_came_to_and_puts_things_back(toy_run, tmp_path, monkeypatch):
-    seen = set()
+    backends_used = set()
     step = toy_pipeline.ToyStage.step
 
     def watched(self):
-        seen.add(tuple(choose_backend("auto", tensor(), family=family) for family in ("hash", "volume")))
+        backends_used.add(tuple(choose_backend("auto", tensor(), family=family) for family in ("hash", "volume")))
         return step(self)
 
     monkeypatch.setattr(toy_pipeline.ToyStage, "step", watched)
     folder = toy_run.start_run(load_config(None, [*SMALL, "kernels.hash=torch"], {}), tmp_path / "run")
     session = json.loads((folder / "run.json").read_text())["sessions"][-1]
-    wanted = {"hash": "torch", "mlp": "numba", "volume": "numba", "raster": "numba", "marching": "numba"}
-    assert session["kernels"] == wanted and seen == {("torch", "numba")}
+    expected = {"hash": "torch", "mlp": "numba", "volume": "numba", "raster": "numba", "marching": "numba"}
+    assert session["kernels"] == expected and backends_used == {("torch", "numba")}
     assert choose_backend("auto", tensor(), family="hash") == "numba"
     assert "kernels:" in (folder / "config.yaml").read_text()
 
@@ -248,10 +248,10 @@ def test_a_run_takes_its_settings_notes_what_they_came_to_and_puts_things_back(t
 def test_a_run_tells_its_notices_once(toy_run, tmp_path, monkeypatch):
     notice = "kernels: something to know"
     monkeypatch.setattr(toy_run, "resolve", lambda settings, device: Selection("cpu", {}, (notice,)))
-    told, note = [], Progress.note
-    monkeypatch.setattr(Progress, "note", lambda self, text: (told.append(text), note(self, text)))
+    notices, note = [], Progress.note
+    monkeypatch.setattr(Progress, "note", lambda self, text: (notices.append(text), note(self, text)))
     toy_run.start_run(load_config(None, SMALL, {}), tmp_path / "run")
-    assert told.count(notice) == 1
+    assert notices.count(notice) == 1
 
 
 def test_a_run_that_asks_for_what_is_not_there_ends_before_it_leaves_anything(toy_run, tmp_path, monkeypatch):

@@ -138,9 +138,9 @@ def results(function, arguments):
     return [out, *torch.autograd.grad(loss, arguments, allow_unused=True)]
 
 
-def assert_equal(found, wanted, tolerance=0.0):
-    assert len(found) == len(wanted)
-    for a, b in zip(found, wanted, strict=True):
+def assert_equal(actual, expected, tolerance=0.0):
+    assert len(actual) == len(expected)
+    for a, b in zip(actual, expected, strict=True):
         assert (a is None) == (b is None)
         if a is not None:
             torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
@@ -150,11 +150,11 @@ def assert_equal(found, wanted, tolerance=0.0):
 @pytest.mark.parametrize("name", OPS)
 def test_an_op_inside_torch_compile_is_the_op(name):
     function, arguments = OPS[name]
-    wanted = results(function, arguments)
-    assert wanted[0].numel() and wanted[0].isfinite().all()
+    expected = results(function, arguments)
+    assert expected[0].numel() and expected[0].isfinite().all()
     compiled = torch.compile(function, backend="aot_eager")
     for _ in range(2):  # the second call takes the compiled path from its start
-        assert_equal(results(compiled, arguments), wanted)
+        assert_equal(results(compiled, arguments), expected)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0  # something was compiled around it
 
 
@@ -185,12 +185,12 @@ def test_the_default_compiler_around_an_op():
     if not any(shutil.which(name) for name in (os.environ.get("CXX", ""), "c++", "g++", "clang++", "cl") if name):
         pytest.skip("no C++ compiler")
     try:
-        found = results(torch.compile(encode), (POINTS, TABLE))
+        actual = results(torch.compile(encode), (POINTS, TABLE))
     except InductorError as error:
         if "C++" not in str(error) or "compile" not in str(error).lower():
             raise
         pytest.skip(f"the C++ compiler does not work: {str(error).splitlines()[0]}")
-    assert_equal(found, results(encode, (POINTS, TABLE)), 1e-5)
+    assert_equal(actual, results(encode, (POINTS, TABLE)), 1e-5)
 
 
 @pytest.mark.slow

@@ -24,8 +24,8 @@ def kernels() -> Iterator[tuple[object, str, Callable]]:
     """Module, name and function of everything in cpu/*.py that numba compiles."""
     from numba.core.dispatcher import Dispatcher
 
-    for found in pkgutil.iter_modules(stages.kernels.cpu.__path__):
-        module = importlib.import_module(f"stages.kernels.cpu.{found.name}")
+    for info in pkgutil.iter_modules(stages.kernels.cpu.__path__):
+        module = importlib.import_module(f"stages.kernels.cpu.{info.name}")
         yield from ((module, name, value) for name, value in vars(module).items() if isinstance(value, Dispatcher))
 
 
@@ -38,15 +38,15 @@ def addresses(values) -> set[int]:
 class Spy:
     """A kernel that notes the memory it is handed, and that of what it returns."""
 
-    def __init__(self, kernel: Callable, seen: set[int], alive: list) -> None:
-        self.kernel, self.seen, self.alive = kernel, seen, alive
+    def __init__(self, kernel: Callable, memory: set[int], alive: list) -> None:
+        self.kernel, self.memory, self.alive = kernel, memory, alive
 
     def __call__(self, *arguments):
-        found = self.kernel(*arguments)
-        values = [*arguments, *(found if isinstance(found, tuple) else (found,))]
-        self.seen |= addresses(values)
+        result = self.kernel(*arguments)
+        values = [*arguments, *(result if isinstance(result, tuple) else (result,))]
+        self.memory |= addresses(values)
         self.alive.append(values)  # so that no address is given away twice
-        return found
+        return result
 
 
 def field_calls() -> dict[str, tuple[Callable, dict[str, Tensor]]]:
@@ -92,8 +92,8 @@ def mesh_call(name: str) -> tuple[Callable, dict[str, Tensor]]:
     arguments = dict(enumerate((*case.leaves, *case.rest)))
 
     def call(**tensors):
-        given = {int(k.removeprefix("argument ")): t for k, t in tensors.items()}
-        return case.op(*(arguments | given).values(), **dict(case.options), backend="numba")
+        inputs = {int(k.removeprefix("argument ")): t for k, t in tensors.items()}
+        return case.op(*(arguments | inputs).values(), **dict(case.options), backend="numba")
 
     return call, {f"argument {k}": t for k, t in arguments.items() if isinstance(t, Tensor)}
 
@@ -101,15 +101,15 @@ def mesh_call(name: str) -> tuple[Callable, dict[str, Tensor]]:
 def there_and_back(call: Callable, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """What goes into an op and its backward, and what comes out, by name."""
     leaves = {k: t.detach().requires_grad_() for k, t in tensors.items() if t.is_floating_point()}
-    found = call(**(tensors | leaves))
-    found = dict(enumerate(found if isinstance(found, tuple) else (found,)))
-    ends = {f"gradient of {k}": out for k, out in found.items() if out.requires_grad}
+    outs = call(**(tensors | leaves))
+    outs = dict(enumerate(outs if isinstance(outs, tuple) else (outs,)))
+    ends = {f"gradient of {k}": out for k, out in outs.items() if out.requires_grad}
     ups = {k: torch.randn(out.shape) for k, out in ends.items()}
     grads = (
         torch.autograd.grad([*ends.values()], [*leaves.values()], [*ups.values()], allow_unused=True) if ends else ()
     )
     back = {f"gradient in {k}": g for k, g in zip(leaves, grads) if g is not None}
-    return tensors | ups, {f"result {k}": out for k, out in found.items()} | back
+    return tensors | ups, {f"result {k}": out for k, out in outs.items()} | back
 
 
 @pytest.fixture
@@ -118,13 +118,15 @@ def watched(monkeypatch) -> Callable[[Callable, dict[str, Tensor]], tuple[set[st
 
     def watch(call: Callable, tensors: dict[str, Tensor]) -> tuple[set[str], set[str]]:
         there_and_back(call, tensors)  # compiles: numba finds a kernel that calls another by its name
-        seen, alive = set(), []
+        memory, alive = set(), []
         with monkeypatch.context() as patch:
             for module, name, kernel in [*kernels()]:
-                patch.setattr(module, name, Spy(kernel, seen, alive))
-            given, found = there_and_back(call, tensors)
-        assert seen
-        return tuple({k for k, t in part.items() if t.numel() and t.data_ptr() not in seen} for part in (given, found))
+                patch.setattr(module, name, Spy(kernel, memory, alive))
+            inputs, outs = there_and_back(call, tensors)
+        assert memory
+        return tuple(
+            {k for k, t in part.items() if t.numel() and t.data_ptr() not in memory} for part in (inputs, outs)
+        )
 
     return watch
 
@@ -138,14 +140,14 @@ OTHERWISE = {
 
 @pytest.mark.parametrize("name", field_calls())
 def test_numba_works_in_the_memory_of_contiguous_float32_tensors(name, watched):
-    given, found = watched(*field_calls()[name])
-    assert given == OTHERWISE.get(name, set()) and not found
+    inputs, actual = watched(*field_calls()[name])
+    assert inputs == OTHERWISE.get(name, set()) and not actual
 
 
 @pytest.mark.parametrize("name", [name for name in MESH_OPS if name != "diffuse"])  # starts from a difference
 def test_mesh_kernels_read_the_tensors_themselves(name, watched):
-    given, _ = watched(*mesh_call(name))
-    assert not {k for k in given if k.startswith("argument")}
+    inputs, _ = watched(*mesh_call(name))
+    assert not {k for k in inputs if k.startswith("argument")}
 
 
 def test_a_copy_would_be_seen(watched):

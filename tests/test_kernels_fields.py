@@ -38,11 +38,11 @@ def twins(name: str, seed: int):
     return case, outputs(case, "torch", "cpu", None)
 
 
-def of_rays(found: tuple[Tensor, ...], chosen: Tensor) -> tuple[Tensor, ...]:
+def of_rays(actual: tuple[Tensor, ...], chosen: Tensor) -> tuple[Tensor, ...]:
     """t, delta and counts of the chosen rays alone."""
-    counts = found[2].diff()
-    kept = chosen.repeat_interleave(counts)
-    return found[0][kept], found[1][kept], counts[chosen]
+    counts = actual[2].diff()
+    survivors = chosen.repeat_interleave(counts)
+    return actual[0][survivors], actual[1][survivors], counts[chosen]
 
 
 @pytest.mark.slow
@@ -63,14 +63,14 @@ def test_agrees_with_the_twin_at_a_hundred_random_sizes(name, fast):
 def test_the_random_inputs_reach_what_they_are_meant_to_reach():
     """A comparison of nothing with nothing would pass too."""
     sizes = {name: [len(twins(name, seed)[1][0][0]) for seed in SIZES] for name in OPS}
-    assert all(sum(n > 20 for n in found) > 30 for found in sizes.values()), sizes
-    assert all(min(found) == 0 for found in sizes.values())
+    assert all(sum(n > 20 for n in numbers) > 30 for numbers in sizes.values()), sizes
+    assert all(min(numbers) == 0 for numbers in sizes.values())
     moved = [twins("hash_encode", seed)[1][1][0].abs().amax(1) for seed in SIZES if KINDS[seed % 10] == "outside"]
     assert 0.2 < (torch.cat(moved) > 0).float().mean() < 1  # clamped in every axis, or not
     off = [(twins("mlp", seed)[1][1][2] == 0).float().mean() for seed in SIZES if seed % 10 != 0]
     assert 0.05 < sum(off) / len(off) < 0.5  # units that no input turns on
-    kept = sum(sizes["cull"]) / sum(len(twins("cull", seed)[0].leaves[0]) for seed in SIZES)
-    assert 0.1 < kept < 0.9
+    survivors = sum(sizes["cull"]) / sum(len(twins("cull", seed)[0].leaves[0]) for seed in SIZES)
+    assert 0.1 < survivors < 0.9
     deltas = torch.cat([twins("march", seed)[1][0][1] for seed in SIZES])
     assert len(deltas.unique()) == 4  # strides
 
@@ -174,8 +174,8 @@ def test_gradients_are_float64_finite_differences(fast):
         sum(s * (hash_encode(exact[0] + s * d, exact[1], SMALL) * g).sum(-1) for s in (1, -1)) / (2 * step)
         for d in step * torch.eye(3, dtype=torch.float64, device=device)
     ]
-    found = hash_gradient(points, table, SMALL, g, backend=backend)
-    assert_agrees((found[away],), (torch.stack(numeric, -1).float()[away],), 2e-5, "gradient by the points")
+    actual = hash_gradient(points, table, SMALL, g, backend=backend)
+    assert_agrees((actual[away],), (torch.stack(numeric, -1).float()[away],), 2e-5, "gradient by the points")
     t = table.clone().requires_grad_()
     (hash_gradient(points, t, SMALL, g, backend=backend) * up).sum().backward()
     ends = [(hash_gradient(exact[0], exact[1] + s * along, SMALL, g.double()) * up).sum() for s in (1e-3, -1e-3)]
@@ -194,5 +194,5 @@ def test_no_product_is_fused_with_the_subtraction_of_the_cell(fast):
     """With one, features at 8192 cells a side would be off by up to 4e-4 of the table's values."""
     spec = HashGridSpec(levels=2, log2_table=12, base=4096, finest=8192)
     points, table, *_ = problem(4000, fast[1], spec)
-    slow, found = (hash_encode(points, table.clamp(-1, 1), spec, backend=backend) for backend in ("torch", fast[0]))
-    assert float((slow - found).abs().max()) < 1e-6
+    slow, actual = (hash_encode(points, table.clamp(-1, 1), spec, backend=backend) for backend in ("torch", fast[0]))
+    assert float((slow - actual).abs().max()) < 1e-6

@@ -176,8 +176,8 @@ def test_perceptron_in_numba_is_its_twin_in_values_and_gradients():
 def test_perceptron_slope_is_the_derivative_of_its_first_output():
     x, *weights = perceptron(5, torch.float64)
     out, slope = mlp_with_slope(x, *weights)
-    (wanted,) = torch.autograd.grad(out[:, 0].sum(), x)
-    assert torch.allclose(slope, wanted)
+    (expected,) = torch.autograd.grad(out[:, 0].sum(), x)
+    assert torch.allclose(slope, expected)
     assert torch.autograd.gradcheck(lambda *a: mlp_with_slope(*a), (x, *weights))
 
 

@@ -73,8 +73,8 @@ def test_every_name_that_a_kernel_takes_in_is_seen():
     """Only `from stages.kernels.cpu.MODULE import NAME` is: a module taken whole would go by unseen."""
     for path in (KERNELS / "cpu").glob("*.py"):
         lines = [line for line in path.read_text().splitlines() if line.startswith(("import stages", "from stages"))]
-        seen = (*jit.COMPILED_IN.findall(path.read_text()), "stages.kernels.cpu.jit", "stages.kernels.cpu.threads")
-        assert all(line.split()[1] in seen and line.startswith("from ") for line in lines), path.name
+        modules = (*jit.COMPILED_IN.findall(path.read_text()), "stages.kernels.cpu.jit", "stages.kernels.cpu.threads")
+        assert all(line.split()[1] in modules and line.startswith("from ") for line in lines), path.name
 
 
 def test_every_cached_kernel_is_compiled_through_it():

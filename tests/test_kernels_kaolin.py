@@ -55,11 +55,11 @@ def test_the_stand_in_for_kaolin_gives_the_example_of_its_documentation():
 def test_kaolin_marches_as_ours_does(fake):
     for positions, sdf, *cells in surfaces():
         with fake("kaolin"):
-            found, faces, crossing = marched(positions, sdf, cells, "auto")
-        wanted, our_faces, our_crossing = marched(positions, sdf, cells, "torch")
+            actual, faces, crossing = marched(positions, sdf, cells, "auto")
+        expected, our_faces, our_crossing = marched(positions, sdf, cells, "torch")
         assert torch.equal(crossing, our_crossing) and crossing.dtype == faces.dtype == torch.int32
         assert torch.equal(rotated(faces), rotated(our_faces)) and len(faces) > 100
-        assert_close(found, wanted, 1e-5)
+        assert_close(actual, expected, 1e-5)
 
 
 def test_kaolin_with_edges_in_any_order_and_direction(fake):
@@ -67,10 +67,10 @@ def test_kaolin_with_edges_in_any_order_and_direction(fake):
     order = torch.randperm(len(edges), generator=torch.Generator().manual_seed(4))
     cells = (edges[order].flip(1).contiguous(), tets, order.argsort().int()[tet_edges.long()])
     with fake("kaolin"):
-        found, faces, crossing = marched(positions, sdf, cells, "auto")
-    wanted, our_faces, our_crossing = marched(positions, sdf, cells, "torch")
+        actual, faces, crossing = marched(positions, sdf, cells, "auto")
+    expected, our_faces, our_crossing = marched(positions, sdf, cells, "torch")
     assert torch.equal(crossing, our_crossing) and torch.equal(rotated(faces), rotated(our_faces))
-    assert_close(found, wanted, 1e-5)
+    assert_close(actual, expected, 1e-5)
 
 
 def test_kaolin_where_nothing_crosses_and_where_an_edge_lies_in_no_tetrahedron(fake):
@@ -96,11 +96,11 @@ def test_the_real_kaolin_marches_on_the_cpu_as_ours_does():
 def check_real_kaolin(device):
     """Two of its sixteen cases cut a quadrilateral along the other diagonal, so faces are not compared one by one."""
     for closed, (positions, sdf, *cells) in zip((True, False), surfaces(device), strict=True):
-        found, faces, crossing = marched(positions, sdf, cells, "kaolin")
-        wanted, our_faces, our_crossing = marched(positions, sdf, cells, "torch")
+        actual, faces, crossing = marched(positions, sdf, cells, "kaolin")
+        expected, our_faces, our_crossing = marched(positions, sdf, cells, "torch")
         assert torch.equal(crossing, our_crossing) and faces.shape == our_faces.shape
-        assert_close(found, wanted, 1e-5)
+        assert_close(actual, expected, 1e-5)
         if closed:
-            mesh_edges(faces, len(found[0]))  # raises unless the surface is closed and oriented
-        volumes = [torch.linalg.det(found[0].detach()[f.long()].double()).sum() / 6 for f in (faces, our_faces)]
+            mesh_edges(faces, len(actual[0]))  # raises unless the surface is closed and oriented
+        volumes = [torch.linalg.det(actual[0].detach()[f.long()].double()).sum() / 6 for f in (faces, our_faces)]
         torch.testing.assert_close(*volumes, rtol=1e-3, atol=1e-6)

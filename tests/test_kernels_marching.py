@@ -74,13 +74,13 @@ def test_random_signs_with_exact_zeros_give_a_solid(cube, seed):
 def test_every_backend_agrees_forward_and_backward(cube, seed):
     positions, cells, _ = cube
     sdf = noise(cube, seed, zeros=0.2 * seed)
-    found = []
+    actual = []
     for backend in BACKENDS:
         p, s = positions.clone().requires_grad_(), sdf.clone().requires_grad_()
         v, f, edge = marching_tetrahedra(p, s, *cells, guard=0.01, backend=backend)
         (v * torch.randn(v.shape, generator=torch.Generator().manual_seed(1))).sum().backward()
-        found.append((v.detach(), f, edge, p.grad, s.grad))
-    (v0, f0, e0, p0, s0), *others = found
+        actual.append((v.detach(), f, edge, p.grad, s.grad))
+    (v0, f0, e0, p0, s0), *others = actual
     for v1, f1, e1, p1, s1 in others:
         assert torch.equal(f0, f1) and torch.equal(e0, e1)
         torch.testing.assert_close(v0, v1, rtol=1e-6, atol=1e-7)
@@ -142,8 +142,8 @@ def test_edges_agree_between_backends_on_noise(cube):
     positions, cells, _ = cube
     v, f, _ = marching_tetrahedra(positions, noise(cube, 3), *cells, guard=1e-3)
     want, *others = (mesh_edges(f, len(v), backend=backend) for backend in BACKENDS)
-    for found in others:
-        for a, b in zip(found, want, strict=True):
+    for actual in others:
+        for a, b in zip(actual, want, strict=True):
             assert torch.equal(a, b) and a.dtype == b.dtype
 
 
@@ -198,10 +198,10 @@ def test_the_ops_work_inside_torch_compile(cube, backend):
         edges, _ = mesh_edges(f, len(v), backend=backend)
         return (v[edges[:, 0].long()] - v[edges[:, 1].long()]).square().sum()
 
-    found = []
+    actual = []
     for function in (value, torch.compile(value, backend="aot_eager")):
         p, s = positions.clone().requires_grad_(), noise(cube, 4).requires_grad_()
         out = function(p, s)
-        found.append((out, *torch.autograd.grad(out, (p, s))))
-    for got, want in zip(*found, strict=True):
+        actual.append((out, *torch.autograd.grad(out, (p, s))))
+    for got, want in zip(*actual, strict=True):
         torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)

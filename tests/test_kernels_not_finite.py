@@ -25,8 +25,8 @@ def test_a_ray_without_direction_or_not_finite_gets_no_samples_and_does_not_hang
     d = torch.tensor([[0.0, 0, 0], [5e-7, 0, 0], [nan, 0, 0], [0, inf, 0], [nan] * 3] + [[0.0, 0, 1]] * 5).to(device)
     full, jitter = torch.ones(4, 4, 4, dtype=torch.uint8, device=device), torch.full((10,), 0.5, device=device)
     for step_size in (1e9, 0.1):  # the first would end even so
-        found = march(o, d, full, step_size, jitter, backend=backend)
-        assert found.counts.tolist() == [0] * 5 + [10 if step_size < 1 else 0] + [0] * 4
+        actual = march(o, d, full, step_size, jitter, backend=backend)
+        assert actual.counts.tolist() == [0] * 5 + [10 if step_size < 1 else 0] + [0] * 4
     slow = march(o[5:6], 0.5 * d[5:6], full, 0.1, jitter[:1], backend=backend)
     assert len(slow) == 20  # the guard leaves a direction that is not a unit vector alone
     away = 10.0 ** torch.arange(2, 39, device=device).clamp(max=38)[:, None] * -d[5:6] + o[:1]  # and rounding aside
@@ -47,7 +47,7 @@ def test_what_is_made_of_a_point_that_is_not_finite_is_nan_and_of_the_others_as_
     bad[2 : 2 + len(BROKEN)] = True
     wild = points.clone()
     wild[bad] = torch.tensor(BROKEN, device=device)
-    found = []
+    actual = []
     for p in (points, wild):
         p, t, h = p.clone().requires_grad_(), table.clone().requires_grad_(), g.clone().requires_grad_()
         encoded = hash_encode(p, t, spec, backend=backend)
@@ -56,10 +56,10 @@ def test_what_is_made_of_a_point_that_is_not_finite_is_nan_and_of_the_others_as_
         (turned,) = torch.autograd.grad((slope * up).sum(), h)
         grads = torch.autograd.grad((hash_encode(p, t, spec, backend=backend) * g).sum(), t)
         grads += torch.autograd.grad((hash_gradient(p, t, spec, h, backend=backend) * up).sum(), t)
-        found.append(([encoded, slope, moved, turned], grads))
-    for tame, broken in zip(found[0][0], found[1][0], strict=True):
+        actual.append(([encoded, slope, moved, turned], grads))
+    for tame, broken in zip(actual[0][0], actual[1][0], strict=True):
         assert broken[bad].isnan().all() and torch.equal(broken[~bad], tame[~bad]) and tame.isfinite().all()
-    assert all(grad.isnan().any() for grad in found[1][1])
+    assert all(grad.isnan().any() for grad in actual[1][1])
     weights = head(spec.width, 4, 1, device)
     features, raw, gradient = hash_density(wild, table, spec, weights, backend=backend)
     for out in (features, raw[:, None], gradient):
@@ -90,10 +90,10 @@ def test_a_density_that_is_not_finite_shows_in_its_ray_alone(every):
     sigmas, delta = torch.full((9,), 2.0, device=device), torch.full((9,), 0.1, device=device)
     sigmas[4], sigmas[7] = float("nan"), float("inf")
     samples = Samples(delta.cumsum(0), delta, torch.tensor([0, 3, 6, 9], device=device))
-    index, kept = cull(sigmas, samples, 1e-3, 1e-3, backend=backend)
-    assert index.tolist() == [0, 1, 2, 3, 4, 5, 6, 7] and kept.ray_offsets.tolist() == [0, 3, 6, 8]
+    index, survivors = cull(sigmas, samples, 1e-3, 1e-3, backend=backend)
+    assert index.tolist() == [0, 1, 2, 3, 4, 5, 6, 7] and survivors.ray_offsets.tolist() == [0, 3, 6, 8]
     out, weights, opacity, depth = composite(sigmas, torch.ones(9, 1, device=device), samples, backend=backend)
-    for found in (out[:, 0], opacity, depth):
-        assert found.isnan().tolist() == [False, True, False]
+    for actual in (out[:, 0], opacity, depth):
+        assert actual.isnan().tolist() == [False, True, False]
     assert weights.isnan().tolist() == [False] * 4 + [True] * 2 + [False] * 3
     assert opacity[2] == 1 and weights[8] == 0 and opacity[0] == pytest.approx(1 - math.exp(-0.6))

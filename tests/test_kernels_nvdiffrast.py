@@ -42,11 +42,11 @@ def test_nvdiffrast_pictures_and_gradients_are_ours(fake):
     vertices, triangles, clip = scene()
     topology = edge_topology(triangles, len(vertices))
     with fake("nvdiffrast"):
-        found = picture(vertices, triangles, clip, "auto", topology)
-    wanted = picture(vertices, triangles, clip, "torch", topology)
-    assert torch.equal(found[0][..., 3], wanted[0][..., 3]) and bool((wanted[0][..., 3] > 0).any())
-    assert not torch.equal(wanted[0].flip(1)[..., 3], wanted[0][..., 3])  # the scene has a top and a bottom
-    assert_close(found, wanted, 1e-4)
+        actual = picture(vertices, triangles, clip, "auto", topology)
+    expected = picture(vertices, triangles, clip, "torch", topology)
+    assert torch.equal(actual[0][..., 3], expected[0][..., 3]) and bool((expected[0][..., 3] > 0).any())
+    assert not torch.equal(expected[0].flip(1)[..., 3], expected[0][..., 3])  # the scene has a top and a bottom
+    assert_close(actual, expected, 1e-4)
 
 
 def test_nvdiffrast_draws_row_0_at_the_top(fake):
@@ -72,9 +72,9 @@ def test_nvdiffrast_texture_has_its_first_row_at_the_top_and_ours_at_its_edges(f
     odd = torch.tensor([[0.0, 1.0], [1.0, 0.0], [-3.0, 0.5], [0.5, 9.0], [float("nan"), 0.5], [0.5, float("nan")]])
     uv = torch.cat([torch.rand(40, 2, generator=g), odd]).reshape(2, 23, 2)
     with fake("nvdiffrast"):
-        found = texture(image, uv)
+        actual = texture(image, uv)
         top = texture(image, torch.tensor([0.5 / 7, 1 - 0.5 / 5]))
-    assert_close([found], [texture(image, uv, backend="torch")], 1e-5)
+    assert_close([actual], [texture(image, uv, backend="torch")], 1e-5)
     torch.testing.assert_close(top, image[0, 0])
     results = []
     for context in (fake("nvdiffrast"), selected(Selection("cpu", {"raster": "torch"}))):
@@ -104,14 +104,14 @@ def test_the_real_nvdiffrast_draws_our_pictures():
     real("nvdiffrast")
     vertices, triangles, clip = scene("cuda")
     topology = edge_topology(triangles, len(vertices))
-    found = picture(vertices, triangles, clip, "nvdiffrast", topology)
-    wanted = picture(vertices, triangles, clip, "torch", topology)
-    same = found[0][..., 3] == wanted[0][..., 3]
+    actual = picture(vertices, triangles, clip, "nvdiffrast", topology)
+    expected = picture(vertices, triangles, clip, "torch", topology)
+    same = actual[0][..., 3] == expected[0][..., 3]
     assert float(same.float().mean()) > 0.97
-    for a, b in ((found[0], wanted[0]), (found[1], wanted[1])):
+    for a, b in ((actual[0], expected[0]), (actual[1], expected[1])):
         torch.testing.assert_close(a[same], b[same], atol=1e-3, rtol=0)
-    assert float((found[2] - wanted[2]).abs().mean()) < 5e-3
-    for a, b in zip(found[3:], wanted[3:], strict=True):
+    assert float((actual[2] - expected[2]).abs().mean()) < 5e-3
+    for a, b in zip(actual[3:], expected[3:], strict=True):
         assert float(torch.nn.functional.cosine_similarity(a.flatten(), b.flatten(), dim=0)) > 0.9
 
 

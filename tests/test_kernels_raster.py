@@ -74,8 +74,8 @@ def test_visible_triangles_and_positions_are_those_of_a_ray_caster(name, backend
     hits = interpolate(vertices, rast, triangles, backend=backend)
     rays_o, rays_d = rays(views, 20, 24)
     want = rays_o + near.float()[..., None] * rays_d
-    seen = (ids > 0) & ~wrong
-    torch.testing.assert_close(hits[seen], want[seen], atol=2e-4, rtol=0)
+    hit = (ids > 0) & ~wrong
+    torch.testing.assert_close(hits[hit], want[hit], atol=2e-4, rtol=0)
 
 
 @EACH
@@ -249,8 +249,8 @@ def gradients(name, backend, size=(50, 57)):
     image = interpolate(torch.cat([attributes, normals], 1), rast, triangles, backend=backend)
     topology = edge_topology(triangles, len(vertices), backend=backend)
     smooth = antialias(image, rast, clip, triangles, topology, backend=backend)
-    kept = (clip, rast, image, attributes, vertices)
-    return smooth.detach(), topology, torch.autograd.grad((smooth * weight).sum(), kept)
+    leaves = (clip, rast, image, attributes, vertices)
+    return smooth.detach(), topology, torch.autograd.grad((smooth * weight).sum(), leaves)
 
 
 @EACH
@@ -276,8 +276,8 @@ def test_attributes_per_view_get_gradients_per_view():
         out = interpolate(leaf, rast, triangles, backend=backend)
         torch.testing.assert_close(out[1], interpolate(attributes[1], rast[1:], triangles, backend=backend)[0])
         grads[backend] = torch.autograd.grad((out * weight).sum(), (leaf, rast))
-    for found in grads.values():
-        for got, want in zip(found, grads["torch"], strict=True):
+    for gradient in grads.values():
+        for got, want in zip(gradient, grads["torch"], strict=True):
             torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
 
 
@@ -318,10 +318,10 @@ def test_the_ops_work_inside_torch_compile(backend):
 
     compiled = torch.compile(picture, backend="aot_eager")
     for size in (12, 13):
-        found = []
+        actual = []
         for function in (picture, compiled):
             leaves = [t.clone().requires_grad_() for t in (vertices, texels)]
             out = function(*leaves, size)
-            found.append((out, *torch.autograd.grad(out.sum(), leaves)))
-        for got, want in zip(*found, strict=True):
+            actual.append((out, *torch.autograd.grad(out.sum(), leaves)))
+        for got, want in zip(*actual, strict=True):
             torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)

@@ -45,8 +45,8 @@ def test_bend_of_a_regular_tetrahedron_is_one_minus_cosine_of_its_exterior_angle
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_roughness_of_a_regular_tetrahedron_by_hand(backend):
     # the other three have the mean -v / 3; distance 4/3 * sqrt(3), edges sqrt(8), and it is all normal
-    wanted = (4 / 3 * math.sqrt(3) / math.sqrt(8)) ** 2
-    assert float(term("rough", *regular_tetrahedron(), backend=backend)) == pytest.approx(wanted)
+    expected = (4 / 3 * math.sqrt(3) / math.sqrt(8)) ** 2
+    assert float(term("rough", *regular_tetrahedron(), backend=backend)) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -34,10 +34,10 @@ def test_as_many_threads_as_torch_uses_work_at_once():
         meeting.wait(timeout=20)
 
     each(2, kernel)
-    seen = set()
+    result = set()
     torch.set_num_threads(1)
-    each(50, lambda task: seen.add(threading.get_ident()))
-    assert seen == {threading.get_ident()}
+    each(50, lambda task: result.add(threading.get_ident()))
+    assert result == {threading.get_ident()}
 
 
 @pytest.mark.parametrize("bad", [0, 1, 9])

@@ -47,8 +47,8 @@ def test_tinycudann_grid_is_ours_in_values_and_derivatives(fake):
         arguments = grid_problem(spec)
         assert len(arguments[0]) > 50
         with fake("tinycudann"):
-            found = grid_results(*arguments, spec, "auto")
-        assert_close(found, grid_results(*arguments, spec, "torch"), 2e-4)
+            actual = grid_results(*arguments, spec, "auto")
+        assert_close(actual, grid_results(*arguments, spec, "torch"), 2e-4)
 
 
 def test_tinycudann_grid_ends_at_the_walls_as_ours_does(fake):
@@ -57,19 +57,19 @@ def test_tinycudann_grid_ends_at_the_walls_as_ours_does(fake):
     table = torch.randn(SMALL.rows, 2, generator=torch.Generator().manual_seed(1))
     up = torch.ones(len(points), SMALL.width)
     with fake("tinycudann"):
-        found = grid_results(points, table, up, points[:, :3], SMALL, "auto")
-    wanted = grid_results(points, table, up, points[:, :3], SMALL, "torch")
-    assert float(found[2][1].abs().min()) > 0  # a point on the far wall has a slope
-    assert float(found[2][4, 0]) == 0 == float(found[2][5, 1])  # one outside has none
-    assert_close(found[:3], wanted[:3], 2e-4)
+        actual = grid_results(points, table, up, points[:, :3], SMALL, "auto")
+    expected = grid_results(points, table, up, points[:, :3], SMALL, "torch")
+    assert float(actual[2][1].abs().min()) > 0  # a point on the far wall has a slope
+    assert float(actual[2][4, 0]) == 0 == float(actual[2][5, 1])  # one outside has none
+    assert_close(actual[:3], expected[:3], 2e-4)
 
 
 def test_tinycudann_grid_makes_nan_of_a_point_that_is_not_finite(fake):
     points, table, g_out, up = grid_problem(SMALL, 20)
     points[3, 1], points[5, 0], points[7] = float("nan"), float("inf"), float("-inf")
     with fake("tinycudann"):
-        found = grid_results(points, table, g_out, up, SMALL, "auto")
-    for values in found[:2]:
+        actual = grid_results(points, table, g_out, up, SMALL, "auto")
+    for values in actual[:2]:
         assert values.isnan().all(1).nonzero()[:, 0].tolist() == [3, 5, 7]
         assert values.isfinite().all(1).sum() == 17
 
@@ -137,9 +137,9 @@ def perceptron_results(arguments, backend, loss_scale=1.0):
     return [out, *(g / loss_scale for g in gradients)]
 
 
-def assert_half(found, wanted):
+def assert_half(actual, expected):
     """Equal but for the rounding of half precision, which also switches a few hidden units that are almost zero."""
-    for a, b in zip(found, wanted, strict=True):
+    for a, b in zip(actual, expected, strict=True):
         assert a.shape == b.shape and a.dtype == b.dtype
         assert float((a - b).detach().norm()) < 5e-2 * float(b.detach().norm())
 
@@ -148,16 +148,16 @@ def assert_half(found, wanted):
 def test_tinycudann_perceptron_is_ours_to_half_precision(sizes, fake):
     arguments = perceptron(300, *sizes)
     with fake("tinycudann"):
-        found = perceptron_results(arguments, "auto")
-    assert_half(found, perceptron_results(arguments, "torch"))
+        actual = perceptron_results(arguments, "auto")
+    assert_half(actual, perceptron_results(arguments, "torch"))
 
 
 @pytest.mark.parametrize("loss_scale", [1e-9, 1e-3, 1e6])
 def test_gradients_beyond_the_range_of_half_precision_come_through(loss_scale, fake):
     arguments = perceptron(3000, 32, 32, 1)
     with fake("tinycudann"):
-        found = perceptron_results(arguments, "auto", loss_scale)
-    assert_half(found, perceptron_results(arguments, "torch"))
+        actual = perceptron_results(arguments, "auto", loss_scale)
+    assert_half(actual, perceptron_results(arguments, "torch"))
 
 
 def test_a_zero_gradient_stays_zero(fake):
@@ -174,8 +174,8 @@ def test_what_tinycudann_has_not_goes_by_device(fake):
         x = torch.randn(9, SMALL.width)
         numba = mlp_with_slope(x, *weights, backend="numba")
         assert all(torch.equal(a, b) for a, b in zip(mlp_with_slope(x, *weights), numba, strict=True))
-        found = hash_density(points, table, SMALL, tuple(weights))
-    assert_close(found, hash_density(points, table, SMALL, tuple(weights), backend="torch"), 2e-4)
+        actual = hash_density(points, table, SMALL, tuple(weights))
+    assert_close(actual, hash_density(points, table, SMALL, tuple(weights), backend="torch"), 2e-4)
 
 
 @pytest.mark.cuda
@@ -183,8 +183,8 @@ def test_the_real_tinycudann_grid_is_ours():
     real("tinycudann")
     for spec in (SMALL, HashGridSpec(), HashGridSpec(levels=4, features=4, log2_table=12, base=5, finest=300)):
         arguments = grid_problem(spec, 5000, device="cuda")
-        found = grid_results(*arguments, spec, "tinycudann")
-        assert_close(found, grid_results(*arguments, spec, "torch"), 5e-4)
+        actual = grid_results(*arguments, spec, "tinycudann")
+        assert_close(actual, grid_results(*arguments, spec, "torch"), 5e-4)
 
 
 @pytest.mark.cuda
@@ -193,5 +193,5 @@ def test_the_real_tinycudann_perceptron_is_ours_to_half_precision(sizes):
     real("tinycudann")
     for loss_scale in (1e-9, 1.0):
         arguments = perceptron(5000, *sizes, device="cuda")
-        found = perceptron_results(arguments, "tinycudann", loss_scale)
-        assert_half(found, perceptron_results(arguments, "torch"))
+        actual = perceptron_results(arguments, "tinycudann", loss_scale)
+        assert_half(actual, perceptron_results(arguments, "torch"))

@@ -76,12 +76,12 @@ def test_twin_is_differentiable_in_float64_and_numba_agrees_on_the_gradient_thro
     arguments = (sigmas.requires_grad_(), values.requires_grad_())
     assert torch.autograd.gradcheck(lambda s, v: composite(s, v, samples), arguments)
     sigmas, values, samples = packed([30, 1, 0, 50])
-    wanted = []
+    expected = []
     for backend in BACKENDS:
         s = sigmas.clone().requires_grad_()
         (composite(s, values, samples, backend=backend)[1] * samples.t.sin()).sum().backward()
-        wanted.append(s.grad)
-    assert torch.allclose(*wanted, rtol=1e-4, atol=1e-6)
+        expected.append(s.grad)
+    assert torch.allclose(*expected, rtol=1e-4, atol=1e-6)
 
 
 def scene(rays: int = 400, cells: int = 16):
@@ -147,23 +147,23 @@ def test_march_indexes_the_grid_as_x_y_z(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_cull_keeps_the_samples_in_front_of_the_point_where_light_runs_out(backend):
     sigmas, values, samples = packed([40, 0, 25, 3])
-    index, kept = cull(20 * sigmas, samples, 1e-2, backend=backend)
+    index, survivors = cull(20 * sigmas, samples, 1e-2, backend=backend)
     for ray, (low, high) in enumerate(samples.ray_offsets.unfold(0, 2, 1).tolist()):
         depth = (20 * sigmas * samples.delta)[low:high]
-        wanted = [i for i in range(low, high) if math.exp(-float(depth[: i - low].sum())) >= 1e-2]
-        assert index[kept.ray_offsets[ray] : kept.ray_offsets[ray + 1]].tolist() == wanted
-    assert torch.equal(kept.t, samples.t[index]) and len(kept) < len(samples)
+        expected = [i for i in range(low, high) if math.exp(-float(depth[: i - low].sum())) >= 1e-2]
+        assert index[survivors.ray_offsets[ray] : survivors.ray_offsets[ray + 1]].tolist() == expected
+    assert torch.equal(survivors.t, samples.t[index]) and len(survivors) < len(samples)
     full = composite(20 * sigmas, values, samples)[0]
-    assert (composite(20 * sigmas[index], values[index], kept)[0] - full).abs().max() < 1e-2
+    assert (composite(20 * sigmas[index], values[index], survivors)[0] - full).abs().max() < 1e-2
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_cull_drops_faint_samples_wherever_they_are(backend):
     sigmas = torch.tensor([0.001, 2.0, 0.0, 0.5, 0.002, 3.0])
     samples = Samples(torch.arange(6.0), torch.full((6,), 0.1), torch.tensor([0, 4, 4, 6]))
-    index, kept = cull(sigmas, samples, 0.0, 1e-3, backend=backend)
-    assert index.tolist() == [1, 3, 5] and kept.ray_offsets.tolist() == [0, 2, 2, 3]
-    assert kept.rays.tolist() == [0, 0, 2]
+    index, survivors = cull(sigmas, samples, 0.0, 1e-3, backend=backend)
+    assert index.tolist() == [1, 3, 5] and survivors.ray_offsets.tolist() == [0, 2, 2, 3]
+    assert survivors.rays.tolist() == [0, 0, 2]
 
 
 def test_no_samples_at_all_composite_to_zero():

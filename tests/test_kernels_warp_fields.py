@@ -115,8 +115,8 @@ def test_a_launch_refuses_by_name_what_its_kernel_would_misread():
     from stages.kernels.cuda.launch import launch
 
     def arguments(**changes):
-        wanted = {"values": torch.ones(4, 2), "weights": torch.ones(4), "offsets": torch.tensor([0, 4])}
-        return (*(wanted | changes).values(), torch.zeros(1, 2))
+        expected = {"values": torch.ones(4, 2), "weights": torch.ones(4), "offsets": torch.tensor([0, 4])}
+        return (*(expected | changes).values(), torch.zeros(1, 2))
 
     launch(cuda_volume._blend, (1, 2), arguments())
     for name, wrong, why in (
@@ -138,8 +138,8 @@ def test_importing_the_public_ops_does_not_import_warp():
 def ptx_kernels(path) -> dict[str, str]:
     """Text of each kernel of a PTX file, by the name of its Python function."""
     text = path.read_text(encoding="utf-8", errors="replace")
-    found = re.findall(r"\.entry (?:\w+__locals__)?(\w+?)_[0-9a-f]{8}_cuda_kernel_forward(.*?\n}\n)", text, re.DOTALL)
-    return dict(found)
+    entries = re.findall(r"\.entry (?:\w+__locals__)?(\w+?)_[0-9a-f]{8}_cuda_kernel_forward(.*?\n}\n)", text, re.DOTALL)
+    return dict(entries)
 
 
 @pytest.mark.slow
@@ -150,7 +150,7 @@ def test_kernels_compile_to_ptx_for_sm_80_and_sm_90_without_a_gpu(name, tmp_path
     from stages.kernels.cuda import normals as cuda_normals
     from stages.kernels.cuda import volume as cuda_volume
 
-    module, wanted, fused = {
+    module, expected, fused = {
         "hashgrid": (
             cuda_hashgrid._encode.module,
             {"_encode", "_gradient", "_directional", "_scale", "_scatter", "_to_float"},
@@ -169,7 +169,7 @@ def test_kernels_compile_to_ptx_for_sm_80_and_sm_90_without_a_gpu(name, tmp_path
     for arch, path in zip((80, 90), paths, strict=True):
         assert f".target sm_{arch}" in path.read_text(encoding="utf-8", errors="replace")
         kernels = ptx_kernels(path)
-        assert set(kernels) == wanted
+        assert set(kernels) == expected
         for kernel, text in kernels.items():
             assert ".local" not in text, f"{kernel} keeps vectors in memory instead of registers"
             assert ("fma.rn.f32" in text) == (kernel in fused and kernel != "_scale"), kernel
@@ -218,6 +218,6 @@ def test_kernels_run_on_torchs_current_stream():
     with torch.cuda.stream(stream):
         torch.cuda._sleep(100_000_000)
         scaled = 2 * table  # late on this stream, so a kernel on another would read old memory
-        found = hash_encode(points, scaled, SMALL, backend="warp")
+        actual = hash_encode(points, scaled, SMALL, backend="warp")
     stream.synchronize()
-    assert torch.allclose(found, 2 * hash_encode(points, table, SMALL, backend="warp"), atol=1e-5)
+    assert torch.allclose(actual, 2 * hash_encode(points, table, SMALL, backend="warp"), atol=1e-5)

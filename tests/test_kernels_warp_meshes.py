@@ -76,8 +76,8 @@ def test_the_order_of_the_triangles_only_renames_them():
     want = rasterise(clip, triangles, 40, 40, backend="warp")
     got = rasterise(clip, triangles[order], 40, 40, backend="warp")
     assert torch.equal(got[..., :3], want[..., :3])
-    named = torch.cat([torch.zeros(1, dtype=torch.long), order + 1])
-    assert torch.equal(named[got[..., 3].long()], want[..., 3].long())
+    ids = torch.cat([torch.zeros(1, dtype=torch.long), order + 1])
+    assert torch.equal(ids[got[..., 3].long()], want[..., 3].long())
 
 
 def test_depths_closer_than_a_step_count_as_equal_and_the_far_plane_is_drawn():
@@ -190,8 +190,8 @@ def functions(device: str):
     def inside(c, a, backend):
         if backend == "torch":
             u, v = reference_raster.barycentrics(c, triangles, ids)
-            held = torch.stack([u, v, rast[..., 2].to(u), rast[..., 3].to(u)], -1)
-            return interpolate(a, held, triangles, backend="torch")
+            planes = torch.stack([u, v, rast[..., 2].to(u), rast[..., 3].to(u)], -1)
+            return interpolate(a, planes, triangles, backend="torch")
         return interpolate(a, rasterise(c, triangles, 12, 13, backend=backend), triangles, backend=backend)
 
     def silhouettes(p, c, backend):
@@ -209,11 +209,11 @@ def functions(device: str):
 @pytest.mark.parametrize("name", ["inside", "silhouettes", "texture", "normals"])
 def test_gradients_match_float64_differences(name, device):
     leaves, function = functions(device)[name]
-    taken = [leaf.clone().requires_grad_() for leaf in leaves]
+    copies = [leaf.clone().requires_grad_() for leaf in leaves]
     g = torch.Generator().manual_seed(2)
-    out = function(*taken, backend="warp")
+    out = function(*copies, backend="warp")
     weight = torch.randn(out.shape, generator=g).to(device)
-    grads = torch.autograd.grad(out, taken, weight)
+    grads = torch.autograd.grad(out, copies, weight)
     doubles = [leaf.double() for leaf in leaves]
 
     def value(step: float, moves: list[torch.Tensor]) -> float:

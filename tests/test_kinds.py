@@ -110,9 +110,9 @@ def test_a_new_stage_runs_from_the_command_under_its_default_prior_and_writes_it
     words = [f"export.{key}={value}" for key, value in EXPORT["export"].items()]
     assert command("run", "--stages", "walk", "--out", str(tmp_path / "run"), "walk.stride=2", *words) == 0
     assert (tmp_path / "run" / "mesh.glb").is_file()
-    written = from_file(tmp_path / "run" / "config.yaml").values
-    assert written["walk"] == {"steps": 5, "views_per_step": 1, "stride": 2.0} and written["prior"]["walk"] == "pocket"
-    assert not {"coarse", "fine", "clipmesh", "stroll"} & written.keys()
+    values = from_file(tmp_path / "run" / "config.yaml").values
+    assert values["walk"] == {"steps": 5, "views_per_step": 1, "stride": 2.0} and values["prior"]["walk"] == "pocket"
+    assert not {"coarse", "fine", "clipmesh", "stroll"} & values.keys()
     assert command("run", "--config", str(tmp_path / "run"), "--out", str(tmp_path / "again")) == 0
     for name in ("config.yaml", "mesh.glb"):
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "run" / name).read_bytes()

@@ -78,9 +78,9 @@ def test_colours_follow_their_vertices():
     ],
 )
 def test_broken_meshes_are_refused_with_advice(mesh, word):
-    with pytest.raises(UserError, match=word) as caught:
+    with pytest.raises(UserError, match=word) as error:
         tidy(mesh)
-    assert caught.value.why and caught.value.fix
+    assert error.value.why and error.value.fix
 
 
 def test_nan_in_an_unused_vertex_is_no_harm():

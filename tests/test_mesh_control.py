@@ -91,9 +91,9 @@ def test_overlapping_layout_is_made_anew_and_keeps_what_it_showed():
     control = control_mesh(mesh, 1000, SIZE, PADDING, "boxes")
     assert not np.array_equal(control.uv, mesh.uv)
     height = control.vertices[control.faces].mean(1)[:, 1]
-    for face, wanted in ((height.argmax(), 1.0), (height.argmin(), 0.0)):
+    for face, expected in ((height.argmax(), 1.0), (height.argmin(), 0.0)):
         column, row = (control.uv[control.uv_faces[face]].mean(0) * [SIZE, -SIZE] + [0, SIZE]).astype(int)
-        assert control.texture[row, column].tolist() == pytest.approx([0, wanted, 0], abs=0.01)
+        assert control.texture[row, column].tolist() == pytest.approx([0, expected, 0], abs=0.01)
 
 
 def test_a_dense_mesh_is_thinned_and_keeps_its_colours():

@@ -30,9 +30,9 @@ def step(dmtet: DMTet, g: torch.Generator, size: float) -> None:
 @pytest.mark.parametrize("resolution", [16, 32, 64])
 def test_sphere_has_its_volume_and_is_a_solid(resolution):
     dmtet = from_function(Lattice(resolution), ball(0.6))
-    found, exact = report(dmtet), 4 / 3 * np.pi * 0.6**3
-    assert found.solid and found.components == 1 and found.euler_number == 2
-    assert abs(found.volume / exact - 1) < 1.2 * (2 / resolution / 0.6) ** 2  # second order in cell / radius
+    actual, exact = report(dmtet), 4 / 3 * np.pi * 0.6**3
+    assert actual.solid and actual.components == 1 and actual.euler_number == 2
+    assert abs(actual.volume / exact - 1) < 1.2 * (2 / resolution / 0.6) ** 2  # second order in cell / radius
 
 
 def test_the_band_is_narrow():
@@ -48,8 +48,8 @@ def test_random_steps_keep_the_surface_solid_and_no_tetrahedron_turned_over(seed
     for _ in range(25):
         step(dmtet, g, 0.05)
         dmtet.step_done([])
-        found = report(dmtet)
-        assert found.solid, found
+        actual = report(dmtet)
+        assert actual.solid, actual
         p = dmtet.positions().detach().numpy()[dmtet.band.tets].astype(np.float64)
         assert np.linalg.det(p[:, 1:] - p[:, :1]).min() > 0
     assert dmtet.rebuilds > 3  # the test did reach the rim
@@ -61,9 +61,9 @@ def test_a_surface_pushed_against_the_border_of_the_box_stays_closed():
         with torch.no_grad():
             dmtet.sdf -= 0.05
         dmtet.step_done([])
-    found = report(dmtet)
-    assert found.solid and found.components == 1
-    assert 6.5 < found.volume < 8 and np.abs(np.array(found.bounds)).max() <= 1.05
+    actual = report(dmtet)
+    assert actual.solid and actual.components == 1
+    assert 6.5 < actual.volume < 8 and np.abs(np.array(actual.bounds)).max() <= 1.05
 
 
 def test_a_band_that_moves_equals_one_that_holds_the_whole_lattice():

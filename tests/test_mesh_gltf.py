@@ -49,15 +49,15 @@ class Document:
 
 @pytest.fixture
 def document():
-    made = Document()
-    made.mesh()
-    return made
+    doc = Document()
+    doc.mesh()
+    return doc
 
 
 def refusal(path):
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(UserError) as error:
         read_mesh(path)
-    return caught.value.why
+    return error.value.why
 
 
 def test_a_hidden_node_and_all_below_it_are_left_out(document, tmp_path, caplog):
@@ -79,8 +79,8 @@ def test_default_weights_move_the_corners(document, tmp_path, of_node):
         document.json["nodes"][1]["weights"] = [0.5, 0.25]
         document.json["scenes"][0]["nodes"] = [0, 1]
     mesh = read_mesh(document.save(tmp_path))
-    wanted = {2.0, 1.5} if of_node else {2.0}
-    assert set(mesh.vertices[:, 2].tolist()) == wanted
+    expected = {2.0, 1.5} if of_node else {2.0}
+    assert set(mesh.vertices[:, 2].tolist()) == expected
 
 
 def test_the_files_own_scene_is_read(document, tmp_path, caplog):
@@ -162,24 +162,24 @@ def test_what_a_file_does_not_keep_is_refused_with_both_numbers(document, tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (put("animations", [{"channels": [], "samplers": []}]), "animations are left out"),
         (put("extensionsUsed", ["EXT_mesh_gpu_instancing"]), "instancing"),
         (put("extensionsUsed", ["VENDOR_new_shapes"]), "VENDOR_new_shapes"),
     ],
 )
-def test_what_is_left_out_is_said(document, tmp_path, caplog, change, said):
+def test_what_is_left_out_is_said(document, tmp_path, caplog, change, message):
     document.json["extensionsUsed"] = ["KHR_materials_unlit", "KHR_texture_transform"]
     read_mesh(document.save(tmp_path))
     assert not caplog.records
     change(document.json)
     read_mesh(document.save(tmp_path))
-    assert said in caplog.text
+    assert message in caplog.text
 
 
-@pytest.mark.parametrize(("wrap", "said"), [(33071, "clamped"), (33648, "mirrored"), (10497, "")])
-def test_a_texture_that_does_not_repeat_beyond_its_border_is_said(document, tmp_path, caplog, wrap, said):
+@pytest.mark.parametrize(("wrap", "message"), [(33071, "clamped"), (33648, "mirrored"), (10497, "")])
+def test_a_texture_that_does_not_repeat_beyond_its_border_is_said(document, tmp_path, caplog, wrap, message):
     from io import BytesIO
 
     from PIL import Image
@@ -195,7 +195,7 @@ def test_a_texture_that_does_not_repeat_beyond_its_border_is_said(document, tmp_
     material = {"pbrMetallicRoughness": {"baseColorTexture": {"index": 0}, "metallicFactor": 0.25}, "alphaMode": "MASK"}
     document.json["materials"] = [material]
     mesh = read_mesh(document.save(tmp_path))
-    assert (said in caplog.text) if said else ("border" not in caplog.text)
+    assert (message in caplog.text) if message else ("border" not in caplog.text)
     assert "transparent" in caplog.text
     assert mesh.metallic == 0.25 and mesh.roughness == 1  # the format's default
 

@@ -36,18 +36,18 @@ def soft(sdf, sharpness=150.0):
 
 def solid(dmtet):
     surface = dmtet.surface()
-    found = measure(Mesh(surface.vertices.detach().numpy(), surface.faces.numpy()))
-    assert found.solid
-    return found
+    report = measure(Mesh(surface.vertices.detach().numpy(), surface.faces.numpy()))
+    assert report.solid
+    return report
 
 
 @pytest.mark.parametrize("resolution", [16, 40])
 def test_a_soft_torus_becomes_one_torus_of_its_volume(resolution):
     dmtet, level = dmtet_from_density(soft(ring), Lattice(resolution), SMALL)
-    found = solid(dmtet)
-    assert found.components == 1 and found.euler_number == 0 and level.parts == 1
+    actual = solid(dmtet)
+    assert actual.components == 1 and actual.euler_number == 0 and level.parts == 1
     exact = 2 * np.pi**2 * 0.55 * 0.2**2
-    assert 0.75 * exact < found.volume < 1.05 * exact
+    assert 0.75 * exact < actual.volume < 1.05 * exact
 
 
 def test_the_level_finds_the_surface_whatever_the_scale_of_the_density():
@@ -65,8 +65,8 @@ def test_faint_fog_everywhere_does_not_become_the_object():
         return 0.2 + soft(ball)(p)
 
     dmtet, level = dmtet_from_density(foggy, Lattice(20), SMALL)
-    found = solid(dmtet)
-    assert not level.cut and found.components == 1 and 0.4 < found.volume < 0.55
+    actual = solid(dmtet)
+    assert not level.cut and actual.components == 1 and 0.4 < actual.volume < 0.55
     grid = sample_density(foggy, 40)
     assert (grid > 0.1).all()  # the lowest levels fill the box, so the search did have to climb
 
@@ -114,9 +114,9 @@ def test_cavities_are_filled(resolution):
     def shell(p):
         return torch.maximum(ball(p, 0.6), -ball(p, 0.45))
 
-    found = solid(dmtet_from_density(soft(shell, 400.0), Lattice(resolution), SMALL)[0])
-    assert found.components == 1 and found.euler_number == 2
-    assert abs(found.volume / (4 / 3 * np.pi * 0.6**3) - 1) < 0.12
+    actual = solid(dmtet_from_density(soft(shell, 400.0), Lattice(resolution), SMALL)[0])
+    assert actual.components == 1 and actual.euler_number == 2
+    assert abs(actual.volume / (4 / 3 * np.pi * 0.6**3) - 1) < 0.12
 
 
 def test_hidden_insides_are_filled_and_what_one_can_see_or_enter_stays_open():
@@ -151,8 +151,8 @@ def test_values_are_signed_distances_not_clamped_densities():
 
 def test_an_object_that_leaves_the_box_is_cut_and_closed():
     dmtet, level = dmtet_from_density(soft(lambda p: ball(p, 0.7, (0.6, 0.0, 0.0))), Lattice(20), SMALL)
-    found = solid(dmtet)
-    assert level.cut and found.components == 1 and found.bounds[1][0] > 0.9
+    actual = solid(dmtet)
+    assert level.cut and actual.components == 1 and actual.bounds[1][0] > 0.9
 
 
 def test_a_given_level_is_taken():
@@ -187,15 +187,15 @@ def test_distance_to_surface_is_that_of_all_triangles():
     points = np.random.default_rng(0).uniform(-0.7, 0.7, (60, 3)).astype(np.float32)
     points = points[np.abs(np.linalg.norm(points, axis=1) - 0.5) < 0.12]
     assert len(points) > 10
-    found = distance_to_surface(points, mesh.vertices, mesh.faces)
+    actual = distance_to_surface(points, mesh.vertices, mesh.faces)
     corners = mesh.vertices[mesh.faces].astype(np.float64)
     g = np.linspace(0, 1, 60)
     u, v = (x.reshape(-1) for x in np.meshgrid(g, g))
     u, v = u[u + v <= 1], v[u + v <= 1]
     samples = np.einsum("kp,fkc->fpc", np.stack([1 - u - v, u, v]), corners).reshape(-1, 3)
     slow = np.array([np.linalg.norm(samples - p, axis=1).min() for p in points])
-    np.testing.assert_allclose(found, slow, atol=2e-3)
-    assert (found <= slow + 1e-6).all()  # dense samples can only be further away
+    np.testing.assert_allclose(actual, slow, atol=2e-3)
+    assert (actual <= slow + 1e-6).all()  # dense samples can only be further away
 
 
 def test_settings_are_checked():

@@ -40,9 +40,9 @@ LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 4567\n
 )
 def test_what_a_file_is_instead_is_told(tmp_path, name, content, words, fix):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(UserError) as error:
         format_of(tmp_path / name)
-    assert words in caught.value.why and fix in caught.value.fix and "pip" not in caught.value.fix
+    assert words in error.value.why and fix in error.value.fix and "pip" not in error.value.fix
 
 
 def test_the_formats_that_are_read_are_known_by_their_names_in_any_case(tmp_path):

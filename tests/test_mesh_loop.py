@@ -29,10 +29,10 @@ def refined_once(points: np.ndarray, faces: np.ndarray) -> np.ndarray:
     """One step of Loop's scheme for a closed mesh by its textbook rules, vertex by vertex."""
     neighbours = [{int(v) for f in faces if i in f for v in f} - {i} for i in range(len(points))]
     new = []
-    for i, own in enumerate(neighbours):
-        n = len(own)
+    for i, neighbour_set in enumerate(neighbours):
+        n = len(neighbour_set)
         beta = (5 / 8 - (3 / 8 + math.cos(2 * math.pi / n) / 4) ** 2) / n
-        new.append((1 - n * beta) * points[i] + beta * sum(points[j] for j in own))
+        new.append((1 - n * beta) * points[i] + beta * sum(points[j] for j in neighbour_set))
     for a, b in edges_of(faces).pairs:
         c, d = (next(int(v) for v in f if v not in (a, b)) for f in faces if a in f and b in f)
         new.append(3 / 8 * (points[a] + points[b]) + 1 / 8 * (points[c] + points[d]))
@@ -104,8 +104,8 @@ def test_limit_of_a_regular_patch_reproduces_planes_and_shifts_squares_by_a_quar
         assert far.sum() >= 4
         x, y = (matrix @ points)[far, 0], (matrix @ points)[far, 1]
         assert np.allclose(np.stack([x, y], -1), place[far, :2])  # linear functions stay, so points stay in the plane
-        wanted = np.stack([3 + 2 * x - y, x**2 + 1 / 4, x * y], -1)
-        assert np.allclose((matrix @ values)[far], wanted)
+        expected = np.stack([3 + 2 * x - y, x**2 + 1 / 4, x * y], -1)
+        assert np.allclose((matrix @ values)[far], expected)
         assert finer.max() == len(place) - 1
 
 
@@ -149,10 +149,10 @@ def test_texture_coordinates_are_split_in_the_face_order_of_the_surface():
 
 def test_control_vertices_of_a_mesh_give_it_back():
     points, faces = icosphere(2)
-    wanted = points * [1, 0.7, 1.2]
-    control = control_of(faces, wanted)
-    assert np.abs(limit_matrix(faces, len(points)) @ control - wanted).max() < 1e-12
-    assert np.abs(control - wanted).max() > 1e-3
+    expected = points * [1, 0.7, 1.2]
+    control = control_of(faces, expected)
+    assert np.abs(limit_matrix(faces, len(points)) @ control - expected).max() < 1e-12
+    assert np.abs(control - expected).max() > 1e-3
 
 
 def test_icosphere_is_a_closed_unit_sphere_of_642_vertices():

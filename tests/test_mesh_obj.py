@@ -171,13 +171,13 @@ def test_a_byte_order_mark_hides_no_vertex(tmp_path, code):
 )
 def test_lines_that_cannot_be_read_are_named(tmp_path, lines, why):
     (tmp_path / "a.obj").write_text("\n".join(tetra() + lines))
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(UserError) as error:
         read_mesh(tmp_path / "a.obj")
-    assert why in caught.value.why
+    assert why in error.value.why
 
 
 @pytest.mark.parametrize(
-    ("lines", "said"),
+    ("lines", "message"),
     [
         (["l 1 2", "p 3"], "1 lines are left out"),
         (["f 1 2"], "1 faces of fewer than three corners are left out"),
@@ -187,10 +187,10 @@ def test_lines_that_cannot_be_read_are_named(tmp_path, lines, why):
         (["f 1/7 2/8 3/9"], "there are 0 texture coordinates"),
     ],
 )
-def test_what_is_left_out_is_said(tmp_path, caplog, lines, said):
+def test_what_is_left_out_is_said(tmp_path, caplog, lines, message):
     (tmp_path / "a.obj").write_text("\n".join(tetra() + lines))
     read_mesh(tmp_path / "a.obj")
-    assert said in caplog.text
+    assert message in caplog.text
 
 
 def test_colours_of_some_vertices_are_kept_and_the_others_white(tmp_path, caplog):
@@ -263,16 +263,16 @@ def test_a_clamped_picture_goes_on_with_its_border(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("statement", "said"),
+    ("statement", "message"),
     [
         ("map_Kd -mm 0.1 2 a b.png", "-mm of the picture"),
         ("map_Kd a b.png\nd 0.5", "transparency is left out"),
         ("map_Kd a b.png\nKd spectral x.rfl", "kd spectral x.rfl is not read"),
     ],
 )
-def test_what_a_material_says_in_vain_is_said(tmp_path, caplog, statement, said):
+def test_what_a_material_says_in_vain_is_said(tmp_path, caplog, statement, message):
     assert painted(tmp_path, statement).texture is not None
-    assert said in caplog.text
+    assert message in caplog.text
 
 
 def test_the_first_of_several_libraries_that_has_a_material_gives_it(tmp_path):

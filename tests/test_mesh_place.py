@@ -26,7 +26,7 @@ def test_unused_vertices_do_not_count():
 
 
 @pytest.mark.parametrize(
-    ("up", "own", "wanted"),
+    ("up", "axis", "expected"),
     [
         ("z", [0, 0, 1], [0, 1, 0]),
         ("z", [0, -1, 0], [0, 0, 1]),  # Blender's front becomes ours
@@ -37,9 +37,9 @@ def test_unused_vertices_do_not_count():
         ("y", [0.1, 0.2, 0.3], [0.1, 0.2, 0.3]),
     ],
 )
-def test_the_axis_that_points_up_becomes_y(up, own, wanted):
-    turned = upright(make([own, [0, 0, 0], [1, 1, 1]], [[0, 1, 2]]), up)
-    np.testing.assert_array_equal(turned.vertices[0], np.float32(wanted))
+def test_the_axis_that_points_up_becomes_y(up, axis, expected):
+    turned = upright(make([axis, [0, 0, 0], [1, 1, 1]], [[0, 1, 2]]), up)
+    np.testing.assert_array_equal(turned.vertices[0], np.float32(expected))
 
 
 @pytest.mark.parametrize("up", ["x", "-x", "y", "-y", "z", "-z"])
@@ -60,12 +60,12 @@ def test_yaw_turns_the_front_and_comes_back():
 
 def test_the_settings_overrule_the_formats_axis_and_may_keep_the_place():
     mesh = moved(box(), (0.1, 0, 0), 0.5)
-    kept, placement = place(mesh, PlaceSettings(up="y", radius=None), up="z")
-    np.testing.assert_array_equal(kept.vertices, mesh.vertices)
+    result, placement = place(mesh, PlaceSettings(up="y", radius=None), up="z")
+    np.testing.assert_array_equal(result.vertices, mesh.vertices)
     assert placement.scale == 1
-    with pytest.raises(UserError, match="does not fit") as caught:
+    with pytest.raises(UserError, match="does not fit") as error:
         place(moved(box(), (1, 0, 0)), PlaceSettings(radius=None))
-    assert "place.radius" in caught.value.fix
+    assert "place.radius" in error.value.fix
 
 
 def test_what_has_no_extent_is_refused():
@@ -89,6 +89,6 @@ def test_the_texture_of_what_is_kept_stays_on_its_faces():
     body, far = sphere(1.0), moved(tetrahedron(), (100, 0, 0), 0.001)
     mesh = join(far, body)
     mesh.uv, mesh.uv_faces = np.zeros((len(mesh.vertices), 2), np.float32), mesh.faces.copy()
-    kept, _ = without_far_specks(mesh)
-    np.testing.assert_array_equal(kept.uv_faces, kept.faces)
-    np.testing.assert_array_equal(kept.faces, mesh.faces[len(far.faces) :])
+    result, _ = without_far_specks(mesh)
+    np.testing.assert_array_equal(result.uv_faces, result.faces)
+    np.testing.assert_array_equal(result.faces, mesh.faces[len(far.faces) :])

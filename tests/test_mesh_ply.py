@@ -45,9 +45,9 @@ def saved(folder, data):
 
 
 def refusal(folder, data):
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(UserError) as error:
         read_mesh(saved(folder, data))
-    return caught.value.why
+    return error.value.why
 
 
 @pytest.mark.parametrize("order", ORDERS)

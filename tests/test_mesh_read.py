@@ -40,9 +40,9 @@ POINTS = (
 )
 def test_files_without_a_surface_are_refused_in_three_lines(tmp_path, name, content, why):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError, match="Cannot read the mesh") as caught:
+    with pytest.raises(UserError, match="Cannot read the mesh") as error:
         read_mesh(tmp_path / name)
-    assert name in caught.value.what and why in caught.value.why and caught.value.fix
+    assert name in error.value.what and why in error.value.why and error.value.fix
 
 
 def test_missing_files_and_folders_are_refused(tmp_path):
@@ -95,21 +95,21 @@ def test_textured_and_plain_parts_keep_their_colours_together(tmp_path):
     mesh = read_mesh(tmp_path / "a.glb")
     assert mesh.texture is not None and len(mesh.faces) == 14
     far = np.flatnonzero(mesh.vertices[mesh.faces][:, :, 0].mean(1) > 2)
-    shown = colours_at(mesh, far, np.full((len(far), 3), 1 / 3))
-    torch.testing.assert_close(shown, torch.tensor([0, 0.5, 0]).expand(12, 3), atol=0.02, rtol=0)
+    colours = colours_at(mesh, far, np.full((len(far), 3), 1 / 3))
+    torch.testing.assert_close(colours, torch.tensor([0, 0.5, 0]).expand(12, 3), atol=0.02, rtol=0)
     near = np.flatnonzero(mesh.vertices[mesh.faces][:, :, 0].mean(1) < 2)
-    shown = colours_at(mesh, near[:1], np.array([[0.8, 0.1, 0.1]]))
-    torch.testing.assert_close(shown[0], torch.tensor([1.0, 0, 0]), atol=0.05, rtol=0)
+    colours = colours_at(mesh, near[:1], np.array([[0.8, 0.1, 0.1]]))
+    torch.testing.assert_close(colours[0], torch.tensor([1.0, 0, 0]), atol=0.05, rtol=0)
 
 
 def test_vertex_colours_beside_a_material_are_read(tmp_path):
     """glTF multiplies COLOR_0 by the material's factor; our own GLB files hold both."""
-    own, other = torus(n=12, m=8), moved(box(), (3, 0, 0))
-    own.colours = np.linspace(0, 1, 3 * len(own.vertices), dtype=np.float32).reshape(-1, 3)
+    ring, other = torus(n=12, m=8), moved(box(), (3, 0, 0))
+    ring.colours = np.linspace(0, 1, 3 * len(ring.vertices), dtype=np.float32).reshape(-1, 3)
     other.colours = np.full((8, 3), 0.25, np.float32)
-    write_glb(own, tmp_path / "own.glb")
+    write_glb(ring, tmp_path / "own.glb")
     back = read_mesh(tmp_path / "own.glb")
-    np.testing.assert_allclose(back.colours[back.faces], own.colours[own.faces], atol=1e-4)
+    np.testing.assert_allclose(back.colours[back.faces], ring.colours[ring.faces], atol=1e-4)
     write_glb(other, tmp_path / "other.glb")
     scene = trimesh.Scene([*(trimesh.load_scene(tmp_path / f).geometry.popitem()[1] for f in ("own.glb", "other.glb"))])
     assert len(scene.geometry) == 2
@@ -122,8 +122,8 @@ def test_vertex_colours_beside_a_material_are_read(tmp_path):
 def test_vertex_colours_of_a_ply_are_srgb(tmp_path):
     colours = np.tile(np.uint8([128, 0, 255]), (8, 1))
     trimesh.Trimesh(box().vertices, box().faces, vertex_colors=colours, process=False).export(tmp_path / "a.ply")
-    wanted = srgb_to_linear(torch.tensor([128, 0, 255]) / 255).numpy()
-    np.testing.assert_allclose(read_mesh(tmp_path / "a.ply").colours, np.tile(wanted, (8, 1)), atol=1e-6)
+    expected = srgb_to_linear(torch.tensor([128, 0, 255]) / 255).numpy()
+    np.testing.assert_allclose(read_mesh(tmp_path / "a.ply").colours, np.tile(expected, (8, 1)), atol=1e-6)
 
 
 MTL = """newmtl picture\nKd 1 1 1\nmap_Kd picture.png\nnewmtl plain\nKd 0 1 0\n"""
@@ -153,8 +153,8 @@ def test_factors_masks_and_tiles_of_several_textures_survive_the_joining(tmp_pat
     parts = [painted(stated), painted(mask, away=5), painted(repeat, [[0, 0], [4, 0], [4, 4], [0, 4]], away=10)]
     trimesh.Scene(parts).export(tmp_path / "a.glb")
     mesh = read_mesh(tmp_path / "a.glb")
-    wanted = srgb_to_linear(torch.tensor([200, 100, 50]) / 255).tolist()
-    assert shown_at(mesh, [0.7, 0.2, 0]) == pytest.approx(wanted, abs=0.01)
+    expected = srgb_to_linear(torch.tensor([200, 100, 50]) / 255).tolist()
+    assert shown_at(mesh, [0.7, 0.2, 0]) == pytest.approx(expected, abs=0.01)
     assert shown_at(mesh, [5.7, 0.2, 0]) == pytest.approx([0, 0, 1], abs=0.01)
     for k in range(4):
         assert shown_at(mesh, [10 + (k + 0.25) / 4, 0.05, 0]) == pytest.approx([1, 1, 1], abs=0.01)
@@ -199,9 +199,9 @@ def test_a_mesh_too_far_from_the_origin_for_its_numbers_is_refused(tmp_path):
         if fits:
             read_mesh(tmp_path / "a.obj")
             continue
-        with pytest.raises(UserError, match="single precision") as caught:
+        with pytest.raises(UserError, match="single precision") as error:
             read_mesh(tmp_path / "a.obj")
-        assert "origin" in caught.value.fix
+        assert "origin" in error.value.fix
 
 
 def test_a_picture_of_sixteen_bits_keeps_its_grey(tmp_path):
@@ -234,5 +234,5 @@ def test_look_ups_are_bilinear_and_clamped_at_the_border(shape):
     uv = rng.uniform(-0.2, 1.2, (200, 2))
     picture = srgb_to_linear(torch.from_numpy(texture / 255.0)).permute(2, 0, 1)[None]
     grid = torch.from_numpy(np.stack([2 * uv[:, 0] - 1, 1 - 2 * uv[:, 1]], -1))[None, None]
-    wanted = torch.nn.functional.grid_sample(picture, grid, padding_mode="border", align_corners=False)[0, :, 0].T
-    torch.testing.assert_close(_looked_up(texture, uv), wanted.float(), atol=1e-5, rtol=0)
+    expected = torch.nn.functional.grid_sample(picture, grid, padding_mode="border", align_corners=False)[0, :, 0].T
+    torch.testing.assert_close(_looked_up(texture, uv), expected.float(), atol=1e-5, rtol=0)

@@ -123,9 +123,9 @@ def test_what_a_file_cannot_do_without_is_refused_by_name(tmp_path, extension):
 
     square(CORNERS).export(tmp_path / "a.glb")
     edited(tmp_path / "a.glb", needs)
-    with pytest.raises(UserError, match=extension) as caught:
+    with pytest.raises(UserError, match=extension) as error:
         read_mesh(tmp_path / "a.glb")
-    assert "unlit" not in caught.value.why and caught.value.fix
+    assert "unlit" not in error.value.why and error.value.fix
 
 
 def test_a_file_that_ends_in_its_numbers_is_refused(tmp_path):

@@ -34,29 +34,29 @@ def in_charts(mesh: Mesh) -> Mesh:
 def shown_error(mesh: Mesh) -> float:
     """Mean difference between what the texture shows on the surface and the field."""
     face, weights = surface_samples(mesh, 2000, torch.Generator().manual_seed(0))
-    wanted = field(torch.from_numpy(points_at(mesh, face, weights)).float())
-    return float((colours_at(mesh, face, weights) - wanted).abs().mean())
+    expected = field(torch.from_numpy(points_at(mesh, face, weights)).float())
+    return float((colours_at(mesh, face, weights) - expected).abs().mean())
 
 
 def test_own_faces_and_own_layout_are_kept_to_the_bit():
-    own = in_charts(sphere(0.7, 24, 12))
-    before = {k: v.copy() for k, v in vars(own).items() if v is not None}
+    charted = in_charts(sphere(0.7, 24, 12))
+    before = {k: v.copy() for k, v in vars(charted).items() if v is not None}
     notes = {}
-    result = repaint(own, field, SIZE, notes=notes)
+    result = repaint(charted, field, SIZE, notes=notes)
     for name, value in before.items():
         np.testing.assert_array_equal(getattr(result, name), value)
-        np.testing.assert_array_equal(getattr(own, name), value)
+        np.testing.assert_array_equal(getattr(charted, name), value)
     assert notes["unwrap"] == "own" and notes["note"] == "" and notes["charts"] >= 6
     assert 0.2 < notes["coverage"] < 1 and {"clean", "unwrap", "bake"} <= notes["times"].keys()
     assert result.texture.shape == (SIZE, SIZE, 3) and shown_error(result) < 0.02
 
 
 def test_normals_do_not_show_the_seams():
-    own = in_charts(sphere(0.7, 24, 12))
-    result = repaint(own, field, 32)
-    radial = own.vertices / np.linalg.norm(own.vertices, axis=1, keepdims=True)
+    charted = in_charts(sphere(0.7, 24, 12))
+    result = repaint(charted, field, 32)
+    radial = charted.vertices / np.linalg.norm(charted.vertices, axis=1, keepdims=True)
     assert (result.vertex_normals() * radial).sum(1).min() > 0.99
-    assert (own.vertex_normals() * radial).sum(1).min() < 0.99  # as they would be without
+    assert (charted.vertex_normals() * radial).sum(1).min() < 0.99  # as they would be without
 
 
 def test_a_mesh_without_a_layout_gets_one():
@@ -74,8 +74,8 @@ def test_a_layout_that_shows_texels_twice_is_replaced_unless_it_must_stay():
     notes = {}
     result = repaint(mirrored, field, SIZE, method="boxes", notes=notes)
     assert notes["unwrap"] == "boxes" and "export.own_uv=always" in notes["note"] and shown_error(result) < 0.02
-    kept = repaint(mirrored, field, SIZE, own_uv="always", notes=notes)
-    np.testing.assert_array_equal(kept.uv, mirrored.uv)
+    rest = repaint(mirrored, field, SIZE, own_uv="always", notes=notes)
+    np.testing.assert_array_equal(rest.uv, mirrored.uv)
     assert notes["unwrap"] == "own" and "overlap" in notes["note"]
 
 

@@ -84,9 +84,9 @@ def test_overlapping_parts_become_one_body_without_walls_inside():
 
 def test_a_sheet_is_refused_with_ways_out_and_may_be_thickened():
     sheet = make([[-0.5, 0, -0.5], [0.5, 0, -0.5], [0.5, 0, 0.5], [-0.5, 0, 0.5]], [[0, 2, 1], [0, 3, 2]])
-    with pytest.raises(UserError, match="cannot be made a body") as caught:
+    with pytest.raises(UserError, match="cannot be made a body") as error:
         started(sheet)
-    assert "fine.geometry=locked" in caught.value.fix and "fine.solidify.shell=1" in caught.value.fix
+    assert "fine.geometry=locked" in error.value.fix and "fine.solidify.shell=1" in error.value.fix
     surface, _ = started(sheet, 32, shell=1.0)
     half = 2 / 32
     assert measure(surface).solid
@@ -122,10 +122,10 @@ def plate(thickness):
 @pytest.mark.slow
 @pytest.mark.parametrize("thickness", [0.06, 0.03, 0.015])
 def test_a_plate_thinner_than_a_cell_is_refused_with_the_lattice_that_holds_it(thickness):
-    with pytest.raises(UserError, match="cannot be made a body") as caught:
+    with pytest.raises(UserError, match="cannot be made a body") as error:
         started(plate(thickness), 24)
-    assert "of the body would be lost" in caught.value.why and "fine.geometry=locked" in caught.value.fix
-    tets = int(caught.value.fix.split("fine.tets=")[1].split(",")[0])
+    assert "of the body would be lost" in error.value.why and "fine.geometry=locked" in error.value.fix
+    tets = int(error.value.fix.split("fine.tets=")[1].split(",")[0])
     if thickness == 0.06:
         surface, facts = started(plate(thickness), tets)
         report = measure(surface)
@@ -134,16 +134,16 @@ def test_a_plate_thinner_than_a_cell_is_refused_with_the_lattice_that_holds_it(t
 
 
 def test_a_plate_that_no_lattice_holds_is_to_be_locked():
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(UserError) as error:
         started(plate(0.003), 64)
-    assert caught.value.fix == "paint it as it is with fine.geometry=locked"
+    assert error.value.fix == "paint it as it is with fine.geometry=locked"
 
 
 def test_a_body_dwarfed_by_the_distance_of_a_crumb_is_refused():
     far = join(moved(BALL, (-0.6, 0, 0), 0.08), moved(BALL, (0.6, 0, 0), 0.005))
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(UserError) as error:
         started(far, 24)
-    assert "its largest part is" in caught.value.why and "far away out of the file" in caught.value.fix
+    assert "its largest part is" in error.value.why and "far away out of the file" in error.value.fix
 
 
 def test_a_thin_beam_is_refused_and_a_thick_one_kept():

@@ -21,9 +21,9 @@ def text(mesh, name="thing"):
 
 
 def refusal(path):
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(UserError) as error:
         read_mesh(path)
-    return caught.value.why
+    return error.value.why
 
 
 def test_text_and_binary_give_the_same_triangles(tmp_path):
@@ -43,8 +43,8 @@ def test_a_file_that_was_cut_off_is_refused_with_both_numbers(tmp_path, share):
     (tmp_path / "a.stl").write_bytes(data[: int(84 + share * (len(data) - 84))])
     why = refusal(tmp_path / "a.stl")
     assert "promises 12 triangles" in why and f"holds {int(12 * share)}" in why
-    written = text(box())
-    (tmp_path / "b.stl").write_text(written[: int(share * len(written))])
+    content = text(box())
+    (tmp_path / "b.stl").write_text(content[: int(share * len(content))])
     assert "cut off" in refusal(tmp_path / "b.stl")
 
 

@@ -84,25 +84,25 @@ def test_a_band_is_the_part_of_the_whole_lattice_among_its_vertices():
     def named(band_, cells):
         return {tuple(row) for row in np.sort(band_.ids[cells], 1)}
 
-    kept = np.isin(everything, ids)
-    assert named(band, band.tets) == named(full, full.tets[kept[full.tets].all(1)])
-    assert named(band, band.edges) == named(full, full.edges[kept[full.edges].all(1)])
+    mask = np.isin(everything, ids)
+    assert named(band, band.tets) == named(full, full.tets[mask[full.tets].all(1)])
+    assert named(band, band.edges) == named(full, full.edges[mask[full.edges].all(1)])
     missing = np.zeros(len(everything), dtype=bool)  # which vertices have a neighbour that was left out
     for a, b in ((0, 1), (1, 0)):
-        missing[full.edges[~kept[full.edges[:, b]], a]] = True
-    np.testing.assert_array_equal(band.rim, (missing | full.border)[kept])
+        missing[full.edges[~mask[full.edges[:, b]], a]] = True
+    np.testing.assert_array_equal(band.rim, (missing | full.border)[mask])
 
 
 def test_dilate_takes_rings_of_neighbours():
     lattice = Lattice(8)
     full = build_band(lattice, all_ids(lattice))
-    wanted = lattice.ids(np.array([[8, 8, 8]]))
-    assert len(dilate(lattice, wanted, 1)) == 15
-    grown = np.isin(full.ids, wanted)
+    expected = lattice.ids(np.array([[8, 8, 8]]))
+    assert len(dilate(lattice, expected, 1)) == 15
+    mask = np.isin(full.ids, expected)
     for rings in range(1, 4):
-        touched = grown[full.edges].any(1)
-        grown[full.edges[touched].reshape(-1)] = True
-        np.testing.assert_array_equal(dilate(lattice, wanted, rings), full.ids[grown])
+        touched = mask[full.edges].any(1)
+        mask[full.edges[touched].reshape(-1)] = True
+        np.testing.assert_array_equal(dilate(lattice, expected, rings), full.ids[mask])
 
 
 def test_band_size_grows_with_the_surface_not_with_the_cube():

@@ -41,8 +41,8 @@ def test_distances_to_degenerate_triangles_are_those_to_their_sides():
 def test_winding_numbers_are_the_summed_solid_angles():
     for mesh in (torus(), sphere(n=20, m=10)):
         points = RNG.uniform(-1, 1, (300, 3))
-        found = TriangleTree(triangles(mesh)).winding_numbers(points)
-        np.testing.assert_allclose(found, summed_angles(points, triangles(mesh)), atol=0.02)
+        actual = TriangleTree(triangles(mesh)).winding_numbers(points)
+        np.testing.assert_allclose(actual, summed_angles(points, triangles(mesh)), atol=0.02)
 
 
 def test_winding_numbers_count_overlapping_parts_and_turn_sign_with_the_faces():
@@ -57,9 +57,9 @@ def test_winding_number_falls_through_one_half_in_the_hole_of_a_hemisphere():
     """Seen from the middle of the rim a hemisphere covers half of the sky."""
     ball = sphere(0.7, 64, 32)
     lower = triangles(ball)[triangles(ball)[:, :, 1].mean(1) < 0]
-    found = TriangleTree(lower).winding_numbers([[0, -0.3, 0], [0, 0, 0], [0, 0.3, 0]])
-    assert found[1] == pytest.approx(0.5, abs=0.02)
-    assert found[0] > 0.6 and found[2] < 0.4
+    actual = TriangleTree(lower).winding_numbers([[0, -0.3, 0], [0, 0, 0], [0, 0.3, 0]])
+    assert actual[1] == pytest.approx(0.5, abs=0.02)
+    assert actual[0] > 0.6 and actual[2] < 0.4
 
 
 def test_segments_count_the_triangles_they_cross_and_tell_the_first():

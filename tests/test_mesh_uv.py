@@ -49,9 +49,9 @@ def test_scan_agrees_with_testing_every_texel_centre():
         ends = [np.broadcast_to(p[0, k % 3], centres.shape) for k in range(4)]
         sides = [signed_areas(np.stack([ends[k], ends[k + 1], centres], 1)) for k in range(3)]
         expected = centres[(np.stack(sides) > 0).all(0)]
-        found = [np.stack([column, row], -1) + 0.5 for _, row, column in scan(corners[f : f + 1])]
-        found = np.concatenate(found) if found else np.zeros((0, 2))
-        assert {tuple(p) for p in found} == {tuple(p) for p in expected}
+        actual = [np.stack([column, row], -1) + 0.5 for _, row, column in scan(corners[f : f + 1])]
+        actual = np.concatenate(actual) if actual else np.zeros((0, 2))
+        assert {tuple(p) for p in actual} == {tuple(p) for p in expected}
 
 
 def test_shared_edges_belong_to_one_face_even_through_texel_centres():
@@ -73,10 +73,10 @@ def test_double_cover_is_found():
 
 def test_texels_near_a_border_by_hand():
     corners = np.array([[[4.0, 4], [12, 4], [4, 12]]])
-    found = {(int(r), int(c)): d for _, row, column, _, distance in near_borders(corners, np.array([0]), 1.5)
+    actual = {(int(r), int(c)): d for _, row, column, _, distance in near_borders(corners, np.array([0]), 1.5)
              for r, c, d in zip(row, column, distance)}  # fmt: skip
-    assert found[(3, 5)] == pytest.approx(0.5) and found[(2, 5)] == pytest.approx(1.5)
-    assert (1, 5) not in found and (5, 5) in found and found[(3, 3)] == pytest.approx(np.sqrt(0.5))
+    assert actual[(3, 5)] == pytest.approx(0.5) and actual[(2, 5)] == pytest.approx(1.5)
+    assert (1, 5) not in actual and (5, 5) in actual and actual[(3, 3)] == pytest.approx(np.sqrt(0.5))
 
 
 @pytest.mark.parametrize("count", [1, 7, 150])
@@ -218,9 +218,9 @@ def test_own_charts_step_in_when_xatlas_is_missing(monkeypatch):
 
 def test_texture_too_small_for_the_charts_is_said():
     crumbs = join(*[moved(tetrahedron(), (0.2 * k, 0, 0), 0.1) for k in range(40)])
-    with pytest.raises(UserError, match="do not fit") as caught:
+    with pytest.raises(UserError, match="do not fit") as error:
         unwrap(crumbs, 16, method="boxes")
-    assert "texture_size" in caught.value.fix
+    assert "texture_size" in error.value.fix
 
 
 @pytest.mark.parametrize(

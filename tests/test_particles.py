@@ -41,10 +41,10 @@ def stage(**settings):
 def test_one_particle_is_the_coarse_stage_itself():
     assert type(stage(particles=1)) is CoarseStage
     assert type(stage()) is ParticleStage
-    made = make_stage(
+    result = make_stage(
         "coarse", ParticleSettings(**{"steps": 8, "particles": 2} | SMALL), Pull(), torch.device("cpu"), 3, None
     )
-    assert type(made) is ParticleStage
+    assert type(result) is ParticleStage
 
 
 def test_a_stage_of_one_field_has_no_settings_of_particles():
@@ -69,9 +69,9 @@ def test_particles_take_turns_from_different_seeds_and_share_the_steps():
 def test_an_edit_by_particles_begins_with_the_object_it_is_given():
     source = stage(particles=1)
     source.step()
-    given = Asset(density=source.field.density, field=source.field, background=source.background)
+    asset = Asset(density=source.field.density, field=source.field, background=source.background)
     settings = ParticleSettings(**{"steps": 8, "particles": 2} | SMALL)
-    edit = make_coarse(settings, Pull(), torch.device("cpu"), 4, given)
+    edit = make_coarse(settings, Pull(), torch.device("cpu"), 4, asset)
     assert all(torch.equal(member.field.table, source.field.table) for member in edit.members)
 
 
@@ -85,8 +85,8 @@ def test_resumed_particles_go_on_to_the_same_bytes():
     resumed.load_state_dict(state)
     for _ in range(3):
         assert resumed.step() == whole.step()
-    wanted, got = whole.state_dict(), resumed.state_dict()
-    assert wanted.keys() == got.keys() and all(torch.equal(value, got[key]) for key, value in wanted.items())
+    expected, got = whole.state_dict(), resumed.state_dict()
+    assert expected.keys() == got.keys() and all(torch.equal(value, got[key]) for key, value in expected.items())
 
 
 def finishing(particles, outcomes):
@@ -116,8 +116,10 @@ def test_the_particle_the_prior_agrees_with_best_is_handed_on():
 
 def test_agreement_is_a_running_mean_of_its_own_particle():
     particles = stage()
-    seen = [particles.step()["agreement_db"] for _ in range(4)]
-    assert particles.agreement.tolist() == pytest.approx([0.9 * seen[0] + 0.1 * seen[2], 0.9 * seen[1] + 0.1 * seen[3]])
+    agreement = [particles.step()["agreement_db"] for _ in range(4)]
+    assert particles.agreement.tolist() == pytest.approx(
+        [0.9 * agreement[0] + 0.1 * agreement[2], 0.9 * agreement[1] + 0.1 * agreement[3]]
+    )
 
 
 @pytest.mark.parametrize(

@@ -85,11 +85,11 @@ def test_what_other_threads_do_is_not_counted():
 
 
 def test_the_device_is_waited_for_at_both_ends_and_the_watcher_sees_every_phase():
-    waits, seen = [], []
-    with recording(Recorder(lambda: waits.append(0), lambda path, began, seconds: seen.append((path, seconds)))):
+    waits, names = [], []
+    with recording(Recorder(lambda: waits.append(0), lambda path, began, seconds: names.append((path, seconds)))):
         visit("step", "render")
     assert len(waits) == 4
-    assert [path for path, _ in seen] == [("step", "render"), ("step",)]
+    assert [path for path, _ in names] == [("step", "render"), ("step",)]
 
 
 class Slow(torch.autograd.Function):

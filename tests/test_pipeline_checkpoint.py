@@ -13,13 +13,13 @@ from stages.errors import UserError
 
 def test_a_file_replaced_while_it_is_read_is_the_old_or_the_new(tmp_path):
     path, stop = tmp_path / "checkpoint.safetensors", threading.Event()
-    written = []
+    paths = []
     for step in range(2):
         save_checkpoint(path, {name: torch.full((2000,), float(step)) for name in "abcdef"}, {"step": step})
-        written.append(path.read_bytes())
+        paths.append(path.read_bytes())
 
     def replace():
-        for data in itertools.cycle(written):
+        for data in itertools.cycle(paths):
             (tmp_path / "next").write_bytes(data)
             os.replace(tmp_path / "next", path)
             if stop.is_set():
@@ -28,15 +28,15 @@ def test_a_file_replaced_while_it_is_read_is_the_old_or_the_new(tmp_path):
     writer = threading.Thread(target=replace)
     writer.start()
     try:
-        seen = []
+        events = []
         for _ in range(1000):
             state, meta = load_checkpoint(path)
             assert all((tensor == meta["step"]).all() for tensor in state.values())
-            seen.append(meta["step"])
+            events.append(meta["step"])
     finally:
         stop.set()
         writer.join()
-    assert 0 in seen and 1 in seen
+    assert 0 in events and 1 in events
 
 
 def test_state_and_meta_come_back(tmp_path):
@@ -81,9 +81,9 @@ def test_facts_of_another_kind_are_damaged(tmp_path, change):
 def test_a_header_without_facts_is_damaged(tmp_path, notes):
     header = f'{{"__metadata__": {notes}}}'.encode()
     (tmp_path / "c").write_bytes(len(header).to_bytes(8, "little") + header)
-    with pytest.raises(UserError, match="damaged checkpoint") as caught:
+    with pytest.raises(UserError, match="damaged checkpoint") as error:
         read_meta(tmp_path / "c")
-    assert "facts" in caught.value.why or "Expecting" in caught.value.why
+    assert "facts" in error.value.why or "Expecting" in error.value.why
 
 
 def test_facts_that_are_needed_and_not_there_are_told(tmp_path):

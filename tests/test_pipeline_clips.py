@@ -59,10 +59,10 @@ def test_clip_of_byte_tokens_knows_every_word(tmp_path):
 
 def test_unknown_words_are_named_with_the_known_ones_and_the_way_out(tiny):
     chosen = config("dreamfields", f"prior.coarse=clip:{tiny}", prompt="a rad mug and a zebra")
-    with pytest.raises(UserError, match="cannot read") as caught:
+    with pytest.raises(UserError, match="cannot read") as error:
         check_priors(chosen)
-    assert "'rad'" in caught.value.why and "'zebra'" in caught.value.why and "mug" in caught.value.why
-    assert "rad -> red" in caught.value.fix and "--force" in caught.value.fix
+    assert "'rad'" in error.value.why and "'zebra'" in error.value.why and "mug" in error.value.why
+    assert "rad -> red" in error.value.fix and "--force" in error.value.fix
     check_priors(chosen.model_copy(update={"force": True}))
 
 
@@ -75,18 +75,18 @@ def test_unknown_words_are_named_with_the_known_ones_and_the_way_out(tiny):
     ],
 )
 def test_what_cannot_work_is_refused_before_any_work(tiny, overrides, what, why):
-    with pytest.raises(UserError, match=what) as caught:
+    with pytest.raises(UserError, match=what) as error:
         check_priors(config("dreamfields", f"prior.coarse=clip:{tiny}", *overrides))
-    assert why in caught.value.why
+    assert why in error.value.why
 
 
 def test_a_prompt_longer_than_the_clip_reads_is_refused_before_any_work(tmp_path):
     folder = openai_like(tmp_path / "bytes")  # a byte is a token, of which it reads 40
     fine = ["prior.fine=clip:" + str(folder), "prompts.view_words=true", "prompts.textureless_suffix="]
     check_priors(config(None, *fine, prompt="a blue car on a yellow table"))
-    with pytest.raises(UserError, match="too long for the CLIP bytes") as caught:
+    with pytest.raises(UserError, match="too long for the CLIP bytes") as error:
         check_priors(config(None, *fine, prompt="a striped blue car on a yellow table"))
-    assert "right side view" in caught.value.why and "reads 40" in caught.value.why
+    assert "right side view" in error.value.why and "reads 40" in error.value.why
 
 
 def test_unknown_words_of_prompts_by_view_are_named_for_a_clip_too(tiny):
@@ -108,19 +108,19 @@ def test_clip_mesh_refines_a_users_mesh_in_its_own_place(tiny, tmp_path):
     small = [f"prior.clipmesh=clip:{tiny}", *SMALL_MESH, "clipmesh.lr_vertices=1e-4"]
     folder = start_run(config(None, *small, stages="clipmesh", init_mesh=str(tmp_path / "mine.glb")), tmp_path / "run")
     (tmp_path / "mine.glb").unlink()
-    made = read_mesh(folder / "mesh.glb")
-    assert len(made.faces) == 4 * len(far.faces)
-    assert np.allclose((made.vertices.min(0) + made.vertices.max(0)) / 2, [7, 0, 0], atol=0.05)
-    assert np.allclose(np.abs(made.vertices - [7, 0, 0]).max(), 1.5, atol=0.05)  # and of its size
+    mesh = read_mesh(folder / "mesh.glb")
+    assert len(mesh.faces) == 4 * len(far.faces)
+    assert np.allclose((mesh.vertices.min(0) + mesh.vertices.max(0)) / 2, [7, 0, 0], atol=0.05)
+    assert np.allclose(np.abs(mesh.vertices - [7, 0, 0]).max(), 1.5, atol=0.05)  # and of its size
     first = (folder / "mesh.glb").read_bytes()
     (folder / "mesh.glb").unlink()
     resume_run(folder)
     assert (folder / "mesh.glb").read_bytes() == first
     with pytest.raises(UserError, match=r"Cannot read the mesh .*mine.glb"):
         start_run(config(None, *small, stages="clipmesh", init_mesh=str(tmp_path / "mine.glb")), tmp_path / "again")
-    with pytest.raises(UserError, match="has no use here") as caught:
+    with pytest.raises(UserError, match="has no use here") as error:
         start_run(config(None, init_mesh=str(tmp_path / "mine.glb")), tmp_path / "again")
-    assert "--stages clipmesh" in caught.value.fix
+    assert "--stages clipmesh" in error.value.fix
 
 
 def test_clipmesh_alone_takes_its_own_recipe():
@@ -145,9 +145,9 @@ def test_recipe_of_clip_mesh_leaves_out_every_colour_and_pattern_of_the_world():
 
 @pytest.mark.parametrize("stages", ["coarse,clipmesh", "clipmesh,coarse", "fine,clipmesh", "clipmesh,clipmesh"])
 def test_clipmesh_stands_alone(stages):
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(UserError) as error:
         config(None, stages=stages)
-    assert "coarse,fine; or clipmesh" in caught.value.why
+    assert "coarse,fine; or clipmesh" in error.value.why
 
 
 def test_clipmesh_has_no_use_for_another_run(tiny, tmp_path):

@@ -87,11 +87,11 @@ def test_recipes_are_listed_with_what_they_extend(capsys):
 
     with pytest.raises(SystemExit) as stopped:
         main(["recipes"])
-    shown = [line.split(maxsplit=2) for line in capsys.readouterr().out.splitlines() if not line.startswith("#")]
-    assert not stopped.value.code and [words[0] for words in shown] == sorted(recipes())
-    found = {name: (base, what) for name, base, what in shown}
-    assert found["csd"] == ("default", heading_of(find_recipe("csd").read_text())) and found["default"][0] == "-"
-    assert all(what for _, what in found.values())
+    rows = [line.split(maxsplit=2) for line in capsys.readouterr().out.splitlines() if not line.startswith("#")]
+    assert not stopped.value.code and [words[0] for words in rows] == sorted(recipes())
+    actual = {name: (base, what) for name, base, what in rows}
+    assert actual["csd"] == ("default", heading_of(find_recipe("csd").read_text())) and actual["default"][0] == "-"
+    assert all(what for _, what in actual.values())
 
 
 def test_an_autoencoders_folder_is_found_from_anywhere_and_a_hub_id_stays_one(tmp_path, monkeypatch):
@@ -110,9 +110,9 @@ def test_an_autoencoders_folder_is_found_from_anywhere_and_a_hub_id_stays_one(tm
 def test_error_in_a_recipe_names_its_line(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text("seed: 3\nfine:\n  lr_sfd: 1e-3\n")
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(UserError) as error:
         load_config(str(path), [], {})
-    assert caught.value.what == f"{path}:3: unknown key fine.lr_sfd" and "fine.lr_sdf" in caught.value.fix
+    assert error.value.what == f"{path}:3: unknown key fine.lr_sfd" and "fine.lr_sdf" in error.value.fix
 
 
 def test_lines_for_the_base_stay_away_where_another_recipe_lies_below(tmp_path):
@@ -123,12 +123,17 @@ def test_lines_for_the_base_stay_away_where_another_recipe_lies_below(tmp_path):
     )
     (tmp_path / "other.yaml").write_text("seed: 2\nguidance: {coarse: {scale: 7, rescale: 0.5}}\n")
     base, rule, other = (str(tmp_path / f"{name}.yaml") for name in ("base", "rule", "other"))
-    own = load_config(rule, [], {})
-    assert (own.seed, own.negative, own.guidance.coarse.scale, own.guidance.coarse.rule.lr) == (1, "bad", 3, 0.5)
+    config = load_config(rule, [], {})
+    assert (config.seed, config.negative, config.guidance.coarse.scale, config.guidance.coarse.rule.lr) == (
+        1,
+        "bad",
+        3,
+        0.5,
+    )
     laid = load_config([other, rule], [], {})
     assert (laid.seed, laid.negative, laid.guidance.coarse.scale, laid.guidance.coarse.rescale) == (2, "", 7, 0)
     assert laid.guidance.coarse.rule.name == "vsd" and laid.guidance.coarse.rule.lr != 0.5
-    assert load_config([base, rule], [], {}) == own == load_config([rule, base], [], {})
+    assert load_config([base, rule], [], {}) == config == load_config([rule, base], [], {})
     (tmp_path / "rule.yaml").write_text("on_base: 3\n")
     with pytest.raises(UserError, match=r"rule.yaml:1: on_base = 3"):
         load_config(rule, [], {})

@@ -23,9 +23,9 @@ def test_every_setting_is_listed_once_with_value_type_and_meaning(capsys):
     assert len(set(keys)) == len(keys) > 200
     assert "coarse.steps = 800  # int, >= 1; optimisation steps" in lines
     for line in lines:
-        value, _, told = line.partition(" = ")[2].partition("  # ")
+        value, _, note = line.partition(" = ")[2].partition("  # ")
         yaml.safe_load(value)
-        kind, _, text = told.partition("; ")
+        kind, _, text = note.partition("; ")
         assert kind and text and text != "see the code", line
 
 
@@ -44,9 +44,9 @@ def test_a_recipes_values_stand_beside_the_defaults_they_differ_from(capsys):
 
 def test_a_default_is_that_of_the_group_it_stands_in():
     """The fine stage sees a narrower field of view than the class of camera settings has."""
-    own = Config().fine.cameras.fov_deg
-    assert own != type(Config().fine.cameras)().fov_deg
-    assert describe(Config, ("fine", "cameras", "fov_deg")).endswith(f"; default [{own[0]}, {own[1]}]")
+    default = Config().fine.cameras.fov_deg
+    assert default != type(Config().fine.cameras)().fov_deg
+    assert describe(Config, ("fine", "cameras", "fov_deg")).endswith(f"; default [{default[0]}, {default[1]}]")
 
 
 def test_values_listed_are_the_ones_that_a_run_takes():

@@ -148,15 +148,15 @@ def test_an_edit_can_be_edited(edited):
     "change", ["coarse.field.hidden=8", "coarse.background.hidden=8", "coarse.occupancy.resolution=16"]
 )
 def test_a_field_of_another_shape_cannot_be_gone_on_with(base, change):
-    with pytest.raises(UserError, match="differs from") as caught:
+    with pytest.raises(UserError, match="differs from") as error:
         check_inputs(load_config(None, [change], {"from_run": str(base)}))
-    assert "config.yaml" in caught.value.fix
+    assert "config.yaml" in error.value.fix
 
 
 @pytest.mark.slow
 def test_an_unfinished_run_cannot_be_edited(base, tmp_path):
     source = shutil.copytree(base, tmp_path / "source")
     (source / "coarse" / "checkpoint.safetensors").unlink()
-    with pytest.raises(UserError, match="no finished coarse stage") as caught:
+    with pytest.raises(UserError, match="no finished coarse stage") as error:
         check_inputs(load_config(None, [], {"from_run": str(source)}))
-    assert "pipeline resume" in caught.value.fix
+    assert "pipeline resume" in error.value.fix

@@ -30,9 +30,9 @@ def test_safetensors_that_cannot_be_read_become_user_errors(tmp_path):
     from safetensors import SafetensorError, safe_open
 
     (tmp_path / "weights.safetensors").write_bytes(b"\x10")
-    with pytest.raises(SafetensorError) as caught:
+    with pytest.raises(SafetensorError) as error:
         safe_open(tmp_path / "weights.safetensors", framework="pt")
-    assert "damaged" in explain(caught.value).fix
+    assert "damaged" in explain(error.value).fix
 
 
 @pytest.mark.parametrize(

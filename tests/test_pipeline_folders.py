@@ -38,9 +38,9 @@ def config(*overrides, **flags):
 
 
 def refused(pattern, *overrides, **flags):
-    with pytest.raises(UserError, match=pattern) as caught:
+    with pytest.raises(UserError, match=pattern) as error:
         check_priors(config(*overrides, stages=flags.pop("stages", "coarse"), **flags))
-    return caught.value
+    return error.value
 
 
 def test_prior_lora_changes_the_prior_of_its_stages(folder, lora, monkeypatch):
@@ -149,11 +149,11 @@ def test_a_hub_id_that_the_hub_does_not_give_is_refused_before_any_work(monkeypa
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     monkeypatch.setattr("stages.guidance.diffusion.hub.fetch_index", hub)
-    asked = []
+    calls = []
 
     def fail(error):
         def download(repo_id, revision=None, allow_patterns=None, local_files_only=False):
-            asked.append(allow_patterns)
+            calls.append(allow_patterns)
             raise LocalEntryNotFoundError("no") if local_files_only else error
 
         monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
@@ -166,7 +166,7 @@ def test_a_hub_id_that_the_hub_does_not_give_is_refused_before_any_work(monkeypa
     }.items():
         fail(error)
         refused(pattern, "prior.fine=owner/name", stages="fine")
-        assert asked[-1] == ["model_index.json"]
+        assert calls[-1] == ["model_index.json"]
     fail(OSError(errno.ENOSPC, "No space left on device"))
     with pytest.raises(OSError, match="No space left"):  # explained at the outer boundary, as any full disk
         check_priors(config("prior.fine=owner/name", stages="fine"))
@@ -194,12 +194,14 @@ def test_an_autoencoder_comes_without_the_model_around_it(monkeypatch, tmp_path)
 
     from stages.guidance.diffusion.hub import locate_autoencoder
 
-    wanted = {f"{vae}{name}" for vae in ("", "vae/") for name in ("config.json", "diffusion_pytorch_model.safetensors")}
+    expected = {
+        f"{vae}{name}" for vae in ("", "vae/") for name in ("config.json", "diffusion_pytorch_model.safetensors")
+    }
     others = {"sd_xl_base.safetensors", "unet/diffusion_pytorch_model.safetensors"}
     others |= {"vae/diffusion_pytorch_model.fp16.safetensors", "unet/diffusion_pytorch_model-00001-of-2.safetensors"}
 
     def download(repo_id, revision=None, allow_patterns=None):
-        for name in wanted | others:
+        for name in expected | others:
             if any(fnmatch.fnmatchcase(name, pattern) for pattern in allow_patterns):
                 (tmp_path / name).parent.mkdir(exist_ok=True)
                 (tmp_path / name).write_text("{}")
@@ -207,7 +209,7 @@ def test_an_autoencoder_comes_without_the_model_around_it(monkeypatch, tmp_path)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert locate_autoencoder("owner/name") == tmp_path
-    assert {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.*")} == wanted
+    assert {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.*")} == expected
 
 
 def without_weights(folder, texts):
@@ -261,17 +263,17 @@ def repository(monkeypatch, tmp_path):
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    asked = []
+    calls = []
     siblings = [SimpleNamespace(rfilename=name, size=size) for name, size in FILES.items()]
     listing = SimpleNamespace(model_info=lambda *_, **__: SimpleNamespace(siblings=siblings))
     monkeypatch.setattr(huggingface_hub, "HfApi", lambda: listing)
 
     def download(repo_id, revision=None, allow_patterns=None, local_files_only=False):
-        asked.extend(allow_patterns)
+        calls.extend(allow_patterns)
         return str(tmp_path)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    return asked
+    return calls
 
 
 @pytest.mark.parametrize(
@@ -286,9 +288,9 @@ def repository(monkeypatch, tmp_path):
 def test_only_the_files_that_are_loaded_are_fetched(repository, variant, half, unet, text):
     locate("some/model", None, variant, half)
     weights = {name for name in FILES if any(fnmatch.fnmatchcase(name, pattern) for pattern in repository)}
-    wanted = [f"unet/diffusion_pytorch_model{unet}.safetensors", f"text_encoder/model{text}.safetensors"]
-    wanted.append("vae/diffusion_pytorch_model.safetensors")  # it has no other: part by part
-    assert weights == {name for name in FILES if any(fnmatch.fnmatchcase(name, pattern) for pattern in wanted)}
+    expected = [f"unet/diffusion_pytorch_model{unet}.safetensors", f"text_encoder/model{text}.safetensors"]
+    expected.append("vae/diffusion_pytorch_model.safetensors")  # it has no other: part by part
+    assert weights == {name for name in FILES if any(fnmatch.fnmatchcase(name, pattern) for pattern in expected)}
 
 
 def test_a_download_is_announced_part_by_part_with_its_size(repository):
@@ -347,9 +349,9 @@ def test_one_stages_prior_is_loaded_in_another_way(folder, tmp_path):
     assert (asks["coarse"].vae_checkpointing, asks["coarse"].max_batch) == (False, 3)
     assert (asks["fine"].vae_checkpointing, asks["fine"].max_batch) == (True, 1)
     assert priors["fine"].load(torch.device("cpu")).settings.max_batch == 1
-    written = dump_read(chosen)
-    assert "fine_diffusion: {max_batch: 1, vae_checkpointing: true}" in written and "coarse_diffusion" not in written
-    (tmp_path / "config.yaml").write_text(written)
+    text = dump_read(chosen)
+    assert "fine_diffusion: {max_batch: 1, vae_checkpointing: true}" in text and "coarse_diffusion" not in text
+    (tmp_path / "config.yaml").write_text(text)
     assert load_config(str(tmp_path), [], {}) == read_part(chosen)
     assert config("prior.fine_diffusion.max_batch=2").prior.fine_diffusion == {"max_batch": 2}
     assert load_config("sdxl", [], {}).prior.fine_diffusion == {"vae_checkpointing": True}

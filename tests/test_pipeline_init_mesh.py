@@ -70,9 +70,9 @@ def in_charts(mesh: Mesh) -> Mesh:
 def files(tmp_path_factory) -> Path:
     """tiny.yaml; wanted.glb, a block half red, half blue; grey.glb, the block elsewhere, larger, plain, charted."""
     folder = tmp_path_factory.mktemp("files")
-    wanted = block()
-    wanted.colours = np.where(wanted.vertices[:, :1] > 0, [[0.8, 0.1, 0.1]], [[0.1, 0.1, 0.8]]).astype(np.float32)
-    write_glb(wanted, folder / "wanted.glb")
+    expected = block()
+    expected.colours = np.where(expected.vertices[:, :1] > 0, [[0.8, 0.1, 0.1]], [[0.1, 0.1, 0.8]]).astype(np.float32)
+    write_glb(expected, folder / "wanted.glb")
     grey = in_charts(block())
     grey = replace(grey, vertices=(grey.vertices * SIZE + np.float32(PLACE)).astype(np.float32))
     grey.texture = np.full((4, 4, 3), 128, np.uint8)
@@ -106,9 +106,9 @@ def metrics(folder: Path) -> list[dict]:
 
 @pytest.mark.slow
 def test_a_locked_mesh_keeps_its_triangles_to_the_bit_and_its_layout(painted, files):
-    own, back = read_mesh(files / "grey.glb"), read_mesh(painted / "mesh.glb")
-    np.testing.assert_array_equal(back.vertices[back.faces], own.vertices[own.faces])
-    np.testing.assert_allclose(back.uv[back.uv_faces], own.uv[own.uv_faces], atol=1e-6)
+    source, back = read_mesh(files / "grey.glb"), read_mesh(painted / "mesh.glb")
+    np.testing.assert_array_equal(back.vertices[back.faces], source.vertices[source.faces])
+    np.testing.assert_allclose(back.uv[back.uv_faces], source.uv[source.uv_faces], atol=1e-6)
     record = json.loads((painted / "run.json").read_text())
     assert record["export"]["unwrap"] == "own" and record["status"] == "finished"
 
@@ -117,9 +117,9 @@ def test_a_locked_mesh_keeps_its_triangles_to_the_bit_and_its_layout(painted, fi
 def test_a_locked_mesh_takes_on_the_colours_that_the_prior_wants(painted):
     """Red and blue halves: in six steps from grey (128) the green goes, before the two part."""
     back = read_mesh(painted / "mesh.glb")
-    shown = painted_samples(back, torch.Generator().manual_seed(0))(500)[1].mean(0)
+    colour = painted_samples(back, torch.Generator().manual_seed(0))(500)[1].mean(0)
     grey = float(srgb_to_linear(torch.tensor(128 / 255)))
-    assert shown[0] > grey + 0.03 and shown[2] > grey + 0.03 and shown[1] < grey - 0.03
+    assert colour[0] > grey + 0.03 and colour[2] > grey + 0.03 and colour[1] < grey - 0.03
 
 
 @pytest.mark.slow
@@ -138,8 +138,8 @@ def test_a_locked_run_killed_and_resumed_without_the_users_file_has_the_same_byt
     assert metrics(tmp_path / "run") == metrics(painted)
     code, _, err = pipeline("export", "run", "--format", "obj,stl", cwd=tmp_path).finish()
     assert code == 0, err
-    own, back = read_mesh(files / "grey.glb"), read_mesh(tmp_path / "run" / "mesh.stl")
-    np.testing.assert_array_equal(back.vertices[back.faces], own.vertices[own.faces])
+    source, back = read_mesh(files / "grey.glb"), read_mesh(tmp_path / "run" / "mesh.stl")
+    np.testing.assert_array_equal(back.vertices[back.faces], source.vertices[source.faces])
 
 
 @pytest.mark.slow
@@ -155,9 +155,9 @@ def test_a_mesh_that_may_change_becomes_a_solid_and_lies_where_the_users_lay(pip
         *arguments(files, "--init-mesh", str(files / "grey.glb"), "fine.steps=2"), cwd=tmp_path
     ).finish()
     assert code == 0, err
-    own, back = read_mesh(files / "grey.glb"), read_mesh(tmp_path / "run" / "mesh.glb")
+    source, back = read_mesh(files / "grey.glb"), read_mesh(tmp_path / "run" / "mesh.glb")
     for side in (np.min, np.max):
-        np.testing.assert_allclose(side(back.vertices, 0), side(own.vertices, 0), atol=0.12 * SIZE)
+        np.testing.assert_allclose(side(back.vertices, 0), side(source.vertices, 0), atol=0.12 * SIZE)
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     assert record["export"]["report"]["solid"]
     first = metrics(tmp_path / "run")[0]
@@ -193,8 +193,8 @@ def test_the_recipe_is_that_of_what_the_run_starts_from(tmp_path):
 
 
 def test_the_start_is_told(files):
-    said = checked(files / "grey.glb").note
-    assert said == "grey.glb, 12 faces, is refined, starting with its texture"
+    note = checked(files / "grey.glb").note
+    assert note == "grey.glb, 12 faces, is refined, starting with its texture"
     assert "is painted and keeps its shape" in checked(files / "grey.glb", "fine.geometry=locked").note
 
 
@@ -223,9 +223,9 @@ def test_a_mesh_and_a_run_to_start_from_are_one_too_many(files, painted):
 
 @pytest.mark.slow
 def test_a_run_that_began_with_a_mesh_has_no_coarse_stage_to_give(painted):
-    with pytest.raises(UserError, match="no finished coarse stage") as caught:
+    with pytest.raises(UserError, match="no finished coarse stage") as error:
         check_inputs(load_config(None, [], {"stages": "fine", "from_run": str(painted)}))
-    assert caught.value.fix == "another run"
+    assert error.value.fix == "another run"
 
 
 @pytest.mark.parametrize("content", [b"", b"glTF\x02\x00", b"solid nothing"])
@@ -254,6 +254,6 @@ def test_a_start_that_was_damaged_later_is_named_with_a_way_out(painted, tmp_pat
     run = shutil.copytree(painted, tmp_path / "run")
     path = run / "start" / "mesh.safetensors"
     path.write_bytes(path.read_bytes()[:-3])
-    with pytest.raises(UserError, match="damaged") as caught:
+    with pytest.raises(UserError, match="damaged") as error:
         load_inputs(run, read_config(run), "cpu")
-    assert "pipeline run --config" in caught.value.fix
+    assert "pipeline run --config" in error.value.fix

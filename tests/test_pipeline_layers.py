@@ -44,9 +44,9 @@ def read(tmp_path: Path, text: str, *overrides: str) -> Settings:
 
 
 def refusal(tmp_path: Path, text: str, *overrides: str) -> UserError:
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(UserError) as error:
         read(tmp_path, text, *overrides)
-    return caught.value
+    return error.value
 
 
 def test_file_overrides_and_flags_lie_over_the_defaults_in_that_order(tmp_path):
@@ -213,10 +213,10 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
 def test_yaml_that_harms_its_reader_is_refused_at_once(tmp_path, text, line, why):
     (tmp_path / "x.yaml").write_text(text)
     began = time.perf_counter()
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(UserError) as error:
         from_file(tmp_path / "x.yaml")
     assert time.perf_counter() - began < 1
-    assert caught.value.what.startswith(f"{tmp_path / 'x.yaml'}:{line}: ") and why in caught.value.why
+    assert error.value.what.startswith(f"{tmp_path / 'x.yaml'}:{line}: ") and why in error.value.why
 
 
 @pytest.mark.parametrize("text", ["x" * 200_000, "[" * 90_000, "- " * 49_000, "{a: " * 20_000])

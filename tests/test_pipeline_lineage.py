@@ -41,7 +41,7 @@ def save(folder: Path, config, stage: str, step: int, value: float = 0.0, **chan
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory) -> Path:
+def stage_run(tmp_path_factory) -> Path:
     """A run with a finished coarse stage and a fine stage at step 4, to be looked at only."""
     folder, config = tmp_path_factory.mktemp("made"), config_of()
     (folder / "config.yaml").write_text(dump(config))
@@ -51,15 +51,15 @@ def made(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def run(made, tmp_path) -> Path:
+def run(stage_run, tmp_path) -> Path:
     """A copy of it."""
-    return shutil.copytree(made, tmp_path / "run")
+    return shutil.copytree(stage_run, tmp_path / "run")
 
 
 def refused(folder: Path, *overrides, **flags) -> UserError:
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(UserError) as error:
         check_run(folder, config_of(*overrides, **flags))
-    return caught.value
+    return error.value
 
 
 @pytest.mark.parametrize(
@@ -78,18 +78,18 @@ def refused(folder: Path, *overrides, **flags) -> UserError:
         ("coarse.occupancy.resolution=32", "coarse.occupancy.resolution=64"),
     ],
 )
-def test_a_setting_that_says_what_a_state_means_is_refused_by_name_with_the_way_back(made, change, back):
-    error = refused(made, change)
+def test_a_setting_that_says_what_a_state_means_is_refused_by_name_with_the_way_back(stage_run, change, back):
+    error = refused(stage_run, change)
     name, _, value = change.partition("=")
     assert error.what.startswith(
-        f"{name} differs from what {made / name.split('.')[name.startswith('guid')] / CHECKPOINT}"
+        f"{name} differs from what {stage_run / name.split('.')[name.startswith('guid')] / CHECKPOINT}"
     )
     assert f"{name} is" in error.why and value in error.why
-    assert f"set {back} in {made / 'config.yaml'}, or start again: pipeline run --config" in error.fix
+    assert f"set {back} in {stage_run / 'config.yaml'}, or start again: pipeline run --config" in error.fix
 
 
-def test_several_changes_are_all_named(made):
-    error = refused(made, "fine.tets=32", "fine.detail.finest=512")
+def test_several_changes_are_all_named(stage_run):
+    error = refused(stage_run, "fine.tets=32", "fine.detail.finest=512")
     assert error.what.startswith("fine.tets and 1 more differ") and "fine.tets=64, fine.detail.finest=1024" in error.fix
 
 
@@ -112,8 +112,8 @@ def test_several_changes_are_all_named(made):
         *("fine.steps=20", "fine.keep=0.5", "guidance.fine.rule=csd", "guidance.fine.scale=9", "export.faces=500"),
     ],
 )
-def test_what_acts_from_the_next_step_on_may_change(made, change):
-    check_run(made, config_of(change, "guidance.fine.rescale=0"))
+def test_what_acts_from_the_next_step_on_may_change(stage_run, change):
+    check_run(stage_run, config_of(change, "guidance.fine.rescale=0"))
 
 
 def test_learning_of_a_rule_with_a_state_may_change_and_its_shape_may_not(run):
@@ -145,8 +145,8 @@ def test_a_setting_that_one_side_does_not_know_is_named(run):
 def test_a_rule_with_a_state_or_unknown_does_not_give_way_to_another(run, rules):
     was, now = rules
     rest = ["guidance.fine.rescale=0"]
-    made = made_with(config_of(f"guidance.fine.rule={'sds' if was == 'gone' else was}", *rest), "fine")
-    save(run, config_of(), "fine", 4, settings=made | {"guidance.fine.rule": was})
+    settings = made_with(config_of(f"guidance.fine.rule={'sds' if was == 'gone' else was}", *rest), "fine")
+    save(run, config_of(), "fine", 4, settings=settings | {"guidance.fine.rule": was})
     error = refused(run, f"guidance.fine.rule={now}", *rest)
     assert error.what.startswith("guidance.fine.rule differs") and f'is "{now}", was "{was}"' in error.why
 
@@ -170,13 +170,13 @@ def test_a_coarse_stage_made_again_must_be_the_same(run):
     check_upstream(run, config, "fine", meta)
     save(run, config, "coarse", 12, 1.0)
     assert "was started from another coarse/checkpoint" in refused(run).what
-    with pytest.raises(UserError, match="has been made again") as caught:
+    with pytest.raises(UserError, match="has been made again") as error:
         check_upstream(run, config, "fine", meta)
-    assert f"remove {run / 'fine' / CHECKPOINT}" in caught.value.fix
+    assert f"remove {run / 'fine' / CHECKPOINT}" in error.value.fix
 
 
-def test_another_start_than_the_checkpoints_is_refused(made):
-    error = refused(made, "fine.detail.levels=2", stages="fine")  # the sphere's recipe has other finer levels
+def test_another_start_than_the_checkpoints_is_refused(stage_run):
+    error = refused(stage_run, "fine.detail.levels=2", stages="fine")  # the sphere's recipe has other finer levels
     assert "was started from coarse/checkpoint.safetensors, not from nothing" in error.what and "stages" in error.why
 
 
@@ -205,10 +205,10 @@ def test_a_new_run_from_a_run_whose_config_was_edited_is_held_to_its_checkpoint(
     (run / "config.yaml").write_text(text.replace("    levels: 8", "    levels: 12", 1))
     for stages in (["fine"], ["coarse", "fine"]):
         edited = load_config(None, [], {"from_run": str(run), "stages": stages})
-        with pytest.raises(UserError, match=r"coarse\.field\.levels differs from what") as caught:
+        with pytest.raises(UserError, match=r"coarse\.field\.levels differs from what") as error:
             check_inputs(edited)
-        assert "coarse.field.levels=8" in caught.value.fix
+        assert "coarse.field.levels=8" in error.value.fix
     (run / "config.yaml").write_text(text.replace("  steps: 12", "  steps: 20"))
-    with pytest.raises(UserError, match="has not taken all its coarse steps") as caught:
+    with pytest.raises(UserError, match="has not taken all its coarse steps") as error:
         check_inputs(load_config(None, [], {"from_run": str(run), "stages": "fine"}))
-    assert f"pipeline resume {run}" in caught.value.fix
+    assert f"pipeline resume {run}" in error.value.fix

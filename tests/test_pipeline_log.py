@@ -50,8 +50,8 @@ def test_a_session_says_what_its_phases_seconds_are(tmp_path):
 
 
 def test_the_bar_shows_the_gpus_peak(gpu, capsys):
-    with Progress().stage("coarse", 2, 0) as shown:
-        shown.update(1, "cover 3 %")
+    with Progress().stage("coarse", 2, 0) as stage_progress:
+        stage_progress.update(1, "cover 3 %")
     assert "GB, GPU peak 3.0 GB  cover 3 %" in capsys.readouterr().out
 
 

@@ -44,13 +44,13 @@ def test_our_own_priors_need_no_forecast():
 
 @pytest.mark.slow
 def test_the_forecast_counts_what_goes_through_the_prior_at_once(folder, monkeypatch):
-    seen = {}
+    calls = {}
     import stages.guidance.diffusion.footprint as footprint
 
     count = footprint.footprint
 
     def listen(*args, **kwargs):
-        seen.update(kwargs)
+        calls.update(kwargs)
         return count(*args, **kwargs)
 
     monkeypatch.setattr(footprint, "footprint", listen)
@@ -59,11 +59,11 @@ def test_the_forecast_counts_what_goes_through_the_prior_at_once(folder, monkeyp
     )
     line = forecast(chosen)
     assert line.startswith("memory: float32: unet 0.00 + vae 0.00 GB stay") and "GB free" in line
-    assert seen == {"images": 3, "predictions": 6, "vsd": None, "decodes": False}
+    assert calls == {"images": 3, "predictions": 6, "vsd": None, "decodes": False}
     pushed = ["negative=blurry", "prompts.blend=perp_neg", "guidance.coarse.rule=vsd", "coarse.views_per_step=1"]
     pushed += ["guidance.coarse.image_term=0.01", "guidance.coarse.scale=2"]
     forecast(config(f"prior.coarse={folder}", *pushed))
-    assert seen == {"images": 1, "predictions": 4, "vsd": VsdRuleSettings(name="vsd"), "decodes": True}
+    assert calls == {"images": 1, "predictions": 4, "vsd": VsdRuleSettings(name="vsd"), "decodes": True}
 
 
 def test_a_device_with_too_little_is_warned_of(folder, monkeypatch):
@@ -82,8 +82,8 @@ def test_advice_leaves_out_what_is_set_already(folder):
     (folder / "vae").rename(folder / "moved")  # a pixel model has no autoencoder to save on
     assert memory.advice(stage_prior(chosen, "fine"))[0] == "prior.diffusion.dtype=bfloat16"
     (folder / "moved").rename(folder / "vae")
-    own = memory.advice(stage_prior(config(), "coarse"))
-    assert own == ["coarse.accumulate=4", "coarse.views_per_step=2", "coarse.samples=40"]
+    lines = memory.advice(stage_prior(config(), "coarse"))
+    assert lines == ["coarse.accumulate=4", "coarse.views_per_step=2", "coarse.samples=40"]
 
 
 def run(*words):
@@ -125,8 +125,8 @@ def test_a_run_out_of_memory_names_three_settings_and_goes_on_with_them(folder, 
     captured = capsys.readouterr()
     assert "memory: float32: unet" in captured.out + captured.err
     assert "coarse ran out of memory" in captured.err and "Tried to allocate 2.00 GiB" in captured.err
-    wanted = "coarse.accumulate=2, prior.diffusion.vae_checkpointing=true, prior.diffusion.offload=blocks"
-    assert wanted in captured.err and "pipeline resume out" in captured.err and "Traceback" not in captured.err
+    expected = "coarse.accumulate=2, prior.diffusion.vae_checkpointing=true, prior.diffusion.offload=blocks"
+    assert expected in captured.err and "pipeline resume out" in captured.err and "Traceback" not in captured.err
     monkeypatch.setattr(CoarseStage, "step", step)
     path = tmp_path / "out" / "config.yaml"
     text = path.read_text()

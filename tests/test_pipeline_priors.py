@@ -44,9 +44,9 @@ def test_known_words_pass(pocket):
 
 
 def test_unknown_words_are_listed_with_the_known_ones_and_the_way_out(pocket):
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(UserError) as refusal:
         priors.check_priors(config(prompt="a rad mug and a zebra"))
-    error = caught.value
+    error = refusal.value
     assert "'rad', 'zebra'" in error.why and all(word in error.why for word in WORDS)
     assert "rad -> red" in error.fix and "--force" in error.fix
     assert "--config stable-diffusion prior.coarse=" in error.fix
@@ -69,16 +69,16 @@ def test_only_the_priors_of_the_asked_stages_are_checked(pocket):
 def test_pocket_weights_that_are_not_there_are_explained(pocket, damage):
     path = pocket / "pocket.json"
     path.unlink() if damage == "missing" else path.write_text('{"words": ["a"' if damage == "cut" else "{}")
-    with pytest.raises(UserError, match="pocket prior") as caught:
+    with pytest.raises(UserError, match="pocket prior") as error:
         priors.check_priors(config())
-    assert "stages.pocket.train" in caught.value.fix
+    assert "stages.pocket.train" in error.value.fix
 
 
 def refused(pattern, *overrides: str, **flags) -> UserError:
-    with pytest.raises(UserError, match=pattern) as caught:
+    with pytest.raises(UserError, match=pattern) as error:
         priors.check_priors(config(*overrides, **flags))
-    assert caught.value.why and caught.value.fix
-    return caught.value
+    assert error.value.why and error.value.fix
+    return error.value
 
 
 def test_guidance_that_no_latent_fits_is_refused_for_the_pocket_prior_before_the_coarse_stage(pocket):
@@ -158,11 +158,11 @@ def test_a_negative_prompt_that_no_stage_uses_is_refused_and_one_that_a_stage_do
 def test_a_run_says_at_its_start_what_a_stage_leaves_aside(pocket, tmp_path, monkeypatch):
     import pipeline.runs.run
 
-    said = []
+    notes = []
     monkeypatch.setattr(pipeline.runs.run, "Run", lambda *_: SimpleNamespace(go=lambda: None))
     chosen = config("guidance.coarse.scale=1", "guidance.fine.scale=4", "negative=blurry")
-    pipeline.runs.run.start_run(chosen, tmp_path / "out", SimpleNamespace(note=said.append))
-    assert "coarse: the negative prompt is not used at guidance.coarse.scale=1" in said
+    pipeline.runs.run.start_run(chosen, tmp_path / "out", SimpleNamespace(note=notes.append))
+    assert "coarse: the negative prompt is not used at guidance.coarse.scale=1" in notes
 
 
 def test_a_sentence_that_no_caption_is_like_is_told_once(tmp_path, pocket, monkeypatch):
@@ -194,9 +194,9 @@ def test_unknown_words_of_prompts_by_view_are_refused(pocket):
 
 
 def test_reference_without_a_mesh_says_how_to_name_one():
-    with pytest.raises(UserError, match="no mesh") as caught:
+    with pytest.raises(UserError, match="no mesh") as error:
         priors.check_priors(config("prior.coarse=reference"))
-    assert "reference.mesh=FILE.glb" in caught.value.fix
+    assert "reference.mesh=FILE.glb" in error.value.fix
 
 
 def test_reference_with_a_missing_mesh_names_it(tmp_path):
@@ -212,10 +212,10 @@ def test_reference_with_a_damaged_mesh_is_refused_before_any_work(tmp_path):
 
 @pytest.mark.parametrize("source", ["pockte", "no/such/folder", "./folder"])
 def test_name_that_is_no_prior_is_refused(source):
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(UserError) as error:
         priors.check_priors(config(f"prior.coarse={source}"))
-    assert source in caught.value.what
-    assert ("did you mean pocket?" in caught.value.fix) == (source == "pockte")
+    assert source in error.value.what
+    assert ("did you mean pocket?" in error.value.fix) == (source == "pockte")
 
 
 def test_folder_without_a_model_is_refused(tmp_path):

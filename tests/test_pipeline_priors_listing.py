@@ -59,9 +59,9 @@ def test_a_folder_with_something_missing_fails_and_says_what(folder, tmp_path, c
     out = capsys.readouterr().out
     assert "scheduler/ is missing" in out and "copy the PNDMScheduler" in out and "cannot be used" in out
     assert run("check", broken, "--json") == 2
-    found = json.loads(capsys.readouterr().out)
-    assert found["fit"] is False
-    assert [finding["part"] for finding in found["findings"] if not finding["ok"]] == ["scheduler"]
+    actual = json.loads(capsys.readouterr().out)
+    assert actual["fit"] is False
+    assert [finding["part"] for finding in actual["findings"] if not finding["ok"]] == ["scheduler"]
 
 
 @pytest.fixture

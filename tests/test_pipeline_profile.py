@@ -42,11 +42,11 @@ export: {texture_size: 64, faces: 500, turntable_frames: 0, unwrap: boxes}
 
 def spans(**seconds: float) -> dict[tuple[str, ...], Span]:
     """Spans by paths whose parts are joined by __, visited once, or N times as name_xN."""
-    found = {}
+    by_name = {}
     for key, value in seconds.items():
         name, _, calls = key.partition("_x")
-        found[tuple(part.replace("_", " ") for part in name.split("__"))] = Span(int(calls or 1), value)
-    return found
+        by_name[tuple(part.replace("_", " ") for part in name.split("__"))] = Span(int(calls or 1), value)
+    return by_name
 
 
 def by_hand() -> dict:
@@ -151,8 +151,8 @@ def test_imports_are_a_phase_once_and_in_this_thread_alone(tmp_path, monkeypatch
         thread = threading.Thread(target=elsewhere)
         thread.start()
         thread.join()
-    found = profile.recorder.spans["outer", "imports"]
-    assert found.calls == 1 and found.seconds >= 0.01
+    actual = profile.recorder.spans["outer", "imports"]
+    assert actual.calls == 1 and actual.seconds >= 0.01
     assert set(profile.recorder.spans) == {("outer",), ("outer", "imports")}
     assert __import__ is plain
     assert {"first_of_its_kind", "second_of_its_kind"} <= set(sys.modules)
@@ -222,8 +222,8 @@ def test_profiling_changes_no_byte_of_what_is_made(runs):
 def test_a_profile_holds_every_phase_and_the_share_of_the_networks(runs):
     facts = json.loads((runs[1] / "profile" / "profile.json").read_text())
     paths = {tuple(row["path"]): row for row in facts["phases"]}
-    for stage, own in (("coarse", ["occupancy"]), ("fine", ["surface"])):
-        for name in ("views", "render", "guidance", "regularisers", "backward", "optimiser", *own):
+    for stage, names in (("coarse", ["occupancy"]), ("fine", ["surface"])):
+        for name in ("views", "render", "guidance", "regularisers", "backward", "optimiser", *names):
             assert (stage, "step", name) in paths, name
         for name in ("load_prior", "construct", "step", "preview", "checkpoint", "finish"):
             assert (stage, name) in paths, name

@@ -23,9 +23,9 @@ def test_durations_read_naturally(seconds, text):
 
 def test_plain_progress_prints_the_first_and_the_last_step_and_brackets_as_they_are():
     progress, text = plain()
-    with progress.stage("coarse", 50, 0) as shown:
+    with progress.stage("coarse", 50, 0) as stage_progress:
         for step in range(1, 51):
-            shown.update(step, f"cover {step} % [bold]")
+            stage_progress.update(step, f"cover {step} % [bold]")
     lines = text.getvalue().splitlines()
     assert len(lines) == 2
     assert lines[0].startswith("coarse  1/50") and "left" not in lines[0]  # the first step may have compiled
@@ -36,9 +36,9 @@ def test_plain_progress_prints_the_first_and_the_last_step_and_brackets_as_they_
 def test_live_progress_draws_step_speed_and_headline():
     text = io.StringIO()
     progress = Progress(Console(file=text, width=200, force_terminal=True))
-    with progress.stage("fine", 4, 2) as shown:
-        shown.update(3, "3 faces [red]")
-        shown.update(4, "4 faces [red]")
+    with progress.stage("fine", 4, 2) as stage_progress:
+        stage_progress.update(3, "3 faces [red]")
+        stage_progress.update(4, "4 faces [red]")
     assert "4/4" in text.getvalue() and "4 faces [red]" in text.getvalue() and "fine" in text.getvalue()
 
 

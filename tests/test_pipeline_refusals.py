@@ -51,9 +51,9 @@ def test_bad_command_lines_end_in_three_lines_before_any_work(in_process, capsys
 def test_folder_with_another_run_is_refused_and_untouched(in_process, uninterrupted, tmp_path):
     shutil.copytree(uninterrupted, tmp_path / "run")
     before = contents(tmp_path / "run")
-    with pytest.raises(UserError, match="already holds a run") as caught:
+    with pytest.raises(UserError, match="already holds a run") as error:
         in_process.start_run(load(), tmp_path / "run")
-    assert "pipeline resume" in caught.value.fix
+    assert "pipeline resume" in error.value.fix
     assert contents(tmp_path / "run") == before
 
 
@@ -73,9 +73,9 @@ def test_damaged_checkpoint_is_named_with_a_way_out(in_process, uninterrupted, t
     data = path.read_bytes()
     flipped = data[:-1] + bytes([data[-1] ^ 1])
     path.write_bytes({"cut": data[:-20], "flip": flipped, "empty": b""}[damage])
-    with pytest.raises(UserError, match="damaged checkpoint") as caught:
+    with pytest.raises(UserError, match="damaged checkpoint") as error:
         in_process.resume_run(folder)
-    assert str(path) in caught.value.what and "remove it" in caught.value.fix
+    assert str(path) in error.value.what and "remove it" in error.value.fix
     path.unlink()  # what the message says
     in_process.resume_run(folder)
     assert (folder / "mesh.glb").read_bytes() == (uninterrupted / "mesh.glb").read_bytes()
@@ -107,9 +107,9 @@ def test_a_resumed_run_is_checked_for_the_stages_that_are_left(in_process, unint
 
 def test_resume_of_something_else_lists_the_runs(in_process, tmp_path):
     in_process.start_run(load())
-    with pytest.raises(UserError, match="is not a run") as caught:
+    with pytest.raises(UserError, match="is not a run") as error:
         in_process.resume_run(Path("runs/a-red-mug"))
-    assert "a-red-mug-0" in caught.value.fix
+    assert "a-red-mug-0" in error.value.fix
 
 
 def test_from_needs_a_finished_stage_with_the_same_settings(in_process, tmp_path):
@@ -124,18 +124,18 @@ def test_from_needs_a_finished_stage_with_the_same_settings(in_process, tmp_path
 
 def test_number_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(in_process, monkeypatch, tmp_path):
     monkeypatch.setenv("TOY_NAN_AT", "6")
-    with pytest.raises(UserError, match="coarse broke down at step 6") as caught:
+    with pytest.raises(UserError, match="coarse broke down at step 6") as error:
         in_process.start_run(load(), tmp_path / "run")
-    assert "checkpoint of step 4" in caught.value.fix
+    assert "checkpoint of step 4" in error.value.fix
     assert load_checkpoint(tmp_path / "run" / "coarse" / "checkpoint.safetensors")[1]["step"] == 4
     assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "failed"
 
 
 def test_stage_without_an_object_points_at_its_previews(in_process, monkeypatch, tmp_path):
     monkeypatch.setenv("TOY_EMPTY", "coarse")
-    with pytest.raises(UserError, match="coarse made no object") as caught:
+    with pytest.raises(UserError, match="coarse made no object") as error:
         in_process.start_run(load(), tmp_path / "run")
-    assert str(tmp_path / "run" / "coarse" / "previews") in caught.value.fix
+    assert str(tmp_path / "run" / "coarse" / "previews") in error.value.fix
     assert (tmp_path / "run" / "coarse" / "previews" / "000012.png").exists()
 
 
@@ -144,10 +144,10 @@ def test_a_stage_that_made_nothing_is_not_sent_round_in_a_circle(in_process, mon
     monkeypatch.setenv("TOY_EMPTY", "coarse")
     again = "pipeline run --config run/config.yaml KEY=VALUE --out FOLDER"
     for go in (lambda: in_process.start_run(load(), Path("run")), lambda: in_process.resume_run(Path("run"))):
-        with pytest.raises(UserError, match="coarse made no object") as caught:
+        with pytest.raises(UserError, match="coarse made no object") as error:
             go()
-        assert again in caught.value.fix and "run/coarse/previews" in caught.value.fix
-        assert "raise coarse.steps in run/config.yaml, then pipeline resume run" in caught.value.fix
+        assert again in error.value.fix and "run/coarse/previews" in error.value.fix
+        assert "raise coarse.steps in run/config.yaml, then pipeline resume run" in error.value.fix
         assert "to go on after mending" not in capsys.readouterr().out
     monkeypatch.delenv("TOY_EMPTY")  # as if more steps helped
     text = (tmp_path / "run" / "config.yaml").read_text()
@@ -158,10 +158,10 @@ def test_a_stage_that_made_nothing_is_not_sent_round_in_a_circle(in_process, mon
 
 def test_a_fine_stage_that_made_nothing_is_done_again_from_its_coarse_stage(in_process, monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("TOY_EMPTY", "fine")
-    with pytest.raises(UserError, match="fine made no object") as caught:
+    with pytest.raises(UserError, match="fine made no object") as error:
         in_process.start_run(load(), Path("run"))
-    assert "pipeline run --stages fine --from run KEY=VALUE --out FOLDER" in caught.value.fix
-    assert "coarse.steps" not in caught.value.fix and "to go on after mending" not in capsys.readouterr().out
+    assert "pipeline run --stages fine --from run KEY=VALUE --out FOLDER" in error.value.fix
+    assert "coarse.steps" not in error.value.fix and "to go on after mending" not in capsys.readouterr().out
     monkeypatch.delenv("TOY_EMPTY")  # what the message says
     words = ["run", "--stages", "fine", "--from", "run", "fine.keep=0.1", "--out", "new"]
     with pytest.raises(SystemExit) as stopped:
@@ -214,9 +214,9 @@ def test_a_damaged_copy_of_another_runs_coarse_stage_sends_back_to_it(in_process
     path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     if damage == "gone":
         path.unlink()
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(UserError) as error:
         in_process.resume_run(folder)
-    assert f"start again with --from {source}: pipeline run --config {folder}/config.yaml" in caught.value.fix
+    assert f"start again with --from {source}: pipeline run --config {folder}/config.yaml" in error.value.fix
     again = load_config(str(folder / "config.yaml"), [], {})  # what the message says
     assert (in_process.start_run(again, tmp_path / "again") / "mesh.glb").exists()
 

@@ -30,10 +30,10 @@ def reached(path: Path, step: int) -> bool:
 
 def test_run_folder_holds_everything_a_run_leaves(uninterrupted):
     names = {str(path.relative_to(uninterrupted)) for path in uninterrupted.rglob("*") if path.is_file()}
-    wanted = {"config.yaml", "run.json", "metrics.jsonl", "mesh.glb"}
-    wanted |= {f"coarse/previews/{step:06d}.png" for step in (5, 10, 12)} | {"coarse/checkpoint.safetensors"}
-    wanted |= {f"fine/previews/{step:06d}.png" for step in (5, 9)} | {"fine/checkpoint.safetensors"}
-    assert wanted <= names
+    expected = {"config.yaml", "run.json", "metrics.jsonl", "mesh.glb"}
+    expected |= {f"coarse/previews/{step:06d}.png" for step in (5, 10, 12)} | {"coarse/checkpoint.safetensors"}
+    expected |= {f"fine/previews/{step:06d}.png" for step in (5, 9)} | {"fine/checkpoint.safetensors"}
+    assert expected <= names
     assert not [name for name in names if ".part" in name]
 
 
@@ -155,23 +155,23 @@ def test_a_new_prompt_for_a_finished_run_is_refused(in_process, uninterrupted, t
 def test_a_finished_run_whose_settings_were_edited_goes_on_with_them(in_process, uninterrupted, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(uninterrupted, folder)
-    made = (folder / "config.yaml").read_text()
+    text = (folder / "config.yaml").read_text()
     before = (folder / "mesh.glb").read_bytes()
 
     def resume(**changes):
-        config = yaml.safe_load(made)
+        config = yaml.safe_load(text)
         for group, values in changes.items():
             config[group] |= values
         (folder / "config.yaml").write_text(yaml.safe_dump(config))
         in_process.resume_run(folder)
         return json.loads((folder / "run.json").read_text())
 
-    steps = yaml.safe_load(made)["fine"]["steps"]
+    steps = yaml.safe_load(text)["fine"]["steps"]
     assert resume(export={"formats": ["glb", "stl"]})["outputs"] == ["mesh.glb", "mesh.stl"]
     assert (folder / "mesh.stl").is_file() and (folder / "mesh.glb").read_bytes() == before
     assert resume(fine={"steps": steps + 2})["stages"]["fine"]["step"] == steps + 2
     with pytest.raises(UserError, match=r"coarse\.field\.levels.*was made with|coarse\.field\.levels.*differs"):
-        resume(coarse={"field": yaml.safe_load(made)["coarse"]["field"] | {"levels": 3}})
+        resume(coarse={"field": yaml.safe_load(text)["coarse"]["field"] | {"levels": 3}})
 
 
 def test_export_elsewhere_reads_only_and_never_writes_over_what_is_there(in_process, uninterrupted, tmp_path):

@@ -72,12 +72,12 @@ QUICK = {"stable-diffusion"}
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Callable[[Callable], Path]:
     """A tiny model's folder by what makes it, made when it is first asked for."""
-    made: dict[Callable, Path] = {}
+    folders: dict[Callable, Path] = {}
 
     def make(build: Callable) -> Path:
-        if build not in made:
-            made[build] = build(tmp_path_factory.mktemp("tiny") / "model")
-        return made[build]
+        if build not in folders:
+            folders[build] = build(tmp_path_factory.mktemp("tiny") / "model")
+        return folders[build]
 
     return make
 
@@ -199,11 +199,11 @@ def test_rule_gives_on_the_device_what_it_gives_on_the_cpu(rule, folder):
     def asked(device: str) -> tuple[torch.Tensor, dict]:
         prior = load_prior(folder(tiny_folders.stable_diffusion), device, torch.float32)
         guide = Guidance(prior, settings, prompts, torch.Generator().manual_seed(5))
-        shown = images.clone().to(device).requires_grad_()
+        pixels = images.clone().to(device).requires_grad_()
         views = orbit_views([20.0, 130.0], 20.0).to(device)
-        answer = guide(shown, views, 0.4, backdrop=torch.zeros(2, 64, 64, 3, device=device))
+        answer = guide(pixels, views, 0.4, backdrop=torch.zeros(2, 64, 64, 3, device=device))
         answer.loss.backward()
-        return shown.grad.cpu(), {name: float(value) for name, value in answer.metrics.items()}
+        return pixels.grad.cpu(), {name: float(value) for name, value in answer.metrics.items()}
 
     gradient, metrics = asked("cpu")
     with pretended():
@@ -236,9 +236,9 @@ def test_no_fused_attention_has_a_gradient_to_take(folder, monkeypatch):
             patch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
             prior = load_prior(source, "cuda", torch.float32, settings=settings)
             guide = Guidance(prior, GuidanceSettings(), ViewPrompts("a mug"), torch.Generator().manual_seed(0))
-            shown = torch.rand(1, 64, 64, 3).to("cuda").requires_grad_()
-            guide(shown, views.to("cuda"), 0.5).loss.backward()
-            assert shown.grad is not None
+            pixels = torch.rand(1, 64, 64, 3).to("cuda").requires_grad_()
+            guide(pixels, views.to("cuda"), 0.5).loss.backward()
+            assert pixels.grad is not None
     assert fused and not any(fused)
 
 

@@ -83,8 +83,8 @@ def test_a_new_source_is_found_wherever_sources_are_named(grey, capsys, monkeypa
     assert "grey:SHADE" in capsys.readouterr().out
     assert command("models", "list") == 0
     assert any(line.split()[:3] == ["grey:0.5", "a", "shade"] for line in capsys.readouterr().out.splitlines())
-    found = {finding.name: finding for finding in doctor.examine()}
-    assert found["grey:0.5 prior, coarse"].detail == "256 shades"
+    actual = {finding.name: finding for finding in doctor.examine()}
+    assert actual["grey:0.5 prior, coarse"].detail == "256 shades"
     with pytest.raises(UserError) as unknown:
         check_priors(load_config(None, ["prior.coarse=gery:SHADE"]))
     assert "grey:SHADE" in unknown.value.why and unknown.value.fix == "did you mean grey:SHADE?"

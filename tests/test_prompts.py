@@ -17,7 +17,7 @@ from stages.prompts import (
 
 
 @pytest.mark.parametrize(
-    ("azimuth", "elevation", "wanted"),
+    ("azimuth", "elevation", "expected"),
     [
         (0, 0, "front"),
         (44, 30, "front"),
@@ -35,8 +35,8 @@ from stages.prompts import (
         (-90, 10, "side"),
     ],
 )
-def test_view_classes_follow_dreamfusion(azimuth, elevation, wanted):
-    assert view_class(azimuth, elevation) == wanted
+def test_view_classes_follow_dreamfusion(azimuth, elevation, expected):
+    assert view_class(azimuth, elevation) == expected
 
 
 def test_a_camera_on_plus_x_sees_the_left_side_of_an_object_facing_plus_z():
@@ -97,10 +97,10 @@ def test_empty_prompt_and_unknown_class_are_refused():
 
 def test_words_for_a_side_that_is_never_asked_for_are_refused():
     for name in ("per_view", "per_view_negative", "contradictions"):
-        given = {"left side": ["arm"] if name == "contradictions" else "an arm"}
+        entry = {"left side": ["arm"] if name == "contradictions" else "an arm"}
         with pytest.raises(ValueError, match="'left side' needs sides: true"):
-            PromptSettings(**{name: given})
-        PromptSettings(sides=True, **{name: given})
+            PromptSettings(**{name: entry})
+        PromptSettings(sides=True, **{name: entry})
 
 
 def test_text_that_would_be_cut_is_refused_by_its_length():
@@ -112,7 +112,7 @@ def test_text_that_would_be_cut_is_refused_by_its_length():
 
 
 @pytest.mark.parametrize(
-    ("prompt", "view", "wanted"),
+    ("prompt", "view", "expected"),
     [
         ("a smiling cat with big eyes", "back", "a cat"),
         ("a cat with big blue eyes and a red hat", "back", "a cat and a red hat"),
@@ -130,8 +130,8 @@ def test_text_that_would_be_cut_is_refused_by_its_length():
         ("a cat, black and smiling", "back", "a cat, black"),
     ],
 )
-def test_words_that_contradict_the_view_are_dropped(prompt, view, wanted):
-    assert without_contradictions(prompt, view) == wanted
+def test_words_that_contradict_the_view_are_dropped(prompt, view, expected):
+    assert without_contradictions(prompt, view) == expected
 
 
 def test_debias_drops_words_before_the_view_words_and_leaves_prompts_by_hand_alone():
@@ -149,13 +149,13 @@ def test_debias_drops_words_before_the_view_words_and_leaves_prompts_by_hand_alo
 def test_negative_prompt_by_view_class_replaces_the_common_one():
     settings = PromptSettings(sides=True, per_view_negative={"back": "a face", "side": "front"})
     prompts = ViewPrompts("a cat", "blurry", settings)
-    asked = prompts.view_texts(orbit_views([0.0, 90.0, 180.0, 270.0], 10.0))
-    assert [a.negative for a in asked] == ["blurry", "front", "a face", "front"]
+    texts = prompts.view_texts(orbit_views([0.0, 90.0, 180.0, 270.0], 10.0))
+    assert [a.negative for a in texts] == ["blurry", "front", "a face", "front"]
     assert {"blurry", "a face", "front"} <= set(prompts.all_texts())
 
 
 @pytest.mark.parametrize(
-    ("azimuth", "wanted"),
+    ("azimuth", "expected"),
     [
         (0.0, ("front", "side", 1.0)),
         (30.0, ("front", "side", 2 / 3)),
@@ -165,9 +165,9 @@ def test_negative_prompt_by_view_class_replaces_the_common_one():
         (180.0, ("side", "back", 0.0)),
     ],
 )
-def test_azimuth_lies_between_two_classes(azimuth, wanted):
+def test_azimuth_lies_between_two_classes(azimuth, expected):
     first, second, share = azimuth_blend(azimuth)
-    assert (first, second) == wanted[:2] and share == pytest.approx(wanted[2])
+    assert (first, second) == expected[:2] and share == pytest.approx(expected[2])
 
 
 def test_blend_passes_through_the_left_side_at_positive_azimuths():

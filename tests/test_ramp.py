@@ -98,15 +98,15 @@ def test_both_ends_of_a_ramp_keep_the_fields_bounds(lr):
 
 def test_mistake_in_a_ramp_is_answered_with_place_value_and_what_is_allowed(tmp_path):
     (tmp_path / "mine.yaml").write_text("weight: 3\nlr: [0.1, 2]\n")
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(UserError) as error:
         validate(Settings, [from_file(tmp_path / "mine.yaml")])
-    assert caught.value.what == f"{tmp_path / 'mine.yaml'}:2: lr = [0.1, 2]"
-    assert caught.value.why == "wanted less than 1"
-    assert caught.value.fix.startswith(f"lr: {FORM}, > 0, < 1; learning rate; default [0.01, 0.001, 0.0, 1.0")
-    with pytest.raises(UserError) as caught:
+    assert error.value.what == f"{tmp_path / 'mine.yaml'}:2: lr = [0.1, 2]"
+    assert error.value.why == "wanted less than 1"
+    assert error.value.fix.startswith(f"lr: {FORM}, > 0, < 1; learning rate; default [0.01, 0.001, 0.0, 1.0")
+    with pytest.raises(UserError) as error:
         validate(Settings, [from_overrides(["weight=[1, 2, 3]"])])
-    assert caught.value.what == "command line: weight=[1, 2, 3]: weight = [1, 2, 3]"
-    assert caught.value.why == f"wanted {FORM}"
+    assert error.value.what == "command line: weight=[1, 2, 3]: weight = [1, 2, 3]"
+    assert error.value.why == f"wanted {FORM}"
     assert f"clip: {FORM} or null" in describe(Settings, ("clip",))
 
 

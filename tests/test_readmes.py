@@ -62,12 +62,14 @@ def test_commands_are_the_command_lines_own(page):
             continue
         values = command.make_context("pipeline", list(rest)).params
         if command.name == "run":
-            given = {name: values[name] for name in ("prompt", "stages", "seed", "device", "init_mesh")}
-            given = {key: value if key == "seed" else str(value) for key, value in given.items() if value is not None}
+            arguments = {name: values[name] for name in ("prompt", "stages", "seed", "device", "init_mesh")}
+            arguments = {
+                key: value if key == "seed" else str(value) for key, value in arguments.items() if value is not None
+            }
             config = values["config"]
             if values["from_run"] is not None:  # of a run that is not there
-                config, given["stages"] = "default", "coarse,fine"
-            load_config(split_names(config), values["overrides"] or [], given)
+                config, arguments["stages"] = "default", "coarse,fine"
+            load_config(split_names(config), values["overrides"] or [], arguments)
         elif command.name == "settings":
             if values["config"] is not None:
                 find_recipe(values["config"])
@@ -103,8 +105,8 @@ def test_files_that_are_named_are_there(page):
         if path and not code.startswith(("runs/", "coarse/", "OUT/", "RUN/")):
             places = (ROOT, ROOT / "stages", page.parent, page.parent / "weights")
             hub = re.fullmatch(r"[\w-]+/[\w.-]+", code) and not code.endswith(FILES)
-            found = any(list(place.glob(code.rstrip("/"))) for place in places)
-            assert found or (hub and not (ROOT / code.partition("/")[0]).exists()), code
+            actual = any(list(place.glob(code.rstrip("/"))) for place in places)
+            assert actual or (hub and not (ROOT / code.partition("/")[0]).exists()), code
 
 
 @PAGES
@@ -124,9 +126,11 @@ def test_python_blocks_compile_and_their_imports_resolve(page):
 @PAGES
 def test_extras_that_are_installed_exist(page):
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    named = [name for part in re.findall(r"pip install[^\n]*\[([\w,]+)\]", written(page)) for name in part.split(",")]
-    named += re.findall(r"extra `(\w+)`", written(page))
-    assert set(named) <= set(extras), named
+    mentions = [
+        name for part in re.findall(r"pip install[^\n]*\[([\w,]+)\]", written(page)) for name in part.split(",")
+    ]
+    mentions += re.findall(r"extra `(\w+)`", written(page))
+    assert set(mentions) <= set(extras), mentions
 
 
 @PAGES

@@ -64,14 +64,14 @@ def test_backdrop_shows_where_the_mesh_is_not_and_mixes_at_the_border():
 
 def test_albedo_is_asked_once_at_the_covered_pixels():
     vertices, triangles = ball(3)
-    asked = []
+    calls = []
 
     def albedo(points):
-        asked.append(points)
+        calls.append(points)
         return torch.ones_like(points)
 
     images = render_mesh(vertices, triangles, albedo, orbit_views([0.0, 50.0]), 24, 30)
-    (points,) = asked
+    (points,) = calls
     assert len(points) == (images.rast[..., 3] > 0).sum()
     torch.testing.assert_close(points.norm(dim=1), torch.full((len(points),), RADIUS), atol=0.02, rtol=0)
 

@@ -20,8 +20,8 @@ def views(count: int = 1, **changes):
 
 
 def test_target_falls_exponentially_and_then_stays():
-    found = [float(target_opacity(views(), p, SETTINGS)) for p in (0.0, 0.025, 0.05, 0.5)]
-    assert found == pytest.approx([1.2 * 0.5, 1.2 * math.sqrt(0.5 * 0.1), 1.2 * 0.1, 1.2 * 0.1], rel=1e-4)
+    actual = [float(target_opacity(views(), p, SETTINGS)) for p in (0.0, 0.025, 0.05, 0.5)]
+    assert actual == pytest.approx([1.2 * 0.5, 1.2 * math.sqrt(0.5 * 0.1), 1.2 * 0.1, 1.2 * 0.1], rel=1e-4)
 
 
 def test_target_grows_with_the_square_of_the_focal_length_and_shrinks_with_that_of_the_distance():

@@ -72,8 +72,8 @@ def test_shaded_ball_is_lambert_and_its_normals_face_the_camera():
     assert torch.allclose(images.normal[0, 16, 16], torch.tensor([0.0, 0.0, 1.0]), atol=0.01)
     surface = torch.tensor([0.0, 0.0, 0.6])
     to_light = torch.nn.functional.normalize(views.light[0] - surface, dim=-1)
-    wanted = 0.8 * (0.2 + 0.8 * float(to_light[2]))
-    assert torch.allclose(images.colour[0, 16, 16], torch.full((3,), wanted), atol=0.01)
+    expected = 0.8 * (0.2 + 0.8 * float(to_light[2]))
+    assert torch.allclose(images.colour[0, 16, 16], torch.full((3,), expected), atol=0.01)
     assert float(images.orientation) < 1e-4  # all visible normals face the camera
 
 

@@ -33,14 +33,14 @@ def twice(name: str, words: tuple[str, ...] = ()) -> tuple[Config, Config]:
 
 
 def ramps(settings) -> dict[str, Ramp]:
-    found = {}
+    by_key = {}
     for name in type(settings).model_fields:
         value = getattr(settings, name)
         if isinstance(value, Ramp):
-            found[name] = value
+            by_key[name] = value
         elif hasattr(type(value), "model_fields"):
-            found |= {f"{name}.{key}": ramp for key, ramp in ramps(value).items()}
-    return found
+            by_key |= {f"{name}.{key}": ramp for key, ramp in ramps(value).items()}
+    return by_key
 
 
 def albedo_share(settings, steps: int) -> float:
@@ -85,7 +85,7 @@ class Nothing:
     """A guidance that pulls at nothing and keeps what it is told."""
 
     def __call__(self, images, views, progress, textureless, *, backdrop, shading):
-        self.seen = progress, textureless, shading
+        self.arguments = progress, textureless, shading
         return GuidanceOutput(0 * images.sum(), {})
 
 
@@ -96,8 +96,8 @@ def looked_at(config: Config, share: float):
     stage.step_index = round(share * stage.steps)
     stage.step()
     rates = [group["lr"] for group in stage.adam.optimiser.param_groups]
-    drawn = stage.generator.get_state()  # what the occupancy grid looked at, too
-    return guidance.seen, rates, stage.field.bands, drawn
+    state = stage.generator.get_state()  # what the occupancy grid looked at, too
+    return guidance.arguments, rates, stage.field.bands, state
 
 
 @pytest.mark.parametrize("name", ["default", "stable-diffusion", "dreamfields", "reference"])

@@ -34,9 +34,9 @@ def test_progress_goes_on_without_a_reader(monkeypatch, stream):
     monkeypatch.setattr(sys, "stdout", stream)
     progress = Progress()
     progress.note("a line")
-    with progress.stage("coarse", 2, 0) as shown:
-        shown.update(1, "size 1")
-        shown.update(2, "size 1")
+    with progress.stage("coarse", 2, 0) as stage_progress:
+        stage_progress.update(1, "size 1")
+        stage_progress.update(2, "size 1")
 
 
 @pytest.mark.parametrize("stream", [Closed(), None])
