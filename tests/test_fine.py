@@ -364,7 +364,12 @@ def test_finish_drops_floaters():
     ("previous", "changes", "what"),
     [
         (None, {"views_per_step": 3, "accumulate": 2}, "accumulate"),
-        (Asset(mesh=make([[0, 0, 0], [1, 0, 0], [0, 1, 0]], [[0, 1, 2]])), {}, "cannot be made a body"),
+        pytest.param(
+            Asset(mesh=make([[0, 0, 0], [1, 0, 0], [0, 1, 0]], [[0, 1, 2]])),
+            {},
+            "cannot be made a body",
+            marks=pytest.mark.slow,
+        ),
         (Asset(density=lambda p: torch.zeros(len(p))), {}, "nothing to make a mesh of"),
     ],
 )
