@@ -46,7 +46,10 @@ def main() -> None:
     )
     parser.add_argument("--side", type=int, default=128, help="layout: size in pixels of the renders that it learns by")
     parser.add_argument(
-        "--solid", type=float, default=0.5, help="layout: share of the schedule, from its start, that learns from points"
+        "--solid",
+        type=float,
+        default=0.5,
+        help="layout: share of the schedule, at its start, that learns points",
     )
     parser.add_argument("--fine", action="store_true", help="layout: with the level of 64^3 cells")
     parser.add_argument("--half", action="store_true", help="layout: bfloat16 volumes, for cores that have it")
