@@ -18,7 +18,7 @@ import typer
 from pipeline import __version__
 from pipeline.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, Interrupted, UserError, explain, show
 from pipeline.priors.memory import keep_freed_memory
-from pipeline.streams import open_missing, print_error, silence
+from pipeline.streams import open_missing, print_error, silence, silent_rank
 
 app = typer.Typer(
     help="A sentence becomes a textured mesh.",
@@ -224,7 +224,8 @@ def _run_command(arguments: list[str] | None) -> int:
     except SystemExit as stop:  # of a command that has said all
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except Interrupted as stop:
-        print_error(f"\n{stop}")
+        if not silent_rank():
+            print_error(f"\n{stop}")
         return stop.exit_code
     except KeyboardInterrupt:
         print_error("\nstopped; no file is half written")
@@ -242,5 +243,6 @@ def _run_command(arguments: list[str] | None) -> int:
         user_error = _usage_error(error) if hasattr(error, "format_message") else explain(error)
         if user_error is None or os.environ.get("PIPELINE_TRACEBACK"):
             raise
-        show(user_error)
+        if not silent_rank():
+            show(user_error)
         return EXIT_USER_ERROR

@@ -54,6 +54,11 @@ def print_error(text: str) -> None:
         silence(sys.stderr)
 
 
+def silent_rank() -> bool:
+    """Return whether torchrun started this process beside a first one, which speaks for both."""
+    return os.environ.get("RANK", "0") != "0" and os.environ.get("WORLD_SIZE", "1") != "1"
+
+
 def silence(stream: IO[str]) -> None:
     """Let what is still to come on a stream that takes no more go nowhere, the interpreter's last flush included."""
     with contextlib.suppress(OSError, ValueError):  # a stream of the caller's own may have no descriptor

@@ -30,7 +30,8 @@ from stages.fields.occupancy import OccupancyGrid, OccupancySettings
 from stages.fields.start import StartSettings, fit_start
 from stages.guidance.guide import GuidanceOutput, Guide, Metric, ShapeGuide, check_predictions, metric
 from stages.kernels.srgb import linear_to_srgb
-from stages.optimise import GroupedAdam, check_accumulate, equal_parts, under_prefix
+from stages.optimise import GroupedAdam, check_accumulate, under_prefix
+from stages.parallel import StepParts, undone_if_lost
 from stages.phases import phase
 from stages.ramp import Ramp, constant
 from stages.render.shade import ALBEDO, LAMBERT, ShadingSettings, sample_shading
@@ -147,12 +148,16 @@ class CoarseStage:
         )
 
     def step(self) -> dict[str, float]:
-        """Take one optimisation step over `views_per_step` views; returns metrics."""
+        """Take one optimisation step over `views_per_step` views; returns metrics. Raises: RankLost (parallel.py)."""
+        with undone_if_lost([self.generator, getattr(self.guidance, "generator", None)], self.occupancy):
+            return self._step()
+
+    def _step(self) -> dict[str, float]:
         s, progress, times = self.settings, self.step_index / self.steps, self.times
-        totals: dict[str, Metric] = {}
+        begun: dict[str, Metric] = {}
         if self.step_index == 0 and not self.edits and s.start.source == "prior":
             with phase("start", times):
-                totals |= self._begin()
+                begun = self._begin()
         self._set_progress(progress)
         with phase("occupancy", times):
             step_size = self.sampling.step_size
@@ -163,8 +168,13 @@ class CoarseStage:
             side = self._side(progress)
             backdrop = self._backdrop(side)
 
-        for part in equal_parts(s.views_per_step, s.accumulate):
-            part_views, part_backdrop = views[part], backdrop.part(part)
+        totals: dict[str, Metric] = {}
+        parts = StepParts(s.views_per_step, s.accumulate)
+        for part in parts:
+            if not part.mine:
+                torch.rand(part.views * side * side, generator=self.generator)  # another process's rays
+                continue
+            part_views, part_backdrop = views[part.slice], backdrop.part(part.slice)
             with phase("render", times):
                 images = render_field(
                     self.field,
@@ -187,14 +197,17 @@ class CoarseStage:
                     shading.textureless,
                     backdrop=inputs.backdrop,
                     shading=shading,
+                    part=part,
                 )
             with phase("regularisers", times):
                 loss, metrics = self._regularised(output, images, part_views, progress)
             with phase("backward", times):
-                (loss / s.accumulate).backward()
-            add_metrics(totals, output.metrics | metrics, 1 / s.accumulate)
+                (loss / parts.count).backward()
+            add_metrics(totals, output.metrics | metrics, 1 / parts.count)
 
         with phase("optimiser", times):
+            parts.join(list(self.adam.parameters.values()), totals)
+            totals = begun | totals
             totals["grad_norm"] = self._update(progress, totals)
         check_predictions(self.guidance, totals)
         self.step_index += 1

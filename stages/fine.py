@@ -40,7 +40,8 @@ from stages.mesh.tets.dmtet import DMTet, Surface, from_function
 from stages.mesh.tets.initialise import InitialiseSettings, dmtet_from_density
 from stages.mesh.tets.solidify import SolidifySettings, dmtet_from_mesh
 from stages.mesh.tets.tetrahedra import SAFE_MOVE, Lattice
-from stages.optimise import GroupedAdam, check_accumulate, equal_parts, under_prefix
+from stages.optimise import GroupedAdam, check_accumulate, under_prefix
+from stages.parallel import StepParts, undone_if_lost
 from stages.phases import phase
 from stages.ramp import Ramp
 from stages.render.raster import MeshImages, render_mesh
@@ -230,7 +231,11 @@ class FineStage:
         return self.geometry.surface()
 
     def step(self) -> dict[str, float]:
-        """Take one optimisation step over `views_per_step` views; returns metrics."""
+        """Take one optimisation step over `views_per_step` views; returns metrics. Raises: RankLost (parallel.py)."""
+        with undone_if_lost([self.generator, getattr(self.guidance, "generator", None)]):
+            return self._step()
+
+    def _step(self) -> dict[str, float]:
         s, progress, times, geometry = self.settings, self.step_index / self.steps, self.times, self.geometry
         with phase("surface", times):
             surface = geometry.surface()
@@ -242,21 +247,32 @@ class FineStage:
             shading = replace(shading, textureless=shading.textureless and geometry.moves)
             backdrop = self._backdrop()
 
-        totals, self.start = self.start, {}
-        for part in equal_parts(s.views_per_step, s.accumulate):
-            part_views, part_backdrop = views[part], backdrop[part]
+        totals: dict[str, Metric] = {}
+        parts = StepParts(s.views_per_step, s.accumulate)
+        for part in parts:
+            if not part.mine:
+                continue
+            part_views, part_backdrop = views[part.slice], backdrop[part.slice]
             with phase("render", times):
                 images = self._render(leaf, surface.faces, part_views, s.resolution, shading, part_backdrop)
             with phase("guidance", times):
                 output = self.guidance(
-                    images.colour, part_views, progress, shading.textureless, backdrop=part_backdrop, shading=shading
+                    images.colour,
+                    part_views,
+                    progress,
+                    shading.textureless,
+                    backdrop=part_backdrop,
+                    shading=shading,
+                    part=part,
                 )
             with phase("backward", times):
                 if output.loss.requires_grad:  # a view that misses a locked mesh has nothing to learn from
-                    (output.loss / s.accumulate).backward()
+                    (output.loss / parts.count).backward()
             cover = {"cover": metric(images.mask.mean())}
-            add_metrics(totals, output.metrics | cover, 1 / s.accumulate)
+            add_metrics(totals, output.metrics | cover, 1 / parts.count)
         with phase("regularisers", times):
+            parts.join([leaf, *(p for p in self.field.parameters() if p.requires_grad)], totals)
+            totals, self.start = self.start | totals, {}
             totals |= _size(leaf, surface.faces) | geometry.regularise(leaf, surface, output.strength)
         with phase("backward", times):
             geometry.backward(surface, leaf.grad, progress)

@@ -1,7 +1,7 @@
 """Shared parts of the stages' optimisation.
 
-A step of Adam with a rate for every group, which leaves out gradients that are not finite; a step's views in equal
-parts; the part of a saved state that lies below a name.
+A step of Adam with a rate for every group, which leaves out gradients that are not finite; the part of a saved state
+that lies below a name.
 """
 
 from __future__ import annotations
@@ -26,13 +26,6 @@ def check_accumulate(stage: str, views: int, parts: int) -> None:
             f"{views} views cannot be rendered in {parts} equal parts",
             f"set {stage}.accumulate to a divisor of {views}",
         )
-
-
-def equal_parts(views: int, parts: int) -> Iterator[slice]:
-    """Yield the views of a step in that many equal parts, `accumulate`, in their order."""
-    size = views // parts
-    for low in range(0, views, size):
-        yield slice(low, low + size)
 
 
 def under_prefix(state: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ MAX_HELP_MODULES = 450  # 317 with typer's own; torch alone brings 800 more
 
 # Rooms of the house, each with the rooms it may import; a room may always import itself. `ROOM.*` stands for a room and
 # all rooms within it. A module that others of its folder build on is a room of its own.
-_BASE = {"stages.errors", "stages.cameras", "stages.paths", "stages.phases", "stages.ramp"}
+_BASE = {"stages.errors", "stages.cameras", "stages.parallel", "stages.paths", "stages.phases", "stages.ramp"}
 _SURFACE = _BASE | {"stages.kernels.*", "stages.mesh.*"}
 _STAGE = _SURFACE | {"stages.optimise", "stages.stage", "stages.fields", "stages.render", "stages.guidance.guide"}
 _GUIDED = _STAGE | {"stages.guidance.*", "stages.prompts"}
@@ -31,6 +31,7 @@ ALLOWED = {
     "stages.ramp": set(),
     "stages.cameras": {"stages.errors"},
     "stages.optimise": {"stages.errors"},
+    "stages.parallel": {"stages.errors"},
     "stages.prompts": _BASE,
     "stages.kernels.grid": set(),
     "stages.kernels.reference": set(),

@@ -43,7 +43,7 @@ def ball_images(views, size, background, shading=ALBEDO):
 class PosedImages:
     """Guidance towards exact renders: squared error, summed over pixels and channels, averaged over views."""
 
-    def __call__(self, images, views, progress, textureless=False, *, backdrop, shading):
+    def __call__(self, images, views, progress, textureless=False, *, backdrop, shading, part):
         assert textureless == shading.textureless and 0 <= progress < 1
         target = ball_images(views, images.shape[1], backdrop, shading)
         error = (linear_to_srgb(images) - linear_to_srgb(target)).square()
@@ -56,7 +56,7 @@ class Noisy:
     def __init__(self):
         self.generator = torch.Generator().manual_seed(7)
 
-    def __call__(self, images, views, progress, textureless=False, *, backdrop, shading):
+    def __call__(self, images, views, progress, textureless=False, *, backdrop, shading, part):
         noise = torch.randn(images.shape, generator=self.generator)
         loss = ((images - 0.4 + 0.1 * noise) * (1 + progress)).square().sum() / len(views)
         return GuidanceOutput(loss, {"agreement_db": 12.3})
@@ -302,7 +302,7 @@ class Strong:
     def __init__(self, strength=1.0):
         self.strength, self.sides = strength, []
 
-    def __call__(self, images, views, progress, textureless=False, *, backdrop, shading):
+    def __call__(self, images, views, progress, textureless=False, *, backdrop, shading, part):
         self.sides.append(images.shape[1:3])
         return GuidanceOutput(0 * images.sum(), {}, self.strength)
 

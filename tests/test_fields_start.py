@@ -59,7 +59,7 @@ class Guide:
     def __init__(self, radiance):
         self.radiance = radiance
 
-    def __call__(self, images, views, progress, textureless=False, *, backdrop=None, shading=None):
+    def __call__(self, images, views, progress, textureless=False, *, backdrop=None, shading=None, part=None):
         return GuidanceOutput(0 * images.sum(), {})
 
     def shape(self):

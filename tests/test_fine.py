@@ -43,7 +43,7 @@ class Target:
     def render(self, views, size, shading, backdrop):
         return render_mesh(self.vertices, self.faces, colour, views, size, size, shading=shading, backdrop=backdrop)
 
-    def __call__(self, images, views, progress, textureless=False, *, backdrop=None, shading=None):
+    def __call__(self, images, views, progress, textureless=False, *, backdrop=None, shading=None, part=None):
         assert images.shape[:3] == backdrop.shape[:3] and textureless == shading.textureless
         self.calls.append((len(views), progress))
         noise = self.noise * torch.randn(images.shape, generator=self.generator)  # so that its generator matters

@@ -23,7 +23,15 @@ from stages.guidance.prior import (
     scaled_linear_alphas_cumprod,
 )
 from stages.guidance.residuals import RULES, StepInputs
-from stages.guidance.vsd import RenderScore, VsdSettings, attention_layers, camera_vector, prediction_weight
+from stages.guidance.vsd import (
+    Lesson,
+    RenderScore,
+    VsdSettings,
+    attention_layers,
+    camera_vector,
+    prediction_weight,
+)
+from stages.parallel import StepParts
 from stages.prompts import ViewPrompts
 from tests import tiny_families, tiny_folders
 from tests.gaussian_prior import PROMPT, GaussianPrior, k_of
@@ -108,7 +116,7 @@ def test_score_begins_as_the_prior_under_the_prompt_for_every_camera(folders, fa
     begin = score.predict(z, t, embedding, camera)
     torch.testing.assert_close(begin, prior.predict_noise(z, t, embedding))
     assert torch.equal(score.predict(z, t, embedding, 2 * camera), begin)
-    assert score.train(x, embedding, camera, torch.Generator().manual_seed(0)) > 0
+    assert score.train([Lesson(x, embedding, camera, torch.Generator().manual_seed(0))]) > 0
     assert not torch.equal(score.predict(z, t, embedding, camera), begin)  # whatever the family, it learns
 
 
@@ -135,8 +143,8 @@ def test_score_of_a_prior_that_is_told_the_camera_begins_as_that_prior(with_came
     torch.testing.assert_close(begin, prior.predict_noise(z, t, embedding, context))
     assert (begin - prior.predict_noise(z, t, embedding)).abs().max() > 1e-3  # what it was without the camera
     twin = scores(with_camera, model, lr=5e-3)[1]
-    score.train(x, embedding, camera, torch.Generator().manual_seed(0), context)
-    twin.train(x, embedding, camera, torch.Generator().manual_seed(0))
+    score.train([Lesson(x, embedding, camera, torch.Generator().manual_seed(0), context)])
+    twin.train([Lesson(x, embedding, camera, torch.Generator().manual_seed(0))])
     with_shading, untold = (one.predict(z, t, embedding, camera, context) for one in (score, twin))
     assert not torch.allclose(with_shading, untold, atol=1e-4)  # it learns under the camera, too
     assert all(p.grad is None for p in prior.layout.parameters())
@@ -162,7 +170,7 @@ def test_training_fits_the_renders_and_their_cameras_and_leaves_the_prior_alone(
     before = prior.predict_noise(z, t, embedding)
     alpha_bar = per_sample(prior.alphas_cumprod[t], z)
     eps = (z - alpha_bar.sqrt() * x) / (1 - alpha_bar).sqrt()
-    assert score.train(x, embedding, camera, torch.Generator().manual_seed(7)) > 0
+    assert score.train([Lesson(x, embedding, camera, torch.Generator().manual_seed(7))]) > 0
     learned = score.predict(z, t, embedding, camera)
     assert (learned - eps).square().mean() < share * (before - eps).square().mean()
     assert (score.predict(z, t, embedding, camera.flip(0)) - learned).abs().max() > 1e-4
@@ -177,7 +185,7 @@ def test_first_gradient_is_zero_in_the_inner_matrices_and_not_in_the_outer_ones(
     assert len(score.parameters) == 2 * len(attention_layers(prior.unet)) + 2
     assert all(p.shape[0] == 3 for name, p in score.parameters.items() if name.endswith(".down"))
     old = {name: p.detach().clone() for name, p in score.parameters.items()}
-    score.train(x, embedding, camera, torch.Generator().manual_seed(0))
+    score.train([Lesson(x, embedding, camera, torch.Generator().manual_seed(0))])
     moved = {name for name, p in score.parameters.items() if not torch.equal(p, old[name])}
     assert moved == {name for name in old if name.endswith((".up", "camera.out"))}
 
@@ -187,7 +195,7 @@ def test_a_batch_that_the_prior_splits_gives_each_sample_its_own_camera(folders,
     whole, parts = (scores(folders["stable_diffusion"], model, max_batch=n, lr=3e-3, updates=2) for n in (0, 3))
     x, z, t, embedding, camera = renders(whole[0], batch=4)
     for _, score in (whole, parts):
-        score.train(x, embedding, camera, torch.Generator().manual_seed(0))
+        score.train([Lesson(x, embedding, camera, torch.Generator().manual_seed(0))])
     got, expected = (score.predict(z, t, embedding, camera) for _, score in (parts, whole))
     torch.testing.assert_close(got, expected, atol=1e-3, rtol=1e-3)
 
@@ -205,7 +213,7 @@ def test_a_step_that_is_not_finite_is_not_taken(folders):
     prior, score = scores(folders["stable_diffusion"], "lora")
     x, _, _, embedding, camera = renders(prior)
     before = score.state_dict()
-    assert score.train(x * float("nan"), embedding, camera, torch.Generator()) == -1.0
+    assert score.train([Lesson(x * float("nan"), embedding, camera, torch.Generator())]) == -1.0
     assert all(torch.equal(value, before[key]) for key, value in score.state_dict().items())
 
 
@@ -225,7 +233,7 @@ def test_a_whole_copy_in_half_precision_and_offloaded_weights_are_refused(folder
     assert "rule.model=lora" in error.value.fix
     x, _, _, embedding, camera = renders(half)
     score = RenderScore(half, VsdSettings(), torch.Generator().manual_seed(0))
-    assert score.train(x, embedding, camera, torch.Generator().manual_seed(0)) > 0
+    assert score.train([Lesson(x, embedding, camera, torch.Generator().manual_seed(0))]) > 0
     assert all(p.dtype == torch.float32 for p in score.parameters.values())
     away = load_prior(folders["stable_diffusion"], "cpu", settings=DiffusionSettings(offload="blocks"))
     with pytest.raises(UserError, match="leave the device"):
@@ -276,3 +284,18 @@ def test_coarse_stage_under_vsd_resumes_from_its_checkpoint_to_the_same_bytes(fo
     expected, got = whole.state_dict(), resumed.state_dict()
     assert expected.keys() == got.keys() and any(key.startswith("guidance.score.adam.") for key in expected)
     assert all(torch.equal(value, got[key]) for key, value in expected.items())
+
+
+def test_a_step_in_parts_teaches_the_score_once_of_all_its_views(folders):
+    """One lesson a step, of the same size, whether a step's views come together or one after the other."""
+    guidance = make(folders["pocket_pixel"], "lora")
+    steps = []
+    guidance._score.optimiser.step = lambda: steps.append(
+        torch.stack([p.grad.norm() for p in guidance._score.parameters.values() if p.grad is not None]).norm()
+    )
+    images, views = torch.rand(2, 16, 16, 3, generator=torch.Generator().manual_seed(0)), orbit_views([0.0, 90.0], 15.0)
+    errors = [
+        guidance(images[part.slice], views[part.slice], 0.3, part=part).metrics["score_error"]
+        for part in StepParts(2, 2)
+    ]
+    assert len(steps) == 1 and steps[0] > 0 and errors[0] == 0 and errors[1] > 0

@@ -130,7 +130,7 @@ def poisoned(kind, settings, start):
     return settings
 
 
-def guide(images, views, progress, textureless=False, *, backdrop=None, shading=None):
+def guide(images, views, progress, textureless=False, *, backdrop=None, shading=None, part=None):
     return GuidanceOutput(images.square().sum(), {"agreement_db": 0.0})
 
 

@@ -14,7 +14,7 @@ from pipeline.api import generate
 from pipeline.config.model import load_config
 from pipeline.config.recipes import recipes
 from pipeline.output.glb import write_glb
-from pipeline.runs.run import choose_device
+from pipeline.runs.machine import choose_device
 from stages.cameras import orbit_views
 from stages.errors import UserError
 from stages.guidance.diffusion.prior import load_prior

@@ -84,7 +84,7 @@ def test_shading_and_timesteps_of_twice_the_steps_are_the_same_at_every_share(na
 class Nothing:
     """A guidance that pulls at nothing and keeps what it is told."""
 
-    def __call__(self, images, views, progress, textureless, *, backdrop, shading):
+    def __call__(self, images, views, progress, textureless, *, backdrop, shading, part):
         self.arguments = progress, textureless, shading
         return GuidanceOutput(0 * images.sum(), {})
 

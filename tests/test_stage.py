@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from stages.optimise import equal_parts
+from stages.parallel import StepParts
 from stages.stage import add_metrics, contact_sheet, cover_headline, guidance_state, load_guidance_state
 
 
@@ -16,8 +16,8 @@ def test_metrics_of_parts_add_up_to_their_mean_by_share():
 
 
 def test_equal_parts_cover_every_view_once_in_order():
-    assert [list(range(6)[part]) for part in equal_parts(6, 3)] == [[0, 1], [2, 3], [4, 5]]
-    assert [list(range(4)[part]) for part in equal_parts(4, 1)] == [[0, 1, 2, 3]]
+    assert [list(range(6)[part.slice]) for part in StepParts(6, 3)] == [[0, 1], [2, 3], [4, 5]]
+    assert [list(range(4)[part.slice]) for part in StepParts(4, 1)] == [[0, 1, 2, 3]]
 
 
 def test_a_headline_names_what_there_is():

@@ -63,8 +63,11 @@ def forecast(prior: StagePrior, device: torch.device) -> str | None:
 
 def images_at_once(ask: Ask) -> int:
     """Return how many views of a step go through the prior together."""
+    from stages.parallel import size, splits
+
     settings = ask.settings
-    return -(-settings.views_per_step // getattr(settings, "accumulate", 1))
+    views, parts = settings.views_per_step, getattr(settings, "accumulate", 1)
+    return -(-views // (parts * size() if splits(views, parts) else parts))
 
 
 def free_bytes(device: torch.device) -> int | None:

@@ -33,10 +33,14 @@ class Record:
 
     Its status is "unfinished" until the run ends as "finished", "interrupted" or "failed". Whether a process works on
     it is not written down, for a killed one could not take it back: Result.status asks the folder's lock.
+
+    Args:
+        folder: of the run.
+        writes: False in a process that leaves the file to another one.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._path = folder / "run.json"
+    def __init__(self, folder: Path, *, writes: bool = True) -> None:
+        self._path, self._writes = folder / "run.json", writes
         self.data: dict[str, Any] = {"stages": {}, "sessions": []}
         if self._path.exists():
             self.data = read_record(self._path)
@@ -68,6 +72,8 @@ class Record:
             earlier = [session.get(name) or 0 for session in self.data["sessions"][:-1]]
             self.data["sessions"][-1][name] = peak
             self.data[name] = max([*earlier, peak or 0]) or None
+        if not self._writes:
+            return
         write_whole(
             self._path, (json.dumps(self.data, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
         )
@@ -95,16 +101,20 @@ class Metrics:
     """metrics.jsonl: one object per step, appended; lines past the checkpoint go when a run is resumed.
 
     Lines are buffered and flushed every second, so a kill loses at most that and never what a checkpoint counts on.
+
+    Args:
+        folder: of the run.
+        writes: False in a process that leaves the file to another one.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._path = folder / "metrics.jsonl"
+    def __init__(self, folder: Path, *, writes: bool = True) -> None:
+        self._path, self._writes = folder / "metrics.jsonl", writes
         self._lines: list[str] = []
         self._flushed = time.monotonic()
 
     def rewind(self, stage: str, step: int, later: tuple[str, ...]) -> None:
         """Drop lines of `stage` after `step` and of `later` stages, and those that are broken or cut short."""
-        if not self._path.exists():
+        if not self._writes or not self._path.exists():
             return
         lines = []
         for line, row in _rows(self._path):
@@ -122,11 +132,12 @@ class Metrics:
 
     def flush(self, durable: bool = False) -> None:
         """Write the lines to the file; durable: wait until the disk has them."""
-        with open(self._path, "a", encoding="utf-8") as file:
-            file.writelines(line + "\n" for line in self._lines)
-            if durable:
-                file.flush()
-                os.fsync(file.fileno())
+        if self._writes:
+            with open(self._path, "a", encoding="utf-8") as file:
+                file.writelines(line + "\n" for line in self._lines)
+                if durable:
+                    file.flush()
+                    os.fsync(file.fileno())
         self._lines.clear()
         self._flushed = time.monotonic()
 

@@ -22,8 +22,10 @@ from pipeline.runs import stages
 from pipeline.runs.checkpoint import CHECKPOINT, load_checkpoint, save_checkpoint
 from pipeline.runs.interrupt import StopRequest
 from pipeline.runs.lineage import check_upstream, lineage
+from pipeline.runs.ranks import lost, note_split
 from stages.errors import UserError
 from stages.kinds import STAGES
+from stages.parallel import RankLost, agree, any_rank, first_then_others, rank
 from stages.phases import phase
 
 if TYPE_CHECKING:
@@ -33,7 +35,7 @@ if TYPE_CHECKING:
     from pipeline.priors.sources import StagePrior
     from pipeline.runs.caller import Caller
     from pipeline.runs.log import Metrics, Record
-    from pipeline.runs.progress import Progress
+    from pipeline.runs.progress import Progress, StageProgress
     from stages.stage import Asset, Stage
 
 
@@ -76,7 +78,8 @@ class StageLoop:
 
     def _take(self, previous: Asset | None) -> Asset:
         run, name = self._run, self._name
-        (self._folder / "previews").mkdir(parents=True, exist_ok=True)
+        if rank() == 0:
+            (self._folder / "previews").mkdir(parents=True, exist_ok=True)
         self._opened = time.perf_counter()
         state, meta = load_checkpoint(self._path) if self._path.exists() else (None, {"step": 0})
         if state is not None:
@@ -88,13 +91,14 @@ class StageLoop:
         download = run.priors[name].announce()
         if download is not None:
             run.progress.note(f"{name}: {download}")
-        prior = self._timed("load_prior", run.priors[name].fetched)
+        prior = self._timed("load_prior", partial(first_then_others, run.priors[name].fetched))
         expected = forecast(prior, run.device)
         if expected is not None:
             run.progress.note(f"{name}: {expected}")
         guidance = self._timed("load_prior", partial(prior.build, run.device))
         self._leave = guidance.close if prior.ask.prior is not None else None
         settings = getattr(run.config, name)
+        note_split(run.progress, name, settings)
         make = partial(stages.make_stage, name, settings, guidance, run.device, run.config.seed, previous)
         stage = self._timed("construct", make)
         del make, guidance, previous, prior
@@ -104,27 +108,43 @@ class StageLoop:
         return self._finish(stage)
 
     def _optimise(self, stage: Stage) -> None:
-        config = self._run.config
         with self._run.progress.stage(self._name, stage.steps, stage.step_index) as display:
             self._stop.gentle = True
-            while stage.step_index < stage.steps:
-                began = time.perf_counter()
-                with phase("step"):
-                    metrics = stage.step()
-                step = stage.step_index
-                self._check_finite(metrics, step)
-                self._run.metrics.add(self._name, step, time.perf_counter() - began, metrics)
-                display.update(step, stage.headline(metrics))
-                if step % config.preview_every == 0 or step == stage.steps:
-                    self._preview(stage)
-                stopping = self._stop.requested  # asked once: a signal between two looks must not skip the saving
-                if stopping or step % config.checkpoint_every == 0 or step == stage.steps:
-                    self._save(stage)
-                if self._run.caller.on_step is not None:
-                    self._run.caller.on_step(self._name, step, dict(metrics))
-                if stopping:
-                    raise Interrupted(f"stopped at {self._name} step {step} of {stage.steps}, which is saved")
+            try:
+                while stage.step_index < stage.steps:
+                    self._step(stage, display)
+            except RankLost as error:
+                raise self._lost(stage) from error
             self._stop.gentle = False
+
+    def _step(self, stage: Stage, display: StageProgress) -> None:
+        config = self._run.config
+        began = time.perf_counter()
+        with phase("step"):
+            metrics = stage.step()
+        step = stage.step_index
+        self._check_finite(metrics, step)
+        self._run.metrics.add(self._name, step, time.perf_counter() - began, metrics)
+        display.update(step, stage.headline(metrics))
+        if step % config.preview_every == 0 or step == stage.steps:
+            self._preview(stage)
+        stopping = any_rank(self._stop.requested)  # asked once: a signal between two looks must not skip the saving
+        if stopping or step % config.checkpoint_every == 0 or step == stage.steps:
+            agree(f"{self._name} stage", stage.state_dict)
+            self._save(stage)
+        if self._run.caller.on_step is not None and rank() == 0:
+            self._run.caller.on_step(self._name, step, dict(metrics))
+        if stopping:
+            raise Interrupted(f"stopped at {self._name} step {step} of {stage.steps}, which is saved")
+
+    def _lost(self, stage: Stage) -> UserError:
+        """Save what was done before another process ended, and say so at once: this one may soon be ended as well."""
+        if rank() == 0 and stage.step_index > (self._run.saved_step(self._name) or 0):
+            self._save(stage)
+        saved = self._run.saved_step(self._name)
+        where = f"{self._name} step {saved} of {stage.steps} is saved" if saved else "nothing was saved yet"
+        self._run.progress.note(f"another process of this run ended; {where}")
+        return lost(self._run.folder, where)
 
     def _finish(self, stage: Stage) -> Asset:
         asset = self._timed("finish", lambda: self._run.finish(self._name, stage))
@@ -145,12 +165,16 @@ class StageLoop:
 
     def _preview(self, stage: Stage) -> None:
         """Render now, since the state moves on; compress and write beside the next steps."""
+        if rank() > 0:
+            return
         image = self._timed("preview", stage.preview)
         path = self._folder / "previews" / f"{stage.step_index:06d}.png"
         self._timed("preview", self._join)
         self._preview_write = self._writer.submit(lambda: write_whole(path, png_bytes(image)))
 
     def _save(self, stage: Stage) -> None:
+        if rank() > 0:
+            return
         self._timed("checkpoint", lambda: self._write(stage))
         self._note(stage)
 

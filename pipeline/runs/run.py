@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -30,10 +29,13 @@ from pipeline.runs.interrupt import StopRequest
 from pipeline.runs.lineage import afresh, check_run, check_upstream, refined, remedy
 from pipeline.runs.log import Metrics, Record
 from pipeline.runs.loop import StageLoop
-from pipeline.runs.machine import describe
+from pipeline.runs.machine import choose_device, describe
 from pipeline.runs.progress import Progress, duration
+from pipeline.runs.ranks import joined, quiet_but_first
+from pipeline.streams import silent_rank
 from stages.errors import UserError, out_of_memory
 from stages.kernels.backend import resolve, selected
+from stages.parallel import first_then_others, from_first, rank
 from stages.phases import phase
 
 if TYPE_CHECKING:
@@ -54,8 +56,8 @@ def start_run(
     """Begin a run in a new folder and take it to its files; returns the folder. A profile is written into it."""
     progress, caller = progress or Progress(), caller or Caller()
     device = choose_device(config.device)
-    with deterministic(device):
-        return _start(config, out, progress, profile, caller, device)
+    with deterministic(device), joined(device):
+        return _start(config, out, quiet_but_first(progress), profile, caller, device)
 
 
 def _start(
@@ -63,17 +65,24 @@ def _start(
 ) -> Path:
     config = read_part(config)  # the very values that a resumed run reads
     resolve(config.kernels, device)  # refuses what is not there
-    priors = check_priors(config, None, caller.priors)
-    inputs = check_inputs(config)
-    folder = new_folder(out, config.prompt, config.seed)
-    progress.note(f"run folder {folder}" + (f"; {inputs.note}" if inputs.note else ""))
-    for notice in notices(config, priors):
-        progress.note(notice)
-    with Lock(folder):
-        inputs.write(folder)
-        write_whole(folder / "config.yaml", dump_read(config).encode())
-        with profile.of_run(folder, config, device, progress.note) if profile else contextlib.nullcontext():
-            Run(folder, config, device, progress, caller, priors).go()
+    priors = first_then_others(lambda: check_priors(config, None, caller.priors))
+    with contextlib.ExitStack() as held:
+
+        def begin() -> str:
+            inputs = check_inputs(config)
+            folder = new_folder(out, config.prompt, config.seed)
+            progress.note(f"run folder {folder}" + (f"; {inputs.note}" if inputs.note else ""))
+            for notice in notices(config, priors):
+                progress.note(notice)
+            held.enter_context(Lock(folder))
+            inputs.write(folder)
+            write_whole(folder / "config.yaml", dump_read(config).encode())
+            if profile:
+                held.enter_context(profile.of_run(folder, config, device, progress.note))
+            return str(folder)
+
+        folder = Path(from_first(begin))
+        Run(folder, config, device, progress, caller, priors).go()
     return folder
 
 
@@ -82,15 +91,17 @@ def resume_run(folder: Path, progress: Progress | None = None, caller: Caller | 
     progress, caller = progress or Progress(), caller or Caller()
     config = read_run(folder)
     check_disk(folder)
-    with Lock(folder):
+    with contextlib.nullcontext() if silent_rank() else Lock(folder):
         outputs = stands(folder, config)
         if outputs:
             progress.note(f"{folder} is finished: {', '.join(outputs)}")
             return
         device = choose_device(config.device)
-        with deterministic(device):
+        with deterministic(device), joined(device):
+            progress = quiet_but_first(progress)
             run = Run(folder, config, device, progress, caller)
-            run.priors = check_priors(config, [s for s in config.stages if not run.finished(s)], caller.priors)
+            left = [s for s in config.stages if not run.finished(s)]
+            run.priors = first_then_others(lambda: check_priors(config, left, caller.priors))
             progress.note(f"resuming {folder}")
             run.go()
 
@@ -203,20 +214,6 @@ def _reopened(folder: Path, progress: Progress | None = None) -> Iterator[Run]:
         yield run
 
 
-def choose_device(name: str) -> torch.device:
-    """Return the device; `auto` is CUDA where torch finds it. Raises UserError where CUDA is asked for and absent."""
-    import torch
-
-    cuda = torch.cuda.is_available()
-    if name == "cuda" and not cuda:
-        why = "torch finds no CUDA device" if torch.version.cuda else f"torch {torch.__version__} is a CPU build"
-        raise UserError("device cuda is not there", why, "use --device auto (or device: auto in the run's config.yaml)")
-    if not cuda or name == "cpu":
-        return torch.device("cpu")
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS repeats its sums with it; read when it starts
-    return torch.device("cuda")
-
-
 class Run:
     """One process's work in a run folder, whose lock it holds.
 
@@ -235,7 +232,7 @@ class Run:
     ) -> None:
         self.folder, self.config, self.device, self.progress, self.caller = folder, config, device, progress, caller
         self.priors = priors
-        self.record, self.metrics = Record(folder), Metrics(folder)
+        self.record, self.metrics = Record(folder, writes=rank() == 0), Metrics(folder, writes=rank() == 0)
         self.kernels = resolve(config.kernels, device)
         self._stuck = False  # a stage took all its steps and made nothing to hand on: resuming would end there again
 
@@ -252,6 +249,8 @@ class Run:
                 for name in self.config.stages:
                     asset = self.restore(name) if self.finished(name) else self._take(name, asset, stop)
                     gc.collect()
+                if rank() > 0:
+                    return
                 self._export(asset)
         except (KeyboardInterrupt, Interrupted) as error:
             self.record.save(status="interrupted")

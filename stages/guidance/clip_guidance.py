@@ -20,6 +20,7 @@ from stages.cameras import Views
 from stages.errors import UserError, check_shape
 from stages.guidance.clip import ClipScorer
 from stages.guidance.guide import GuidanceOutput, metric
+from stages.parallel import WHOLE, Draws, Part
 from stages.phases import backward_phase, phase
 from stages.prompts import ViewPrompts, without_contradictions
 
@@ -68,6 +69,7 @@ class ClipGuidance:
     ) -> None:
         check_prompts(scorer.name, prompts)
         self.scorer, self.settings, self.prompts, self.generator = scorer, settings, prompts, generator
+        self._draws = Draws(generator)
         scorer.embed_texts(all_texts(prompts, settings))
 
     def __call__(
@@ -79,17 +81,19 @@ class ClipGuidance:
         *,
         backdrop: Tensor | None = None,
         shading: Shading | None = None,
+        part: Part = WHOLE,
     ) -> GuidanceOutput:
         """Return the loss of linear images [B, H, W, 3] in [0, 1] seen from B views; metric `clip`: 100 mean cosine.
 
         Arguments as Guide has them; progress, backdrop and shading are not used.
         """
         check_shape("images", images, (len(views), None, None, 3))
+        _, generator = self._draws.of_part(part)
         texts = self.prompts.texts(views, textureless)
         if textureless:
             texts = [textureless_prompt(text, self.settings) for text in texts]
         with phase("crop"):
-            crops = random_crops(images, self.settings.crop, self.settings.crops, self.generator)
+            crops = random_crops(images, self.settings.crop, self.settings.crops, generator)
         with phase("networks"):
             image_embeddings = self.scorer.embed_images(crops)  # [B crops, D]
             text_embeddings = self.scorer.embed_texts(texts).repeat_interleave(self.settings.crops, 0)

@@ -22,8 +22,9 @@ from stages.guidance.prior import Prior, ShapePrior, ViewContext, per_sample, re
 from stages.guidance.residuals import RULES, Residual, StepInputs
 from stages.guidance.schedules import TIMESTEPS, WEIGHTINGS, stratified, to_index
 from stages.guidance.settings import GuidanceSettings
-from stages.guidance.vsd import RenderScore, camera_vector
+from stages.guidance.vsd import Lesson, RenderScore, camera_vector
 from stages.kernels.srgb import linear_to_srgb
+from stages.parallel import WHOLE, Draws, Part
 from stages.phases import phase
 from stages.prompts import ViewPrompts
 
@@ -71,6 +72,7 @@ class Guidance:
         release_text: bool = True,
     ) -> None:
         self.prior, self.settings, self.prompts, self.generator = prior, settings, prompts, generator
+        self._draws, self._lessons = Draws(generator), []
         check_compatibility(prior, settings, prompts)
         self._data_range = data_range(prior, settings)
         self._alphas_cumprod: dict[torch.device, Tensor] = {}
@@ -88,15 +90,17 @@ class Guidance:
         *,
         backdrop: Tensor | None = None,
         shading: Shading | None = None,
+        part: Part = WHOLE,
     ) -> GuidanceOutput:
         """Return the distillation loss of linear images [B, H, W, 3] in [0, 1] seen from B views; see Guide."""
         check_shape("images", images, (len(views), None, None, 3))
         s = self.settings
-        t_host, low_high = self._timesteps(len(views), progress)
+        stream, generator = self._draws.of_part(part)
+        t_host, low_high = self._timesteps(len(views), progress, part, stream)
         with phase("encode"):
             pictures = linear_to_srgb(images) if s.srgb else images
-            x = self.prior.encode(pictures, self.generator)
-        eps = torch.randn(x.shape, generator=self.generator).to(x)
+            x = self.prior.encode(pictures, generator)
+        eps = torch.randn(x.shape, generator=generator).to(x)
         context = ViewContext(views, backdrop if backdrop is None else backdrop.detach(), shading)
         conditions, t = self._conditions.for_views(views, textureless).on_device(x.device, t_host)
         alphas_cumprod, camera = self._levels(x.device), camera_vector(views)
@@ -127,7 +131,7 @@ class Guidance:
                 progress,
                 predict,
                 data_range=self._data_range,
-                backdrop=self._encode_backdrop(backdrop, images),
+                backdrop=self._encode_backdrop(backdrop, images, generator),
                 perp_neg_weights=conditions.perp_neg_weights,
                 score=score,
             )
@@ -151,21 +155,30 @@ class Guidance:
         if self._score is not None:
             with phase("score"):
                 embedding = conditions.embedding("prompt")
-                metrics["score_error"] = self._score.train(x.detach(), embedding, camera, self.generator, context)
+                lesson = Lesson(x.detach(), embedding, camera, generator, context, 1 / part.count)
+                metrics["score_error"] = self._taught(lesson, part)
         return GuidanceOutput(loss, metrics, s.strength)
 
     def shape(self) -> Radiance | None:
         """Return the prompt's object as density and colour at points, where the prior knows it in 3D; else None."""
         return self.prior.shape(self._conditions.front) if isinstance(self.prior, ShapePrior) else None
 
-    def _encode_backdrop(self, backdrop: Tensor | None, images: Tensor) -> Tensor | None:
+    def _taught(self, lesson: Lesson, part: Part) -> float:
+        """Teach the score once a step, of all its parts; returns what makes their mean the error of that lesson."""
+        self._lessons = [] if part.first else self._lessons
+        self._lessons.append(lesson)
+        if not part.last:
+            return 0.0
+        return part.count * self._score.train(self._lessons, split=len(self._lessons) < part.count)
+
+    def _encode_backdrop(self, backdrop: Tensor | None, images: Tensor, generator: torch.Generator) -> Tensor | None:
         """Return the backdrop in the prior's space, where the settings want x0_hat put on it; else None."""
         if self.settings.backdrop_width is None:
             return None
         if backdrop is None:
             raise ValueError("backdrop: wanted what the images were composited on, for backdrop_width; got None")
         pictures = backdrop.detach().expand_as(images)
-        return self.prior.encode(linear_to_srgb(pictures) if self.settings.srgb else pictures, self.generator)
+        return self.prior.encode(linear_to_srgb(pictures) if self.settings.srgb else pictures, generator)
 
     def _image_term(self, pictures: Tensor, result: Residual, weight: Tensor, alpha_bar: Tensor) -> Tensor:
         """HiFA's second half: sRGB renders [B, H, W, 3] against what the rule's x0_hat decodes to."""
@@ -176,11 +189,14 @@ class Guidance:
             residual, _ = _drop_nonfinite(residual, self.prior.name)
         return rules.surrogate(pixels, residual)
 
-    def _timesteps(self, batch: int, progress: float) -> tuple[Tensor, tuple[float, float]]:
+    def _timesteps(
+        self, batch: int, progress: float, part: Part, stream: torch.Generator
+    ) -> tuple[Tensor, tuple[float, float]]:
+        """The timesteps of a part's views, stratified over the whole step, and the ends of their range."""
         s, steps = self.settings, self.prior.alphas_cumprod.shape[0]
         low = s.t_min.at(progress)
         high = max(low, s.t_max.at(progress))  # ramps of two shapes may cross between the shares that were checked
-        u = stratified(batch, self.generator)
+        u = stratified(batch * part.count, stream)[batch * part.index : batch * (part.index + 1)]
         fraction = TIMESTEPS[s.timesteps](progress, low, high, u, self.prior.alphas_cumprod)
         return to_index(fraction, low, high, steps), (low, high)
 

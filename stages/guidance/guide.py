@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 from torch import Tensor
 
 from stages.cameras import Views
+from stages.parallel import WHOLE, Part
 
 if TYPE_CHECKING:
     from stages.render.shade import Shading
@@ -51,6 +52,7 @@ class Guide(Protocol):
         *,
         backdrop: Tensor | None = None,
         shading: Shading | None = None,
+        part: Part = WHOLE,
     ) -> GuidanceOutput:
         """Return the loss of linear images [B, H, W, 3] in [0, 1] seen from B views.
 
@@ -61,6 +63,7 @@ class Guide(Protocol):
             textureless: whether the images show no colours, which chooses the words.
             backdrop: what the images were composited on, linear [B, H, W, 3].
             shading: what all of them were shaded with; None means plain albedo.
+            part: of the step's views that these are.
         """
 
     def state_dict(self) -> dict[str, Tensor]:

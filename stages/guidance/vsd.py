@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -21,6 +23,7 @@ from torch import Tensor, nn
 from stages.cameras import Views
 from stages.errors import UserError
 from stages.guidance.prior import Prior, TrainablePrior, ViewContext, add_noise
+from stages.parallel import join
 
 # diffusers' names: the layers that LoRA changes, and the module of the time embedding with its last layer
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
@@ -41,6 +44,27 @@ class VsdSettings(BaseModel):
     lr: float = Field(1e-4, gt=0, description="Adam learning rate of the score")
     updates: int = Field(1, ge=1, le=20, description="steps of the score for one of the object")
     camera_drop: float = Field(0.1, ge=0, le=1, description="probability that a render's camera is hidden in training")
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """The renders of a part of a step, for the score to learn.
+
+    Args:
+        x: renders in the prior's space [B, C, h, w].
+        embedding: of B prompts.
+        camera: [B, 13], see camera_vector.
+        generator: on the CPU; draws timesteps, noise and which cameras are dropped.
+        context: as in RenderScore.noise.
+        share: of the step's views, in (0, 1].
+    """
+
+    x: Tensor
+    embedding: Tensor
+    camera: Tensor
+    generator: torch.Generator
+    context: ViewContext | None = None
+    share: float = 1.0
 
 
 class RenderScore:
@@ -133,47 +157,48 @@ class RenderScore:
         """Return :meth:`noise` without gradients."""
         return self.noise(z_t, t, embedding, camera.to(self.device), context)
 
-    def train(
-        self,
-        x: Tensor,
-        embedding: Tensor,
-        camera: Tensor,
-        generator: torch.Generator,
-        context: ViewContext | None = None,
-    ) -> float:
+    def train(self, lessons: Sequence[Lesson], *, split: bool = False) -> float:
         """Take Adam steps on ||eps_phi - eps||^2 (eq. 8) of renders, t uniform over the schedule.
 
         The error is weighted as by the loss of the prior's prediction type, and summed over a sample, which keeps half
         precision's gradients away from zero; Adam does not depend on the scale.
 
         Args:
-            x: renders in the prior's space [B, C, h, w].
-            embedding: of B prompts.
-            camera: [B, 13], see camera_vector.
-            generator: on the CPU; draws timesteps, noise and which cameras are dropped.
-            context: as in :meth:`noise`.
-        Returns: the mean squared error an entry of the last step; -1 for one that was not finite and not taken.
+            lessons: of one step of the object: all its views, or this process's.
+            split: whether other processes hold the rest of that step's lessons.
+        Returns: the share of these lessons in the mean squared error an entry of the last step; minus their share of
+            the step's views for one that was not finite and not taken.
+        Raises: stages.parallel.RankLost.
         """
-        s, steps, mean = self.settings, self.prior.alphas_cumprod.shape[0], -1.0
-        for _ in range(s.updates):
-            t = torch.randint(0, steps, (len(x),), generator=generator)
-            eps = torch.randn(x.shape, generator=generator).to(x)
-            keep = (torch.rand(len(x), generator=generator) >= s.camera_drop).to(camera)
-            alpha_bar = self.prior.alphas_cumprod[t]
-            with torch.enable_grad():
-                noise = self.noise(add_noise(x, eps, alpha_bar), t, embedding, (camera * keep[:, None]).to(x), context)
-                square = (noise - eps).square().flatten(1)
-                weight = prediction_weight(alpha_bar, self.prior.prediction).to(square)
-                loss = (weight * square.sum(1)).mean()
+        mean = -sum(lesson.share for lesson in lessons)
+        for _ in range(self.settings.updates):
             self.optimiser.zero_grad(set_to_none=True)
-            if not torch.isfinite(loss):
-                return -1.0
-            loss.backward()
-            if all(torch.isfinite(p.grad).all() for p in self.parameters.values() if p.grad is not None):
+            losses, errors = zip(*(self._learn(lesson) for lesson in lessons), strict=True)
+            totals: dict[str, float | Tensor] = {"loss": torch.stack(losses).sum()}
+            if split:
+                join(list(self.parameters.values()), totals)
+            finite = torch.isfinite(torch.as_tensor(totals["loss"]))
+            if finite and all(torch.isfinite(p.grad).all() for p in self.parameters.values() if p.grad is not None):
                 self.optimiser.step()
-                mean = float((weight * square.detach().mean(1)).mean())
+                mean = float(torch.stack(errors).sum())
         self.optimiser.zero_grad(set_to_none=True)
         return mean
+
+    def _learn(self, lesson: Lesson) -> tuple[Tensor, Tensor]:
+        """Add a lesson's gradients; returns its share of the loss and of the mean squared error an entry."""
+        x, embedding, camera, generator = lesson.x, lesson.embedding, lesson.camera, lesson.generator
+        t = torch.randint(0, self.prior.alphas_cumprod.shape[0], (len(x),), generator=generator)
+        eps = torch.randn(x.shape, generator=generator).to(x)
+        keep = (torch.rand(len(x), generator=generator) >= self.settings.camera_drop).to(camera)
+        alpha_bar = self.prior.alphas_cumprod[t]
+        with torch.enable_grad():
+            z_t, shown = add_noise(x, eps, alpha_bar), (camera * keep[:, None]).to(x)
+            square = (self.noise(z_t, t, embedding, shown, lesson.context) - eps).square().flatten(1)
+            weight = prediction_weight(alpha_bar, self.prior.prediction).to(square)
+            loss = lesson.share * (weight * square.sum(1)).mean()
+        if torch.isfinite(loss):
+            loss.backward()
+        return loss.detach(), lesson.share * (weight * square.detach().mean(1)).mean()
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return weights and Adam's moments by name; flat."""
