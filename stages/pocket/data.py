@@ -190,9 +190,10 @@ def resized_pool(folder: Path, side: int) -> np.ndarray:
     return np.load(path)
 
 
-def setting_of(scenes: Scenes) -> Setting:
+def setting_of(scenes: Scenes, device: torch.device | str = "cpu") -> Setting:
     """How a pool's renders were lit and what lies behind."""
-    return Setting(scenes.views(), *(torch.from_numpy(a) for a in (scenes.ambient, scenes.bare, scenes.under)))
+    facts = (torch.from_numpy(a).to(device) for a in (scenes.ambient, scenes.bare, scenes.under))
+    return Setting(scenes.views().to(device), *facts)
 
 
 def training_caption(record: dict, rng: np.random.Generator) -> str:

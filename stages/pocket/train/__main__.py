@@ -54,6 +54,12 @@ def main() -> None:
     parser.add_argument("--fine", action="store_true", help="layout: with the level of 64^3 cells")
     parser.add_argument("--half", action="store_true", help="layout: bfloat16 volumes, for cores that have it")
     parser.add_argument("--compile", action="store_true", help="torch.compile the UNet: a sixth faster, a C++ compiler")
+    parser.add_argument(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="where it is trained; auto takes CUDA if there",
+    )
     parser.add_argument("--export", action="store_true", help="write the folder from the saved state, no training")
     args = parser.parse_args()
     train, steps = TRAINERS[args.model]

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from stages.pocket import data, models
-from stages.pocket.train.export import half, to_tensor, write_grid
+from stages.pocket.train.device import device_of, placed
+from stages.pocket.train.export import half, signed, write_grid
 from stages.pocket.train.loop import Training
 
 LATENT_NOISE = 0.03  # added before decoding, of latents half a unit wide: what a denoiser leaves must not show
@@ -26,7 +27,8 @@ def train_vae(args: argparse.Namespace) -> None:
     held = data.make_pool(args.data / "heldlatent512", size=512, count=200, seed=778, cameras=cameras, split="heldout")
     images, (tests, _, _) = data.load_pool(pool)[0], data.load_pool(held)
     torch.manual_seed(args.seed)
-    vae = models.make_vae().to(memory_format=torch.channels_last)
+    device = device_of(args)
+    vae = models.make_vae().to(device, memory_format=torch.channels_last)
     work = args.work / "vae"
     settings = {"steps": args.steps, "minutes": args.minutes, "weight_decay": 0, "ema": 0.998}
     training = Training({"vae": vae}, work, lr=args.lr or 2e-3, **settings)
@@ -41,13 +43,13 @@ def train_vae(args: argparse.Namespace) -> None:
                 out[b] = picture[y : y + CROP, x : x + CROP]
                 if out[b][::16, ::16].std() > 4:
                     break
-        return to_tensor(out).contiguous(memory_format=torch.channels_last)
+        return signed(placed(out, device)).contiguous(memory_format=torch.channels_last)
 
     def loss_step(step: int) -> Tensor:
         x = crops(np.random.default_rng([args.seed, step]), args.batch)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(device.type, torch.bfloat16):
             z = vae.encoder(x).float()
-            noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(step)) * LATENT_NOISE
+            noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(step)).to(z) * LATENT_NOISE
             y = vae.decoder(z + noise).float()
         edges = sum((y.diff(dim=d) - x.diff(dim=d)).abs().mean() for d in (2, 3))
         spread = (z.var((0, 2, 3)) - SPREAD).square().mean()
@@ -57,7 +59,7 @@ def train_vae(args: argparse.Namespace) -> None:
     def grid() -> None:
         rows = []
         for k in range(0, len(tests), 5):
-            x = to_tensor(tests[k : k + 1])
+            x = signed(placed(tests[k : k + 1], device))
             y = vae.decoder(vae.encoder(x.contiguous(memory_format=torch.channels_last)))
             value = data.object_psnr(*(part[0].permute(1, 2, 0) / 2 + 0.5 for part in (y, x)))
             rows += [] if value is None else [value]

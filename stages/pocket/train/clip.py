@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stages.pocket import data, models, world
-from stages.pocket.train.export import half, start_from, to_tensor
+from stages.pocket.train.device import device_of, pool_rows
+from stages.pocket.train.export import half, signed, start_from
 from stages.pocket.train.loop import Training
 
 TEXTURELESS = 0.4  # clay renders must be read as surely as coloured ones: shape R-Precision hangs on them
@@ -23,7 +24,8 @@ def train_clip(args: argparse.Namespace) -> None:
     images, records, _ = data.load_pool(pool)
     torch.manual_seed(args.seed)
     tokenizer = models.make_tokenizer(models.CLIP_EOS)
-    clip = models.make_clip(len(tokenizer))
+    device = device_of(args)
+    clip, rows_of = models.make_clip(len(tokenizer)).to(device), pool_rows(images, device)
     if args.start is not None:
         start_from(args.start, clip)
     work = args.work / "clip"
@@ -41,15 +43,17 @@ def train_clip(args: argparse.Namespace) -> None:
         captions = [records[i]["caption"] for i in chosen]
         if bare:
             captions = [world.geometry_caption(world.parse(text)) for text in captions]
-        x = to_tensor(images[chosen])
-        x = x + torch.from_numpy(rng.normal(0, rng.choice([0, 0.03, 0.1]), x.shape)).float()
+        x = signed(rows_of(chosen))
+        x = x + torch.from_numpy(rng.normal(0, rng.choice([0, 0.03, 0.1]), x.shape)).float().to(device)
         ids = tokenizer(captions, padding="max_length", max_length=models.TOKENS, return_tensors="pt").input_ids
-        with torch.autocast("cpu", torch.bfloat16):
-            out = clip(input_ids=ids, pixel_values=x)
+        with torch.autocast(device.type, torch.bfloat16):
+            out = clip(input_ids=ids.to(device), pixel_values=x)
         image = F.normalize(out.image_embeds.float(), dim=-1)
         text = F.normalize(out.text_embeds.float(), dim=-1)
         logits = clip.logit_scale.exp().clamp(max=100) * image @ text.T
-        same = torch.tensor([[a == b for b in captions] for a in captions]).float()  # equal captions share the mass
+        same = (
+            torch.tensor([[a == b for b in captions] for a in captions]).float().to(device)
+        )  # equal ones share the mass
         target = same / same.sum(1, keepdim=True)
         return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 

@@ -7,6 +7,7 @@ with the UNet, several times faster, since it begins at nothing.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -22,7 +23,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from stages.guidance.diffusion.layout import Layout
 from stages.guidance.diffusion.layout_condition import LayoutCondition
 from stages.pocket import data, models
-from stages.pocket.train.export import save_prior, start_from, to_tensor, write_grid
+from stages.pocket.train.device import device_of, placed, pool_rows
+from stages.pocket.train.export import save_prior, signed, start_from, write_grid
 from stages.pocket.train.loop import Training
 from stages.pocket.train.text import encode_text, find_text
 
@@ -43,14 +45,16 @@ def velocity_loss(
     batch = len(x0)
     u = (torch.rand(1, generator=generator) + torch.arange(batch) / batch) % 1
     t = (u[torch.randperm(batch, generator=generator)] * len(alphas_cumprod)).long()
-    noise = torch.randn(x0.shape, generator=generator)
-    a = alphas_cumprod[t].view(-1, 1, 1, 1)
+    noise = torch.randn(x0.shape, generator=generator).to(x0)
+    a = alphas_cumprod[t].view(-1, 1, 1, 1).to(x0)
     told = dict(told)
     rest = x0 - told.pop("mean").detach() if "mean" in told else x0
     x_t, v = a.sqrt() * rest + (1 - a).sqrt() * noise, a.sqrt() * noise - (1 - a).sqrt() * rest
     x_t = F.pixel_unshuffle(x_t, patch).contiguous(memory_format=torch.channels_last)
-    with torch.autocast(x0.device.type, torch.bfloat16), sdpa_kernel(SDPBackend.MATH):  # 6 % faster on these grids
-        out = F.pixel_shuffle(unet(x_t, t, text, **told).sample.float(), patch)
+    on_cpu = x0.device.type == "cpu"
+    attention = sdpa_kernel(SDPBackend.MATH) if on_cpu else contextlib.nullcontext()  # there 6 % faster on these grids
+    with torch.autocast(x0.device.type, torch.bfloat16), attention:
+        out = F.pixel_shuffle(unet(x_t, t.to(x0.device), text, **told).sample.float(), patch)
     snr = a / (1 - a)
     weight = snr.clamp(*SNR_RANGE) / (snr + 1)
     return (weight * (out - v) ** 2).mean() / 0.4
@@ -73,6 +77,7 @@ class Told:
         keep: Path | None = None,
     ) -> None:
         self.condition, self.scenes, self.encode = condition, scenes, encode
+        self.device = next(condition.parameters()).device
         self.kept, self.known = None, np.zeros(len(scenes.fov_deg), bool)
         if keep is not None:
             keep.parent.mkdir(parents=True, exist_ok=True)
@@ -95,11 +100,11 @@ class Told:
             return self._made(captions, index)
         whole = np.array([caption != "" for caption in captions])
         missing = np.flatnonzero(~(whole & self.known[index]))
-        seen = torch.from_numpy(self.kept[index]).float() / 255
+        seen = placed(self.kept[index], self.device).float() / 255
         if len(missing):
             seen[missing] = self._made([captions[k] for k in missing], index[missing])
             fresh = missing[whole[missing]]
-            self.kept[index[fresh]] = (seen[fresh] * 255).round().to(torch.uint8).numpy()
+            self.kept[index[fresh]] = (seen[fresh] * 255).round().to(torch.uint8).cpu().numpy()
             self.known[index[fresh]] = True
         return seen
 
@@ -111,16 +116,16 @@ class Told:
 
     def _made(self, captions: list[str], index: np.ndarray) -> Tensor:
         texts = list(dict.fromkeys(captions))
-        rows = torch.tensor([texts.index(caption) for caption in captions])
+        rows = torch.tensor([texts.index(caption) for caption in captions], device=self.device)
         layout = self.condition.layout
         objects = layout.objects(layout.read(self.encode(texts)))
-        return self.condition.look(objects, rows, data.setting_of(self.scenes[index]))
+        return self.condition.look(objects, rows, data.setting_of(self.scenes[index], self.device))
 
 
 def _fingerprint(condition: LayoutCondition, scenes: data.Scenes) -> str:
     """A short name of what pictures are made from: a layout's weights, their size, and a pool's scenes."""
     digest = hashlib.sha256(str(condition.side).encode())
-    weights = [value.detach().contiguous().numpy() for value in condition.layout.state_dict().values()]
+    weights = [value.detach().cpu().contiguous().numpy() for value in condition.layout.state_dict().values()]
     for value in (*weights, *(getattr(scenes, f.name) for f in fields(scenes))):
         digest.update(np.nan_to_num(value).tobytes())
     return digest.hexdigest()[:12]
@@ -170,12 +175,13 @@ class Task:
 
 def _fit(args: argparse.Namespace, task: Task, unet, condition: LayoutCondition, parts: dict, encode) -> None:
     """The loop that both UNets share, their samples and their export."""
-    scheduler = models.make_scheduler()
+    scheduler, device = models.make_scheduler(), device_of(args)
     adapter = {n: getattr(condition, n) for n in ("levels", "mean", "edges") if hasattr(condition, n)}
     condition.layout.requires_grad_(False)
     if args.start is not None and (args.start / "layout").is_dir():  # what translated the picture for that UNet
         known = LayoutCondition.load(args.start / "layout").state_dict()
         condition.load_state_dict({k: v for k, v in known.items() if not k.startswith("layout.")}, strict=False)
+    unet, condition = unet.to(device), condition.to(device)
     modules = {"unet": unet} | {f"told.{n}": m for n, m in adapter.items()}
     rates = {f"told.{n}": ADAPTER_LR for n in adapter}
     work = args.work / task.name
@@ -209,10 +215,10 @@ def _fit(args: argparse.Namespace, task: Task, unet, condition: LayoutCondition,
         def predict(t: int) -> Tensor:
             """x0 of the held-out renders as the network finds it in their noise."""
             alpha_bar = scheduler.alphas_cumprod[t]
-            noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(t))
+            noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(t)).to(mean)
             rest = alpha_bar.sqrt() * (held.x0 - mean) + (1 - alpha_bar).sqrt() * noise
-            times = torch.full((len(rest),), t)
-            with torch.autocast("cpu", torch.bfloat16):
+            times = torch.full((len(rest),), t, device=device)
+            with torch.autocast(device.type, torch.bfloat16):
                 v = unet(F.pixel_unshuffle(rest, task.patch), times, text, **facts).sample.float()
             return held.decode(mean + alpha_bar.sqrt() * rest - (1 - alpha_bar).sqrt() * F.pixel_shuffle(v, task.patch))
 
@@ -224,6 +230,7 @@ def _fit(args: argparse.Namespace, task: Task, unet, condition: LayoutCondition,
 
     def export() -> None:
         base = models.PIXEL_LAYOUT if condition.latents else ""
+        condition.cpu()
         everything = {"unet": unet, "scheduler": scheduler, "layout": condition, "base": base} | parts
         save_prior(args.out / task.name, pipeline=task.pipeline, **everything)
 
@@ -248,12 +255,10 @@ def train_pixel(args: argparse.Namespace) -> None:
     def decode(x: Tensor) -> Tensor:
         return (x.permute(0, 2, 3, 1) / 2 + 0.5).clamp(0, 1)
 
-    some = np.arange(0, len(tests), 10)
-    truth = torch.from_numpy(tests[some]).float() / 255
-    judged = Held(to_tensor(tests[some]), truth, [test_records[i] for i in some], test_scenes[some], decode)
-    task = Task(
-        "pixel", "IFPipeline", models.PIXEL_PATCH, lambda i, step: to_tensor(images[i]), records, scenes, judged
-    )
+    device, some = device_of(args), np.arange(0, len(tests), 10)
+    rows_of, shown = pool_rows(images, device), placed(tests[some], device)
+    judged = Held(signed(shown), shown.float() / 255, [test_records[i] for i in some], test_scenes[some], decode)
+    task = Task("pixel", "IFPipeline", models.PIXEL_PATCH, lambda i, step: signed(rows_of(i)), records, scenes, judged)
     _fit(args, task, unet, condition, {"tokenizer": tokenizer, "text_encoder": text_encoder}, encode)
 
 
@@ -263,7 +268,8 @@ def train_latent(args: argparse.Namespace) -> None:
 
     own, exported = args.work / "vae" / "model", args.out / "latent" / "vae"  # another's latents where none was trained
     vae = AutoencoderTiny.from_pretrained(own if own.is_dir() else exported).float().eval().requires_grad_(False)
-    vae = vae.to(memory_format=torch.channels_last)
+    device = device_of(args)
+    vae = vae.to(device, memory_format=torch.channels_last)
     latents, records, scenes = latent_pool(args, vae, "latents512", args.images or 16000, args.seed + 3, "train")
     tests, test_records, test_scenes = latent_pool(args, vae, "heldlatents512", 200, args.seed + 778, "heldout")
     torch.manual_seed(args.seed)
@@ -280,12 +286,15 @@ def train_latent(args: argparse.Namespace) -> None:
         parts = [vae.decode(part / scale).sample for part in x.split(4)]
         return (torch.cat(parts).permute(0, 2, 3, 1) / 2 + 0.5).clamp(0, 1)
 
+    rows_of = pool_rows(latents, device)
+
     def x0_of(index: np.ndarray, step: int) -> Tensor:
-        return torch.from_numpy(latents[index]).float()
+        return rows_of(index).float()
 
     some = np.arange(0, len(tests), 8)
-    x0 = torch.from_numpy(tests[some]).float()
-    truth = torch.from_numpy(np.load(args.data / "heldlatents512" / "images.npy", mmap_mode="r")[some]).float() / 255
+    x0 = placed(tests[some], device).float()
+    pictures = np.load(args.data / "heldlatents512" / "images.npy", mmap_mode="r")[some]
+    truth = placed(pictures, device).float() / 255
     judged = Held(x0, truth, [test_records[i] for i in some], test_scenes[some], decode)
     task = Task("latent", "StableDiffusionPipeline", models.LATENT_PATCH, x0_of, records, scenes, judged)
     _fit(args, task, unet, condition, {"tokenizer": tokenizer, "text_encoder": text_encoder, "vae": vae}, encode)
@@ -299,10 +308,10 @@ def latent_pool(args: argparse.Namespace, vae, name: str, count: int, seed: int,
     path = pool / "latents.npy"
     if not path.exists():
         out = np.empty((len(images), models.LATENT_CHANNELS, 64, 64), np.float16)
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        with torch.no_grad(), torch.autocast(vae.device.type, torch.bfloat16):
             for i in range(0, len(images), 8):
-                x = to_tensor(images[i : i + 8]).contiguous(memory_format=torch.channels_last)
-                out[i : i + 8] = (vae.encode(x).latents.float() * vae.config.scaling_factor).numpy()
+                x = signed(placed(images[i : i + 8], vae.device)).contiguous(memory_format=torch.channels_last)
+                out[i : i + 8] = (vae.encode(x).latents.float() * vae.config.scaling_factor).cpu().numpy()
         np.save(path, out)
     return np.load(path), records, scenes
 

@@ -17,12 +17,17 @@ from stages.pocket import world
 
 def to_tensor(images: np.ndarray) -> Tensor:
     """uint8 [B, S, S, 3] to [-1, 1] [B, 3, S, S]."""
-    return torch.from_numpy(np.array(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return signed(torch.from_numpy(np.array(images)))
+
+
+def signed(images: Tensor) -> Tensor:
+    """uint8 [B, S, S, 3] to [-1, 1] [B, 3, S, S], on the device where they are."""
+    return images.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def write_grid(images: Tensor, path: Path, columns: int = 8) -> None:
     """[-1, 1] [B, 3, S, S] as one PNG."""
-    images = ((images.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+    images = ((images.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
     rows = [np.concatenate(images[i : i + columns], 1) for i in range(0, len(images) - columns + 1, columns)]
     Image.fromarray(np.concatenate(rows)).save(path)
 

@@ -24,6 +24,7 @@ from stages.kernels.srgb import linear_to_srgb
 from stages.pocket import data, models, world
 from stages.pocket.build import build_placed
 from stages.pocket.pattern import PATTERNS
+from stages.pocket.train.device import device_of, placed
 from stages.pocket.train.export import write_grid
 from stages.pocket.train.loop import Training
 from stages.pocket.train.solids import Roles, Solids, find_roles, make_solids, paint_roles, shape_captions, solid_loss
@@ -48,6 +49,8 @@ GRID_PROMPTS = (
     "a white snowman next to a red cone",
 )
 
+CPU = torch.device("cpu")
+
 
 class Pool:
     """A pool's renders by caption, and rays through them."""
@@ -56,6 +59,7 @@ class Pool:
         self.folder = folder
         self.images, self.records, self.scenes = data.load_pool(folder)
         self.pictures = {self.images.shape[1]: self.images}
+        self.on_device: dict[int, Tensor] = {}
         self.captions: dict[str, dict[str, dict[str, list[int]]]] = {name: {} for name in SHAPES}  # by shape
         for i, record in enumerate(self.records):
             caption = record["caption"]
@@ -69,7 +73,9 @@ class Pool:
             self.pictures[side] = data.resized_pool(self.folder, side)
         return self.pictures[side]
 
-    def rays(self, index: np.ndarray, count: int, side: int, rng: np.random.Generator) -> tuple[Tensor, ...]:
+    def rays(
+        self, index: np.ndarray, count: int, side: int, rng: np.random.Generator, device: torch.device = CPU
+    ) -> tuple[Tensor, ...]:
         """Random pixels of renders [B] at `side` pixels: origins, directions and sRGB [B, count, 3].
 
         Half of the pixels are drawn evenly and half from a square around the middle, where objects are.
@@ -77,7 +83,7 @@ class Pool:
         pick = rng.random((len(index), count, 2))
         pick[:, ::2] = 0.5 + 0.66 * (pick[:, ::2] - 0.5)
         row, column = np.moveaxis((pick * side).astype(np.int64), -1, 0)
-        colours = self.at(side)[index[:, None], row, column]
+        colours = self._colours(index, row, column, side, device)
         scenes = self.scenes[index]
         tan = np.tan(np.radians(scenes.fov_deg) / 2)[:, None]
         x, y = (2 * (column + 0.5) / side - 1) * tan, (1 - 2 * (row + 0.5) / side) * tan
@@ -85,7 +91,16 @@ class Pool:
         c2w = torch.from_numpy(scenes.c2w)
         directions = F.normalize(torch.einsum("bij,brj->bri", c2w[:, :3, :3], local), dim=-1)
         origins = c2w[:, None, :3, 3].expand_as(directions)
-        return origins.contiguous(), directions.contiguous(), torch.from_numpy(colours).float() / 255
+        return origins.contiguous().to(device), directions.contiguous().to(device), colours.float() / 255
+
+    def _colours(self, index, row, column, side: int, device: torch.device) -> Tensor:
+        """Pixels [B, count, 3] of renders [B], uint8; the renders are kept on a device that is not the CPU."""
+        if device.type == "cpu":
+            return torch.from_numpy(self.at(side)[index[:, None], row, column])
+        if side not in self.on_device:
+            self.on_device[side] = placed(self.at(side), device)
+        where = placed(np.stack([np.broadcast_to(index[:, None], row.shape), row, column]), device)
+        return self.on_device[side][tuple(where)]
 
 
 def kind_of(caption: str) -> str:
@@ -104,8 +119,8 @@ def spoken(caption: str, rng: np.random.Generator) -> str:
 def pictures(layout: Layout, text: Tensor, scenes: data.Scenes, side: int) -> Tensor:
     """sRGB pictures [B, side, side, 3] of one text [1, L, W] in every scene."""
     objects = layout.objects(layout.read(text))
-    rows = torch.zeros(len(scenes.fov_deg), dtype=torch.long)
-    seen = look(objects, rows, data.setting_of(scenes), side, supersample=2 if side < 128 else 1)
+    rows = torch.zeros(len(scenes.fov_deg), dtype=torch.long, device=text.device)
+    seen = look(objects, rows, data.setting_of(scenes, text.device), side, supersample=2 if side < 128 else 1)
     return seen[:, :3].permute(0, 2, 3, 1)
 
 
@@ -116,7 +131,7 @@ def score(layout: Layout, encode, pool: Pool, side: int, limit: int = 400) -> di
     for i in chosen:
         record = pool.records[i]
         truth = torch.from_numpy(pool.at(side)[i]).float() / 255
-        made = pictures(layout, encode([record["caption"]]), pool.scenes[i : i + 1], side)[0]
+        made = pictures(layout, encode([record["caption"]]), pool.scenes[i : i + 1], side)[0].cpu()
         value = data.object_psnr(made, truth)
         if value is None:
             continue
@@ -144,13 +159,15 @@ def fit_placement(
         captions.append(world.caption(spec))
         boxes.append(box)
         places.append(place)
-    boxes, places = (torch.tensor(np.array(a), dtype=torch.float32) for a in (boxes, places))
+    device = layout.palette.device
+    boxes, places = (torch.tensor(np.array(a), dtype=torch.float32, device=device) for a in (boxes, places))
     with torch.no_grad():
         readings = [layout.read(encode(captions[k : k + 512])) for k in range(0, count, 512)]
     parts = [torch.cat([getattr(r, name) for r in readings]) for name in ("kinds", "patterns", "colours", "joints")]
     alone = [world.caption(world.Spec(kind, "red", pattern)) for kind in world.KINDS for pattern in ("plain", *PATTERNS)
              if pattern == "plain" or kind in world.PATTERNED]  # fmt: skip
-    sizes = torch.tensor(np.array([build_placed(world.parse(text))[2][0] for text in alone]), dtype=torch.float32)
+    sizes = np.array([build_placed(world.parse(text))[2][0] for text in alone])
+    sizes = torch.tensor(sizes, dtype=torch.float32, device=device)
     with torch.no_grad():
         single = layout.read(encode(alone))
     optimiser = torch.optim.AdamW([*layout.box.parameters(), *layout.place.parameters()], lr=2e-3, weight_decay=0.01)
@@ -158,7 +175,7 @@ def fit_placement(
     for step in range(steps):
         for group in optimiser.param_groups:
             group["lr"] = 2e-3 * 0.5 * (1 + np.cos(np.pi * step / steps))
-        chosen = torch.from_numpy(rng.integers(0, count, 256))
+        chosen = torch.from_numpy(rng.integers(0, count, 256)).to(device)
         reading = Reading(*(part[chosen] for part in parts))
         placed = (layout.placement(reading, boxes[chosen]) - places[chosen]).square().mean()
         sized = (layout.boxes(single)[:, 0] - sizes).square().mean()
@@ -197,8 +214,9 @@ def train_layout(args: argparse.Namespace) -> None:
     def encode(captions: list[str]) -> Tensor:
         return encode_text(tokenizer, text_encoder, captions)
 
+    device = device_of(args)
     layout = models.make_layout(args.fine)
-    layout.half = args.half
+    layout.half = args.half or device.type == "cuda"
     if args.init is not None:
         shapes = {k: v.shape for k, v in layout.state_dict().items()}
         if args.init.is_dir():
@@ -209,6 +227,7 @@ def train_layout(args: argparse.Namespace) -> None:
     solids = make_solids(args.data / "solids", args.seed)
     roles = find_roles(solids, shape_captions(), len(layout.palette))
     paint_roles(layout, roles)
+    layout, roles = layout.to(device), roles.to(device)
     heads = (layout.reader, layout.box, layout.place)  # taught apart, and first
     work = args.work / "layout"
     ready = work / "heads.safetensors"
@@ -219,7 +238,7 @@ def train_layout(args: argparse.Namespace) -> None:
         print(fit_placement(layout, encode, args.seed), flush=True)
         work.mkdir(parents=True, exist_ok=True)
         names = ("reader.", "box.", "place.")
-        save_file({k: v.contiguous() for k, v in layout.state_dict().items() if k.startswith(names)}, ready)
+        save_file({k: v.cpu().contiguous() for k, v in layout.state_dict().items() if k.startswith(names)}, ready)
     for head in heads:
         head.requires_grad_(False)
     layout.palette.requires_grad_(False)  # nor the paints: in a colour without captions they would drift with the rest
@@ -250,20 +269,22 @@ def train_layout(args: argparse.Namespace) -> None:
             *(part.round() for part in (reading.kinds, reading.patterns, reading.colours, reading.joints))
         )
         rows = np.array([g[1][0] for g in groups])
-        truth = torch.from_numpy(pool.scenes.placement[rows])  # [groups, 2, 4]
+        truth = torch.from_numpy(pool.scenes.placement[rows]).to(device)  # [groups, 2, 4]
         two = reading.pair
         objects = layout.placed(reading, truth.nan_to_num())
         total, weight = 0.0, 0
         for count in sorted({g[2] for g in groups}):
             members = [n for n, g in enumerate(groups) if g[2] == count]
             index = np.concatenate([groups[n][1] for n in members])
-            owner = torch.tensor([n for n in members for _ in groups[n][1]])
+            owner = torch.tensor([n for n in members for _ in groups[n][1]], device=device)
             scenes = pool.scenes[index]
-            origins, directions, colours = pool.rays(index, count, side, rng)
-            own = torch.where(two[owner][:, None, None], torch.from_numpy(scenes.placement), objects.placement[owner])
-            placed = Objects(objects.grids, objects.index[owner], own)
-            jitter = torch.from_numpy(rng.random((len(index), count), dtype=np.float32))
-            made = radiance(placed, torch.arange(len(index)), data.setting_of(scenes), origins, directions, jitter)
+            origins, directions, colours = pool.rays(index, count, side, rng, device)
+            stood = torch.from_numpy(scenes.placement).to(device)
+            own = torch.where(two[owner][:, None, None], stood, objects.placement[owner])
+            moved = Objects(objects.grids, objects.index[owner], own)
+            jitter = torch.from_numpy(rng.random((len(index), count), dtype=np.float32)).to(device)
+            each, setting = torch.arange(len(index), device=device), data.setting_of(scenes, device)
+            made = radiance(moved, each, setting, origins, directions, jitter)
             total = total + (linear_to_srgb(made[..., :3]) - colours).square().sum()
             weight += colours.numel()
         return 10 * total / weight
@@ -289,6 +310,6 @@ def train_layout(args: argparse.Namespace) -> None:
         print(row, flush=True)
 
     def export() -> None:
-        save_file({k: v.contiguous() for k, v in layout.state_dict().items()}, work / "layout.safetensors")
+        save_file({k: v.cpu().contiguous() for k, v in layout.state_dict().items()}, work / "layout.safetensors")
 
     training.finish(loss_step, grid, export, args.export)

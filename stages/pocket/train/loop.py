@@ -88,7 +88,8 @@ class Training:
             with torch.no_grad():
                 torch._foreach_lerp_(list(self.average.values()), list(self.parameters.values()), 1 - decay)
             self.seconds += time.perf_counter() - start
-            running = loss.item() if running is None else 0.98 * running + 0.02 * loss.item()
+            value = loss.item()  # where the device is waited for, once a step
+            running = value if running is None else 0.98 * running + 0.02 * value
             if self.step_index % 50 == 0:
                 self._log({"step": self.step_index, "loss": round(running, 5), "lr": rate, "s": round(self.seconds, 1)})
             if time.perf_counter() - last_save > 60 * save_minutes:
@@ -118,7 +119,7 @@ class Training:
         for key, p in self.parameters.items():
             for name, value in self.optimiser.state.get(p, {}).items():
                 tensors[f"o/{name}/{key}"] = value
-        save_file({k: v.contiguous() for k, v in tensors.items()}, self.folder / "state.part")
+        save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, self.folder / "state.part")
         os.replace(self.folder / "state.part", self.folder / "state.safetensors")
         (self.folder / "state.json").write_text(json.dumps({"step": self.step_index, "seconds": self.seconds}))
 
@@ -136,7 +137,8 @@ class Training:
                 p.copy_(tensors[f"p/{key}"])
                 self.average[key].copy_(tensors[f"e/{key}"])
                 names = ("step", "exp_avg", "exp_avg_sq")
-                self.optimiser.state[p] = {n: tensors[f"o/{n}/{key}"] for n in names if f"o/{n}/{key}" in tensors}
+                saved = {n: tensors[f"o/{n}/{key}"] for n in names if f"o/{n}/{key}" in tensors}
+                self.optimiser.state[p] = {n: value.to(p.device) for n, value in saved.items()}
         print(f"resumed at step {self.step_index}, {self.seconds:.0f} s", flush=True)
 
     def _log(self, row: dict) -> None:

@@ -133,6 +133,10 @@ class Roles:
     known: Tensor
     weight: Tensor
 
+    def to(self, device: torch.device) -> Roles:
+        """The same on a device."""
+        return Roles(*(getattr(self, f.name).to(device) for f in fields(self)))
+
 
 def find_roles(solids: Solids, captions: list[list[str]], limit: int) -> Roles:
     """The roles of the training captions' parts, at most `limit`, those that paint most points first."""
@@ -192,19 +196,20 @@ def solid_loss(
         shapes: [N, kinds and patterns] counts of words of the shapes `rows` [N]. colours: [C, colours] of the world's
             colours. index: [Q] which points of each.
     """
-    points = torch.from_numpy(solids.points[rows][:, index])
+    device = shapes.device
+    points = torch.from_numpy(solids.points[rows][:, index]).to(device)
     seen = layout.at(shapes, points)  # [N, Q, 4 + paints]
-    occupancy = torch.from_numpy(solids.occupancy[rows][:, index]).float()
+    occupancy = torch.from_numpy(solids.occupancy[rows][:, index]).to(device).float()
     raw = seen[..., 0]
     depth = DENSITY * LENGTH * torch.where(raw < 0, raw.clamp_max(0).exp(), 1 + raw)  # `activated`, without its end
     solid = -torch.log(-torch.expm1(-depth - 1e-7))  # -log of the opacity; depth is -log of what is left
     loss = (occupancy * solid + (1 - occupancy) * depth).mean()
-    near = torch.from_numpy(solids.near[rows][:, index]).float()
-    normals = torch.from_numpy(solids.normals[rows][:, index]).float()
+    near = torch.from_numpy(solids.near[rows][:, index]).to(device).float()
+    normals = torch.from_numpy(solids.normals[rows][:, index]).to(device).float()
     loss = loss + (near[..., None] * (seen[..., 1:4] - normals).square()).sum() / (3 * near.sum())
     palettes = layout.palettes(colours)  # [C, paints, 3]
     painted = linear_to_srgb(torch.einsum("nqp,cpk->ncqk", seen[..., 4:], palettes))
-    truth = torch.from_numpy(solids.colours[rows][:, :, index]).float()
+    truth = torch.from_numpy(solids.colours[rows][:, :, index]).to(device).float()
     number = roles.number[rows][:, index]
     shares = seen[..., 4:].square().sum(-1) - 2 * seen[..., 4:].gather(-1, number[..., None])[..., 0] + 1
     weight = roles.weight[rows][:, index]

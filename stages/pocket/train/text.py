@@ -18,6 +18,7 @@ from torch import Tensor
 
 from stages.guidance.diffusion.layout import CLASSES, Layout
 from stages.pocket import models, world
+from stages.pocket.train.device import device_of
 
 SUFFIXES = ("", ", front view", ", left side view", ", right side view", ", back view", ", overhead view")
 STAY = 3.0  # weight of the change, relative to what was there, of captions that UNets know
@@ -27,8 +28,8 @@ STAY = 3.0  # weight of the change, relative to what was there, of captions that
 def encode_text(tokenizer, text_encoder, captions: list[str]) -> Tensor:
     """Captions to [B, TOKENS, WIDTH], each different one read once."""
     texts = list(dict.fromkeys(captions))
-    rows = torch.tensor([texts.index(caption) for caption in captions])
-    return text_encoder(token_ids(tokenizer, texts)).last_hidden_state[rows]
+    rows = torch.tensor([texts.index(caption) for caption in captions], device=text_encoder.device)
+    return text_encoder(token_ids(tokenizer, texts).to(text_encoder.device)).last_hidden_state[rows]
 
 
 def token_ids(tokenizer, texts: list[str]) -> Tensor:
@@ -46,7 +47,7 @@ def find_text(args: argparse.Namespace):
     encoder = CLIPTextModel.from_pretrained(trained if trained.is_dir() else folder / "text_encoder")
     known = (folder / "tokenizer").is_dir()
     tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer") if known else models.make_tokenizer()
-    return tokenizer, encoder.float().eval().requires_grad_(False)
+    return tokenizer, encoder.float().eval().requires_grad_(False).to(device_of(args))
 
 
 class Sentences:
@@ -89,6 +90,7 @@ def fit_reader(layout: Layout, encode: Callable[[list[str]], Tensor], seed: int,
             group["lr"] = 3e-3 * 0.5 * (1 + np.cos(np.pi * step / steps))
         texts, truth = sentences.draw(rng, 48, 0.25)
         logits = layout.word_logits(encode(texts))
+        truth = truth.to(logits.device)
         optimiser.zero_grad()
         F.cross_entropy(logits.flatten(0, 1), truth.flatten()).backward()
         optimiser.step()
@@ -109,7 +111,9 @@ def train_text(args: argparse.Namespace) -> None:
         tokenizer = AutoTokenizer.from_pretrained(args.start / "tokenizer")
         encoder = CLIPTextModel.from_pretrained(args.start / "text_encoder").float().train()
         before = copy.deepcopy(encoder).eval().requires_grad_(False)
-    layout = models.make_layout(fine=False)
+    device = device_of(args)
+    layout, encoder = models.make_layout(fine=False).to(device), encoder.to(device)
+    before = None if before is None else before.to(device)
     rng, sentences = np.random.default_rng([args.seed, 7]), Sentences(layout.config["words"])
     rates = [(encoder, 1e-3), (layout.reader, 3e-3)]
     groups = [{"params": module.parameters(), "lr": rate, "peak": rate} for module, rate in rates]
@@ -119,7 +123,7 @@ def train_text(args: argparse.Namespace) -> None:
         for group in optimiser.param_groups:
             group["lr"] = group["peak"] * 0.5 * (1 + np.cos(np.pi * step / args.steps))
         texts, truth = sentences.draw(rng, 64, 0.5)
-        ids = token_ids(tokenizer, texts)
+        ids, truth = token_ids(tokenizer, texts).to(device), truth.to(device)
         hidden = encoder(ids).last_hidden_state
         if before is not None:
             with torch.no_grad():
