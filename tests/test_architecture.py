@@ -82,7 +82,9 @@ ALLOWED = {
     "benchmarks.kernels": _BENCHMARK | {"benchmarks.speed"},
     "benchmarks.quality": _BENCHMARK | {"benchmarks.speed"},
     "benchmarks.pocket": _BENCHMARK | {"benchmarks.quality"},
-    "benchmarks.report": _BENCHMARK | {"benchmarks.kernels", "benchmarks.quality", "benchmarks.speed"},
+    "benchmarks.device_check": _BENCHMARK | {"benchmarks.speed"},
+    "benchmarks.report": _BENCHMARK
+    | {"benchmarks.device_check", "benchmarks.kernels", "benchmarks.quality", "benchmarks.speed"},
     "benchmarks": _BENCHMARK | {"benchmarks.quality"},
 }  # fmt: skip
 

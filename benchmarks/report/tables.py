@@ -8,6 +8,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from benchmarks.device_check import device_markdown
 from benchmarks.environment import RESULTS, read_lines
 from benchmarks.kernels.kernel_tables import goals_markdown, kernels_markdown
 from benchmarks.markdown import markdown_table, origin, origin_of
@@ -233,8 +234,9 @@ def guidance_markdown(lines: list[dict[str, Any]]) -> str:
 
 def markdown_blocks(results: Path = RESULTS) -> dict[str, str]:
     """Every table there are results for, by name: pocket, reference, kernels, kernels_goals, speed, guidance, kills,
-    quality_<suite>, compare_<name>, headline, recipes and models."""
+    quality_<suite>, compare_<name>, headline, device, recipes and models."""
     blocks = {"recipes": recipes_markdown(), "models": models_markdown()}
+    blocks["device"] = device_markdown(results / "device_check.json")
     lines = read_lines(results / "pocket.jsonl")
     if lines:
         blocks["pocket"] = pocket_markdown(lines[-1])

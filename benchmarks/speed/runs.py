@@ -31,11 +31,15 @@ def environment_of(threads: int, **more: str) -> dict[str, str]:
     return os.environ | {name: str(threads) for name in POOLS} | more
 
 
-def run(folder: Path, words: list[str], env: dict[str, str]) -> float:
-    """`pipeline run --out folder words`; wall seconds from start to end. Raises Broken."""
+def run(folder: Path, words: list[str], env: dict[str, str], limit_s: float | None = None) -> float:
+    """`pipeline run --out folder words`; wall seconds from start to end. Raises Broken, also after `limit_s`."""
     began = time.perf_counter()
     command = [*COMMAND, "run", "--out", str(folder), *words]
-    process = subprocess.run(command, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    options = {"env": env, "capture_output": True, "text": True, "stdin": subprocess.DEVNULL}
+    try:
+        process = subprocess.run(command, timeout=None if limit_s is None else max(limit_s, 0.1), **options)
+    except subprocess.TimeoutExpired:
+        raise Broken(f"pipeline run {' '.join(words)} was stopped after {limit_s:.0f} s") from None
     seconds = time.perf_counter() - began
     if process.returncode:
         tail = "\n".join((process.stdout + process.stderr).strip().splitlines()[-12:])
@@ -125,7 +129,7 @@ def _first_step_s(command: list[str], env: dict[str, str]) -> float:
     return seconds
 
 
-def full_size_run(words: list[str], size: str, threads: int, device: str) -> Facts:
+def full_size_run(words: list[str], size: str, threads: int, device: str, limit_s: float | None = None) -> Facts:
     """Both stages under a random model of that size (time only): step times, split, parameters, device memory."""
     from benchmarks.speed.full_size import write_random_model
 
@@ -136,7 +140,7 @@ def full_size_run(words: list[str], size: str, threads: int, device: str) -> Fac
         folder = Path(scratch) / "run"
         with device_memory_mb(device) as memory:
             options = ["--config", "stable-diffusion", "--device", device, "--force", "--profile"]
-            seconds = run(folder, [*options, *sources, *words], environment_of(threads))
+            seconds = run(folder, [*options, *sources, *words], environment_of(threads), limit_s)
         facts = {"size": size, "parameters": parameters, "wall_s": round(seconds, 2), "profile": profile_of(folder)}
         peak = json.loads((folder / "run.json").read_text())["peak_memory_mb"]
     return facts | {"peak_memory_mb": peak, "device_memory_mb": memory["peak"]}
