@@ -17,6 +17,7 @@ from pipeline.output.glb import write_glb
 from pipeline.runs.machine import choose_device
 from stages.cameras import orbit_views
 from stages.errors import UserError
+from stages.guidance.diffusion import prior as diffusion_prior
 from stages.guidance.diffusion.prior import load_prior
 from stages.guidance.diffusion.settings import DiffusionSettings
 from stages.guidance.guidance import Guidance, GuidanceSettings
@@ -99,7 +100,14 @@ def on_cuda(recipe: str, words: list[str], out: Path, **more) -> list[dict]:
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in QUICK else pytest.mark.slow) for n in recipes()])
-def test_recipe_runs_on_cuda_from_prompt_to_mesh(name, folder, mesh, tmp_path):
+def test_recipe_runs_on_cuda_from_prompt_to_mesh(name, folder, mesh, tmp_path, monkeypatch):
+    loads, load = [], diffusion_prior.load_prior
+
+    def spy(*args, **kwargs):
+        loads.append(args[0])
+        return load(*args, **kwargs)
+
+    monkeypatch.setattr(diffusion_prior, "load_prior", spy)
     base = [f"prior.{stage}={folder(build)}" for stage, build in REAL.get(name, OURS).items()]
     places = {"mesh": mesh, "edited": tmp_path / "edited"}
     places |= {"clip": folder(pocket_like)} if name in ("clip-mesh", "dreamfields") else {}
@@ -113,6 +121,8 @@ def test_recipe_runs_on_cuda_from_prompt_to_mesh(name, folder, mesh, tmp_path):
     assert (tmp_path / "out" / "mesh.glb").stat().st_size > 1000
     assert {row["stage"] for row in rows} == set(load_config(name, words, {}).stages)
     assert counts.launches > 1000
+    if name in ("stable-diffusion", "flow"):  # both stages listen to one folder, loaded in one way
+        assert len(loads) == 1
 
 
 def test_pretended_device_refuses_what_cuda_refuses():

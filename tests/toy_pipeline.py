@@ -84,7 +84,7 @@ class NoPrior(PriorSource):
     def facts(self, ask) -> Facts:
         return Facts()
 
-    def build(self, ask, facts, device) -> None:
+    def build(self, ask, facts, device, kept) -> None:
         return None
 
 

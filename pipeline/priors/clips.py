@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import stages
-from pipeline.priors.source import Ask, Facts, Offer, PriorSource
+from pipeline.priors.source import Ask, Facts, Kept, Offer, PriorSource
 from pipeline.priors.words import check_words
 from stages.kinds import STAGES
 from stages.paths import from_home
@@ -59,7 +59,7 @@ class ClipSource(PriorSource):
         check_captions(folder.name, tokenizer, token_limit(folder, tokenizer), texts)
         return Facts()
 
-    def build(self, ask: Ask, facts: Facts, device: torch.device) -> Guide:
+    def build(self, ask: Ask, facts: Facts, device: torch.device, kept: Kept) -> Guide:
         import torch
 
         from stages.guidance.clip import ClipScorer

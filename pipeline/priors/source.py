@@ -118,6 +118,33 @@ class Facts:
     notices: tuple[str, ...] = ()
 
 
+class Kept:
+    """The prior that a stage loaded, for a next one that would load the same."""
+
+    def __init__(self) -> None:
+        self._key: object = None
+        self._prior: Prior | None = None
+
+    def take(self, key: object, load: Callable[[], Prior]) -> Prior:
+        """Return the prior of this key, loaded unless it is the one kept; another one is freed first.
+
+        Args:
+            key: of what the prior is loaded from and how; None: it is not to be kept.
+            load: loads it.
+        """
+        if key is None or key != self._key:
+            self.drop()
+            self._key, self._prior = key, load()
+        prior = self._prior
+        if key is None:
+            self.drop()
+        return prior
+
+    def drop(self) -> None:
+        """Free the prior."""
+        self._key, self._prior = None, None
+
+
 @dataclass(frozen=True)
 class Offer:
     """A prior that can be named, a row of `pipeline models list`; with a check, of `pipeline doctor` as well.
@@ -194,13 +221,17 @@ class PriorSource:
             f"{self.text} is no diffusion prior", "it guides a stage in another way", "name a prior, such as pocket"
         )
 
-    def build(self, ask: Ask, facts: Facts, device: torch.device) -> Guide:
+    def key(self, ask: Ask) -> object:
+        """Return what the loaded prior depends on, for a next stage to use it as well; None: it is loaded anew."""
+        return None
+
+    def build(self, ask: Ask, facts: Facts, device: torch.device, kept: Kept) -> Guide:
         """Return the stage's guidance, loaded; its generator is the stage's own, seeded from the run's seed."""
         import torch
 
         from stages.guidance.guidance import Guidance
 
-        prior = ask.prior or self.load(ask, facts, device)
+        prior = ask.prior or kept.take(self.key(ask), lambda: self.load(ask, facts, device))
         generator = torch.Generator().manual_seed(ask.config.seed)
         return Guidance(prior, ask.guidance, ask.prompts, generator, release_text=ask.prior is None)
 

@@ -17,7 +17,7 @@ from pipeline.priors.exact import ReferenceSource
 from pipeline.priors.folders import FolderSource
 from pipeline.priors.objects import ObjectSource
 from pipeline.priors.pocket import PocketSource
-from pipeline.priors.source import Ask, Facts, PriorSource, RunSettings
+from pipeline.priors.source import Ask, Facts, Kept, PriorSource, RunSettings
 from stages.errors import UserError
 from stages.prompts import ViewPrompts
 
@@ -67,9 +67,12 @@ class StagePrior:
         """Return the diffusion prior alone, loaded; see PriorSource.load."""
         return self.source.load(self.ask, self.facts, device, keep_text=keep_text)
 
-    def build(self, device: torch.device) -> Guide:
-        """Return prior, rule and prompts of the stage, loaded; its generator is seeded from the run's seed."""
-        return self.source.build(self.ask, self.facts, device)
+    def build(self, device: torch.device, kept: Kept | None = None) -> Guide:
+        """Return prior, rule and prompts of the stage, loaded; its generator is seeded from the run's seed.
+
+        kept: the prior of a stage before, which is used again where it is the same.
+        """
+        return self.source.build(self.ask, self.facts, device, kept or Kept())
 
 
 def make_prompts(config: RunSettings) -> ViewPrompts:

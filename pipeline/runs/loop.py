@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     import torch
 
     from pipeline.config.model import Config
+    from pipeline.priors.source import Kept
     from pipeline.priors.sources import StagePrior
     from pipeline.runs.caller import Caller
     from pipeline.runs.log import Metrics, Record
@@ -47,6 +48,7 @@ class Host(Protocol):
     device: torch.device
     caller: Caller
     priors: Mapping[str, StagePrior]
+    kept: Kept
     progress: Progress
     record: Record
     metrics: Metrics
@@ -67,7 +69,7 @@ class StageLoop:
         self._path = self._folder / CHECKPOINT
         self._writer = ThreadPoolExecutor(1, "preview")
         self._preview_write: Future | None = None
-        self._leave: Callable[[], None] | None = None  # what leaves a caller's prior as it was
+        self._leave: Callable[[], None] | None = None  # what leaves the prior as it was
         self._phases: dict[str, float] = {}
         self._seconds = 0.0
 
@@ -95,8 +97,8 @@ class StageLoop:
         expected = forecast(prior, run.device)
         if expected is not None:
             run.progress.note(f"{name}: {expected}")
-        guidance = self._timed("load_prior", partial(prior.build, run.device))
-        self._leave = guidance.close if prior.ask.prior is not None else None
+        guidance = self._timed("load_prior", partial(prior.build, run.device, run.kept))
+        self._leave = getattr(guidance, "close", None)
         settings = getattr(run.config, name)
         note_split(run.progress, name, settings)
         make = partial(stages.make_stage, name, settings, guidance, run.device, run.config.seed, previous)

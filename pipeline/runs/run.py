@@ -19,6 +19,7 @@ from pipeline.config.written import dump_read, read_part
 from pipeline.errors import Interrupted
 from pipeline.output.files import write_whole
 from pipeline.priors.memory import explain_shortage
+from pipeline.priors.source import Kept
 from pipeline.priors.sources import StagePrior, check_priors, notices
 from pipeline.runs import stages
 from pipeline.runs.caller import Caller, deterministic
@@ -231,7 +232,7 @@ class Run:
         priors: Mapping[str, StagePrior] = MappingProxyType({}),
     ) -> None:
         self.folder, self.config, self.device, self.progress, self.caller = folder, config, device, progress, caller
-        self.priors = priors
+        self.priors, self.kept = priors, Kept()
         self.record, self.metrics = Record(folder, writes=rank() == 0), Metrics(folder, writes=rank() == 0)
         self.kernels = resolve(config.kernels, device)
         self._stuck = False  # a stage took all its steps and made nothing to hand on: resuming would end there again
@@ -249,6 +250,7 @@ class Run:
                 for name in self.config.stages:
                     asset = self.restore(name) if self.finished(name) else self._take(name, asset, stop)
                     gc.collect()
+                self.kept.drop()
                 if rank() > 0:
                     return
                 self._export(asset)

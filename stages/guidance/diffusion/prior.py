@@ -205,7 +205,7 @@ def load_prior(
     folder = plan.folder
     family, dtype = plan.family, dtype or network_dtype(settings, plan.family, device)
 
-    loader = _Loader(plan, settings, lora)
+    loader = _Loader(plan, settings, lora, device)
     text = loader.text(torch.device("cpu") if settings.text_device == "cpu" else device, device, dtype)
     if prompts is None:
         for encoder in text.encoders:
@@ -218,7 +218,9 @@ def load_prior(
         offload_blocks(network, device)
     else:
         network.to(device)
-    denoiser = Denoiser(network, family.call, plan.geometry, device, dtype, settings.embedded_guidance)
+    denoiser = Denoiser(
+        network, family.call, plan.geometry, device, dtype, settings.embedded_guidance, settings.compile
+    )
     vae = loader.autoencoder(device, dtype) if "vae" in plan.classes else None
     name = Path(path_or_id).name or str(path_or_id)
     prior = DiffusionPrior(name, family, denoiser, vae, text, plan.schedule, settings)
@@ -230,8 +232,10 @@ def load_prior(
 class _Loader:
     """Loads the parts of one plan, all alike."""
 
-    def __init__(self, plan: Plan, settings: DiffusionSettings, lora: Lora | None) -> None:
+    def __init__(self, plan: Plan, settings: DiffusionSettings, lora: Lora | None, device: torch.device) -> None:
         self.plan, self.settings, self.lora = plan, settings, lora
+        chosen = settings.channels_last
+        self.channels_last = device.type == "cuda" if chosen is None else chosen
 
     def network(self, part: str, dtype: torch.dtype) -> torch.nn.Module:
         """The denoiser or the autoencoder."""
@@ -323,6 +327,6 @@ class _Loader:
         network.eval().requires_grad_(False)
         if self.lora is not None:
             self.lora.merge(part, network)
-        if self.settings.channels_last:
+        if self.channels_last:
             network.to(memory_format=torch.channels_last)
         return network

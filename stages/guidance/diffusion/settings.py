@@ -23,24 +23,20 @@ class DiffusionSettings(BaseModel):
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
         "auto", description="of the networks; auto: on cuda float16 (bfloat16 for SD3 and Flux), float32 elsewhere"
     )
-    resolution: int | None = Field(
-        None, ge=8, le=4096, description="side in pixels that the prior works at; null: what it was trained at"
-    )
+    resolution: int | None = Field(None, ge=8, le=4096, description="side in pixels that it works at; null: as trained")
     autoencoder: str | None = Field(
         None, description="another autoencoder of the same latents, folder or hub id: madebyollin/taesd is a tiny one"
     )
     vae_sample: Literal["sample", "mode"] = Field("sample", description="latents drawn from the posterior, or its mean")
     embedded_guidance: float = Field(3.5, ge=0, description="guidance told to a distilled Flux; others have none")
-    max_batch: int = Field(0, ge=0, description="most images in one denoiser call, to save memory; 0: no limit")
-    attention_slicing: bool = Field(False, description="attention one slice at a time, UNets only: less memory, slower")
+    max_batch: int = Field(0, ge=0, description="most images in a denoiser call; 0: no limit")
+    attention_slicing: bool = Field(False, description="attention by slices, UNets only: less memory, slower")
     vae_checkpointing: bool = Field(False, description="recompute VAE activations in the backward pass: less memory")
     vae_slicing: bool = Field(False, description="one image at a time through the VAE, recomputed in the backward pass")
-    vae_tiling: bool = Field(False, description="VAE in overlapping tiles beyond its own size: seams differ slightly")
-    camera: bool = Field(
-        True, description="tell a prior that was taught them camera, light and backdrop of each view (a layout/ part)"
-    )
+    vae_tiling: bool = Field(False, description="VAE in overlapping tiles beyond its own size")
+    camera: bool = Field(True, description="tell a prior that was taught them each view's camera, light and backdrop")
     offload: Literal["none", "blocks"] = Field(
-        "none", description="blocks: the denoiser's weights wait in main memory and visit the device block by block"
+        "none", description="blocks: the denoiser's weights visit the device block by block"
     )
     text_device: Literal["prior", "cpu"] = Field(
         "prior", description="where prompts are embedded; cpu: slowly, in main memory"
@@ -48,7 +44,11 @@ class DiffusionSettings(BaseModel):
     keep_embeddings: bool = Field(
         True, description="keep on disk what a T5 makes of a run's prompts, so that the same prompts need it only once"
     )
-    channels_last: bool = Field(False, description="channels-last memory layout of the networks")
+    channels_last: bool | None = Field(None, description="channels-last networks; null: on cuda")
+    compile: Literal["none", "graph", "inductor"] = Field(
+        "none",
+        description="denoiser calls: plain, a CUDA graph, torch's compiler",
+    )
 
     def with_changes(self, changes: dict[str, Any]) -> DiffusionSettings:
         """Return these settings with other values for some of them."""
