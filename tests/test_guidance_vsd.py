@@ -9,6 +9,7 @@ from pipeline.runs.checkpoint import load_checkpoint, save_checkpoint
 from stages.cameras import orbit_views
 from stages.coarse import CoarseSettings, CoarseStage
 from stages.errors import UserError
+from stages.guidance import vsd
 from stages.guidance.diffusion.layout import CLASSES, Layout
 from stages.guidance.diffusion.layout_condition import LayoutCondition
 from stages.guidance.diffusion.prior import load_prior
@@ -284,6 +285,34 @@ def test_coarse_stage_under_vsd_resumes_from_its_checkpoint_to_the_same_bytes(fo
     expected, got = whole.state_dict(), resumed.state_dict()
     assert expected.keys() == got.keys() and any(key.startswith("guidance.score.adam.") for key in expected)
     assert all(torch.equal(value, got[key]) for key, value in expected.items())
+
+
+def test_lessons_take_no_fused_attention_on_cuda_where_bytes_are_to_repeat(folders, monkeypatch):
+    entered = []
+
+    class Spy:
+        def __init__(self, device):
+            entered.append(device.type)
+
+        def __enter__(self):
+            entered.append("in")
+
+        def __exit__(self, *_):
+            entered.append("out")
+
+    monkeypatch.setattr(vsd, "repeatable_attention", Spy)
+    step(make(folders["pocket_pixel"], "lora"), 0.3)
+    assert entered == ["cpu", "in", "out"]
+    monkeypatch.undo()
+    mode = torch.get_deterministic_debug_mode()
+    try:
+        for wanted, fused in ((0, True), (1, False)):
+            torch.set_deterministic_debug_mode(wanted)
+            with vsd.repeatable_attention(torch.device("cuda")):
+                assert torch.backends.cuda.flash_sdp_enabled() == fused
+                assert torch.backends.cuda.mem_efficient_sdp_enabled() == fused
+    finally:
+        torch.set_deterministic_debug_mode(mode)
 
 
 def test_a_step_in_parts_teaches_the_score_once_of_all_its_views(folders):

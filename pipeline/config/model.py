@@ -87,6 +87,7 @@ class _RunSettings(BaseModel):
     negative: str = Field("", description="what to move away from; empty: the unconditional model")
     seed: int = Field(0, ge=0, lt=2**31, description="same seed, same device: same bytes")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes CUDA where torch finds it")
+    deterministic: bool = Field(True, description="false: faster on CUDA")
     stages: StageNames = Field(
         default_factory=lambda: chains()[0], min_length=1, description="stages to run, in their order"
     )

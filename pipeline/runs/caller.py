@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -30,11 +32,11 @@ class Caller:
 
 
 @contextlib.contextmanager
-def deterministic(device: torch.device) -> Iterator[None]:
+def deterministic(device: torch.device, enabled: bool = True) -> Iterator[None]:
     """Make torch deterministic inside: same seed, same device, same bytes; its state is restored afterwards.
 
-    Torch is asked for its deterministic kernels where it has a choice. The streams matter because weights of some
-    modules are drawn from the global one, which make_stage seeds.
+    Torch is asked for its deterministic kernels where it has a choice, unless that is not enabled. The streams matter
+    because weights of some modules are drawn from the global one, which make_stage seeds.
     """
     import torch
 
@@ -42,10 +44,37 @@ def deterministic(device: torch.device) -> Iterator[None]:
     mode, fills = torch.get_deterministic_debug_mode(), torch.utils.deterministic.fill_uninitialized_memory
     devices = [torch.cuda.current_device()] if device.type == "cuda" else []
     with torch.random.fork_rng(devices):
-        torch.set_deterministic_debug_mode("warn")
+        torch.set_deterministic_debug_mode("warn" if enabled else "default")
         torch.utils.deterministic.fill_uninitialized_memory = False
         try:
             yield
         finally:
             torch.set_deterministic_debug_mode(mode)
             torch.utils.deterministic.fill_uninitialized_memory = fills
+
+
+_UNREPEATABLE = re.compile(
+    r"(\w[\w:]*) does not have a deterministic|(\w+ \w+ attention) defaults to a non-determin", re.IGNORECASE
+)
+
+
+@contextlib.contextmanager
+def warnings_told(note: Callable[[str], None]) -> Iterator[None]:
+    """Tell of each operation that torch cannot repeat in a note, once, in place of its warnings among the progress."""
+    names: set[str] = set()
+    with warnings.catch_warnings():
+        show = warnings.showwarning
+
+        def tell(message, category, filename, lineno, file=None, line=None) -> None:
+            match = _UNREPEATABLE.search(str(message))
+            if match is None:
+                show(message, category, filename, lineno, file, line)
+                return
+            name = match[1] or match[2]
+            if name not in names:
+                names.add(name)
+                note(f"{name} does not repeat its sums on this device: another run's bytes may differ")
+
+        warnings.showwarning = tell
+        warnings.filterwarnings("always", message=".*(not have a deterministic|defaults to a non-determin)")
+        yield

@@ -22,7 +22,7 @@ from pipeline.priors.memory import explain_shortage
 from pipeline.priors.source import Kept
 from pipeline.priors.sources import StagePrior, check_priors, notices
 from pipeline.runs import stages
-from pipeline.runs.caller import Caller, deterministic
+from pipeline.runs.caller import Caller, deterministic, warnings_told
 from pipeline.runs.checkpoint import CHECKPOINT, STEPS, load_checkpoint, read_meta
 from pipeline.runs.folder import Lock, check_disk, new_folder, open_folder
 from pipeline.runs.inputs import check_inputs, load_inputs
@@ -57,7 +57,7 @@ def start_run(
     """Begin a run in a new folder and take it to its files; returns the folder. A profile is written into it."""
     progress, caller = progress or Progress(), caller or Caller()
     device = choose_device(config.device)
-    with deterministic(device), joined(device):
+    with deterministic(device, config.deterministic), joined(device):
         return _start(config, out, quiet_but_first(progress), profile, caller, device)
 
 
@@ -98,7 +98,7 @@ def resume_run(folder: Path, progress: Progress | None = None, caller: Caller | 
             progress.note(f"{folder} is finished: {', '.join(outputs)}")
             return
         device = choose_device(config.device)
-        with deterministic(device), joined(device):
+        with deterministic(device, config.deterministic), joined(device):
             progress = quiet_but_first(progress)
             run = Run(folder, config, device, progress, caller)
             left = [s for s in config.stages if not run.finished(s)]
@@ -211,7 +211,7 @@ def _reopened(folder: Path, progress: Progress | None = None) -> Iterator[Run]:
     check_run(folder, config)
     device = choose_device(config.device)
     run = Run(folder, config, device, progress, Caller())
-    with deterministic(device), selected(run.kernels), progress.announce_compilation():
+    with deterministic(device, config.deterministic), selected(run.kernels), progress.announce_compilation():
         yield run
 
 
@@ -242,7 +242,8 @@ class Run:
         facts = {"prompt": self.config.prompt, "seed": self.config.seed, "stages_asked": self.config.stages}
         stop = StopRequest(self.progress.note)
         try:
-            with stop, selected(self.kernels), self.progress.announce_compilation():
+            note = self.progress.note
+            with stop, selected(self.kernels), self.progress.announce_compilation(), warnings_told(note):
                 self.record.open_session(describe(self.device), dict(self.kernels.backends), **facts)
                 for notice in self.kernels.notices:
                     self.progress.note(notice)

@@ -9,6 +9,7 @@ conditions of a prior that has any). Denoising of renders trains it (eq. 8).
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from stages.cameras import Views
 from stages.errors import UserError
@@ -191,7 +193,7 @@ class RenderScore:
         eps = torch.randn(x.shape, generator=generator).to(x)
         keep = (torch.rand(len(x), generator=generator) >= self.settings.camera_drop).to(camera)
         alpha_bar = self.prior.alphas_cumprod[t]
-        with torch.enable_grad():
+        with torch.enable_grad(), repeatable_attention(self.device):
             z_t, shown = add_noise(x, eps, alpha_bar), (camera * keep[:, None]).to(x)
             square = (self.noise(z_t, t, embedding, shown, lesson.context) - eps).square().flatten(1)
             weight = prediction_weight(alpha_bar, self.prior.prediction).to(square)
@@ -215,6 +217,14 @@ class RenderScore:
             if f"adam.{name}.step" in state:
                 moments = {key: state[f"adam.{name}.{key}"].clone() for key in ("step", "exp_avg", "exp_avg_sq")}
                 self.optimiser.state[p] = {k: v if k == "step" else v.to(self.device) for k, v in moments.items()}
+
+
+def repeatable_attention(device: torch.device) -> contextlib.AbstractContextManager:
+    """Return a context without CUDA's fused attention, whose gradients differ from run to run, where torch is asked to
+    be deterministic; the scores of all tokens are then kept for the backward pass."""
+    if device.type != "cuda" or torch.get_deterministic_debug_mode() == 0:
+        return contextlib.nullcontext()
+    return sdpa_kernel(SDPBackend.MATH)
 
 
 def attention_layers(unet: nn.Module) -> dict[str, nn.Linear]:
