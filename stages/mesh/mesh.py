@@ -7,6 +7,21 @@ from dataclasses import dataclass
 import numpy as np
 
 
+@dataclass(frozen=True)
+class Material:
+    """A part's own material as its file has it; what the surface looks like beside its colour.
+
+    Args:
+        name: of the file.
+        metallic: in [0, 1]; None where the file does not say.
+        roughness: likewise.
+    """
+
+    name: str
+    metallic: float | None = None
+    roughness: float | None = None
+
+
 @dataclass
 class Mesh:
     """An indexed triangle mesh, counter-clockwise faces seen from outside, y up, front towards +z.
@@ -21,8 +36,12 @@ class Mesh:
         normals: [V, 3] float32 unit, in place of those that follow from the faces, or None.
         normal_map: [H, W, 3] uint8, 127.5 (n + 1) of unit normals in the texture's own space: x along u, y along v, z
             outwards; row 0 at the top, or None. It has no meaning without uv and texture.
+        occlusion: [H, W] uint8, 255 times the share of the sky that the surface sees; row 0 at the top, or None.
+            Likewise.
         metallic: of the whole surface, in [0, 1]; None where no file gives it.
         roughness: likewise.
+        materials: of a user's mesh that has several, or None: one material of the two numbers above.
+        face_materials: [F] int32 into materials, or None without any.
     """
 
     vertices: np.ndarray
@@ -33,8 +52,11 @@ class Mesh:
     texture: np.ndarray | None = None
     normals: np.ndarray | None = None
     normal_map: np.ndarray | None = None
+    occlusion: np.ndarray | None = None
     metallic: float | None = None
     roughness: float | None = None
+    materials: tuple[Material, ...] | None = None
+    face_materials: np.ndarray | None = None
 
     def face_normals(self) -> np.ndarray:
         """Return unit normals [F, 3]; zero for a degenerate face."""

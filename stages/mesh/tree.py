@@ -1,4 +1,4 @@
-"""A tree of boxes over triangles: distances, generalised winding numbers and crossings of many points at once.
+"""A tree of boxes over triangles: nearest points, winding numbers, crossings and occlusion of many points at once.
 
 Winding numbers are those of Jacobson et al. 2013 (eq. 5), with far groups of triangles replaced by one dipole each as
 in Barill et al. 2018 (first order): right for surfaces with holes, overlapping parts and triangles that do not meet,
@@ -18,6 +18,8 @@ from stages.kernels.cpu.jit import njit
 
 LEAF = 4  # triangles a leaf, at most
 FAR = 3.0  # radii of a node from which its dipole stands for it; closed surfaces were off by at most 0.014
+GOLDEN_ANGLE = math.pi * (3 - math.sqrt(5))
+LIFT = 1e-4  # of a ray's reach: where it starts above the surface, so that its own triangle does not stop it
 STACK = 64  # a path down and its siblings: more than the depth of any tree
 
 
@@ -28,7 +30,8 @@ class TriangleTree:
         triangles = np.asarray(triangles, np.float64)
         if triangles.ndim != 3 or triangles.shape[1:] != (3, 3) or not len(triangles):
             raise ValueError(f"triangles: wanted shape [F, 3, 3] with F > 0, got {list(triangles.shape)}")
-        self.triangles = np.ascontiguousarray(triangles[_morton_order(triangles.mean(1))])
+        self.order = _morton_order(triangles.mean(1))  # the given triangle of each one in `triangles`
+        self.triangles = np.ascontiguousarray(triangles[self.order])
         leaves = 1 << max(0, math.ceil(math.log2(len(triangles) / LEAF)))
         self.starts = np.arange(leaves + 1) * len(triangles) // leaves  # of each leaf's triangles
         self._sum_up()
@@ -62,6 +65,35 @@ class TriangleTree:
         """Return the distance [N] float64 of points [N, 3] to the nearest triangle, exact."""
         points = np.ascontiguousarray(points, np.float64)
         return np.sqrt(_square_distances(points, self._boxes, self.starts, self.triangles))
+
+    def nearest(self, points: np.ndarray, directions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the nearest place to each point among the triangles that face its way, any where none does.
+
+        Args:
+            points: [N, 3].
+            directions: [N, 3], of whose half space a triangle's normal must be.
+        Returns: triangle [N] int64 as given to the constructor, and barycentric weights [N, 3] float64.
+        """
+        points, directions = (np.ascontiguousarray(x, np.float64) for x in (points, directions))
+        place, weights = _nearest(points, directions, self._boxes, self.starts, self.triangles)
+        return self.order[place], weights
+
+    def open_share(self, points: np.ndarray, normals: np.ndarray, reach: float, rays: int = 64) -> np.ndarray:
+        """Return the share [N] in [0, 1] of cosine-weighted directions about each normal that nothing stops.
+
+        That is ambient light under a plain sky; 1 minus it is ambient occlusion.
+
+        Args:
+            points: [N, 3] on the surface.
+            normals: [N, 3] unit, outwards.
+            reach: length of a ray; what is further away stops none.
+            rays: of each point, in a spiral over the hemisphere, turned by another angle at every point.
+        """
+        points, normals = (np.ascontiguousarray(x, np.float64) for x in (points, normals))
+        k = np.arange(rays) + 0.5
+        radius, angle = np.sqrt(k / rays), k * GOLDEN_ANGLE
+        spiral = np.stack([radius * np.cos(angle), radius * np.sin(angle), np.sqrt(1 - k / rays)], -1)
+        return _open_share(points, normals, spiral, reach, self._boxes, self.starts, self.triangles)
 
     def hits(self, start: np.ndarray, end: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Count triangles crossed by segments from start [N, 3] to end [N, 3], [N], and return t [N] of the first.
@@ -103,8 +135,11 @@ def _box_square(p, box):
 
 
 @njit(cache=True)
-def _triangle_square(p, t):
-    """Squared distance of a point to a triangle: Ericson, Real-Time Collision Detection, sec. 5.1.5."""
+def _closest(p, t):
+    """Squared distance of a point to a triangle, and the weights of the second and third corner at the closest point.
+
+    Source: Ericson, Real-Time Collision Detection, sec. 5.1.5.
+    """
     abx, aby, abz = t[1, 0] - t[0, 0], t[1, 1] - t[0, 1], t[1, 2] - t[0, 2]
     acx, acy, acz = t[2, 0] - t[0, 0], t[2, 1] - t[0, 1], t[2, 2] - t[0, 2]
     px, py, pz = p[0] - t[0, 0], p[1] - t[0, 1], p[2] - t[0, 2]
@@ -133,7 +168,7 @@ def _triangle_square(p, t):
         if total > 0:
             v, w = vb / total, vc / total
     x, y, z = px - v * abx - w * acx, py - v * aby - w * acy, pz - v * abz - w * acz
-    return x * x + y * y + z * z
+    return x * x + y * y + z * z, v, w
 
 
 @njit(cache=True, nogil=True)
@@ -153,7 +188,7 @@ def _square_distances(points, boxes, starts, triangles):
                 continue
             if node >= inner:
                 for f in range(starts[node - inner], starts[node - inner + 1]):
-                    best = min(best, _triangle_square(p, triangles[f]))
+                    best = min(best, _closest(p, triangles[f])[0])
                 continue
             left, right = 2 * node + 1, 2 * node + 2
             near, far = _box_square(p, boxes[left]), _box_square(p, boxes[right])
@@ -164,6 +199,99 @@ def _square_distances(points, boxes, starts, triangles):
             top += 2
         out[i] = best
     return out
+
+
+@njit(cache=True, nogil=True)
+def _nearest(points, directions, boxes, starts, triangles):
+    place, weights = np.zeros(len(points), np.int64), np.zeros((len(points), 3))
+    inner = len(starts) - 2
+    stack = np.empty(STACK, np.int64)
+    reach = np.empty(STACK)
+    for i in range(len(points)):
+        p, n = points[i], directions[i]
+        best = np.inf
+        for attempt in range(2):  # the second time whichever way the triangles face
+            if best < np.inf:
+                break
+            top = 1
+            stack[0], reach[0] = 0, _box_square(p, boxes[0])
+            while top > 0:
+                top -= 1
+                node = stack[top]
+                if reach[top] >= best:
+                    continue
+                if node >= inner:
+                    for f in range(starts[node - inner], starts[node - inner + 1]):
+                        t = triangles[f]
+                        ux, uy, uz = t[1, 0] - t[0, 0], t[1, 1] - t[0, 1], t[1, 2] - t[0, 2]
+                        vx, vy, vz = t[2, 0] - t[0, 0], t[2, 1] - t[0, 1], t[2, 2] - t[0, 2]
+                        facing = n[0] * (uy * vz - uz * vy) + n[1] * (uz * vx - ux * vz) + n[2] * (ux * vy - uy * vx)
+                        if facing > 0 or attempt == 1:
+                            square, v, w = _closest(p, t)
+                            if square < best:
+                                best, place[i] = square, f
+                                weights[i, 0], weights[i, 1], weights[i, 2] = 1 - v - w, v, w
+                    continue
+                left, right = 2 * node + 1, 2 * node + 2
+                near, far = _box_square(p, boxes[left]), _box_square(p, boxes[right])
+                if near > far:
+                    left, right, near, far = right, left, far, near
+                stack[top], reach[top] = right, far
+                stack[top + 1], reach[top + 1] = left, near
+                top += 2
+    return place, weights
+
+
+@njit(cache=True, nogil=True)
+def _open_share(points, normals, spiral, length, boxes, starts, triangles):
+    out = np.empty(len(points))
+    inner = len(starts) - 2
+    stack = np.empty(STACK, np.int64)
+    p, d = np.empty(3), np.empty(3)
+    for i in range(len(points)):
+        n = normals[i]
+        sign = math.copysign(1.0, n[2])  # the frame of Duff et al. 2017, turned about n
+        a = -1.0 / (sign + n[2])
+        b = n[0] * n[1] * a
+        c, s = math.cos(i * GOLDEN_ANGLE), math.sin(i * GOLDEN_ANGLE)
+        for k in range(3):
+            p[k] = points[i, k] + LIFT * length * n[k]
+        free = 0
+        for r in range(len(spiral)):
+            x, y, z = c * spiral[r, 0] - s * spiral[r, 1], s * spiral[r, 0] + c * spiral[r, 1], spiral[r, 2]
+            d[0] = length * (x * (1.0 + sign * n[0] * n[0] * a) + y * b + z * n[0])
+            d[1] = length * (x * sign * b + y * (sign + n[1] * n[1] * a) + z * n[1])
+            d[2] = length * (-x * sign * n[0] - y * n[1] + z * n[2])
+            top, stopped = 1, False
+            stack[0] = 0
+            while top > 0 and not stopped:
+                top -= 1
+                node = stack[top]
+                if not _meets_box(p, d, boxes[node]):
+                    continue
+                if node >= inner:
+                    for f in range(starts[node - inner], starts[node - inner + 1]):
+                        stopped = stopped or _segment_t(p, d, triangles[f]) <= 1.0
+                else:
+                    stack[top], stack[top + 1] = 2 * node + 1, 2 * node + 2
+                    top += 2
+            free += not stopped
+        out[i] = free / len(spiral)
+    return out
+
+
+@njit(cache=True)
+def _meets_box(p, d, box):
+    """Whether the segment from p to p + d meets a box: the slab test."""
+    enter, leave = 0.0, 1.0
+    for k in range(3):
+        if d[k] == 0.0:
+            if p[k] < box[k] or p[k] > box[k + 3]:
+                return False
+        else:
+            t0, t1 = (box[k] - p[k]) / d[k], (box[k + 3] - p[k]) / d[k]
+            enter, leave = max(enter, min(t0, t1)), min(leave, max(t0, t1))
+    return enter <= leave
 
 
 @njit(cache=True)
