@@ -15,6 +15,7 @@ from pipeline.priors.objects import ObjectSource, check_protocol, source_of
 from pipeline.priors.sources import parse_source, stage_prior
 from pipeline.runs import run
 from pipeline.runs.caller import Caller
+from pipeline.runs.export import ExportRequest, export_run
 from pipeline.runs.progress import Progress
 from pipeline.runs.result import Result
 from stages.errors import UserError
@@ -46,6 +47,7 @@ def generate(
     force: bool | None = None,
     on_step: OnStep | None = None,
     quiet: bool = False,
+    log: str | Sequence[str] = (),
     profile: Profile | None = None,
 ) -> Result:
     """Make a textured mesh from a sentence, in a run folder that can be resumed at any moment.
@@ -70,6 +72,7 @@ def generate(
         on_step: called after each step with the stage's name, the step from 1 and the step's metrics; what it raises
             ends the run, which can be resumed.
         quiet: whether to print nothing; warnings of the logging module still come.
+        log: "tensorboard" writes the metrics as its events, too.
         profile: a listening pipeline.profile.record.Profile, written into the folder.
     Returns: the finished run: its mesh, files, metrics and previews.
     Raises: UserError for anything the caller can mend, before any work where it can be known then; Interrupted when
@@ -86,7 +89,7 @@ def generate(
     sources, priors = _priors(prior, whole)
     if sources:
         whole = _config(config, {**(settings or {}), **sources}, arguments)
-    caller = Caller(priors, on_step)
+    caller = Caller(priors, on_step, log=_names(log))
     folder = run.start_run(whole, None if out is None else from_home(out), _progress(quiet), profile, caller)
     return Result(folder, caller.mesh)
 
@@ -97,6 +100,7 @@ def resume(
     prior: Prior | Mapping[str, Prior] | None = None,
     on_step: OnStep | None = None,
     quiet: bool = False,
+    log: str | Sequence[str] = (),
 ) -> Result:
     """Continue an interrupted run from its last checkpoint; ends with the bytes of an uninterrupted one.
 
@@ -108,6 +112,7 @@ def resume(
             given none.
         on_step: as for generate; steps that were taken before are not told again.
         quiet: whether to print nothing.
+        log: as for generate.
     Returns: the finished run.
     Raises: UserError where the folder is no run, or a prior of its caller's own is missing; Interrupted on Ctrl-C.
 
@@ -115,7 +120,7 @@ def resume(
         >>> resume("runs/mug").files["glb"]
     """
     folder = from_home(folder)
-    caller = Caller(_priors_again(prior, folder), on_step)
+    caller = Caller(_priors_again(prior, folder), on_step, log=_names(log))
     run.resume_run(folder, _progress(quiet), caller)
     return Result(folder, caller.mesh)
 
@@ -125,25 +130,30 @@ def export(
     formats: str | Sequence[str] = ("glb", "obj"),
     out: str | Path | None = None,
     *,
+    settings: Mapping[str, Any] | Sequence[str] = (),
+    lods: int = 1,
     quiet: bool = False,
 ) -> Result:
-    """Write the mesh of a finished run again, in other formats, without optimising; needs no prior.
+    """Write the mesh of a finished run again, in other formats or detail, without optimising; needs no prior.
 
     Args:
         folder: of the run.
-        formats: any of glb, obj, ply and stl; a sequence, or one text with commas.
+        formats: any of glb, obj, ply, stl, 3mf and usdz; a sequence, or one text with commas.
         out: folder to write to, which may hold no file of the same name; None: the run's own.
+        settings: values by key over the run's `export`, {"faces": 5000, "normal_map": True}, or words as of the
+            command.
+        lods: levels of detail, each with half the faces of the one before, in files called mesh_lod1 and so on.
         quiet: whether to print nothing.
     Returns: the run, with the files written here as its `files`.
-    Raises: UserError for an unknown format, a run that is not finished, or files that would be written over.
+    Raises: UserError for an unknown format or setting, a run that is not finished, or files that would be written over.
 
     Example:
-        >>> export("runs/mug", "stl,ply", out="printing").files["stl"]
+        >>> export("runs/mug", "stl,3mf", out="printing", settings={"size_mm": 120}).files["stl"]
     """
     folder, target = from_home(folder), None if out is None else from_home(out)
     caller = Caller()
     text = formats if isinstance(formats, str) else ",".join(formats)
-    paths = run.export_run(folder, text, target, _progress(quiet), caller)
+    paths = export_run(folder, ExportRequest(text, settings, lods), target, _progress(quiet), caller)
     return Result(folder, caller.mesh, paths)
 
 
@@ -185,6 +195,10 @@ def _config(
     if isinstance(base, Config) and not settings and not arguments:
         return base
     return load_config(base, settings, arguments)
+
+
+def _names(log: str | Sequence[str]) -> tuple[str, ...]:
+    return tuple(filter(None, log.split(","))) if isinstance(log, str) else tuple(log)
 
 
 def _progress(quiet: bool) -> Progress:

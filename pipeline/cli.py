@@ -23,11 +23,12 @@ from pipeline.streams import open_missing, print_error, silence, silent_rank
 app = typer.Typer(
     help="A sentence becomes a textured mesh.",
     epilog="Start with: pipeline run --stages coarse,fine",
-    add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
 
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but mistakes.")]
+LogOption = Annotated[str, typer.Option("--log", help="Also write the metrics for: tensorboard.")]
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, for example runs/a-red-mug-0.")]
 
 
@@ -69,6 +70,11 @@ def run(
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Run a prompt whose words the prior does not know.")] = False,
     profile: Annotated[bool, typer.Option("--profile", help="Also write RUN/profile: where the time went.")] = False,
+    log: LogOption = "",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, say memory and time, and start nothing.")
+    ] = False,
+    quiet: QuietOption = False,
 ) -> None:
     """Make a mesh: the whole way, or the stages you name."""
     with _profiled(profile) as listener:
@@ -79,7 +85,13 @@ def run(
         flags |= {"from_run": None if from_run is None else str(from_run), "force": True if force else None}
         flags |= {"init_mesh": None if init_mesh is None else str(init_mesh)}
         options = {key: value for key, value in flags.items() if value is not None}
-        generate(config=load_config(split_names(config), overrides or [], options), out=out, profile=listener)
+        whole = load_config(split_names(config), overrides or [], options)
+        if dry_run:
+            from pipeline.runs.plan import plan_run
+
+            plan_run(whole, out, log=tuple(filter(None, log.split(","))))
+            return
+        generate(config=whole, out=out, profile=listener, quiet=quiet, log=log)
 
 
 def _profiled(enabled: bool) -> contextlib.AbstractContextManager:
@@ -92,23 +104,31 @@ def _profiled(enabled: bool) -> contextlib.AbstractContextManager:
 
 
 @app.command()
-def resume(folder: RunArgument) -> None:
+def resume(folder: RunArgument, log: LogOption = "", quiet: QuietOption = False) -> None:
     """Continue an interrupted run from its last checkpoint; ends with the bytes of an uninterrupted one."""
     from pipeline import api
 
-    api.resume(folder)
+    api.resume(folder, quiet=quiet, log=log)
 
 
 @app.command()
 def export(
     folder: RunArgument,
-    formats: Annotated[str, typer.Option("--format", help="Any of glb,obj,ply,stl, by commas.")] = "glb,obj",
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Settings of the export, as in faces=5000 normal_map=true."),
+    ] = None,
+    formats: Annotated[str, typer.Option("--format", help="Any of glb,obj,ply,stl,3mf,usdz, by commas.")] = "glb,obj",
+    lods: Annotated[int, typer.Option(help="Levels of detail, each with half the faces of the one before.")] = 1,
+    size_mm: Annotated[float | None, typer.Option(help="Longest side in STL and 3MF files, millimetres.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder to write to. Default: the run folder.")] = None,
+    quiet: QuietOption = False,
 ) -> None:
-    """Write a run's result again, in other formats, without optimising."""
+    """Write a run's result again: other formats, faces, maps; without optimising."""
     from pipeline import api
 
-    api.export(folder, formats, out)
+    words = [*(overrides or []), *([] if size_mm is None else [f"size_mm={size_mm}"])]
+    api.export(folder, formats, out, settings=words, lods=lods, quiet=quiet)
 
 
 @app.command()

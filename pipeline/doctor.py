@@ -155,6 +155,8 @@ _CHECKS: list[tuple[str, bool, Callable[[], tuple[str, str]], str]] = [
     ("CUDA device", False, _cuda, "runs on the CPU: the pocket prior in minutes, Stable Diffusion hardly"),
     ("warp-lang", False, _kernels("warp"), "on CUDA our kernels run as plain torch, slower (extra: cuda)"),
     ("imageio-ffmpeg", False, _package("imageio_ffmpeg", "imageio-ffmpeg"), "turntable as WebP only (extra: video)"),
+    ("usd-core", False, _package("pxr", "usd-core"), "no USDZ files (extra: usd)"),
+    ("tensorboard", False, _package("tensorboard"), "no --log tensorboard (extra: tensorboard)"),
     ("gltf-validator", False, _gltf_validator, "the test that validates mesh.glb is skipped"),
     ("tinycudann", False, _kernels("tinycudann"), "nothing: our own hash grid and perceptron are used; built by hand"),
     ("nvdiffrast", False, _kernels("nvdiffrast"), "nothing: our own rasteriser is used; built by hand, never needed"),

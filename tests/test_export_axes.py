@@ -14,6 +14,7 @@ from pipeline.output.settings import ExportSettings
 from pipeline.output.stl import write_stl
 from pipeline.output.write import write_formats
 from pipeline.runs.inputs import _up
+from stages.mesh.clean import largest_shell
 from stages.mesh.files.read import read_mesh
 from stages.mesh.place import _TURNS, PlaceSettings, laid, place, upright
 from stages.stage import Asset
@@ -83,14 +84,14 @@ def test_a_locked_mesh_keeps_normals_metalness_and_roughness(tmp_path):
 
 
 def test_size_and_up_axis_of_stl_files_are_set_and_read_back(tmp_path):
-    axes = FileAxes(stl_up="z", stl_size=120.0)
+    axes = FileAxes(stl_up="z", size_mm=120.0)
     tower = upright(TOWER, "z")
     (path,) = write_formats(tower, tmp_path, ["stl"], axes=axes)
     assert _up(path) == "z"
     np.testing.assert_allclose(
         np.ptp(triangles(path), axis=(0, 1)), np.array([0.2, 0.3, 1.115]) * 120 / 1.115, rtol=1e-5
     )
-    assert axes.note(tower).startswith("z up, 21.52 x 32.29 x 120")
+    assert axes.note(tower).startswith("z up, 21.52 x 32.29 x 120 mm")
     np.testing.assert_array_equal(
         ResultMesh(tower, axes=axes).save(tmp_path / "b.stl")[0].read_bytes(), path.read_bytes()
     )
@@ -98,7 +99,8 @@ def test_size_and_up_axis_of_stl_files_are_set_and_read_back(tmp_path):
 
 def test_without_a_users_mesh_stl_has_y_up_as_ever(tmp_path):
     axes = file_axes(None, ExportSettings())
-    assert axes == FileAxes() and axes.note(TOWER).startswith("y up, 0.2 x 0.3 x 1.115")
-    write_stl(TOWER, tmp_path / "a.stl")
+    assert axes == FileAxes(one_shell=True) and axes.note(TOWER).startswith("y up, 0.2 x 0.3 x 0.5 mm")
+    write_stl(largest_shell(TOWER), tmp_path / "a.stl")
     (path,) = write_formats(TOWER, tmp_path, ["stl"], axes=axes)
+    assert "without 1 separate part" in axes.note(TOWER)
     assert path.read_bytes() == (tmp_path / "a.stl").read_bytes() and _up(path) == "y"

@@ -17,8 +17,10 @@ if os.name != "posix":
     pytest.skip("kills and forks", allow_module_level=True)
 
 from pipeline.config.model import load_config, read_config
+from pipeline.output.asset import finished_mesh, in_own_place
 from pipeline.output.glb import write_glb
 from pipeline.output.stl import write_stl
+from pipeline.output.write import write_formats
 from pipeline.runs.checkpoint import read_meta
 from pipeline.runs.inputs import check_inputs, load_inputs
 from stages.errors import UserError
@@ -27,6 +29,7 @@ from stages.mesh.files.read import read_mesh
 from stages.mesh.mesh import Mesh
 from stages.mesh.sample import painted_samples
 from stages.mesh.texture.uv import unwrap
+from tests.test_export_prints import two_materials
 
 TINY = """
 prior: {fine: reference}
@@ -257,3 +260,24 @@ def test_a_start_that_was_damaged_later_is_named_with_a_way_out(painted, tmp_pat
     with pytest.raises(UserError, match="damaged") as error:
         load_inputs(run, read_config(run), "cpu")
     assert "pipeline run --config" in error.value.fix
+
+
+def test_a_locked_mesh_keeps_its_materials_from_file_to_file(tmp_path):
+    mesh = two_materials()
+    write_formats(mesh, tmp_path, ["glb"], stem="given")
+    overrides = ["fine.geometry=locked", "export.texture_size=64", "export.unwrap=boxes", "export.occlusion=true"]
+    config = load_config(None, overrides, {"stages": "fine", "init_mesh": str(tmp_path / "given.glb")})
+    inputs = check_inputs(config)
+    inputs.write(tmp_path)
+    asset = load_inputs(tmp_path, config, torch.device("cpu"))
+    asset.albedo, asset.locked = (lambda points: torch.full_like(points, 0.5)), True
+    done = in_own_place(finished_mesh(asset, config.export, config.fine.initialise, {}), asset)
+    assert done.occlusion is not None
+    for path in write_formats(done, tmp_path, ["glb", "obj"])[:2]:
+        back = read_mesh(path)
+        assert [(m.name.replace("_", " "), m.metallic, m.roughness) for m in back.materials] == [
+            ("shiny body", 0.8, 0.2),
+            ("rubber", 0.0, 0.7),
+        ]
+        np.testing.assert_array_equal(back.face_materials, mesh.face_materials)
+        np.testing.assert_array_equal(back.vertices[back.faces], mesh.vertices[mesh.faces])

@@ -14,6 +14,7 @@ if os.name != "posix":
 from pipeline.cli import main
 from pipeline.config.model import load_config
 from pipeline.runs.checkpoint import load_checkpoint, save_checkpoint
+from pipeline.runs.export import export_run
 from stages.errors import UserError
 from tests.toy_runs import contents, lines, load
 
@@ -182,7 +183,7 @@ def test_a_setting_that_a_checkpoint_was_made_with_cannot_be_edited(in_process, 
     text = (folder / "config.yaml").read_text()
     (folder / "config.yaml").write_text(text.replace("  tets: 64", "  tets: 96", 1))
     before = contents(folder)
-    for go in (in_process.resume_run, lambda folder: in_process.export_run(folder, "glb")):
+    for go in (in_process.resume_run, lambda folder: export_run(folder, "glb")):
         with pytest.raises(UserError, match="fine.tets differs from what"):
             go(folder)
     assert contents(folder) == before  # refused before any work

@@ -18,6 +18,7 @@ if os.name != "posix":
 from pipeline.config.model import load_config, read_config
 from pipeline.config.written import read_part
 from pipeline.runs.checkpoint import load_checkpoint, read_meta
+from pipeline.runs.export import export_run
 from stages.errors import UserError
 from tests.fork_server import ROOT
 from tests.toy_runs import SMALL, contents, lines, load, without_times
@@ -179,17 +180,17 @@ def test_export_elsewhere_reads_only_and_never_writes_over_what_is_there(in_proc
     shutil.copytree(uninterrupted, folder)
     (folder / ".lock").unlink(missing_ok=True)
     before = contents(folder)
-    in_process.export_run(folder, "stl,ply", out)
+    export_run(folder, "stl,ply", out)
     assert contents(folder) == before and not (folder / ".lock").exists()
     with pytest.raises(UserError, match="already holds mesh.ply"):
-        in_process.export_run(folder, "obj,ply", out)
+        export_run(folder, "obj,ply", out)
     assert not (out / "mesh.obj").exists()
     beside = tmp_path / "beside"
     beside.mkdir()
     (beside / "mesh.png").write_bytes(b"someone's picture")
     with pytest.raises(UserError, match="already holds mesh.png"):  # which an OBJ's texture would have replaced
-        in_process.export_run(folder, "obj", beside)
-    in_process.export_run(folder, "glb", folder)  # its own are its own
+        export_run(folder, "obj", beside)
+    export_run(folder, "glb", folder)  # its own are its own
 
 
 def test_fine_from_a_finished_coarse_run_equals_the_chain(in_process, uninterrupted, tmp_path):
@@ -197,20 +198,20 @@ def test_fine_from_a_finished_coarse_run_equals_the_chain(in_process, uninterrup
     folder = in_process.start_run(load(stages="fine", from_run="coarse"), Path("fine"))
     shutil.rmtree(tmp_path / "coarse")  # the new run stands on its own
     assert (folder / "mesh.glb").read_bytes() == (uninterrupted / "mesh.glb").read_bytes()
-    in_process.export_run(folder, "stl,ply")
+    export_run(folder, "stl,ply")
     assert (folder / "mesh.stl").stat().st_size > 0
 
 
 def test_export_writes_the_same_mesh_again(in_process, uninterrupted, tmp_path, capsys):
     shutil.copytree(uninterrupted, tmp_path / "run")
-    in_process.export_run(Path("run"), "glb,ply", Path("files"))
+    export_run(Path("run"), "glb,ply", Path("files"))
     assert (tmp_path / "files" / "mesh.glb").read_bytes() == (uninterrupted / "mesh.glb").read_bytes()
     assert "files/mesh.ply" in capsys.readouterr().out
     with pytest.raises(UserError, match="cannot write fbx"):
-        in_process.export_run(Path("run"), "glb,fbx")
+        export_run(Path("run"), "glb,fbx")
     (tmp_path / "run" / "fine" / "checkpoint.safetensors").unlink()
     with pytest.raises(UserError, match="fine is not finished"):
-        in_process.export_run(Path("run"), "glb")
+        export_run(Path("run"), "glb")
 
 
 def test_resume_after_more_steps_were_asked_for_goes_on_to_them(in_process, uninterrupted, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from typing import Any
 
@@ -14,10 +15,13 @@ from stages.mesh.mesh import Mesh
 from stages.mesh.place import SPECK
 from stages.mesh.tets.initialise import InitialiseSettings, dmtet_from_density
 from stages.mesh.tets.tetrahedra import Lattice
+from stages.mesh.texture.detail import bake_detail
 from stages.mesh.texture.finalise import finalise as finalise_mesh
 from stages.mesh.texture.repaint import repaint
 from stages.phases import phase
 from stages.stage import Asset
+
+log = logging.getLogger(__name__)
 
 
 def _device_of(asset: Asset) -> torch.device:
@@ -73,7 +77,7 @@ def finalise(
 def _finished(mesh: Mesh, asset: Asset, settings: ExportSettings, notes: dict[str, object]) -> Mesh:
     device = _device_of(asset)
     if asset.locked:
-        return repaint(
+        painted = repaint(
             mesh,
             asset.albedo,
             settings.texture_size,
@@ -84,9 +88,17 @@ def _finished(mesh: Mesh, asset: Asset, settings: ExportSettings, notes: dict[st
             device=device,
             notes=notes,
         )
+        return _with_occlusion(painted, settings)
     if asset.placement is not None:  # the small parts of a user's mesh are no floaters
         settings = settings.model_copy(update={"floaters": min(settings.floaters, SPECK)})
     return finalise_mesh(mesh, asset.albedo, settings, device=device, notes=notes)
+
+
+def _with_occlusion(mesh: Mesh, settings: ExportSettings) -> Mesh:
+    """A locked mesh with the occlusion map that is asked for; a normal map has nothing to add to its own triangles."""
+    if settings.normal_map:
+        log.warning("export.normal_map is left out: a locked mesh keeps all its faces")
+    return bake_detail(mesh, mesh, settings.texture_size, normals=False) if settings.occlusion else mesh
 
 
 def in_own_place(mesh: Mesh, asset: Asset) -> Mesh:
@@ -114,6 +126,11 @@ def finished_mesh(
     """
     notes: dict[str, Any] = {}
     mesh = finalise(asset, settings, initialise=initialise, notes=notes)
+    finish = {name: getattr(settings, name) for name in ("metallic", "roughness")}
+    finish = {name: value for name, value in finish.items() if value is not None}
+    if mesh.materials is not None:
+        mesh = replace(mesh, materials=tuple(replace(material, **finish) for material in mesh.materials))
+    mesh = replace(mesh, **finish)
     times = notes.pop("times")
     facts |= notes | {"report": notes["report"].as_dict()}
     facts["phases"] = {name: round(seconds, 3) for name, seconds in times.items()}

@@ -1,4 +1,4 @@
-"""glTF 2.0 binary (Khronos), one mesh with a PBR base colour and a normal map where it has one.
+"""glTF 2.0 binary (Khronos), one mesh with a PBR base colour, and normal and occlusion maps where it has them.
 
 y is up and the front faces +z, as the format wants it.
 
@@ -15,12 +15,13 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.output.files import write_whole
-from pipeline.output.surface import GENERATOR, encloses, png_bytes, split_seams, tangents, textured
+from pipeline.output.surface import GENERATOR, encloses, material_groups, png_bytes, split_seams, textured
 from stages.mesh.mesh import Mesh
 
 FLOAT, USHORT, UINT = 5126, 5123, 5125
 ARRAY_BUFFER, ELEMENT_BUFFER = 34962, 34963
 LINEAR, LINEAR_MIPMAP_LINEAR, CLAMP = 9729, 9987, 33071
+NAME = "mesh"  # of node, mesh and pictures
 
 
 class _Buffer:
@@ -45,14 +46,11 @@ class _Buffer:
         return len(self.accessors) - 1
 
 
-def glb_bytes(mesh: Mesh, *, name: str = "mesh", roughness: float = 0.9) -> bytes:
+def glb_bytes(mesh: Mesh) -> bytes:
     """Return the mesh as a GLB file: base colour from the texture, else from vertex colours, else grey.
 
     Args:
-        mesh: with faces.
-        name: of the node and mesh.
-        roughness: of the PBR material, where the mesh does not say its own; it is not metallic where the mesh does not
-            say so.
+        mesh: with faces; several materials give a primitive each, with vertices and textures in common.
     Raises: UserError if the mesh is empty or damaged.
     """
     surface = split_seams(mesh)
@@ -63,23 +61,23 @@ def glb_bytes(mesh: Mesh, *, name: str = "mesh", roughness: float = 0.9) -> byte
         "POSITION": buffer.accessor(positions, "VEC3", FLOAT, ARRAY_BUFFER, **bounds),
         "NORMAL": buffer.accessor(surface.normals.astype("<f4"), "VEC3", FLOAT, ARRAY_BUFFER),
     }
-    pbr: dict[str, object] = {
-        "metallicFactor": 0.0 if mesh.metallic is None else mesh.metallic,
-        "roughnessFactor": roughness if mesh.roughness is None else mesh.roughness,
-    }
     document: dict[str, object] = {
         "asset": {"version": "2.0", "generator": GENERATOR},
         "scene": 0,
         "scenes": [{"nodes": [0]}],
-        "nodes": [{"mesh": 0, "name": name}],
+        "nodes": [{"mesh": 0, "name": NAME}],
     }
+    base: dict[str, object] = {}
+    maps: dict[str, np.ndarray] = {}
     if textured(mesh):
         flipped = surface.uv * np.array([1, -1]) + np.array([0, 1])
         attributes["TEXCOORD_0"] = buffer.accessor(flipped.astype("<f4"), "VEC2", FLOAT, ARRAY_BUFFER)
-        pbr["baseColorTexture"] = {"index": 0}
-        document["textures"] = [{"source": k, "sampler": 0} for k in range(1 if mesh.normal_map is None else 2)]
-        if mesh.normal_map is not None:
-            attributes["TANGENT"] = buffer.accessor(tangents(surface), "VEC4", FLOAT, ARRAY_BUFFER)
+        base["baseColorTexture"] = {"index": 0}
+        maps = {"": mesh.texture, "normal": mesh.normal_map, "occlusion": mesh.occlusion}
+        maps = {use: picture for use, picture in maps.items() if picture is not None}
+        document["textures"] = [{"source": k, "sampler": 0} for k in range(len(maps))]
+        if surface.tangents is not None:
+            attributes["TANGENT"] = buffer.accessor(surface.tangents, "VEC4", FLOAT, ARRAY_BUFFER)
         document["samplers"] = [
             {"magFilter": LINEAR, "minFilter": LINEAR_MIPMAP_LINEAR, "wrapS": CLAMP, "wrapT": CLAMP}
         ]
@@ -88,24 +86,31 @@ def glb_bytes(mesh: Mesh, *, name: str = "mesh", roughness: float = 0.9) -> byte
         shorts[:, :3] = np.floor(np.clip(surface.colours, 0, 1) * 65535 + 0.5)
         attributes["COLOR_0"] = buffer.accessor(shorts, "VEC4", USHORT, ARRAY_BUFFER, normalized=True)
     else:
-        pbr["baseColorFactor"] = [0.5, 0.5, 0.5, 1.0]
+        base["baseColorFactor"] = [0.5, 0.5, 0.5, 1.0]
     small = len(positions) < 65535  # 65535 itself restarts primitives
-    indices = surface.faces.reshape(-1).astype("<u2" if small else "<u4")
-    primitive = {
-        "attributes": attributes,
-        "indices": buffer.accessor(indices, "SCALAR", USHORT if small else UINT, ELEMENT_BUFFER),
-        "material": 0,
-        "mode": 4,
-    }
-    document["meshes"] = [{"name": name, "primitives": [primitive]}]
-    material: dict[str, object] = {"name": name, "pbrMetallicRoughness": pbr, "doubleSided": not encloses(mesh)}
-    document["materials"] = [material]
-    if textured(mesh):
-        pictures = {name: mesh.texture}
-        if mesh.normal_map is not None:
-            material["normalTexture"] = {"index": 1}
-            pictures[f"{name}_normal"] = mesh.normal_map
-        views = {title: buffer.view(png_bytes(picture)) for title, picture in pictures.items()}
+    groups = material_groups(mesh)
+    primitives = []
+    for k, (_, faces) in enumerate(groups):
+        indices = surface.faces[faces].reshape(-1).astype("<u2" if small else "<u4")
+        primitives.append({
+            "attributes": attributes,
+            "indices": buffer.accessor(indices, "SCALAR", USHORT if small else UINT, ELEMENT_BUFFER),
+            "material": k,
+            "mode": 4,
+        })  # fmt: skip
+    document["meshes"] = [{"name": NAME, "primitives": primitives}]
+    uses = {f"{use}Texture": {"index": k} for k, use in enumerate(maps) if use}  # occlusion is read from red
+    document["materials"] = [
+        {
+            "name": material.name,
+            "pbrMetallicRoughness": {"metallicFactor": material.metallic, "roughnessFactor": material.roughness} | base,
+            "doubleSided": not encloses(mesh),
+        }
+        | uses
+        for material, _ in groups
+    ]
+    if maps:
+        views = {"_".join(filter(None, [NAME, use])): buffer.view(png_bytes(maps[use])) for use in maps}
         document["images"] = [{"bufferView": v, "mimeType": "image/png", "name": t} for t, v in views.items()]
     buffer.data += b"\0" * (-len(buffer.data) % 4)
     document["accessors"], document["bufferViews"] = buffer.accessors, buffer.views

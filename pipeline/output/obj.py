@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.output.files import write_whole
-from pipeline.output.surface import GENERATOR, png_bytes, textured
+from pipeline.output.surface import GENERATOR, METALLIC, ROUGHNESS, png_bytes, textured
 from stages.kernels.srgb import linear_to_srgb
 from stages.mesh.clean import check_mesh
-from stages.mesh.mesh import Mesh
+from stages.mesh.mesh import Material, Mesh
 
 
 def _lines(keyword: str, rows: np.ndarray) -> str:
@@ -40,27 +40,40 @@ def obj_text(mesh: Mesh, material_file: str | None) -> str:
     parts.append(_lines("vn", np.round(mesh.vertex_normals(), 5)))
     corners = mesh.faces.astype(np.int64) + 1
     if with_texture:
-        parts.append("usemtl material\n")
         triples = np.stack([corners, mesh.uv_faces.astype(np.int64) + 1, corners], -1).reshape(-1, 9).tolist()
-        parts += ["f {}/{}/{} {}/{}/{} {}/{}/{}\n".format(*row) for row in triples]
+        names, change = material_names(mesh), ""
+        of_face = np.zeros(len(triples), int) if mesh.face_materials is None else mesh.face_materials
+        for row, name in zip(triples, (names[k] for k in of_face), strict=True):
+            if name != change:
+                parts.append(f"usemtl {name}\n")
+                change = name
+            parts.append("f {}/{}/{} {}/{}/{} {}/{}/{}\n".format(*row))
     else:
         pairs = np.stack([corners, corners], -1).reshape(-1, 6).tolist()
         parts += ["f {}//{} {}//{} {}//{}\n".format(*row) for row in pairs]
     return "".join(parts)
 
 
-def mtl_text(
-    texture_file: str, normal_file: str | None = None, *, metallic: float | None = None, roughness: float | None = None
-) -> str:
-    """Return a white material, matt by default, with its colour from the texture and its normals from a map, if any.
+def material_names(mesh: Mesh) -> list[str]:
+    """Return the names of the mesh's materials as OBJ can say them: without blanks, each of its own."""
+    names = ["_".join(material.name.split()) or "material" for material in mesh.materials or ()] or ["material"]
+    return [name if names.index(name) == k else f"{name}_{k}" for k, name in enumerate(names)]
 
-    `norm`, `Pr` and `Pm` are of the PBR extension to MTL.
+
+def mtl_text(mesh: Mesh, texture_file: str, normal_file: str | None = None) -> str:
+    """Return white materials, matt by default, with their colour from the texture and normals from a map, if any.
+
+    `norm`, `Pr` and `Pm` are of the PBR extension to MTL, which has no word for occlusion.
     """
-    rough, metal = 0.9 if roughness is None else roughness, 0 if metallic is None else metallic
-    return (
-        f"# {GENERATOR}\nnewmtl material\nKa 0 0 0\nKd 1 1 1\nKs 0 0 0\nd 1\nillum 1\n"
-        f"Pr {rough:g}\nPm {metal:g}\nmap_Kd {texture_file}\n" + (f"norm {normal_file}\n" if normal_file else "")
-    )
+    parts = [f"# {GENERATOR}\n"]
+    materials = mesh.materials or (Material("material", mesh.metallic, mesh.roughness),)
+    for name, material in zip(material_names(mesh), materials, strict=True):
+        rough = ROUGHNESS if material.roughness is None else material.roughness
+        metal = METALLIC if material.metallic is None else material.metallic
+        parts.append(f"newmtl {name}\nKa 0 0 0\nKd 1 1 1\nKs 0 0 0\nd 1\nillum 1\n")
+        parts.append(f"Pr {rough:g}\nPm {metal:g}\nmap_Kd {texture_file}\n")
+        parts.append(f"norm {normal_file}\n" if normal_file else "")
+    return "".join(parts)
 
 
 def write_obj(mesh: Mesh, path: str | Path) -> list[Path]:
@@ -79,7 +92,5 @@ def write_obj(mesh: Mesh, path: str | Path) -> list[Path]:
     pictures = [picture]
     if mesh.normal_map is not None:
         pictures.append(write_whole(path.with_name(f"{stem}_normal.png"), png_bytes(mesh.normal_map)))
-    finish = {"metallic": mesh.metallic, "roughness": mesh.roughness}
-    text_of_material = mtl_text(*(p.name for p in pictures), **finish)
-    write_whole(material, text_of_material.encode())
+    write_whole(material, mtl_text(mesh, *(p.name for p in pictures)).encode())
     return [write_whole(path, text), material, *pictures]

@@ -47,7 +47,8 @@ class ResultMesh:
         return self.data.faces
 
     def save(self, path: str | Path) -> list[Path]:
-        """Write the mesh to a file whose suffix names the format: .glb, .obj, .ply or .stl.
+        """Write the mesh to a file whose suffix names the format: .glb, .obj, .ply, .stl,
+        .3mf or .usdz.
 
         Returns: all files written; an .obj has its material and textures beside it.
         Raises: UserError for another suffix, or a failed write.

@@ -19,7 +19,7 @@ def split_commas(value: Any) -> Any:
 class ExportSettings(MeshSettings):
     """Settings of the files at the end of a run."""
 
-    formats: Annotated[list[Literal["glb", "obj", "ply", "stl"]], BeforeValidator(split_commas)] = Field(
+    formats: Annotated[list[Literal["glb", "obj", "ply", "stl", "3mf", "usdz"]], BeforeValidator(split_commas)] = Field(
         ["glb", "obj"], description="mesh files to write at the end of a run"
     )
     tets: int = Field(
@@ -31,9 +31,15 @@ class ExportSettings(MeshSettings):
     stl_up: Literal["auto", Axis] = Field(
         "auto", description="axis that points up in STL files; auto: as in the user's own mesh, y without one"
     )
-    stl_size: float | None = Field(
-        None, gt=0, le=1e6, description="longest side in STL files, mm to most printers; none: as in the other files"
+    size_mm: float | None = Field(
+        None, gt=0, le=1e6, description="longest side in STL and 3MF files, millimetres; none: as in the other files"
     )
     turntable_frames: int = Field(36, ge=0, le=720, description="pictures in a turn; 0 writes no turntable")
     turntable_size: int = Field(384, ge=16, le=2048, multiple_of=2, description="side of the turntable in pixels")
     mp4: bool = Field(True, description="write the turntable as .mp4 as well, where imageio-ffmpeg is installed")
+
+    def unread(self) -> set[str]:
+        """Return the settings that are switched off or have no file to act on."""
+        names = {name for name in ("normal_map", "occlusion") if not getattr(self, name)}
+        names |= {name for name in ("metallic", "roughness", "size_mm") if getattr(self, name) is None}
+        return names | ({"stl_up"} if self.stl_up == "auto" else set())

@@ -11,9 +11,11 @@ import torch
 from stages.kernels.srgb import linear_to_srgb, srgb_to_linear
 from stages.mesh.clean import check_mesh
 from stages.mesh.measure import edges_of
-from stages.mesh.mesh import Mesh
+from stages.mesh.mesh import Material, Mesh
+from stages.mesh.texture.tangents import corner_tangents, mirrored_faces
 
 GENERATOR = "text3d-pipeline"
+ROUGHNESS, METALLIC = 0.9, 0.0  # of what says nothing itself: priors know colours, no reflections
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,8 @@ class Surface:
     """A mesh with one index a corner: vertices are repeated where their texture coordinates differ.
 
     positions, normals [V, 3] float32; uv [V, 2] float32, v up, or None; colours [V, 3] float32 linear, or None; faces
-    [F, 3] int64; source [V] the vertex of the mesh that each one comes from.
+    [F, 3] int64; source [V] the vertex of the mesh that each one comes from; tangents [V, 4] float32 with their sign,
+    of a mesh with a normal map, or None (see stages.mesh.texture.tangents).
     """
 
     positions: np.ndarray
@@ -30,6 +33,7 @@ class Surface:
     colours: np.ndarray | None
     faces: np.ndarray
     source: np.ndarray
+    tangents: np.ndarray | None = None
 
 
 def textured(mesh: Mesh) -> bool:
@@ -37,48 +41,45 @@ def textured(mesh: Mesh) -> bool:
     return mesh.texture is not None and mesh.uv is not None and mesh.uv_faces is not None
 
 
+def material_groups(mesh: Mesh) -> list[tuple[Material, np.ndarray]]:
+    """Return the mesh's materials in use, roughness and metalness filled in, each with its faces [n] in their order."""
+    materials = mesh.materials or (Material("mesh", mesh.metallic, mesh.roughness),)
+    of_face = np.zeros(len(mesh.faces), np.int32) if mesh.face_materials is None else mesh.face_materials
+    groups = []
+    for k, material in enumerate(materials):
+        metallic = METALLIC if material.metallic is None else material.metallic
+        roughness = ROUGHNESS if material.roughness is None else material.roughness
+        groups.append((Material(material.name, metallic, roughness), np.flatnonzero(of_face == k)))
+    return [group for group in groups if len(group[1])]
+
+
 def split_seams(mesh: Mesh) -> Surface:
-    """Make one vertex for each pair of vertex and texture coordinate in use; normals stay smooth across seams."""
+    """Make one vertex for each pair of vertex and texture coordinate in use; normals stay smooth across seams.
+
+    With a normal map vertices are also apart where a chart meets its mirror image.
+    """
     check_mesh(mesh)
-    normals = mesh.vertex_normals()
+    normals, tangents = mesh.vertex_normals(), None
     if textured(mesh):
-        pairs = np.stack([mesh.faces.reshape(-1), mesh.uv_faces.reshape(-1)], -1)
-        used, faces = np.unique(pairs, axis=0, return_inverse=True)
+        keys = [mesh.faces.reshape(-1), mesh.uv_faces.reshape(-1)]
+        if mesh.normal_map is not None:
+            keys.append(np.repeat(mirrored_faces(mesh), 3))
+        used, first, faces = np.unique(np.stack(keys, -1), axis=0, return_index=True, return_inverse=True)
         source, uv = used[:, 0], mesh.uv[used[:, 1]]
+        if mesh.normal_map is not None:
+            tangents = corner_tangents(mesh).reshape(-1, 4)[first]
     else:
         source, faces = np.unique(mesh.faces, return_inverse=True)
         uv = None
     colours = None if mesh.colours is None else mesh.colours[source]
-    return Surface(mesh.vertices[source].astype(np.float32), normals[source], uv, colours, faces.reshape(-1, 3), source)
+    positions = mesh.vertices[source].astype(np.float32)
+    return Surface(positions, normals[source], uv, colours, faces.reshape(-1, 3), source, tangents)
 
 
 def encloses(mesh: Mesh) -> bool:
     """Return whether the mesh is closed and faces outwards, so that nobody sees a face's back."""
     edges = edges_of(mesh.faces)
     return bool((edges.count == 2).all() and (edges.balance == 0).all()) and mesh.signed_volume() > 0
-
-
-def tangents(surface: Surface) -> np.ndarray:
-    """Return unit directions of growing u, square to the normals, and the handedness that glTF wants, [V, 4] float32.
-
-    n x t times the fourth number points along growing v (up); it is -1 where a chart is mirrored. Towards +x or +z
-    where the texture coordinates give no direction.
-    """
-    p, q = surface.positions[surface.faces].astype(np.float64), surface.uv[surface.faces].astype(np.float64)
-    (edge, other), (d, s) = (p[:, 1] - p[:, 0], p[:, 2] - p[:, 0]), (q[:, 1] - q[:, 0], q[:, 2] - q[:, 0])
-    area = d[:, 0] * s[:, 1] - s[:, 0] * d[:, 1]
-    along = np.sign(area)[:, None] * (edge * s[:, 1:] - other * d[:, 1:])
-    along *= (np.abs(area) / np.maximum(np.linalg.norm(along, axis=1), 1e-30))[:, None]
-    total, signed = np.zeros(surface.positions.shape), np.zeros(len(surface.positions))
-    for k in range(3):
-        np.add.at(total, surface.faces[:, k], along)
-        np.add.at(signed, surface.faces[:, k], area)
-    normals = surface.normals.astype(np.float64)
-    axis = np.where(np.abs(normals[:, :1]) < 0.9, [[1.0, 0.0, 0.0]], [[0.0, 0.0, 1.0]])
-    spare, flat = (d - normals * np.einsum("vk,vk->v", d, normals)[:, None] for d in (axis, total))
-    flat = np.where(np.linalg.norm(flat, axis=1, keepdims=True) > 1e-12, flat, spare)
-    flat /= np.linalg.norm(flat, axis=1, keepdims=True)
-    return np.concatenate([flat, np.where(signed < 0, -1.0, 1.0)[:, None]], axis=1).astype(np.float32)
 
 
 def vertex_colours(mesh: Mesh) -> np.ndarray | None:
@@ -106,7 +107,7 @@ def srgb_bytes(linear: np.ndarray) -> np.ndarray:
 
 
 def png_bytes(image: np.ndarray) -> bytes:
-    """Return a uint8 [H, W, 3] image as PNG, without metadata."""
+    """Return a uint8 image, [H, W, 3] or grey [H, W], as PNG, without metadata."""
     from PIL import Image
 
     buffer = io.BytesIO()

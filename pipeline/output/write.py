@@ -13,12 +13,21 @@ from pipeline.output.obj import write_obj
 from pipeline.output.ply import write_ply
 from pipeline.output.settings import ExportSettings
 from pipeline.output.stl import write_stl
+from pipeline.output.threemf import write_threemf
+from pipeline.output.usdz import check_usd, write_usdz
 from stages.errors import UserError
 from stages.mesh.mesh import Mesh
 
 log = logging.getLogger(__name__)
 
-FORMATS = {"glb": write_glb, "obj": write_obj, "ply": write_ply, "stl": write_stl}
+FORMATS = {
+    "glb": write_glb,
+    "obj": write_obj,
+    "ply": write_ply,
+    "stl": write_stl,
+    "3mf": write_threemf,
+    "usdz": write_usdz,
+}
 BESIDE = {"obj": (".mtl", ".png", "_normal.png")}  # what a format may write beside its file, by the end of the name
 
 
@@ -30,6 +39,8 @@ def check_formats(text: str) -> list[str]:
         raise UserError(
             f"cannot write {', '.join(unknown)}", f"known formats: {', '.join(FORMATS)}", "choose from these"
         )
+    if "usdz" in names:
+        check_usd()
     return list(dict.fromkeys(names))
 
 
@@ -61,7 +72,7 @@ def write_mesh(mesh: Mesh, path: str | Path, axes: FileAxes | None = None) -> li
 
     Args:
         mesh: with faces, y up.
-        path: ends in .glb, .obj, .ply or .stl.
+        path: ends in .glb, .obj, .ply, .stl, .3mf or .usdz.
         axes: which axis points up in it; None: y.
     Returns: all files written, side files included.
     Raises: UserError for another suffix, a damaged mesh, or a failed write.

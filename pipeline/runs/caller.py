@@ -24,11 +24,13 @@ class Caller:
         priors: objects by stage, in the place of sources.
         on_step: called with stage, step and metrics after every step.
         mesh: what the run came to, as soon as it is made; None before, and where the run was finished already.
+        log: names of what else hears the metrics, see pipeline.runs.tracking.
     """
 
     priors: Mapping[str, Prior] = field(default_factory=dict)
     on_step: Callable[[str, int, dict[str, float]], object] | None = None
     mesh: ResultMesh | None = None
+    log: tuple[str, ...] = ()
 
 
 @contextlib.contextmanager

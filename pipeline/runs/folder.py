@@ -21,37 +21,45 @@ from stages.errors import UserError
 log = logging.getLogger(__name__)
 
 _BEGUN = re.compile(r"\.lock|\.config\.yaml\..*\.part")  # what a run leaves that is killed as it begins
+RUNS = "runs"  # where runs go that are told no place
 MIN_FREE_MB = 300  # checkpoints of both stages with a 128^3 grid, written beside their predecessors, and the exports
 
 
 def new_folder(out: Path | None, prompt: str, seed: int) -> Path:
     """Make the folder of a new run: `out` where it is new, empty or begun in vain, else runs/<prompt>-<seed>[-k]."""
+    check_place(out)
     if out is not None:
-        if out.is_dir() and not all(_BEGUN.fullmatch(path.name) for path in out.iterdir()):
-            run = (out / "config.yaml").is_file()
-            raise UserError(
-                f"{out} already holds {'a run' if run else 'files'}",
-                "a new run never writes over what is there",
-                f"choose another --out, or go on with that run: pipeline resume {out}"
-                if run
-                else "choose another --out",
-            )
-        check_disk(out)
         out.mkdir(parents=True, exist_ok=True)
         return out
-    text = unicodedata.normalize("NFKD", prompt).encode("ascii", "ignore").decode().lower()
-    slug = re.sub(r"[^a-z0-9]+", "-", text).strip("-")[:60].rstrip("-") or "run"
-    runs = Path("runs")
-    check_disk(runs)
+    runs = Path(RUNS)
     runs.mkdir(exist_ok=True)
-    k = 1
+    name, k = folder_name(prompt, seed), 1
     while True:
-        folder = runs / (f"{slug}-{seed}" if k == 1 else f"{slug}-{seed}-{k}")
+        folder = runs / (name if k == 1 else f"{name}-{k}")
         try:
             folder.mkdir()
             return folder
         except FileExistsError:
             k += 1
+
+
+def folder_name(prompt: str, seed: int) -> str:
+    """Return the name of a run's folder, before the number that tells it from others of the name."""
+    text = unicodedata.normalize("NFKD", prompt).encode("ascii", "ignore").decode().lower()
+    slug = re.sub(r"[^a-z0-9]+", "-", text).strip("-")[:60].rstrip("-") or "run"
+    return f"{slug}-{seed}"
+
+
+def check_place(out: Path | None) -> None:
+    """Raise UserError unless a new run can begin in `out`, None: in the usual folder; makes nothing."""
+    if out is not None and out.is_dir() and not all(_BEGUN.fullmatch(path.name) for path in out.iterdir()):
+        run = (out / "config.yaml").is_file()
+        raise UserError(
+            f"{out} already holds {'a run' if run else 'files'}",
+            "a new run never writes over what is there",
+            f"choose another --out, or go on with that run: pipeline resume {out}" if run else "choose another --out",
+        )
+    check_disk(Path(RUNS) if out is None else out)
 
 
 def check_disk(path: Path) -> None:

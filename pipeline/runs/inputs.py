@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from stages.mesh.mesh import Mesh
     from stages.stage import Asset
 
-_PARTS = ("vertices", "faces", "colours", "uv", "uv_faces", "texture", "normals")
+_PARTS = ("vertices", "faces", "colours", "uv", "uv_faces", "texture", "normals", "face_materials")
 _FINISH = ("metallic", "roughness")
 
 
@@ -61,6 +61,7 @@ class Inputs:
             parts = {name: getattr(self.mesh, name) for name in _PARTS}
             state = {name: torch.from_numpy(part.copy()) for name, part in parts.items() if part is not None}
             finish = {name: getattr(self.mesh, name) for name in _FINISH}
+            finish["materials"] = [[m.name, m.metallic, m.roughness] for m in self.mesh.materials or ()]
             save_checkpoint(folder / GIVEN, state, {"up": self.up, "format": self.format} | finish)
 
 
@@ -181,12 +182,14 @@ def load_inputs(folder: Path, config: Config, device: torch.device) -> Asset | N
 
 
 def _given_mesh(folder: Path, config: Config) -> Asset:
-    from stages.mesh.mesh import Mesh
+    from stages.mesh.mesh import Material, Mesh
     from stages.mesh.place import place
     from stages.stage import Asset
 
     state, meta = _loaded(folder, config, GIVEN)
-    mesh = Mesh(**{name: part.numpy() for name, part in state.items()}, **{name: meta[name] for name in _FINISH})
+    finish = {name: meta[name] for name in _FINISH}
+    finish["materials"] = tuple(Material(*material) for material in meta["materials"]) or None
+    mesh = Mesh(**{name: part.numpy() for name, part in state.items()}, **finish)
     mesh, placement = place(_body_of(mesh, config)[0], config.place, meta["up"], meta["format"])
     return Asset(mesh=mesh, placement=placement)
 

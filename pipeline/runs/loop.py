@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from pipeline.runs.caller import Caller
     from pipeline.runs.log import Metrics, Record
     from pipeline.runs.progress import Progress, StageProgress
+    from pipeline.runs.tracking import Board
     from stages.stage import Asset, Stage
 
 
@@ -52,6 +53,7 @@ class Host(Protocol):
     progress: Progress
     record: Record
     metrics: Metrics
+    board: Board
 
     def saved_step(self, name: str) -> int | None:
         """Return the step of a stage's checkpoint, None without one."""
@@ -126,7 +128,9 @@ class StageLoop:
             metrics = stage.step()
         step = stage.step_index
         self._check_finite(metrics, step)
-        self._run.metrics.add(self._name, step, time.perf_counter() - began, metrics)
+        seconds = time.perf_counter() - began
+        self._run.metrics.add(self._name, step, seconds, metrics)
+        self._run.board.add(self._name, step, seconds, metrics)
         display.update(step, stage.headline(metrics))
         if step % config.preview_every == 0 or step == stage.steps:
             self._preview(stage)
@@ -173,6 +177,7 @@ class StageLoop:
         path = self._folder / "previews" / f"{stage.step_index:06d}.png"
         self._timed("preview", self._join)
         self._preview_write = self._writer.submit(lambda: write_whole(path, png_bytes(image)))
+        self._run.board.show(self._name, stage.step_index, image)
 
     def _save(self, stage: Stage) -> None:
         if rank() > 0:
@@ -214,3 +219,4 @@ class StageLoop:
             self._leave()
         self._writer.shutdown()
         self._run.metrics.flush()
+        self._run.board.flush()

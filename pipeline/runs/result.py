@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -63,7 +64,8 @@ class Result:
 
     @property
     def files(self) -> dict[str, Path]:
-        """The files by kind: glb, obj, mtl, texture, normal_map, ply, stl, turntable, video."""
+        """The files by kind: glb, obj, mtl, texture, normal_map, ply, stl, 3mf, usdz, turntable, video;
+        with `_lod1` and so on behind it for coarser levels of detail."""
         paths = [self.folder / name for name in self.record.get("outputs", [])] if self._paths is None else self._paths
         return {_kind(path): path for path in paths}
 
@@ -83,7 +85,7 @@ class Result:
     def mesh(self) -> ResultMesh:
         """The textured mesh, as its files hold it."""
         if self._mesh is None:
-            from pipeline.runs.run import remake_mesh
+            from pipeline.runs.export import remake_mesh
 
             self._mesh = remake_mesh(self.folder)
         return self._mesh
@@ -124,4 +126,5 @@ class Result:
 
 def _kind(path: Path) -> str:
     by_end = next((kind for end, kind in _ENDS.items() if path.name.endswith(end)), path.suffix[1:])
-    return _KINDS.get(path.name, by_end)
+    level = re.search(r"_lod\d+", path.stem)
+    return _KINDS.get(path.name, by_end) + (level[0] if level else "")

@@ -18,6 +18,7 @@ from pipeline.config.model import Config, read_config
 from pipeline.config.written import dump_read, read_part
 from pipeline.errors import Interrupted
 from pipeline.output.files import write_whole
+from pipeline.output.usdz import check_usd
 from pipeline.priors.memory import explain_shortage
 from pipeline.priors.source import Kept
 from pipeline.priors.sources import StagePrior, check_priors, notices
@@ -25,7 +26,7 @@ from pipeline.runs import stages
 from pipeline.runs.caller import Caller, deterministic, warnings_told
 from pipeline.runs.checkpoint import CHECKPOINT, STEPS, load_checkpoint, read_meta
 from pipeline.runs.folder import Lock, check_disk, new_folder, open_folder
-from pipeline.runs.inputs import check_inputs, load_inputs
+from pipeline.runs.inputs import Inputs, check_inputs, load_inputs
 from pipeline.runs.interrupt import StopRequest
 from pipeline.runs.lineage import afresh, check_run, check_upstream, refined, remedy
 from pipeline.runs.log import Metrics, Record
@@ -33,6 +34,7 @@ from pipeline.runs.loop import StageLoop
 from pipeline.runs.machine import choose_device, describe
 from pipeline.runs.progress import Progress, duration
 from pipeline.runs.ranks import joined, quiet_but_first
+from pipeline.runs.tracking import check_log, open_board
 from pipeline.streams import silent_rank
 from stages.errors import UserError, out_of_memory
 from stages.kernels.backend import resolve, selected
@@ -42,7 +44,6 @@ from stages.phases import phase
 if TYPE_CHECKING:
     import torch
 
-    from pipeline.output.result_mesh import ResultMesh
     from pipeline.profile.record import Profile
     from stages.stage import Asset, Stage
 
@@ -64,13 +65,10 @@ def start_run(
 def _start(
     config: Config, out: Path | None, progress: Progress, profile: Profile | None, caller: Caller, device: torch.device
 ) -> Path:
-    config = read_part(config)  # the very values that a resumed run reads
-    resolve(config.kernels, device)  # refuses what is not there
-    priors = first_then_others(lambda: check_priors(config, None, caller.priors))
+    config, priors, inputs = prepare(config, device, caller)
     with contextlib.ExitStack() as held:
 
         def begin() -> str:
-            inputs = check_inputs(config)
             folder = new_folder(out, config.prompt, config.seed)
             progress.note(f"run folder {folder}" + (f"; {inputs.note}" if inputs.note else ""))
             for notice in notices(config, priors):
@@ -87,11 +85,24 @@ def _start(
     return folder
 
 
+def prepare(config: Config, device: torch.device, caller: Caller) -> tuple[Config, Mapping[str, StagePrior], Inputs]:
+    """Return the settings that a new run reads, its priors and what it starts from. Raises: UserError for a mistake."""
+    config = read_part(config)  # the very values that a resumed run reads
+    resolve(config.kernels, device)  # refuses what is not there
+    priors = first_then_others(lambda: check_priors(config, None, caller.priors))
+    inputs = check_inputs(config)
+    if "usdz" in config.export.formats:
+        check_usd()
+    check_log(caller.log)
+    return config, priors, inputs
+
+
 def resume_run(folder: Path, progress: Progress | None = None, caller: Caller | None = None) -> None:
     """Go on with a run from its last checkpoint, or say that it is finished."""
     progress, caller = progress or Progress(), caller or Caller()
     config = read_run(folder)
     check_disk(folder)
+    check_log(caller.log)
     with contextlib.nullcontext() if silent_rank() else Lock(folder):
         outputs = stands(folder, config)
         if outputs:
@@ -140,52 +151,6 @@ def read_run(folder: Path) -> Config:
     return read_config(open_folder(folder))
 
 
-def export_run(
-    folder: Path,
-    formats: str,
-    out: Path | None = None,
-    progress: Progress | None = None,
-    caller: Caller | None = None,
-) -> list[Path]:
-    """Write the result of a finished run in the named formats, comma separated; returns the files."""
-    from pipeline.output.write import check_formats, existing_files, write_formats
-
-    progress = progress or Progress()
-    names = check_formats(formats)
-    config = read_run(folder)
-    check_run(folder, config)
-    in_place = out is None or out.resolve() == folder.resolve()
-    target = folder if in_place else out
-    if not in_place and (existing := existing_files(target, names)):
-        raise UserError(f"{target} already holds {existing[0]}", "it may be another run's", "choose another --out")
-    check_disk(target)
-    target.mkdir(parents=True, exist_ok=True)
-    with Lock(folder) if in_place else contextlib.nullcontext():  # a run that is only read may lie on a read-only disk
-        mesh = remake_mesh(folder, progress)
-        paths = write_formats(mesh.data, target, names, axes=mesh.axes)
-    for path in paths:
-        progress.note(f"wrote {path}" + (f", {mesh.axes.note(mesh.data)}" if path.suffix == ".stl" else ""))
-    if caller is not None:
-        caller.mesh = mesh
-    return paths
-
-
-def remake_mesh(folder: Path, progress: Progress | None = None) -> ResultMesh:
-    """Make the mesh of a finished run again from its checkpoints, to the same bytes, without any prior.
-
-    progress: None says nothing. Raises: UserError for a run that is not finished.
-    """
-    from pipeline.output.asset import finished_mesh, in_own_place
-    from pipeline.output.axes import file_axes
-    from pipeline.output.result_mesh import ResultMesh
-
-    with _reopened(folder, progress) as run:
-        asset = run.restore(run.config.stages[-1])
-        mesh = finished_mesh(asset, run.config.export, run.config.fine.initialise, {})
-        axes = file_axes(asset.placement, run.config.export)
-    return ResultMesh(in_own_place(mesh, asset), mesh, axes)
-
-
 def restore_stage(folder: Path, name: str) -> Stage:
     """Return a stage of a run as its last checkpoint left it, without its prior: it can be looked at, not stepped.
 
@@ -194,7 +159,7 @@ def restore_stage(folder: Path, name: str) -> Stage:
         name: of the stage.
     Raises: UserError where the run has no checkpoint of it.
     """
-    with _reopened(folder) as run:
+    with reopened(folder) as run:
         if run.saved_step(name) is None:
             saved = ", ".join(path.parent.name for path in sorted(folder.glob(f"*/{CHECKPOINT}"))) or "none"
             raise UserError(f"{folder} has no checkpoint of {name}", f"stages with one: {saved}", "choose one of these")
@@ -202,8 +167,8 @@ def restore_stage(folder: Path, name: str) -> Stage:
 
 
 @contextlib.contextmanager
-def _reopened(folder: Path, progress: Progress | None = None) -> Iterator[Run]:
-    """A run to read from; None says nothing."""
+def reopened(folder: Path, progress: Progress | None = None) -> Iterator[Run]:
+    """Open a run to read from. progress: None says nothing."""
     from rich.console import Console
 
     progress = progress or Progress(Console(quiet=True))
@@ -234,6 +199,7 @@ class Run:
         self.folder, self.config, self.device, self.progress, self.caller = folder, config, device, progress, caller
         self.priors, self.kept = priors, Kept()
         self.record, self.metrics = Record(folder, writes=rank() == 0), Metrics(folder, writes=rank() == 0)
+        self.board = open_board(caller.log if rank() == 0 else (), folder)
         self.kernels = resolve(config.kernels, device)
         self._stuck = False  # a stage took all its steps and made nothing to hand on: resuming would end there again
 
@@ -269,6 +235,7 @@ class Run:
         self.record.data.pop("error", None)
         self.record.save(status="finished")
         self.progress.note(self._summary())
+        self.progress.note(self._where_to_look())
 
     def saved_step(self, name: str) -> int | None:
         """Return the step of a stage's checkpoint, None without one."""
@@ -350,7 +317,7 @@ class Run:
 
     def _export(self, asset: Asset) -> None:
         from pipeline.output.asset import finished_mesh, in_own_place
-        from pipeline.output.axes import file_axes
+        from pipeline.output.axes import PRINTS, file_axes
         from pipeline.output.result_mesh import ResultMesh
         from pipeline.output.write import write_results
 
@@ -363,12 +330,19 @@ class Run:
                 axes = file_axes(asset.placement, self.config.export)
                 result = ResultMesh(in_own_place(mesh, asset), mesh, axes)
                 paths = write_results(mesh, self.folder, self.config.export, result.data, axes)
-        if "stl" in self.config.export.formats:
-            self.progress.note(f"mesh.stl: {axes.note(result.data)}")
+        for name in PRINTS:
+            if name in self.config.export.formats:
+                self.progress.note(f"mesh.{name}: {axes.note(result.data, name)}")
         self.caller.mesh = result
         facts["phases"]["write"] = round(times["write"], 3)
         files = [path.name for path in paths]
         self.record.save(export=facts, outputs=files, exported_with=_export_settings(self.config))
+
+    def _where_to_look(self) -> str:
+        files = self.record.data["outputs"]
+        picture = next((name for name in files if name.startswith("turntable")), None)
+        moving = f"look at {self.folder / picture}, " if picture else ""
+        return f"{moving}open {self.folder / files[0]}; other files: pipeline export {self.folder} --format stl,3mf"
 
     def _summary(self) -> str:
         stages = self.record.data["stages"]

@@ -7,6 +7,7 @@ change of faces, so they are dropped; vertex colours are kept.
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 import numpy as np
 
@@ -134,6 +135,21 @@ def drop_floaters(mesh: Mesh, ratio: float = 0.02) -> Mesh:
     if dropped:
         log.info("%d of %d components dropped, %.2g of the area", dropped, count, areas[~keep].sum() / areas.sum())
     return _select(mesh, mesh.faces[keep[labels]])
+
+
+def largest_shell(mesh: Mesh) -> Mesh:
+    """Return the part of a mesh that bounds the largest volume; its texture and coordinates stay.
+
+    Inner voids and separate parts go.
+    """
+    labels = face_components(mesh.faces, len(mesh.vertices))
+    if labels.max() == 0:
+        return mesh
+    volumes = np.bincount(labels, face_volumes(mesh.vertices, mesh.faces))
+    kept = labels == int(volumes.argmax())
+    rest = {name: getattr(mesh, name) for name in ("uv_faces", "face_materials")}
+    rest = {name: None if values is None else values[kept] for name, values in rest.items()}
+    return replace(mesh, faces=mesh.faces[kept], **rest)
 
 
 def decimate(mesh: Mesh, faces: int) -> Mesh:

@@ -127,7 +127,9 @@ def without_far_specks(mesh: Mesh) -> tuple[Mesh, int]:
     if _radius(mesh.vertices[np.unique(mesh.faces[large])].astype(np.float64)) >= FAR * _radius(used):
         return mesh, 0
     uv_faces = None if mesh.uv_faces is None else mesh.uv_faces[large]
-    return replace(mesh, faces=mesh.faces[large], uv_faces=uv_faces), int((areas < SPECK * areas.max()).sum())
+    of_face = None if mesh.face_materials is None else mesh.face_materials[large]
+    result = replace(mesh, faces=mesh.faces[large], uv_faces=uv_faces, face_materials=of_face)
+    return result, int((areas < SPECK * areas.max()).sum())
 
 
 def _radius(points: np.ndarray) -> float:

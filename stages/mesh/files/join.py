@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ import torch
 
 from stages.kernels.srgb import linear_to_srgb
 from stages.mesh.measure import face_areas
-from stages.mesh.mesh import Mesh
+from stages.mesh.mesh import Material, Mesh
 
 log = logging.getLogger(__name__)
 
@@ -31,11 +32,11 @@ def join(parts: list[Mesh]) -> Mesh:
         parts: at least one; each with a texture and coordinates in [0, 1], or with colours.
     """
     if len(parts) == 1:
-        return parts[0]
+        return replace(parts[0], materials=None, face_materials=None)
     starts = np.cumsum([0] + [len(part.vertices) for part in parts[:-1]])
     vertices = np.concatenate([part.vertices for part in parts])
     faces = np.concatenate([part.faces + start for part, start in zip(parts, starts)]).astype(np.int32)
-    rest = _finish(parts)
+    rest = _finish(parts) | _materials(parts)
     if all(part.normals is not None for part in parts):
         rest["normals"] = np.concatenate([part.normals for part in parts])
     if all(part.texture is None for part in parts):
@@ -52,8 +53,23 @@ def join(parts: list[Mesh]) -> Mesh:
     return Mesh(vertices, faces, **layout, texture=texture, **rest)
 
 
+def _materials(parts: list[Mesh]) -> dict[str, Any]:
+    """Return the parts' own materials, equal ones once, and the faces of each; nothing where there is only one.
+
+    A part brings its material's name as the first of `materials`, or none.
+    """
+    names = [part.materials[0].name if part.materials else "" for part in parts]
+    own = [Material(name, part.metallic, part.roughness) for name, part in zip(names, parts)]
+    distinct = list(dict.fromkeys(own))
+    if len(distinct) == 1:
+        return {}
+    faces = [np.full(len(part.faces), distinct.index(material), np.int32) for part, material in zip(parts, own)]
+    named = [replace(m, name=m.name or f"material_{k}") for k, m in enumerate(distinct)]
+    return {"materials": tuple(named), "face_materials": np.concatenate(faces)}
+
+
 def _finish(parts: list[Mesh]) -> dict[str, Any]:
-    """Return the metalness and roughness of the parts together: their mean by area, warned of where they differ."""
+    """Return the metalness and roughness of the parts together, for a surface made anew: their mean by area."""
     with np.errstate(all="ignore"):  # coordinates that are not finite are refused with the mesh
         areas = np.array([face_areas(part.vertices, part.faces).sum() for part in parts])
     finish: dict[str, Any] = {}
@@ -63,10 +79,6 @@ def _finish(parts: list[Mesh]) -> dict[str, Any]:
         if not known.any():
             continue
         finish[name] = float(np.average(values[known], weights=areas[known]))
-        if np.ptp(values[known]) > 0.01:
-            text = "the parts are %s by %.2g to %.2g; all are taken as %.2g"
-            word = "rough" if name == "roughness" else name
-            log.warning(text, word, values[known].min(), values[known].max(), finish[name])
     return finish
 
 

@@ -24,6 +24,7 @@ from stages.kernels.srgb import srgb_to_linear
 from stages.mesh.files.mtl import Material, lines_of, read_libraries
 from stages.mesh.files.picture import GREY, bare_layout, in_one_tile, pixels, spread
 from stages.mesh.files.polygons import triangles_of
+from stages.mesh.mesh import Material as MeshMaterial
 from stages.mesh.mesh import Mesh
 
 log = logging.getLogger(__name__)
@@ -200,7 +201,9 @@ def read_obj(path: Path) -> list[Mesh]:
         if material is None and name and materials:
             log.warning("the material %s is in no library: it is plain grey", name)
         rows = places[triangles[of_triangle == which]]  # [T, 3, 3]
-        parts.append(_part(points, colours, uv, normals, rows, material, pictures))
+        part = _part(points, colours, uv, normals, rows, material, pictures)
+        part.materials = (MeshMaterial(name.strip('"')),) if name else ()
+        parts.append(part)
     return parts
 
 

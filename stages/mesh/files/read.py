@@ -23,7 +23,7 @@ from stages.mesh.files.picture import GREY, bare_layout, in_one_tile, tinted
 from stages.mesh.files.ply import read_ply
 from stages.mesh.files.stl import read_stl
 from stages.mesh.measure import face_areas
-from stages.mesh.mesh import Mesh
+from stages.mesh.mesh import Material, Mesh
 from stages.paths import from_home
 
 log = logging.getLogger(__name__)
@@ -157,6 +157,9 @@ def _finish(part: Any) -> dict[str, Any]:
     """
     finish: dict[str, Any] = {"normals": getattr(part, "vertex_attributes", {}).get("_NORMAL")}
     material = getattr(part.visual, "material", None)
+    name = getattr(material, "name", None) or ""
+    if name and name != PLAIN["name"]:
+        finish["materials"] = (Material(name),)
     if type(material).__name__ != "PBRMaterial" or material.name == PLAIN["name"]:
         return finish
     for name, channel in (("metallic", 2), ("roughness", 1)):

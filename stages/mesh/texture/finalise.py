@@ -13,6 +13,7 @@ from stages.mesh.clean import check_mesh, decimate, drop_floaters, tidy
 from stages.mesh.measure import MeshReport, face_components, measure
 from stages.mesh.mesh import Mesh
 from stages.mesh.texture.bake import Albedo, bake, bake_vertex_colours, evaluate, texel_points
+from stages.mesh.texture.detail import bake_detail
 from stages.mesh.texture.uv import Unwrapper, unwrap
 from stages.phases import phase
 
@@ -29,6 +30,10 @@ class ExportSettings(BaseModel):
     texture_size: int = Field(1024, ge=16, le=8192, description="side of the texture in texels")
     padding: int = Field(4, ge=2, le=64, description="least distance between UV charts in texels")
     unwrap: Unwrapper = Field("auto", description="auto: xatlas, and our own box charts where it fails; or one of them")
+    normal_map: bool = Field(False, description="bake the shape before the decimation into a normal map")
+    occlusion: bool = Field(False, description="bake how much of the sky each place sees into an occlusion map")
+    metallic: float | None = Field(None, ge=0, le=1, description="of the material; none: as the mesh says, or 0")
+    roughness: float | None = Field(None, ge=0, le=1, description="of the material; none: as the mesh says, or 0.9")
     unwrap_limit_s: float = Field(60, gt=0, description="seconds for xatlas before our own charts step in")
 
 
@@ -50,7 +55,7 @@ def finalise(
         settings: face budget, texture size and how it is unwrapped.
         device: where `albedo` computes.
         notes: filled with what was done: seconds by phase, the final MeshReport, how it was unwrapped and why.
-    Returns: a mesh with uv, texture and vertex colours; closed and manifold if the input was.
+    Returns: a mesh with uv, texture, vertex colours and the maps asked for; closed and manifold if the input was.
     Raises: UserError if there is nothing to export, or the colour field is broken.
 
     Example:
@@ -61,9 +66,9 @@ def finalise(
     if albedo is None and mesh.texture is not None and mesh.uv is not None and mesh.uv_faces is not None:
         return _as_it_is(mesh, notes)
     with phase("clean", times):
-        result = drop_floaters(tidy(mesh), settings.floaters)
+        full = drop_floaters(tidy(mesh), settings.floaters)
     with phase("decimate", times):
-        result = decimate(result, settings.faces)
+        result = decimate(full, settings.faces)
     with phase("unwrap", times):
         atlas = unwrap(
             result,
@@ -83,6 +88,9 @@ def finalise(
                 result = replace(result, colours=np.full_like(result.vertices, 0.5))
             texture = bake_vertex_colours(result, settings.texture_size)
         result = replace(result, texture=texture)
+        if settings.normal_map or settings.occlusion:
+            kinds = {"normals": settings.normal_map, "occlusion": settings.occlusion}
+            result = bake_detail(result, full, settings.texture_size, **kinds)
     notes.update(report=_reported(result), times=times, unwrap=atlas.method, charts=atlas.charts)
     notes.update(coverage=atlas.coverage, note=atlas.note)
     return result
