@@ -1,4 +1,4 @@
-"""The `pipeline` command: run, resume, export, recipes, settings, models, doctor.
+"""The `pipeline` command: run, resume, export, batch, runs, recipes, settings, models, doctor.
 
 Only the standard library and typer are imported here; each command imports what it needs, so `--help` stays fast
 (0.15 s with typer, of which argparse would save 0.12; torch alone takes ten times that).
@@ -129,6 +129,51 @@ def export(
 
     words = [*(overrides or []), *([] if size_mm is None else [f"size_mm={size_mm}"])]
     api.export(folder, formats, out, settings=words, lods=lods, quiet=quiet)
+
+
+@app.command()
+def batch(
+    prompts: Annotated[Path, typer.Argument(metavar="PROMPTS", help="A text file with a prompt a line.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY.SUB=VALUE]...", help="Settings of every run.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder of the batch; the same again goes on with it.")] = Path(
+        "runs/batch"
+    ),
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each prompt, with seeds from 0.")] = 1,
+    config: Annotated[
+        str | None,
+        typer.Option(metavar="NAME|FILE", help="A recipe from configs/, or a YAML file; several by commas."),
+    ] = None,
+    workers: Annotated[
+        int, typer.Option(min=0, help="Runs at once. Default: one a GPU; without, one a core, four at most.")
+    ] = 0,
+) -> None:
+    """Make a mesh of every prompt in a file, several at once; typed again, go on with what is not done."""
+    from pipeline.batch.batch import run_batch
+    from stages.paths import from_home
+
+    rows = run_batch(
+        from_home(prompts),
+        from_home(out),
+        seeds=seeds,
+        config=config,
+        overrides=overrides or [],
+        workers=workers,
+    )
+    if any(row.state != "done" for row in rows):
+        raise SystemExit(1)
+
+
+@app.command()
+def runs(
+    folder: Annotated[Path, typer.Argument(metavar="[DIR]", help="A folder that holds runs.")] = Path("runs"),
+) -> None:
+    """List the runs of a folder: state, time, seed, prompt."""
+    from pipeline.batch.listing import print_runs
+    from stages.paths import from_home
+
+    print_runs(from_home(folder))
 
 
 @app.command()

@@ -71,6 +71,8 @@ ALLOWED = {
     "pipeline.profile": {"stages.*", "pipeline.config", "pipeline.output"},
     "pipeline.runs": {"stages.*", "pipeline", "pipeline.errors", "pipeline.config", "pipeline.priors"}
     | {"pipeline.output", "pipeline.profile", "pipeline.streams"},
+    "pipeline.batch": {"stages.*", "pipeline.errors", "pipeline.config", "pipeline.output", "pipeline.priors"}
+    | {"pipeline.runs"},
     "pipeline.doctor": {"stages.*", "pipeline", "pipeline.errors", "pipeline.import_names", "pipeline.priors"},
     "pipeline.api": {"stages.*", "pipeline.config", "pipeline.priors", "pipeline.profile", "pipeline.runs"},
     "pipeline.cli": {"stages.*", "pipeline.*"},

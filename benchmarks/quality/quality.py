@@ -8,7 +8,7 @@
 
 A cell is one system's mesh of one prompt and seed: OUT/cells/<system>/<prompt>-s<seed>/ with the run, mesh.glb's
 pictures and result.json, written last and whole. A stopped suite started again keeps its finished cells and resumes
-the pipeline runs of the others; `--workers N` makes N cells at once, in N processes.
+the pipeline runs of the others; `--workers N` makes N prompts' cells at once, in N processes.
 At the end OUT/results.jsonl holds a line for every cell and OUT/summary.json what benchmarks.report shows.
 """
 
