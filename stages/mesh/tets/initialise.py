@@ -161,7 +161,8 @@ def find_level(grid: np.ndarray, settings: InitialiseSettings) -> Level:
     Levels are tried on a geometric scale, then between the neighbours of the best. A level qualifies if its largest
     part has a sensible volume and holds at least half of all that is solid. One that reaches the border of the box,
     where it will be cut, is taken only where all that do not match less than 0.8 times as well. Among levels that match
-    equally well (to 0.01) the flattest plateau of volume wins.
+    equally well (to 0.01) the highest wins: half-lit rays graze the fog around a surface, so the best match is too
+    large (a robot's volume by 8 %, of the flattest plateau by 15 %, of the highest level by 2 %).
     Raises: UserError with what was found where no level qualifies.
     """
     peak = float(grid.max())
@@ -183,7 +184,7 @@ def find_level(grid: np.ndarray, settings: InitialiseSettings) -> Level:
         whole = [x for x in fit if not x.cut]
         if whole and max(x.match for x in whole) >= 0.8 * top:
             fit, top = whole, max(x.match for x in whole)
-        return min((x for x in fit if x.match >= top - 0.01), key=lambda x: (x.slope, x.level), default=None)
+        return max((x for x in fit if x.match >= top - 0.01), key=lambda x: x.level, default=None)
 
     def tried(levels: np.ndarray) -> list[Level]:
         return [examine(grid, float(x), settings, true_hits) for x in levels]
