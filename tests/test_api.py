@@ -304,7 +304,7 @@ def surroundings() -> dict:
         "Python's stream": random.getstate(),
         "deterministic": (torch.are_deterministic_algorithms_enabled(), torch.get_deterministic_debug_mode()),
         "filling": torch.utils.deterministic.fill_uninitialized_memory,
-        "threads": (torch.get_num_threads(), numba.get_num_threads()),
+        "threads": (numba.get_num_threads(), torch.get_num_threads()),  # asking numba first sets OpenMP's
         "gradients": torch.is_grad_enabled(),
         "type": torch.get_default_dtype(),
         "handlers": handlers,

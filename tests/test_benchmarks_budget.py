@@ -58,6 +58,11 @@ def test_cost_splits_a_run_into_its_steps_and_the_rest(tmp_path):
     assert cost.total_s({"coarse": 4, "fine": 2}) == 20.0
 
 
+def default_steps() -> dict[str, int]:
+    config = load_config(None, [], {})
+    return {stage: getattr(config, stage).steps for stage in ("coarse", "fine")}
+
+
 def test_a_budget_of_steps_is_shared_as_the_recipe_shares_its_own():
     assert fitted_steps("magic3d", {"coarse": 200, "fine": 60}, Budget("steps", 130), None) == {
         "coarse": 100,
@@ -95,7 +100,8 @@ def test_steps_are_settled_once_and_trials_are_made_of_the_systems_that_optimise
     options = {"magic3d": ("coarse.views_per_step=1",), "truth": ()}
     words = (Budget("seconds", 50), options, "a red mug", tmp_path, 1)
     actual = options_by_system(*words)
-    assert actual == {"magic3d": ("coarse.steps=100", "fine.steps=30"), "truth": ()}
+    fitted = fitted_steps("magic3d", default_steps(), words[0], Cost(10.0, {"coarse": 0.25, "fine": 0.5}))
+    assert actual == {"magic3d": tuple(f"{stage}.steps={n}" for stage, n in fitted.items()), "truth": ()}
     assert len(jobs) == 2 and jobs[1].options == ("coarse.views_per_step=1",)
     assert "to see what its steps take" in capsys.readouterr().out
     assert options_by_system(*words) == actual and len(jobs) == 2
@@ -109,9 +115,11 @@ def test_cells_of_a_budget_get_their_systems_steps_and_share_no_coarse_stage(tmp
     prompts.write_text("a red ball\n")
     words = ["--prompts", str(prompts), "--systems", "coarse,magic3d,truth", "--budget", "steps=26", "--out"]
     assert quality.main([*words, str(tmp_path / "out")]) == 0
+    shared = fitted_steps("magic3d", default_steps(), Budget("steps", 26), None)
+    assert sum(shared.values()) == 26
     assert calls[0].words == {
         "coarse": ("coarse.steps=26",),
-        "magic3d": ("coarse.steps=20", "fine.steps=6"),
+        "magic3d": tuple(f"{stage}.steps={n}" for stage, n in shared.items()),
         "truth": (),
     }
     assert not calls[0].take_over

@@ -65,6 +65,12 @@ class Guide:
     def shape(self):
         return self.radiance
 
+    def state_dict(self):
+        return {}
+
+    def load_state_dict(self, state):
+        pass
+
 
 SMALL_BALL = SMALL.model_copy(update={"blob_scale": 10.0})
 BEGIN = StartSettings(source="prior", steps=60, points=2048)

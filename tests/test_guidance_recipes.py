@@ -46,7 +46,7 @@ def test_plain_sds_is_dreamfusions_whatever_the_default_recipe_says():
         k: getattr(cured, k) for k in ("blend", "debias", "per_view", "per_view_negative")
     }
     default = load_config(None, [], {})
-    assert differences(default.coarse, sds.coarse) == ["field.albedo", "start.source"]
+    assert differences(default.coarse, sds.coarse) == ["steps", "field.albedo", "start.source", "lr"]
     assert differences(default.fine, sds.fine) == ["field.albedo"]
     assert sds.coarse.field.albedo == sds.fine.field.albedo == "sigmoid"
     assert differences(default.prior, sds.prior) == ["diffusion.camera"]  # DreamFusion's prior knows no camera

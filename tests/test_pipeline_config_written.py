@@ -130,8 +130,14 @@ def poisoned(kind, settings, start):
     return settings
 
 
-def guide(images, views, progress, textureless=False, *, backdrop=None, shading=None, part=None):
-    return GuidanceOutput(images.square().sum(), {"agreement_db": 0.0})
+class Guide:
+    """A guidance that wants everything black and keeps nothing."""
+
+    def __call__(self, images, views, progress, textureless=False, *, backdrop=None, shading=None, part=None):
+        return GuidanceOutput(images.square().sum(), {"agreement_db": 0.0})
+
+    def state_dict(self):
+        return {}
 
 
 def take_two(stage):
@@ -149,7 +155,7 @@ def coarse_settings():
 @pytest.mark.parametrize("start", ["nothing", "run"])
 def test_the_coarse_stage_does_not_read_what_is_left_out(start):
     def stage(settings):
-        return CoarseStage(settings, guide, torch.device("cpu"), 0, previous)
+        return CoarseStage(settings, Guide(), torch.device("cpu"), 0, previous)
 
     field = HashField(FieldSettings(**FIELD), torch.Generator().manual_seed(0))
     previous = Asset(field=field) if start == "run" else None
@@ -168,7 +174,7 @@ def test_the_fine_stage_does_not_read_what_is_left_out(start):
     initialise, detail = InitialiseSettings(samples=32, candidates=8), {"levels": 1, "log2_table": 10, "finest": 32}
     small = {"steps": 2, "resolution": 32, "tets": 12, "preview_size": 16, "fit": {"steps": 2, "points": 64}}
     settings = FineSettings(field=FieldSettings(**FIELD), initialise=initialise, detail=detail, **small)
-    take_two(FineStage(poisoned("fine", settings, start), guide, torch.device("cpu"), 0, previous))
+    take_two(FineStage(poisoned("fine", settings, start), Guide(), torch.device("cpu"), 0, previous))
 
 
 def test_the_poison_works():

@@ -125,7 +125,9 @@ def test_the_truth_costs_least():
         seen = torch.cat([raw[..., None], facing, shares], -1)
         layout = SimpleNamespace(at=lambda shapes, where: seen, palettes=lambda colours: paints[None] + colour)
         roles = Roles(linear_to_srgb(paints)[:, None], number, torch.full((1, 1), known), torch.ones(1, 200))
-        return float(solid_loss(layout, None, None, roles, bank, np.arange(1), np.arange(200)))
+        return float(
+            solid_loss(layout, torch.zeros(1, 0), torch.zeros(0, 0), roles, bank, np.arange(1), np.arange(200))
+        )
 
     assert loss() < 1e-3
     assert loss(density=0.1) > 0.1 and loss(density=-30.0) > 5

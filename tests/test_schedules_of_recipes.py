@@ -12,7 +12,7 @@ from pipeline.config.recipes import recipes
 from stages.coarse import CoarseStage
 from stages.errors import UserError
 from stages.guidance.guidance import Guidance
-from stages.guidance.guide import GuidanceOutput
+from stages.guidance.guide import WHOLE, GuidanceOutput
 from stages.guidance.residuals import RuleSettings
 from stages.prompts import ViewPrompts
 from stages.ramp import Ramp
@@ -54,7 +54,7 @@ def t_ranges(settings, shares: list[float]) -> list[tuple[float, float]]:
     """Range of timesteps of a stage's own guidance at shares of the stage."""
     settings = settings.model_copy(update={"rule": RuleSettings(), "threshold": "none"})
     guidance = Guidance(GaussianPrior(), settings, ViewPrompts("a mug"), torch.Generator().manual_seed(0))
-    return [guidance._timesteps(4, share)[1] for share in shares]
+    return [guidance._timesteps(4, share, WHOLE, torch.Generator().manual_seed(0))[1] for share in shares]
 
 
 @pytest.mark.slow
