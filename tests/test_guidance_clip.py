@@ -190,3 +190,12 @@ def test_other_files_of_other_kinds_are_refused(pocket, tmp_path, name, text):
     (folder / name).write_text(text)
     with pytest.raises(UserError, match=f"{name}"):
         ClipScorer(folder)
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(pocket, tmp_path):
+    """Without its settings the tokenizer makes special tokens of its own, beyond the model's last."""
+    folder = shutil.copytree(pocket, tmp_path / "clip")
+    (folder / "tokenizer_config.json").write_text('{"unk_token": "[UNK]"}')
+    with pytest.raises(UserError, match="does not fit together") as error:
+        ClipScorer(folder)
+    assert "has embeddings for 60" in error.value.why

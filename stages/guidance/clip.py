@@ -105,6 +105,13 @@ class ClipScorer:
         )
         self.model = model.eval().requires_grad_(False).to(self.device)
         self.tokenizer = load_tokenizer(folder)
+        held = self.model.config.text_config.vocab_size
+        if len(self.tokenizer) > held:
+            raise UserError(
+                f"the CLIP {folder} does not fit together",
+                f"its tokenizer knows {len(self.tokenizer)} tokens and its text model has embeddings for {held}",
+                "get the folder again, tokenizer and weights of one model",
+            )
         self.limit = token_limit(folder, self.tokenizer)
         self._texts: dict[str, Tensor] = {}
 
