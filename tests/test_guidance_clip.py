@@ -146,7 +146,7 @@ def test_folders_that_are_no_clip_are_refused(pocket, tmp_path):
         ClipScorer(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"not a safetensors file")
     (tmp_path / "preprocessor_config.json").write_text((pocket / "preprocessor_config.json").read_text())
-    with pytest.raises(UserError, match="Cannot load the CLIP model"):
+    with pytest.raises(UserError, match=r"Cannot read .*model\.safetensors"):
         ClipScorer(tmp_path)
 
 
@@ -199,3 +199,21 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(pocket, tmp_path
     with pytest.raises(UserError, match="does not fit together") as error:
         ClipScorer(folder)
     assert "has embeddings for 60" in error.value.why
+
+
+def test_a_clip_that_names_more_layers_than_its_weights_hold_is_refused_at_once(pocket, tmp_path):
+    """2,000 layers took nine seconds to be made, before their weights were missed."""
+    folder = shutil.copytree(pocket, tmp_path / "clip")
+    config = json.loads((folder / "config.json").read_text())
+    config["vision_config"]["num_hidden_layers"] = 2000
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="Cannot load the CLIP") as error:
+        ClipScorer(folder)
+    assert "2000 layers of the vision model, and the weights hold 4" in error.value.why
+
+
+def test_a_tokenizer_without_a_token_for_unknown_words_is_refused(pocket, tmp_path):
+    folder = shutil.copytree(pocket, tmp_path / "clip")
+    (folder / "tokenizer_config.json").write_text('{"a": []}')
+    with pytest.raises(UserError, match="Cannot load the CLIP tokenizer"):
+        ClipScorer(folder)

@@ -327,6 +327,7 @@ def test_unsupported_models_say_what_they_are(broken):
         ({"class_embed_type": "timestep"}, "class labels"),
         ({"time_cond_proj_dim": 16}, "guidance as an input"),
         ({"sample_size": None}, "no sample_size"),
+        ({"sample_size": 16.5}, "no number of cells"),
         ({"in_channels": 9}, "9 input channels, which is not 4 times a square"),
     ],
 )

@@ -19,6 +19,7 @@ from torch import Tensor
 from stages.errors import UserError, check_shape
 from stages.guidance.diffusion.folder import check_texts, load_part, read_json
 from stages.guidance.diffusion.text import check_max_length
+from stages.guidance.diffusion.weights import read_headers
 from stages.kernels.srgb import linear_to_srgb
 from stages.paths import from_home
 
@@ -96,6 +97,7 @@ class ClipScorer:
         check_clip_folder(folder)
         self.name, self.device = folder.name, torch.device(device)
         self.preprocess = Preprocessing.read(folder)
+        _check_layers(folder)
         model = load_part(
             folder,
             "CLIP model",
@@ -161,6 +163,7 @@ def load_tokenizer(folder: Path) -> Any:
         lambda: transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True),
     )
     check_max_length(tokenizer, f"Cannot load the CLIP {folder}")
+    load_part(folder, "CLIP tokenizer", lambda: tokenizer("\N{SNOWMAN}"))  # its token for unknown words may be missing
     return tokenizer
 
 
@@ -204,6 +207,19 @@ def check_clip_folder(folder: Path) -> None:
             size = "any size" if output is None else f"{output[::-1]} pixels"
         why = f"its processor makes pictures of {size}, and its model sees {side} x {side}"
         raise UserError(what, why, "get the folder again")
+
+
+def _check_layers(folder: Path) -> None:
+    """Raise UserError where config.json names more layers than the weights hold: thousands take long to be made."""
+    what = f"Cannot load the CLIP {folder}"
+    config, names = read_json(folder / "config.json", what), read_headers(sorted(folder.glob("*.safetensors")))
+    for tower in ("text", "vision"):
+        part, prefix = config.get(f"{tower}_config"), f"{tower}_model.encoder.layers."
+        count = part.get("num_hidden_layers") if isinstance(part, dict) else None
+        held = {name.removeprefix(prefix).partition(".")[0] for name in names if name.startswith(prefix)}
+        if isinstance(count, int) and count > len(held):
+            why = f"config.json says {count} layers of the {tower} model, and the weights hold {len(held)}"
+            raise UserError(what, why, "get the folder again")
 
 
 def _size(value: dict | int | list, what: str) -> tuple[int, int] | int:

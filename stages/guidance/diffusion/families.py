@@ -339,7 +339,11 @@ def check_sizes(family: Family, configs: Configs, folder: Path, resolution: int 
     patch = _patch(family, network, channels, what)
     size = getattr(network, "sample_size", None) or FLUX_LATENTS
     unshuffled = patch if family.part == "unet" else 1  # a UNet's sample_size is the side that is left after patching
-    trained = (size if isinstance(size, int) else min(size)) * factor * unshuffled
+    sides = size if isinstance(size, list | tuple) else [size]
+    if not sides or not all(isinstance(n, int) and n > 0 for n in sides):
+        why = f"{family.part}/config.json says sample_size is {size!r}, which is no number of cells"
+        raise UserError(what, why, "the file is damaged or of another model: get it again")
+    trained = min(sides) * factor * unshuffled
     side, step = resolution or trained, factor * patch
     largest = getattr(network, "pos_embed_max_size", None)
     if side % step or (largest is not None and side // step > largest):
