@@ -212,8 +212,12 @@ def test_a_clip_that_names_more_layers_than_its_weights_hold_is_refused_at_once(
     assert "2000 layers of the vision model, and the weights hold 4" in error.value.why
 
 
-def test_a_tokenizer_without_a_token_for_unknown_words_is_refused(pocket, tmp_path):
+@pytest.mark.parametrize("pad", [{}, {"pad_token": ""}])
+def test_a_tokenizer_without_its_special_tokens_is_refused(pocket, tmp_path, pad):
+    """Without one for unknown words, and without one to pad with as well."""
     folder = shutil.copytree(pocket, tmp_path / "clip")
-    (folder / "tokenizer_config.json").write_text('{"a": []}')
+    path = folder / "tokenizer_config.json"
+    known = {key: value for key, value in json.loads(path.read_text()).items() if key != "unk_token"}
+    path.write_text(json.dumps(known | pad if pad else {"a": []}))
     with pytest.raises(UserError, match="Cannot load the CLIP tokenizer"):
         ClipScorer(folder)

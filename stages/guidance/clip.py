@@ -163,7 +163,8 @@ def load_tokenizer(folder: Path) -> Any:
         lambda: transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True),
     )
     check_max_length(tokenizer, f"Cannot load the CLIP {folder}")
-    load_part(folder, "CLIP tokenizer", lambda: tokenizer("\N{SNOWMAN}"))  # its token for unknown words may be missing
+    texts = ["\N{SNOWMAN}", "a red mug"]  # its tokens for unknown words and for padding may be missing
+    load_part(folder, "CLIP tokenizer", lambda: tokenizer(texts, padding=True, return_tensors="pt"))
     return tokenizer
 
 
