@@ -28,8 +28,8 @@ def test_candidates_are_of_different_meaning_and_every_caption_is_among_them(tex
     texts = pocket.with_distractors(captions, textureless)
     assert len({metrics.meaning(text) for text in texts}) == len(texts) == (85 if textureless else 100)
     truth = metrics.truth_of(captions, texts, textureless)
-    wanted = [metrics.geometry_text(c) if textureless else c for c in captions]
-    assert [metrics.meaning(texts[k]) for k in truth] == [metrics.meaning(w) for w in wanted]
+    expected = [metrics.geometry_text(c) if textureless else c for c in captions]
+    assert [metrics.meaning(texts[k]) for k in truth] == [metrics.meaning(w) for w in expected]
     assert texts == pocket.with_distractors(captions, textureless)
 
 
@@ -162,11 +162,11 @@ def test_words_allow_more_than_the_variation_hides():
 def test_only_pixels_that_show_the_object_count():
     truth = torch.full((16, 16, 3), 0.5)
     truth[4:12, 4:12] = 0.9
-    made = truth.clone()
-    made[0] = 0.0  # of the backdrop
-    assert fidelity.object_psnr(made, truth) > 80
-    made[4:12, 4:12] = 0.8
-    assert fidelity.object_psnr(made, truth) == pytest.approx(20, abs=1e-3)
+    picture = truth.clone()
+    picture[0] = 0.0  # of the backdrop
+    assert fidelity.object_psnr(picture, truth) > 80
+    picture[4:12, 4:12] = 0.8
+    assert fidelity.object_psnr(picture, truth) == pytest.approx(20, abs=1e-3)
     assert fidelity.object_psnr(truth, torch.full((16, 16, 3), 0.5)) is None
 
 

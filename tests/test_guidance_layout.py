@@ -1,4 +1,4 @@
-"""Layout: words become objects that a camera sees; only a prior that was taught the picture is told it."""
+"""Layout: words become objects that a camera sees; only a prior with a layout is conditioned on its picture."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from stages.cameras import CameraSettings, orbit_views, sample_views, to_clip
 from stages.errors import UserError
 from stages.guidance.diffusion.layout import CLASSES, Layout, Objects, Setting, look, radiance, radiance_at
-from stages.guidance.diffusion.layout_condition import KEPT, LayoutCondition
+from stages.guidance.diffusion.layout_condition import CACHE_SIZE, LayoutCondition
 from stages.guidance.diffusion.prior import load_prior
 from stages.guidance.diffusion.settings import DiffusionSettings
 from stages.guidance.prior import ViewContext, add_noise
@@ -46,12 +46,12 @@ def speck(x: float, y: float, z: float, side: int = 32, half: float = 0.12) -> O
 def test_a_point_of_the_volume_is_seen_where_the_camera_projects_it():
     views = sample_views(CameraSettings(), 6, torch.Generator().manual_seed(2))
     point = torch.tensor([[0.5, 0.3, -0.2]])
-    seen = look(speck(*point[0].tolist(), side=64, half=0.04), torch.zeros(6, dtype=torch.long), setting(views), 64)[
+    opacity = look(speck(*point[0].tolist(), side=64, half=0.04), torch.zeros(6, dtype=torch.long), setting(views), 64)[
         :, 3
     ]
     clip = to_clip(point, views)[:, 0]
     for k in range(6):
-        rows, columns = (seen[k] > 0.5).nonzero().float().mean(0)
+        rows, columns = (opacity[k] > 0.5).nonzero().float().mean(0)
         assert (columns + 0.5) / 32 - 1 == pytest.approx(float(clip[k, 0] / clip[k, 3]), abs=0.03)  # a pixel is 0.03
         assert 1 - (rows + 0.5) / 32 == pytest.approx(float(clip[k, 1] / clip[k, 3]), abs=0.03)
 
@@ -65,8 +65,8 @@ def test_light_backdrop_and_clay_are_those_of_the_shading_module():
         surface = torch.tensor([0.0, 0.0, 0.12])
         towards = torch.nn.functional.normalize(views.light[0] - surface, dim=0)
         albedo = torch.full((3,), TEXTURELESS_ALBEDO) if bare else torch.tensor([1.0, 0, 0])
-        wanted = albedo * (ambient + (1 - ambient) * towards[2])
-        assert torch.allclose(picture[:3, 16, 16], linear_to_srgb(wanted), atol=0.02)
+        expected = albedo * (ambient + (1 - ambient) * towards[2])
+        assert torch.allclose(picture[:3, 16, 16], linear_to_srgb(expected), atol=0.02)
 
 
 def test_density_at_points_is_what_a_ray_through_them_meets():
@@ -75,13 +75,13 @@ def test_density_at_points_is_what_a_ray_through_them_meets():
     origins = torch.tensor([[[0.1, -0.03, 3.0], [0.26, -0.03, 3.0], [0.6, 0.5, 3.0]]])
     directions = torch.tensor([0.0, 0.0, -1.0]).expand_as(origins).contiguous()
     views = orbit_views([0.0], 0.0)
-    seen = radiance(thing, torch.zeros(1, dtype=torch.long), setting(views), origins, directions)[0, :, 3]
+    ray_opacity = radiance(thing, torch.zeros(1, dtype=torch.long), setting(views), origins, directions)[0, :, 3]
     depth = torch.linspace(-1.5, 1.5, 3001)
     for ray in range(3):
         points = torch.stack([*(origins[0, ray, k].expand_as(depth) for k in (0, 1)), depth], -1)
         density, _ = radiance_at(thing, points)
         opacity = 1 - torch.exp(-density.sum() * 3.0 / 3000)
-        torch.testing.assert_close(seen[ray], opacity, atol=0.02, rtol=0)
+        torch.testing.assert_close(ray_opacity[ray], opacity, atol=0.02, rtol=0)
 
 
 def test_supersampling_averages_in_linear_light_and_keeps_the_backdrops_pixels():
@@ -98,33 +98,33 @@ def test_supersampling_averages_in_linear_light_and_keeps_the_backdrops_pixels()
 
 
 WORDS = {"kinds": ["ball", "cube"], "patterns": ["striped"], "colours": ["red", "blue"], "joints": ["on"]}
-SPELT = {word: k for k, word in enumerate([*(word for name in CLASSES for word in WORDS[name]), "a"])}
+TOKENS = {word: k for k, word in enumerate([*(word for name in CLASSES for word in WORDS[name]), "a"])}
 
 
 def small(fine: bool = False) -> Layout:
     """A layout with few words, whose reader knows tokens that are one-hot."""
     torch.manual_seed(0)
-    layout = Layout(len(SPELT), WORDS, code=16, channels=(4, 4, 4), paints=3, fine=fine)
+    layout = Layout(len(TOKENS), WORDS, code=16, channels=(4, 4, 4), paints=3, fine=fine)
     layout.word_logits = lambda text: 50 * text
     return layout.eval().requires_grad_(False)
 
 
-def spelt(*texts: str) -> torch.Tensor:
+def one_hot(*texts: str) -> torch.Tensor:
     """Texts as one-hot tokens [M, 9, W]."""
-    tokens = torch.full((len(texts), 9), SPELT["a"])
+    tokens = torch.full((len(texts), 9), TOKENS["a"])
     for k, text in enumerate(texts):
         words = text.split()
-        tokens[k, : len(words)] = torch.tensor([SPELT[word] for word in words])
-    return torch.nn.functional.one_hot(tokens, len(SPELT)).float()
+        tokens[k, : len(words)] = torch.tensor([TOKENS[word] for word in words])
+    return torch.nn.functional.one_hot(tokens, len(TOKENS)).float()
 
 
 def test_words_are_sorted_by_class_and_by_the_joint_between_the_objects():
-    reading = small().read(spelt("a red striped ball", "a blue cube on a red ball", ""))
+    reading = small().read(one_hot("a red striped ball", "a blue cube on a red ball", ""))
     assert reading.kinds.round().tolist() == [[[1, 0], [0, 0]], [[0, 1], [1, 0]], [[0, 0], [0, 0]]]
     assert reading.patterns.round().tolist() == [[[1], [0]], [[0], [0]], [[0], [0]]]
     assert reading.colours.round().tolist() == [[[1, 0], [0, 0]], [[0, 1], [1, 0]], [[0, 0], [0, 0]]]
     assert reading.joints.round().tolist() == [[0], [1], [0]] and reading.pair.tolist() == [False, True, False]
-    twice = small().read(spelt("a red red ball"))
+    twice = small().read(one_hot("a red red ball"))
     assert twice.colours[0, 0].round().tolist() == [1, 0]
 
 
@@ -133,7 +133,7 @@ def test_objects_of_singles_and_pairs_are_counted_and_placed(fine):
     layout = small(fine)
     placement = torch.rand(3, 2, 4)
     texts = ("a red ball on a blue cube", "a striped cube", "a blue ball on a blue ball")
-    objects = layout.placed(layout.read(spelt(*texts)), placement)
+    objects = layout.placed(layout.read(one_hot(*texts)), placement)
     assert objects.index.tolist() == [[0, 1], [2, -1], [3, 4]]
     assert objects.grids.shape == (5, *[64 if fine else 32] * 3, 8)
     assert torch.equal(objects.placement[0], placement[0]) and objects.placement[1, 0].tolist() == [1, 0, 0, 0]
@@ -146,7 +146,7 @@ def test_a_kind_has_one_shape_in_all_colours_and_a_colour_paints_all_kinds_alike
     layout = small(fine)
     if fine:
         torch.nn.init.normal_(layout.eighths, std=0.1)
-    red, blue, cube = layout.objects(layout.read(spelt("a red ball", "a blue ball", "a red cube"))).grids
+    red, blue, cube = layout.objects(layout.read(one_hot("a red ball", "a blue ball", "a red cube"))).grids
     assert torch.allclose(red[..., 0], blue[..., 0], atol=1e-6) and torch.allclose(red[..., 4:7], blue[..., 4:7])
     assert not torch.allclose(red[..., 1:4], blue[..., 1:4], atol=1e-3)
     assert not torch.allclose(red[..., 0], cube[..., 0], atol=1e-3)
@@ -154,10 +154,10 @@ def test_a_kind_has_one_shape_in_all_colours_and_a_colour_paints_all_kinds_alike
 
 def test_equal_shapes_are_made_once():
     layout = small()
-    made = []
-    layout.volume.register_forward_hook(lambda module, inputs, output: made.append(len(output)))
-    layout.objects(layout.read(spelt("a red ball", "a blue ball on a red ball", "a red cube")))
-    assert made == [2]
+    batch_sizes = []
+    layout.volume.register_forward_hook(lambda module, inputs, output: batch_sizes.append(len(output)))
+    layout.objects(layout.read(one_hot("a red ball", "a blue ball on a red ball", "a red cube")))
+    assert batch_sizes == [2]
 
 
 def test_the_finer_level_begins_as_the_interpolated_coarser_one():
@@ -165,8 +165,8 @@ def test_the_finer_level_begins_as_the_interpolated_coarser_one():
     fine.load_state_dict(coarse.state_dict(), strict=False)
     shapes, colours = torch.tensor([[1.0, 0, 1]]), torch.tensor([[0.0, 1]])
     a, b = coarse.grids(shapes, colours), fine.grids(shapes, colours)
-    wanted = torch.nn.functional.interpolate(a.permute(0, 4, 1, 2, 3), scale_factor=2, mode="trilinear")
-    torch.testing.assert_close(b, wanted.permute(0, 2, 3, 4, 1), atol=1e-5, rtol=1e-5)
+    expected = torch.nn.functional.interpolate(a.permute(0, 4, 1, 2, 3), scale_factor=2, mode="trilinear")
+    torch.testing.assert_close(b, expected.permute(0, 2, 3, 4, 1), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("fine", [False, True])
@@ -176,13 +176,15 @@ def test_shapes_at_points_are_what_their_grids_hold_there(fine):
         torch.nn.init.normal_(layout.eighths, std=0.1)
     shapes, colours = torch.tensor([[1.0, 0, 1], [0, 1, 0]]), torch.tensor([[0.0, 1], [1, 0]])
     points = EXTENT * (2 * torch.rand(2, 500, 3, generator=torch.Generator().manual_seed(0)) - 1)
-    seen = layout.at(shapes, points)
-    colour = torch.einsum("nqp,npk->nqk", seen[..., 4:], layout.palettes(colours))
+    values = layout.at(shapes, points)
+    colour = torch.einsum("nqp,npk->nqk", values[..., 4:], layout.palettes(colours))
     cells = layout.grids(shapes, colours).permute(0, 4, 1, 2, 3)
     where = (points.flip(-1) / EXTENT)[:, :, None, None]
-    read = torch.nn.functional.grid_sample(cells, where, align_corners=False, padding_mode="border")[..., 0, 0]
-    read = read.transpose(1, 2)
-    torch.testing.assert_close(torch.cat([seen[..., :1], colour, seen[..., 1:4]], -1), read[..., :7], atol=1e-4, rtol=0)
+    samples = torch.nn.functional.grid_sample(cells, where, align_corners=False, padding_mode="border")[..., 0, 0]
+    samples = samples.transpose(1, 2)
+    torch.testing.assert_close(
+        torch.cat([values[..., :1], colour, values[..., 1:4]], -1), samples[..., :7], atol=1e-4, rtol=0
+    )
 
 
 def test_an_object_on_the_right_from_the_front_is_on_the_left_from_behind():
@@ -198,7 +200,7 @@ def test_a_picture_teaches_everything_that_makes_shapes_and_colours(fine):
     layout = small(fine).requires_grad_()
     if fine:
         torch.nn.init.normal_(layout.eighths, std=0.1)
-    reading = layout.read(spelt("a red ball on a blue cube"))
+    reading = layout.read(one_hot("a red ball on a blue cube"))
     placement = torch.tensor([[[0.5, 0, 0.3, 0], [0.5, 0, -0.3, 0]]])
     picture = look(
         layout.placed(reading, placement), torch.zeros(1, dtype=torch.long), setting(orbit_views([30.0])), 16
@@ -210,15 +212,15 @@ def test_a_picture_teaches_everything_that_makes_shapes_and_colours(fine):
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """A folder of the pocket's architecture with random weights, whose layout says something."""
+def saved_prior(tmp_path_factory):
+    """A folder of the pocket's architecture with random weights, whose layout has an effect on the UNet."""
     torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("prior") / "pixel"
+    prior_folder = tmp_path_factory.mktemp("prior") / "pixel"
     tokenizer, condition = models.make_tokenizer(), models.make_condition("pixel", models.make_layout(fine=False))
     for layer in condition.levels:
         torch.nn.init.normal_(layer.weight, std=0.1)
     save_prior(
-        folder,
+        prior_folder,
         pipeline="IFPipeline",
         unet=models.make_unet("pixel"),
         scheduler=models.make_scheduler(),
@@ -226,12 +228,12 @@ def made(tmp_path_factory):
         text_encoder=models.make_text_encoder(len(tokenizer)),
         layout=condition,
     )
-    return folder
+    return prior_folder
 
 
 @pytest.fixture
-def folder(made, tmp_path):
-    return Path(shutil.copytree(made, tmp_path / "pixel"))
+def folder(saved_prior, tmp_path):
+    return Path(shutil.copytree(saved_prior, tmp_path / "pixel"))
 
 
 @pytest.mark.slow
@@ -258,7 +260,7 @@ def test_a_prior_with_the_part_draws_by_the_camera_and_without_the_setting_it_do
     plain = load_prior(folder, "cpu", settings=DiffusionSettings(camera=False))
     a, b = predict(plain, context)
     assert plain.layout is None and torch.allclose(a, b, atol=1e-5) and not torch.allclose(a, front, atol=1e-3)
-    assert torch.equal(predict(prior, None), predict(plain, None))  # nothing known of the views: nothing told
+    assert torch.equal(predict(prior, None), predict(plain, None))  # no conditions without a backdrop
     assert torch.equal(predict(prior, ViewContext(views)), predict(plain, None))
 
 
@@ -275,75 +277,75 @@ def test_a_picture_of_the_backdrop_counts_pixel_by_pixel(folder):
 
 
 def test_the_mean_is_left_out_of_what_the_network_sees_and_its_noise_stays(folder):
-    """A network that finds the noise of x - mu perfectly finds that of x: tried with one that returns its v exactly."""
+    """A network that predicts v of x - mu exactly gives the noise of x exactly."""
     prior = load_prior(folder, "cpu")
     x, mean, eps = torch.randn(3, 2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     t = torch.tensor([700, 200])
     alpha_bar = prior.alphas_cumprod[t]
-    seen = []
+    inputs = []
 
     def exact(network, z, *rest, **conditions):
-        seen.append(z)
+        inputs.append(z)
         a = alpha_bar.view(-1, 1, 1, 1)
         return a.sqrt() * eps - (1 - a).sqrt() * (x - mean)
 
     prior.denoiser.call = exact
     embedding = prior.embed(["a red mug"]).expand(2, -1, -1)
-    found = prior.noise(prior.unet, add_noise(x, eps, alpha_bar), t, embedding, mean=mean)
-    assert torch.allclose(seen[0], add_noise(x - mean, eps, alpha_bar), atol=1e-5)
-    assert torch.allclose(found, eps, atol=1e-5)
+    noise = prior.noise(prior.unet, add_noise(x, eps, alpha_bar), t, embedding, mean=mean)
+    assert torch.allclose(inputs[0], add_noise(x - mean, eps, alpha_bar), atol=1e-5)
+    assert torch.allclose(noise, eps, atol=1e-5)
 
 
 def test_objects_are_made_once_a_prompt_whatever_the_view_and_only_the_latest_are_kept():
     condition = LayoutCondition(small(), 32, 8, (16, 16))
-    made = []
-    condition.layout.volume.register_forward_hook(lambda module, inputs, output: made.append(1))
+    calls = []
+    condition.layout.volume.register_forward_hook(lambda module, inputs, output: calls.append(1))
     context = ViewContext(orbit_views([0.0, 90.0], 10.0), GREY)
 
     def picture(*texts: str) -> torch.Tensor:
-        return condition.picture(spelt(*texts), context)
+        return condition.picture(one_hot(*texts), context)
 
     first = picture("a red ball", "red ball a a")  # read alike
-    assert len(made) == 1 and torch.equal(picture("a red ball", "a red ball"), first) and len(made) == 1
-    assert torch.equal(picture("a red ball", "a red cube")[0], first[0]) and len(made) == 2
+    assert len(calls) == 1 and torch.equal(picture("a red ball", "a red ball"), first) and len(calls) == 1
+    assert torch.equal(picture("a red ball", "a red cube")[0], first[0]) and len(calls) == 2
     others = [
         f"a {colour} {kind} on a {base}"
         for colour in ("red", "blue")
         for kind in ("ball", "cube")
         for base in WORDS["kinds"]
     ]
-    for text in others[:KEPT]:
+    for text in others[:CACHE_SIZE]:
         picture(text, text)
-    assert len(condition._kept) == KEPT
-    before = len(made)
+    assert len(condition._cache) == CACHE_SIZE
+    before = len(calls)
     picture("a red ball", "a red ball")
-    assert len(made) == before + 1  # the oldest had to go
+    assert len(calls) == before + 1  # the oldest had to go
 
 
 def test_saved_layout_comes_back_and_a_damaged_one_is_refused(folder):
-    made = models.make_condition("pixel", models.make_layout(fine=False))
-    made.save(folder / "layout")
+    condition = models.make_condition("pixel", models.make_layout(fine=False))
+    condition.save(folder / "layout")
     back = LayoutCondition.load(folder / "layout")
     shapes, colours = torch.eye(1, 29), torch.eye(1, 12)
-    assert torch.allclose(back.layout.grids(shapes, colours), made.layout.grids(shapes, colours), atol=5e-2)
+    assert torch.allclose(back.layout.grids(shapes, colours), condition.layout.grids(shapes, colours), atol=5e-2)
     assert all(not p.requires_grad for p in back.parameters())
     other = models.make_condition("latent", back.layout)
     torch.nn.init.normal_(other.mean.weight, std=0.1)
     torch.nn.init.normal_(other.edges[-1].weight, std=0.1)
-    there = folder.with_name("latent") / "layout"
-    other.save(there, models.PIXEL_LAYOUT)
+    latent_folder = folder.with_name("latent") / "layout"
+    other.save(latent_folder, models.PIXEL_LAYOUT)
     whole = sum(p.numel() for p in other.layout.parameters()) * 2
     translators = (other.levels, other.mean, other.edges)
-    own = sum(p.numel() for part in translators for p in part.parameters()) * 2
+    translator_bytes = sum(p.numel() for part in translators for p in part.parameters()) * 2
     assert (
-        (there / "model.safetensors").stat().st_size < own + 4000 < own + whole
+        (latent_folder / "model.safetensors").stat().st_size < translator_bytes + 4000 < translator_bytes + whole
     )  # what is the same is not twice there
-    again = LayoutCondition.load(there)
+    again = LayoutCondition.load(latent_folder)
     assert torch.allclose(again.mean.weight, other.mean.weight, atol=1e-3)
     picture = torch.rand(1, 4, other.side, other.side)
-    assert torch.allclose(again.told(picture)["mean"], other.told(picture)["mean"], atol=0.05)
+    assert torch.allclose(again.conditions(picture)["mean"], other.conditions(picture)["mean"], atol=0.05)
     other.edges[-1].weight.data.zero_()
-    assert not torch.allclose(again.told(picture)["mean"], other.told(picture)["mean"], atol=0.05)
+    assert not torch.allclose(again.conditions(picture)["mean"], other.conditions(picture)["mean"], atol=0.05)
     assert torch.equal(again.layout.palette, back.layout.palette)
     (folder / "layout" / "model.safetensors").write_bytes(b"x" * 40)
     with pytest.raises(UserError, match="Cannot load the layout"):
@@ -353,22 +355,22 @@ def test_saved_layout_comes_back_and_a_damaged_one_is_refused(folder):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("prior", ["pixel", "latent"])
-def test_both_unets_take_what_their_layouts_tell(prior):
+def test_both_unets_take_the_conditions_of_their_layouts(prior):
     condition, unet = models.make_condition(prior, models.make_layout(fine=False)), models.make_unet(prior)
     side = {"pixel": 64, "latent": 128}[prior]
-    told = condition.told(torch.rand(2, 4, side, side))
+    conditions = condition.conditions(torch.rand(2, 4, side, side))
     z, text = torch.randn(2, unet.config.in_channels, *[models.GRID[prior]] * 2), torch.randn(2, 20, models.WIDTH)
     channels = 3 if prior == "pixel" else models.LATENT_CHANNELS
-    assert told.pop("mean").shape == (2, channels, 64, 64)
+    assert conditions.pop("mean").shape == (2, channels, 64, 64)
     with torch.no_grad():
-        plain, untold = unet(z, 500, text).sample, unet(z, 500, text, **condition.untold(2)).sample
-        assert torch.allclose(plain, untold, atol=1e-5)
-        assert torch.allclose(unet(z, 500, text, **told).sample, plain, atol=1e-5)  # before it is taught
+        plain, zeros = unet(z, 500, text).sample, unet(z, 500, text, **condition.zero_conditions(2)).sample
+        assert torch.allclose(plain, zeros, atol=1e-5)
+        assert torch.allclose(unet(z, 500, text, **conditions).sample, plain, atol=1e-5)  # before it is taught
         for k, layer in enumerate(condition.levels):
             torch.nn.init.normal_(layer.weight, std=0.1)
-            told = condition.told(torch.rand(2, 4, side, side))
-            told.pop("mean")
-            assert not torch.allclose(unet(z, 500, text, **told).sample, plain, atol=1e-4), k
+            conditions = condition.conditions(torch.rand(2, 4, side, side))
+            conditions.pop("mean")
+            assert not torch.allclose(unet(z, 500, text, **conditions).sample, plain, atol=1e-4), k
             torch.nn.init.zeros_(layer.weight)
 
 

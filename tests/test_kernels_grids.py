@@ -44,12 +44,12 @@ def scene(seed: int, dtype: torch.dtype = torch.float32, side: int = 6, pixels: 
 def test_opacity_of_an_even_block_is_one_minus_exp_of_its_depth(backend, raw):
     origins, directions = ahead()
     index, placement = torch.tensor([[0]], dtype=torch.int32), torch.tensor([[ALONE]])
-    seen = composite_grids(solid(raw), index, placement, origins, directions, steps=64, backend=backend)[0, 0]
+    sums = composite_grids(solid(raw), index, placement, origins, directions, steps=64, backend=backend)[0, 0]
     density = math.exp(raw) if raw < 0 else 1 + raw
     opacity = 1 - math.exp(-DENSITY * 2 * EXTENT * density)
-    assert seen[6] == pytest.approx(opacity, abs=2 * CLEAR)
-    torch.testing.assert_close(seen[:6] / seen[6], torch.tensor([0.1, 0.2, 0.3, 0.0, 0.0, 1.0]), atol=1e-5, rtol=0)
-    assert 3 - EXTENT < seen[7] / seen[6] < 3  # the near half of the block
+    assert sums[6] == pytest.approx(opacity, abs=2 * CLEAR)
+    torch.testing.assert_close(sums[:6] / sums[6], torch.tensor([0.1, 0.2, 0.3, 0.0, 0.0, 1.0]), atol=1e-5, rtol=0)
+    assert 3 - EXTENT < sums[7] / sums[6] < 3  # the near half of the block
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -58,9 +58,9 @@ def test_a_small_object_is_as_opaque_as_a_large_one_and_stands_where_it_is_place
     large, small = torch.tensor([[ALONE]]), torch.tensor([[[0.25, 0.5, 0.0, 0.0]]])
     through = composite_grids(solid(-3.0), index, large, *ahead(), steps=64, backend=backend)[0, 0]
     beside = composite_grids(solid(-3.0), index, small, *ahead(0.5), steps=64, backend=backend)[0, 0]
-    missed = composite_grids(solid(-3.0), index, small, *ahead(0.2), steps=64, backend=backend)[0, 0]
+    past = composite_grids(solid(-3.0), index, small, *ahead(0.2), steps=64, backend=backend)[0, 0]
     torch.testing.assert_close(through[:7], beside[:7], atol=1e-4, rtol=0)
-    assert torch.equal(missed, torch.zeros(CHANNELS))
+    assert torch.equal(past, torch.zeros(CHANNELS))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -68,9 +68,9 @@ def test_where_objects_overlap_colours_mix_by_density(backend):
     grids = torch.cat([solid(0.0), solid(1.0)])  # densities 1 and 2
     grids[1, ..., 1:4] = 0.9
     index, placement = torch.tensor([[0, 1]], dtype=torch.int32), torch.tensor([[ALONE, ALONE]])
-    seen = composite_grids(grids, index, placement, *ahead(), steps=16, backend=backend)[0, 0]
-    wanted = (torch.tensor([0.1, 0.2, 0.3]) + 2 * 0.9) / 3
-    torch.testing.assert_close(seen[:3] / seen[6], wanted, atol=1e-5, rtol=0)
+    sums = composite_grids(grids, index, placement, *ahead(), steps=16, backend=backend)[0, 0]
+    expected = (torch.tensor([0.1, 0.2, 0.3]) + 2 * 0.9) / 3
+    torch.testing.assert_close(sums[:3] / sums[6], expected, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -81,8 +81,8 @@ def test_a_cubes_corner_is_as_empty_beside_another_object_as_alone(backend):
     corner = (-0.5 + 0.5 * 0.85 * EXTENT, 0.5 * 0.85 * EXTENT)  # in the cube, not in its ball
     origins = torch.tensor([[[corner[0], corner[1], 3.0], [3.0, corner[1], 0.0]]])
     directions = torch.tensor([[[0.0, 0.0, -1.0], [-1.0, 0.0, 0.0]]])
-    seen = composite_grids(grids, index, placement, origins, directions, steps=64, backend=backend)[0]
-    assert seen[0, 6] == 0 and seen[1, 6] > 0.9  # the second ray meets the ball's side on its way
+    sums = composite_grids(grids, index, placement, origins, directions, steps=64, backend=backend)[0]
+    assert sums[0, 6] == 0 and sums[1, 6] > 0.9  # the second ray meets the ball's side on its way
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -100,11 +100,11 @@ def test_the_compiled_kernel_and_its_gradient_are_those_of_the_twin(seed):
     weights = torch.randn(*origins.shape[:2], CHANNELS, generator=torch.Generator().manual_seed(seed))
     results = []
     for backend in BACKENDS:
-        given = grids.clone().requires_grad_()
+        leaf = grids.clone().requires_grad_()
         options = {"steps": 12, "jitter": jitter, "backend": backend}
-        seen = composite_grids(given, index, placement, origins, directions, **options)
-        (seen * weights).sum().backward()
-        results.append((seen.detach(), given.grad))
+        sums = composite_grids(leaf, index, placement, origins, directions, **options)
+        (sums * weights).sum().backward()
+        results.append((sums.detach(), leaf.grad))
     (a, da), (b, db) = results
     assert a[..., 6].max() > 0.9 and (a[..., 6] == 0).any()  # rays that hit and rays that miss
     torch.testing.assert_close(a, b, atol=1e-3, rtol=0)  # a sample on a cell's rim may fall to either side
@@ -129,29 +129,29 @@ def test_nothing_is_lost_where_empty_blocks_are_skipped(seed):
 def test_the_twins_gradient_is_that_of_finite_differences():
     grids, index, placement, origins, directions, jitter = scene(3, torch.float64, side=2, pixels=3)
 
-    def seen(cells: torch.Tensor) -> torch.Tensor:
+    def composite(cells: torch.Tensor) -> torch.Tensor:
         options = {"steps": 5, "jitter": jitter, "backend": "torch"}
         return composite_grids(cells, index, placement, origins, directions, **options)
 
-    assert torch.autograd.gradcheck(seen, (0.2 * grids).requires_grad_(), atol=1e-5)
+    assert torch.autograd.gradcheck(composite, (0.2 * grids).requires_grad_(), atol=1e-5)
 
 
 def test_activation_is_smooth_and_ends():
     raw = torch.tensor([-20.0, -8.0, 0.0, 3.0], dtype=torch.float64)
-    wanted = torch.tensor([0.0, math.exp(-8), 1.0, 4.0], dtype=torch.float64)
-    torch.testing.assert_close(activated(raw), wanted)
+    expected = torch.tensor([0.0, math.exp(-8), 1.0, 4.0], dtype=torch.float64)
+    torch.testing.assert_close(activated(raw), expected)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_ray_that_is_not_finite_ends_and_leaves_the_others_alone(backend):
     grids, index, placement, origins, directions, jitter = scene(1)
     options = {"steps": 8, "jitter": jitter, "backend": backend}
-    clean = composite_grids(grids, index, placement, origins, directions, **options)
+    clean_sums = composite_grids(grids, index, placement, origins, directions, **options)
     origins[0, 3], directions[1, 5] = math.nan, math.inf
-    broken = composite_grids(grids, index, placement, origins, directions, **options)
+    sums = composite_grids(grids, index, placement, origins, directions, **options)
     same = torch.ones(origins.shape[:2], dtype=torch.bool)
     same[0, 3] = same[1, 5] = False
-    torch.testing.assert_close(broken[same], clean[same])
+    torch.testing.assert_close(sums[same], clean_sums[same])
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from stages.pocket import data, models
-from stages.pocket.train.denoisers import Told, velocity_loss
+from stages.pocket.train.denoisers import LayoutPictures, velocity_loss
 from stages.pocket.train.device import device_of, placed, pool_rows
 from stages.pocket.train.layout import Pool
 from stages.pocket.train.loop import Training
@@ -59,7 +59,7 @@ def test_a_unets_lesson_is_the_same_on_both(pool):
     condition = models.make_condition("pixel", models.make_layout(fine=False)).requires_grad_(False)
     alphas = models.make_scheduler().alphas_cumprod
 
-    def unet(x_t, t, text, **told):
+    def unet(x_t, t, text, **conditions):
         assert {x.device.type for x in (x_t, t, text)} == {x_t.device.type}
         return SimpleNamespace(sample=x_t * 0.5 + text.mean())
 
@@ -67,10 +67,10 @@ def test_a_unets_lesson_is_the_same_on_both(pool):
         def encode(texts):
             return encode_text(tokenizer, encoder, texts)
 
-        told = condition.told(Told(condition, scenes, encode).pictures(captions, index))
+        conditions = condition.conditions(LayoutPictures(condition, scenes, encode).pictures(captions, index))
         x0 = placed(np.random.default_rng(0).random((2, 3, 64, 64), dtype=np.float32), device)
         generator = torch.Generator().manual_seed(3)
-        mean = {"mean": torch.nn.functional.interpolate(told["mean"], (64, 64))}
+        mean = {"mean": torch.nn.functional.interpolate(conditions["mean"], (64, 64))}
         return velocity_loss(unet, alphas, x0, encode(captions), mean, 2, generator)
 
     here = float(lesson(CPU))

@@ -1,4 +1,4 @@
-"""What the world's objects are at points of space, and that a layout learns it."""
+"""Occupancy, colours and roles of the world's objects at points, and the layout's loss on them."""
 
 from types import SimpleNamespace
 
@@ -45,8 +45,8 @@ def test_a_ball_is_inside_its_radius_has_its_colour_and_faces_outwards(few):
     assert (abs(far - radius) < solids.SHELL + 0.02)[near].all() and not near[abs(far - radius) > 0.06].any()
     outwards = (ball.normals[0] * ball.points[0] / far[:, None]).sum(-1)
     assert outwards[near].min() > 0.95
-    for name, painted in zip(COLOURS, ball.colours[0], strict=True):
-        assert abs(painted[near] - COLOURS[name]).max() < 0.08, name
+    for name, colours in zip(COLOURS, ball.colours[0], strict=True):
+        assert abs(colours[near] - COLOURS[name]).max() < 0.08, name
 
 
 def test_points_inside_another_part_are_no_surface(few):
@@ -58,35 +58,35 @@ def test_points_inside_another_part_are_no_surface(few):
 
 def test_the_bank_is_made_once(few, monkeypatch, tmp_path):
     monkeypatch.setattr(solids, "shape_captions", lambda: [captions(" ball"), captions(" cube")])
-    made = make_solids(tmp_path, 0)
-    assert made.points.shape == (2, 800, 3) and made.colours.shape == (2, len(COLOURS), 800, 3)
+    first = make_solids(tmp_path, 0)
+    assert first.points.shape == (2, 800, 3) and first.colours.shape == (2, len(COLOURS), 800, 3)
     monkeypatch.setattr(solids, "_shape", None)
-    assert np.array_equal(make_solids(tmp_path, 0).points, made.points)
+    assert np.array_equal(make_solids(tmp_path, 0).points, first.points)
 
 
 @pytest.fixture
 def bank(few, monkeypatch, tmp_path):
-    chosen = [captions(" robot"), captions(" duck"), captions(" striped mug")]
-    monkeypatch.setattr(solids, "shape_captions", lambda: chosen)
-    return make_solids(tmp_path, 0), chosen
+    shape_texts = [captions(" robot"), captions(" duck"), captions(" striped mug")]
+    monkeypatch.setattr(solids, "shape_captions", lambda: shape_texts)
+    return make_solids(tmp_path, 0), shape_texts
 
 
 def test_each_point_has_the_role_whose_colour_it_has_in_every_caption_of_the_training(bank):
-    made, chosen = bank
-    roles = find_roles(made, chosen, 48)
-    near = torch.tensor(np.asarray(made.near))
-    painted = roles.colours[roles.number].transpose(1, 2)  # [N, C, P, 3]
-    error = (painted - torch.tensor(np.asarray(made.colours)).float()).abs().amax(-1)
-    known = roles.known[..., None].bool() & near[:, None]
-    assert error[known].max() < 2 * solids.ALIKE and 6 < len(roles.colours) < 30
-    held = [text for alike in chosen for text in alike if world.held_out(world.parse(text))]
-    assert int((1 - roles.known).sum()) == len(held) > 0
+    samples, shape_texts = bank
+    roles = find_roles(samples, shape_texts, 48)
+    near = torch.tensor(np.asarray(samples.near))
+    role_colours = roles.colours[roles.number].transpose(1, 2)  # [N, C, P, 3]
+    error = (role_colours - torch.tensor(np.asarray(samples.colours)).float()).abs().amax(-1)
+    mask = roles.in_training[..., None].bool() & near[:, None]
+    assert error[mask].max() < 2 * solids.ALIKE and 6 < len(roles.colours) < 30
+    held_out_texts = [text for alike in shape_texts for text in alike if world.held_out(world.parse(text))]
+    assert int((1 - roles.in_training).sum()) == len(held_out_texts) > 0
 
 
 def test_a_small_part_weighs_more_than_its_points_and_what_is_far_from_a_surface_nothing(bank):
-    made, chosen = bank
-    roles = find_roles(made, chosen, 48)
-    near = torch.tensor(np.asarray(made.near))
+    samples, shape_texts = bank
+    roles = find_roles(samples, shape_texts, 48)
+    near = torch.tensor(np.asarray(samples.near))
     assert roles.weight[near].mean() == pytest.approx(1, abs=1e-4) and not roles.weight[~near].any()
     many = torch.bincount(roles.number[0][near[0]])
     small, large = many.masked_fill(many == 0, 10**6).argmin(), many.argmax()
@@ -109,7 +109,7 @@ def test_a_layouts_palettes_become_the_roles(bank):
 
 
 def test_the_truth_costs_least():
-    """A layout that says what is there, and one that errs in each of opacity, colour, paint and normal."""
+    """The loss of the true values, and with an error in each of opacity, colour, paint and normal."""
     generator = np.random.default_rng(0)
     points = generator.uniform(-0.5, 0.5, (1, 200, 3)).astype(np.float32)
     inside = (points[..., 0] > 0).astype(np.float16)
@@ -118,13 +118,13 @@ def test_the_truth_costs_least():
     normals = np.broadcast_to(np.float16([0, 0, 1]), points.shape)
     bank = Solids(points, inside, np.ones((1, 200), bool), linear_to_srgb(paints[number])[:, None].numpy(), normals)
 
-    def loss(density=30.0, colour=0.0, normal=0.0, share=0.0, known=1.0):
+    def loss(density=30.0, colour=0.0, normal=0.0, share=0.0, in_training=1.0):
         raw = torch.where(torch.from_numpy(inside) > 0.5, density, -density)
         facing = torch.tensor([0.0, normal, 1.0]).expand(1, 200, 3)
         shares = (1 - share) * torch.nn.functional.one_hot(number, 3) + share / 3
-        seen = torch.cat([raw[..., None], facing, shares], -1)
-        layout = SimpleNamespace(at=lambda shapes, where: seen, palettes=lambda colours: paints[None] + colour)
-        roles = Roles(linear_to_srgb(paints)[:, None], number, torch.full((1, 1), known), torch.ones(1, 200))
+        values = torch.cat([raw[..., None], facing, shares], -1)
+        layout = SimpleNamespace(at=lambda shapes, where: values, palettes=lambda colours: paints[None] + colour)
+        roles = Roles(linear_to_srgb(paints)[:, None], number, torch.full((1, 1), in_training), torch.ones(1, 200))
         return float(
             solid_loss(layout, torch.zeros(1, 0), torch.zeros(0, 0), roles, bank, np.arange(1), np.arange(200))
         )
@@ -133,4 +133,4 @@ def test_the_truth_costs_least():
     assert loss(density=0.1) > 0.1 and loss(density=-30.0) > 5
     assert loss(normal=0.6) == pytest.approx(0.36 / 3, rel=1e-2)
     assert loss(colour=0.05) > 0.005 and loss(share=0.3) > 0.3**2 / 3
-    assert loss(colour=0.05) == pytest.approx(loss(colour=0.05, known=0.5))  # a mean over what is known
+    assert loss(colour=0.05) == pytest.approx(loss(colour=0.05, in_training=0.5))  # a mean over what is known

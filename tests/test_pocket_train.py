@@ -1,4 +1,4 @@
-"""The pocket world's trainers: the loop resumes to the bit, losses are what they say, pools say where everything is."""
+"""The pocket world's trainers: the loop resumes to the bit, losses have their closed forms, pools hold the scenes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from stages.kernels.srgb import srgb_to_linear
 from stages.pocket import data, models, world
 from stages.pocket.train import layout as layout_trainer
-from stages.pocket.train.denoisers import Told, batch_of, velocity_loss
+from stages.pocket.train.denoisers import LayoutPictures, batch_of, velocity_loss
 from stages.pocket.train.loop import Training
 from stages.pocket.train.text import Sentences, encode_text
 
@@ -54,9 +54,9 @@ def test_a_modules_rate_is_multiplied_by_its_factor(tmp_path):
 
 @pytest.mark.parametrize("mean", [None, 0.3])
 def test_the_velocity_of_the_rest_costs_nothing_and_an_error_its_square(mean):
-    """A network that knows x0: its velocity is of x0 minus the mean where a mean is told."""
+    """A network that knows x0: its velocity is of x0 minus the mean where a mean is given."""
     x0 = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    told = {} if mean is None else {"mean": torch.full_like(x0, mean)}
+    layout_conditions = {} if mean is None else {"mean": torch.full_like(x0, mean)}
     alphas = models.make_scheduler().alphas_cumprod
     losses = []
     for error in (0.0, 0.1, 0.2):
@@ -70,16 +70,16 @@ def test_the_velocity_of_the_rest_costs_nothing_and_an_error_its_square(mean):
             return SimpleNamespace(sample=F.pixel_unshuffle(v, 2))
 
         generator = torch.Generator().manual_seed(3)
-        losses.append(float(velocity_loss(unet, alphas, x0, torch.zeros(4, 1, 1), told, 2, generator)))
+        losses.append(float(velocity_loss(unet, alphas, x0, torch.zeros(4, 1, 1), layout_conditions, 2, generator)))
     assert losses[0] < 1e-3 < losses[1] and losses[2] == pytest.approx(4 * losses[1], rel=0.05)
 
 
 def test_a_batch_has_all_renders_of_its_meshes_and_one_caption_a_mesh_for_the_layout():
     view = {"view": "front", "shading": "albedo"}
     records = [{"caption": f"a red {kind}"} | view for kind in list(world.KINDS)[:8] for _ in range(4)]
-    index, spoken, named = batch_of(records, 0, 3, 16)
+    index, captions, layout_captions = batch_of(records, 0, 3, 16)
     assert len(index) == 16 and all(len(set(index[k : k + 4] // 4)) == 1 for k in range(0, 16, 4))
-    for i, text, name in zip(index, spoken, named, strict=True):
+    for i, text, name in zip(index, captions, layout_captions, strict=True):
         assert name in ("", records[i]["caption"]) and text.startswith(name)
 
 
@@ -111,8 +111,8 @@ def _near_an_edge(azimuth: float, elevation: float) -> bool:
 def test_smaller_renders_are_averages_in_linear_light(pool):
     images, small = data.load_pool(pool)[0], data.resized_pool(pool, 16)
     linear_large = srgb_to_linear(torch.from_numpy(np.array(images)) / 255)
-    wanted = F.avg_pool2d(linear_large.permute(0, 3, 1, 2), 2).permute(0, 2, 3, 1)
-    assert (srgb_to_linear(torch.from_numpy(small) / 255) - wanted).abs().max() < 0.01
+    expected = F.avg_pool2d(linear_large.permute(0, 3, 1, 2), 2).permute(0, 2, 3, 1)
+    assert (srgb_to_linear(torch.from_numpy(small) / 255) - expected).abs().max() < 0.01
 
 
 def test_rays_of_a_pool_show_the_colours_of_its_pixels(pool):
@@ -121,8 +121,8 @@ def test_rays_of_a_pool_show_the_colours_of_its_pixels(pool):
     images, _, scenes = data.load_pool(pool)
     assert torch.allclose(directions.norm(dim=-1), torch.ones(2, 200), atol=1e-5)
     assert torch.allclose(origins[0, 0], torch.from_numpy(scenes.c2w[3, :3, 3]))
-    seen = {tuple(c) for c in images[3].reshape(-1, 3).tolist()}
-    assert {tuple(c) for c in (colours[0] * 255).round().int().tolist()} <= seen
+    pixel_colours = {tuple(c) for c in images[3].reshape(-1, 3).tolist()}
+    assert {tuple(c) for c in (colours[0] * 255).round().int().tolist()} <= pixel_colours
 
 
 def test_every_token_of_a_sentence_has_the_number_of_its_word():
@@ -150,18 +150,18 @@ def test_kept_pictures_are_the_layouts_and_another_layout_makes_its_own(pool, tm
         return encode_text(tokenizer, encoder, captions)
 
     captions, index = ["a red mug", "", "a red mug", "a blue ball"], np.array([3, 5, 8, 3])
-    plain = Told(condition, scenes, encode).pictures(captions, index)
-    told = Told(condition, scenes, encode, keep)
-    torch.testing.assert_close(told.pictures(captions[:3], index[:3]), plain[:3], atol=1e-5, rtol=0)
-    assert told.known.nonzero()[0].tolist() == [3, 8]  # not the empty caption's
-    told.save()
+    plain = LayoutPictures(condition, scenes, encode).pictures(captions, index)
+    writer = LayoutPictures(condition, scenes, encode, keep)
+    torch.testing.assert_close(writer.pictures(captions[:3], index[:3]), plain[:3], atol=1e-5, rtol=0)
+    assert writer.available.nonzero()[0].tolist() == [3, 8]  # not the empty caption's
+    writer.save()
 
     calls = []
-    again = Told(condition, scenes, lambda texts: calls.append(texts) or encode(texts), keep)
-    kept = again.pictures(captions[:3], index[:3])
-    assert calls == [[""]] and (kept - plain[:3]).abs().max() <= 0.5 / 255 + 1e-5
+    reader = LayoutPictures(condition, scenes, lambda texts: calls.append(texts) or encode(texts), keep)
+    pictures = reader.pictures(captions[:3], index[:3])
+    assert calls == [[""]] and (pictures - plain[:3]).abs().max() <= 0.5 / 255 + 1e-5
 
     other = models.make_condition("pixel", models.make_layout(fine=False)).requires_grad_(False)
-    assert not Told(other, scenes, encode, keep).known.any()
-    assert not Told(condition, scenes[:12], encode, keep).known.any()  # another pool, of the same layout
+    assert not LayoutPictures(other, scenes, encode, keep).available.any()
+    assert not LayoutPictures(condition, scenes[:12], encode, keep).available.any()  # another pool, of the same layout
     assert len(list(tmp_path.glob("told.*.npy"))) == 1

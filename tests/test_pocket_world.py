@@ -39,12 +39,12 @@ def volume(vertices: np.ndarray, faces: np.ndarray) -> float:
 @cache
 def example_specs() -> tuple[Spec, ...]:
     """One plain spec per kind, every pattern on every patterned kind, every pair composition; colours in turn."""
-    seen, out = set(), []
+    looks, out = set(), []
     colours = Counter()
     for spec in all_specs():
         look = (geometry_caption(spec), spec.pattern)
-        if look not in seen and spec.colour == list(COLOURS)[colours[spec.kind] % 12]:
-            seen.add(look)
+        if look not in looks and spec.colour == list(COLOURS)[colours[spec.kind] % 12]:
+            looks.add(look)
             colours[spec.kind] += 5
             out.append(spec)
     return tuple(out)
@@ -78,9 +78,9 @@ def test_text_outside_the_grammar_is_refused(text):
 
 
 def test_words_are_exactly_the_words_of_all_captions():
-    used = {w for s in all_specs() for w in (*caption(s).split(), *geometry_caption(s).split())}
+    vocabulary = {w for s in all_specs() for w in (*caption(s).split(), *geometry_caption(s).split())}
     assert len(world.words()) == len(set(world.words()))
-    assert set(world.words()) == used
+    assert set(world.words()) == vocabulary
 
 
 def test_the_world_is_as_large_as_the_issue_asks():
@@ -181,7 +181,7 @@ def test_colours_are_the_linear_values_of_the_srgb_table():
     assert np.allclose(build(Spec("ball", "cyan")).colours, srgb_to_linear(COLOURS["cyan"]), atol=1e-6)
 
 
-def seen(mesh: Mesh, azimuth: float, elevation: float, side: int = 24, count: int = 30_000) -> np.ndarray:
+def splat(mesh: Mesh, azimuth: float, elevation: float, side: int = 24, count: int = 30_000) -> np.ndarray:
     """Orthographic colour, coverage and depth [side, side, 5] from a direction in degrees, by splatting points."""
     a, e = np.radians(azimuth), np.radians(elevation)
     back = np.array([np.cos(e) * np.sin(a), np.sin(e), np.cos(e) * np.cos(a)])
@@ -207,16 +207,16 @@ def seen(mesh: Mesh, azimuth: float, elevation: float, side: int = 24, count: in
 @pytest.mark.parametrize("kind", KINDS)
 def test_front_and_back_differ_exactly_where_the_table_says(kind):
     mesh = build(Spec(kind, "green"))
-    front, back = (seen(mesh, azimuth, 0) for azimuth in (0, 180))
+    front, back = (splat(mesh, azimuth, 0) for azimuth in (0, 180))
 
-    def changed(other: np.ndarray) -> float:
+    def change(other: np.ndarray) -> float:
         """Share of the front's cells that look like none of the 3 x 3 cells around them in the other picture."""
         around = [np.roll(other, (i, j), (0, 1)) for i in (-1, 0, 1) for j in (-1, 0, 1)]
         least = np.min([np.abs(front - o).max(-1) for o in around], 0)
         return (least > 0.2).sum() / front[..., 3].sum()
 
     # the mirror image of the back as well: a handle on the other side alone makes no front
-    share = min(changed(back), changed(back[:, ::-1]))
+    share = min(change(back), change(back[:, ::-1]))
     if world.true_front(kind):
         assert share > 0.025
     else:
@@ -233,13 +233,13 @@ def test_the_caption_colour_leads_over_all_views(colour):
         shares = Counter()
         views = [(azimuth, elevation) for azimuth in (0, 90, 180, 270) for elevation in (15, 50)]
         for azimuth, elevation in views:
-            image = seen(mesh, azimuth, elevation, side=20, count=5000)
+            image = splat(mesh, azimuth, elevation, side=20, count=5000)
             pixels = image[image[..., 3] > 0][:, :3]
             colours, counts = np.unique(np.round(pixels, 3), axis=0, return_counts=True)
-            own = np.abs(colours - main).max(1) < 2e-3
-            assert counts[own].sum() / counts.sum() > 0.25, (kind, colour, azimuth, elevation)
-            shares["main"] += counts[own].sum() / counts.sum() / len(views)
-            for trim, count in zip(colours[~own].tolist(), counts[~own].tolist(), strict=True):
+            is_main = np.abs(colours - main).max(1) < 2e-3
+            assert counts[is_main].sum() / counts.sum() > 0.25, (kind, colour, azimuth, elevation)
+            shares["main"] += counts[is_main].sum() / counts.sum() / len(views)
+            for trim, count in zip(colours[~is_main].tolist(), counts[~is_main].tolist(), strict=True):
                 shares[tuple(trim)] += count / counts.sum() / len(views)
         assert shares["main"] > 0.4, (kind, colour, shares["main"])
 
@@ -258,11 +258,11 @@ def test_a_tenth_is_held_out_and_everything_is_seen_in_training():
     assert len({caption(s) for s in plain} & listing) / len(plain) == pytest.approx(0.1, abs=0.01)
     assert len({caption(s) for s in patterned} & listing) / len(patterned) == pytest.approx(0.1, abs=0.01)
     assert len(compositions & listing) / len(compositions) == pytest.approx(0.1, abs=0.015)
-    seen = [s for s in all_specs() if not held_out(s)]
-    assert {s.kind for s in seen if s.other is None} == set(KINDS)
-    assert {(s.kind, s.pattern) for s in seen} >= {(k, p) for k in world.PATTERNED for p in PATTERNS}
-    assert {(s.pattern, s.colour) for s in seen} >= {(p, c) for p in PATTERNS for c in COLOURS}
-    pairs = [s for s in seen if s.other is not None]
+    training = [s for s in all_specs() if not held_out(s)]
+    assert {s.kind for s in training if s.other is None} == set(KINDS)
+    assert {(s.kind, s.pattern) for s in training} >= {(k, p) for k in world.PATTERNED for p in PATTERNS}
+    assert {(s.pattern, s.colour) for s in training} >= {(p, c) for p in PATTERNS for c in COLOURS}
+    pairs = [s for s in training if s.other is not None]
     assert {s.relation for s in pairs} == set(world.RELATIONS)
     assert {s.kind for s in pairs if s.relation == "on"} == set(world.RIDERS)
     assert {s.other.kind for s in pairs if s.relation == "on"} == set(world.SUPPORTS)
@@ -300,8 +300,8 @@ def test_pairs_stand_where_their_words_say():
         mesh = build(parse(text))
         boxes = []
         for word in (parse(text).colour, parse(text).other.colour):
-            of = np.abs(mesh.colours - srgb_to_linear(COLOURS[word])).max(1) < 1e-5
-            boxes.append((mesh.vertices[of].min(0), mesh.vertices[of].max(0)))
+            mask = np.abs(mesh.colours - srgb_to_linear(COLOURS[word])).max(1) < 1e-5
+            boxes.append((mesh.vertices[mask].min(0), mesh.vertices[mask].max(0)))
         return boxes
 
     for support in world.SUPPORTS:
@@ -346,8 +346,8 @@ def test_spots_stay_where_they_are_when_proportions_vary():
         return np.histogramdd(mesh.vertices[white], bins=6, range=[(-0.9, 0.9)] * 3)[0] > 0
 
     first = spots(0)
-    shared = [(first & spots(seed)).sum() / (first | spots(seed)).sum() for seed in range(1, 6)]
-    assert min(shared) > 0.6
+    overlaps = [(first & spots(seed)).sum() / (first | spots(seed)).sum() for seed in range(1, 6)]
+    assert min(overlaps) > 0.6
 
 
 def test_the_spread_of_instances_follows_the_variation():

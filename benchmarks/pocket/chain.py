@@ -1,7 +1,7 @@
-"""What is lost between the layout's picture and the finished mesh: each step of a run against the truth, same views.
+"""Measure each step of a run, from the layout's picture to the finished mesh, against the truth in the same views.
 
-layout   the layout's picture: what the prior is told
-x0       the pixel prior's x0 at t = 0.9 of the true picture's noise: what the prior makes of words and picture
+layout   the layout's picture, which the prior is conditioned on
+x0       the pixel prior's x0 from the true picture with noise of t = 0.9, given words and layout
 coarse   the coarse stage's field, volume rendered
 fine     the finished mesh
 All at 64 pixels; and layout, coarse and fine at 512, where only the fine stage can show more.
@@ -54,8 +54,8 @@ def measure_chain(
         small = {k: mean_psnr(list(_small(v)), list(_small(truth))) for k, v in pictures.items()}
         large = {k: mean_psnr(list(v), list(truth)) for k, v in pictures.items() if k != "x0"}
         by_prompt[prompt] = {"small": small, "large": large}
-        shown = [F.adaptive_avg_pool2d(v[[7, 2, 4]].permute(0, 3, 1, 2), 128) for v in (*pictures.values(), truth)]
-        sheet.append(torch.cat([torch.cat(list(row), 2) for row in shown], 2))
+        thumbnails = [F.adaptive_avg_pool2d(v[[7, 2, 4]].permute(0, 3, 1, 2), 128) for v in (*pictures.values(), truth)]
+        sheet.append(torch.cat([torch.cat(list(row), 2) for row in thumbnails], 2))
         print(prompt, by_prompt[prompt], flush=True)
     image = (torch.cat(sheet, 1).permute(1, 2, 0).clamp(0, 1) * 255).round().byte().numpy()
     Image.fromarray(image).save(out / "pocket_chain.png", optimize=True)
@@ -70,25 +70,25 @@ def measure_chain(
 
 @torch.no_grad()
 def _pictures(prior: Any, prompt: str, result: Any) -> dict[str, Tensor]:
-    """sRGB pictures [8, 512, 512, 3] of every step of a run and of the truth."""
+    """Return sRGB pictures [8, 512, 512, 3] of every step of a run and of the truth."""
     views = orbit_views(list(AZIMUTHS), ELEVATION)
     under = srgb_to_linear(torch.full((3,), GREY))
     truth = linear_to_srgb(shoot(Subject.of(build(world.parse(prompt))), views, LARGE, COLOUR)[0])
     shots = [Shot(prompt, "plain", picture, views[k], under, COLOUR) for k, picture in enumerate(_small(truth))]
     embedding = prior.embed([shots[0].words]).expand(len(views), -1, -1)
-    told = prior.layout.picture(embedding, ViewContext(views, under, COLOUR))[:, :3]
+    drawings = prior.layout.picture(embedding, ViewContext(views, under, COLOUR))[:, :3]
     field = result.stage("coarse")
-    seen = [linear_to_srgb(field.render(views[k], LARGE, shading=COLOUR, backdrop=under).colour) for k in range(8)]
+    renders = [linear_to_srgb(field.render(views[k], LARGE, shading=COLOUR, backdrop=under).colour) for k in range(8)]
     mesh = linear_to_srgb(shoot(Subject.of(result.mesh.data), views, LARGE, COLOUR)[0])
     return {
-        "layout": resized(told, LARGE).permute(0, 2, 3, 1),
+        "layout": resized(drawings, LARGE).permute(0, 2, 3, 1),
         "x0": resized(torch.stack(x0_pictures(prior, shots, LATE)).permute(0, 3, 1, 2), LARGE).permute(0, 2, 3, 1),
-        "coarse": torch.cat(seen),
+        "coarse": torch.cat(renders),
         "fine": mesh,
         "truth": truth,
     }
 
 
 def _small(pictures: Tensor) -> Tensor:
-    """Pictures [B, S, S, 3] at 64 pixels, averaged."""
+    """Average pictures [B, S, S, 3] down to 64 pixels."""
     return F.adaptive_avg_pool2d(pictures.permute(0, 3, 1, 2), SMALL).permute(0, 2, 3, 1)

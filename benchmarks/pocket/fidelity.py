@@ -1,4 +1,4 @@
-"""How near the priors come to the truth, in dB over the object, on renders of held-out captions.
+"""Measure the priors against the truth, in dB over the object, on renders of held-out captions.
 
 layout     the layout's own picture, by kind of caption: plain, pattern, pair, clay
 pixel      x0 predicted from noisy renders at 64x64, by t
@@ -62,7 +62,7 @@ def shots(count: int, size: int, cameras: CameraSettings, seed: int) -> list[Sho
         count: how many.
         size: pixels a side.
     """
-    made: list[Shot] = []
+    renders: list[Shot] = []
     for k in range(count):
         kind, rng = KINDS[k % len(KINDS)], np.random.default_rng([seed, k])
         while True:
@@ -75,53 +75,54 @@ def shots(count: int, size: int, cameras: CameraSettings, seed: int) -> list[Sho
         shading = Shading(ambient, 1 - ambient, kind == "clay")
         under = torch.from_numpy(data.background(rng)).float()
         picture = _render(spec, rng, views, size, shading, under)
-        made.append(Shot(world.caption(spec), kind, picture, views, under, shading))
-    return made
+        renders.append(Shot(world.caption(spec), kind, picture, views, under, shading))
+    return renders
 
 
 def _render(spec: world.Spec, rng, views: Views, size: int, shading: Shading, under: Tensor) -> Tensor:
     return torch.from_numpy(data.render(build(spec, rng), views, size, shading, under)).float() / 255
 
 
-def mean_psnr(made: list[Tensor], truth: list[Tensor]) -> float:
-    values = [object_psnr(a, b) for a, b in zip(made, truth, strict=True)]
+def mean_psnr(pictures: list[Tensor], truth: list[Tensor]) -> float:
+    """Return the mean PSNR over the objects of pictures [S, S, 3], in dB."""
+    values = [object_psnr(a, b) for a, b in zip(pictures, truth, strict=True)]
     return round(float(np.mean([v for v in values if v is not None])), 2)
 
 
 @torch.no_grad()
 def layout_psnr(prior, renders: list[Shot]) -> dict[str, float]:
-    """Of the layout's picture at the renders' size, for all and by kind."""
+    """Return the PSNR of the layout's picture at the renders' size, for all and by kind, in dB."""
     pictures = []
     for shot in renders:
         picture = prior.layout.picture(prior.embed([shot.words]), shot.context)[:, :3]
         pictures.append(resized(picture, len(shot.picture))[0].permute(1, 2, 0))
     result = {"all": mean_psnr(pictures, [s.picture for s in renders])}
     for kind in KINDS:
-        chosen = [k for k, shot in enumerate(renders) if shot.kind == kind]
-        result[kind] = mean_psnr([pictures[k] for k in chosen], [renders[k].picture for k in chosen])
+        members = [k for k, shot in enumerate(renders) if shot.kind == kind]
+        result[kind] = mean_psnr([pictures[k] for k in members], [renders[k].picture for k in members])
     return result
 
 
 @torch.no_grad()
 def x0_pictures(prior, renders: list[Shot], share: float, seed: int = 0) -> list[Tensor]:
-    """What the prior makes of noisy renders: its x0, decoded to sRGB pictures of the prior's own size.
+    """Predict x0 of noisy renders, decoded to sRGB pictures of the prior's own size.
 
     Args:
         share: of the noise schedule, in (0, 1).
     """
     t = torch.tensor([round(share * (len(prior.alphas_cumprod) - 1))])
-    alpha_bar, made = prior.alphas_cumprod[t], []
+    alpha_bar, pictures = prior.alphas_cumprod[t], []
     for k, shot in enumerate(renders):
         generator = torch.Generator().manual_seed(1000 * seed + k)
         x = prior.encode(shot.picture[None], generator)
         z = add_noise(x, torch.randn(x.shape, generator=generator), alpha_bar)
         eps = prior.predict_noise(z, t, prior.embed([shot.words]), shot.context)
-        made.append(prior.decode(x0_from_eps(eps, z, alpha_bar))[0])
-    return made
+        pictures.append(prior.decode(x0_from_eps(eps, z, alpha_bar))[0])
+    return pictures
 
 
 def x0_psnr(prior, renders: list[Shot], times: tuple[float, ...] = TIMES) -> dict[str, float]:
-    """Of x0 by share of the noise schedule, at the renders' size; smaller pictures are enlarged."""
+    """Return the PSNR of x0 by share of the noise schedule, at the renders' size; smaller pictures are enlarged."""
     truth = [shot.picture for shot in renders]
     rows = {}
     for share in times:
@@ -139,10 +140,10 @@ def _enlarged(picture: Tensor, size: int) -> Tensor:
 
 @torch.no_grad()
 def autoencoder_psnr(prior, renders: list[Shot]) -> dict[str, float]:
-    """Of decoded latents, and of averages over squares of pixels enlarged again."""
+    """Return the PSNR of decoded latents, and of averages over squares of pixels enlarged again, in dB."""
     truth = [shot.picture for shot in renders]
-    encoded = [prior.decode(prior.encode(p[None], torch.Generator().manual_seed(0)))[0] for p in truth]
-    rows = {"autoencoder": mean_psnr(encoded, truth)}
+    round_trips = [prior.decode(prior.encode(p[None], torch.Generator().manual_seed(0)))[0] for p in truth]
+    rows = {"autoencoder": mean_psnr(round_trips, truth)}
     for factor in (2, 4, 8):
         small = [F.avg_pool2d(p.permute(2, 0, 1)[None], factor)[0].permute(1, 2, 0) for p in truth]
         rows[f"{factor}x average"] = mean_psnr([_enlarged(p, len(q)) for p, q in zip(small, truth, strict=True)], truth)
@@ -150,7 +151,7 @@ def autoencoder_psnr(prior, renders: list[Shot]) -> dict[str, float]:
 
 
 def ceiling(count: int, seed: int) -> dict[str, float]:
-    """An instance against the mean of INSTANCES - 1 others of its caption in the same view, by kind and for all."""
+    """Return the PSNR of instances against the mean of INSTANCES - 1 others of their caption, by kind and for all."""
     rows: dict[str, list[float]] = {}
     for shot in shots(count, 64, data.COARSE_CAMERAS, seed):
         spec, rest = world.parse(shot.caption), []
@@ -166,16 +167,16 @@ def ceiling(count: int, seed: int) -> dict[str, float]:
 
 @torch.no_grad()
 def draw_layouts(prior, path: Path, size: int = 64, azimuths: int = 8) -> None:
-    """Every kind seen from around, the layout's picture above the canonical object's, as one PNG; colours by turns."""
+    """Draw every kind from all sides as one PNG: the layout's picture above the canonical object's; colours vary."""
     colours, views = list(world.COLOURS), orbit_views([360 * k / azimuths for k in range(azimuths)], 20.0)
     under, rows = torch.full((3,), 0.35), []
     for k, kind in enumerate(world.KINDS):
         spec = world.Spec(kind, colours[k % len(colours)])
         embedding = prior.embed([world.caption(spec)]).expand(azimuths, -1, -1)
-        seen = prior.layout.picture(embedding, ViewContext(views, under, ALBEDO))[:, :3]
-        made = resized(seen, size).permute(0, 2, 3, 1)
+        drawings = prior.layout.picture(embedding, ViewContext(views, under, ALBEDO))[:, :3]
+        pictures = resized(drawings, size).permute(0, 2, 3, 1)
         truth = torch.stack([_render(spec, None, views[v], size, ALBEDO, under) for v in range(azimuths)])
-        rows += [torch.cat(list(made), 1), torch.cat(list(truth), 1)]
+        rows += [torch.cat(list(pictures), 1), torch.cat(list(truth), 1)]
     half = len(rows) // 2
     sheet = torch.cat([torch.cat(rows[:half], 0), torch.cat(rows[half:], 0)], 1)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -183,7 +184,7 @@ def draw_layouts(prior, path: Path, size: int = 64, azimuths: int = 8) -> None:
 
 
 def measure_fidelity(pixel, latent, out: Path, *, count: int = 96, large: int = 24, seed: int = 777) -> dict[str, Any]:
-    """All of the above for the two priors; writes out/pocket_layout.png.
+    """Run all measurements of this module for the two priors; writes out/pocket_layout.png.
 
     Args:
         count: renders at 64x64.

@@ -1,4 +1,4 @@
-"""How good the pocket models are: `python -m benchmarks.pocket`.
+"""Measure the pocket models: `python -m benchmarks.pocket`.
 
 Every caption of the world's held-out listing, judged by the pocket CLIP among 100 candidates, those captions and
 distractors from the whole world (textureless: its 85 kinds and compositions):
@@ -41,7 +41,7 @@ from stages.pocket.build import build
 WEIGHTS = Path(world.__file__).parent / "weights"
 CANDIDATES, SCALE, STEPS, SEED = 100, 4.0, 50, 0
 VIEW_WORDS = (", front view", ", side view")
-AZIMUTHS, GREY = (25.0, 75.0), 0.4  # of these views' cameras, degrees; linear grey behind: for priors that are told
+AZIMUTHS, GREY = (25.0, 75.0), 0.4  # of these views' cameras, degrees; linear grey behind: for priors that take views
 MODELS = ("truth", "pixel", "latent", "fidelity", "chain")
 LOOKS = {"colour": COLOUR, "textureless": CLAY}
 SIZE = 128  # of truth renders in pixels
@@ -94,21 +94,21 @@ def judge_truth(
     cameras, result = ring(views), {}
     for name, shading in LOOKS.items():
         bare, texts = name == "textureless", options[name]
-        embedded, truth = scorer.embed_texts(texts), metrics.truth_of(captions, texts, bare)
-        each, together, missed = [], [], []
-        for caption, answer in zip(captions, truth, strict=True):
+        text_embeddings, truth = scorer.embed_texts(texts), metrics.truth_of(captions, texts, bare)
+        each, together, misses = [], [], []
+        for caption, number in zip(captions, truth, strict=True):
             images, _ = shoot(Subject.of(build(world.parse(caption))), cameras, SIZE, shading)
-            seen = scorer.embed_images(images)
-            each.append(metrics.hits(seen @ embedded.T, [answer] * views))
-            together.append(metrics.hits(metrics.mean_embedding(seen)[None] @ embedded.T, [answer]))
+            image_embeddings = scorer.embed_images(images)
+            each.append(metrics.hits(image_embeddings @ text_embeddings.T, [number] * views))
+            together.append(metrics.hits(metrics.mean_embedding(image_embeddings)[None] @ text_embeddings.T, [number]))
             if together[-1] < 1:
-                best = texts[int((metrics.mean_embedding(seen) @ embedded.T).argmax())]
-                missed.append([caption, best])
+                best = texts[int((metrics.mean_embedding(image_embeddings) @ text_embeddings.T).argmax())]
+                misses.append([caption, best])
         result[name] = {
             "one_view": round(100 * float(torch.cat(each).mean()), 2),
             f"{views}_views": round(100 * float(torch.cat(together).mean()), 2),
             "candidates": len(texts),
-            "missed": missed,
+            "missed": misses,
         }
     return result
 
@@ -121,22 +121,22 @@ def ddim_samples(
 
     Timesteps are evenly spaced from the last one down; the move after the lowest one goes to clean data.
 
-    views: N cameras, told to a prior that was taught them (see guidance/diffusion/camera.py), before linear grey 0.4.
+    views: N cameras, for a prior with a layout (guidance/diffusion/layout.py), before linear grey 0.4.
     """
-    embedded, empty = prior.embed(prompts), prior.embed([""])
+    embeddings, empty = prior.embed(prompts), prior.embed([""])
     alphas, total = prior.alphas_cumprod, prior.alphas_cumprod.shape[0]
     times = torch.linspace(total - 1, 0, steps + 1).round().long()[:-1]
     following = torch.cat([alphas[times[1:]], torch.ones(1)])
     generator, pictures = torch.Generator().manual_seed(seed), []
     shape = prior.encode(torch.zeros(1, prior.resolution, prior.resolution, 3), generator).shape[1:]
     for start in range(0, len(prompts), batch):
-        texts = embedded[start : start + batch]
+        texts = embeddings[start : start + batch]
         n = len(texts)
         z = torch.randn(n, *shape, generator=generator)
         both = torch.cat([texts, empty.expand_as(texts)])
-        seen = None if views is None else ViewContext(views[start : start + n], torch.full((3,), GREY)).repeat(2)
+        context = None if views is None else ViewContext(views[start : start + n], torch.full((3,), GREY)).repeat(2)
         for t, after in zip(times, following, strict=True):
-            eps_y, eps_0 = prior.predict_noise(z.repeat(2, 1, 1, 1), t.repeat(2 * n), both, seen).chunk(2)
+            eps_y, eps_0 = prior.predict_noise(z.repeat(2, 1, 1, 1), t.repeat(2 * n), both, context).chunk(2)
             z = ddim_step(z, classifier_free_guidance(eps_y, eps_0, scale), alphas[t].repeat(n), after.repeat(n))
         pictures.append(prior.decode(z))
     return torch.cat(pictures)
@@ -147,15 +147,15 @@ def judge_samples(
 ) -> tuple[dict[str, Any], Tensor, Tensor]:
     """R-Precision of one sample of every caption, in percent; the samples; which were hits."""
     prompts = [caption + VIEW_WORDS[k % len(VIEW_WORDS)] for k, caption in enumerate(captions)]
-    began = time.perf_counter()
+    start = time.perf_counter()
     views = orbit_views([AZIMUTHS[k % len(AZIMUTHS)] for k in range(len(captions))], 20.0)
     samples = ddim_samples(prior, prompts, scale=scale, steps=steps, seed=seed, views=views)
-    seconds = time.perf_counter() - began
+    seconds = time.perf_counter() - start
     scores = torch.cat([scorer.embed_srgb(part) for part in samples.split(8)]) @ scorer.embed_texts(texts).T
     truth = metrics.truth_of(captions, texts, textureless=False)
     hit = metrics.hits(scores, truth)
     single = torch.tensor([world.parse(caption).other is None for caption in captions])
-    wrong = [[captions[k], texts[int(scores[k].argmax())]] for k in (hit < 1).nonzero()[:, 0].tolist()]
+    misses = [[captions[k], texts[int(scores[k].argmax())]] for k in (hit < 1).nonzero()[:, 0].tolist()]
     facts = {
         "r_precision": round(100 * float(hit.mean()), 2),
         "single": round(100 * float(hit[single].mean()), 2) if single.any() else None,
@@ -163,7 +163,7 @@ def judge_samples(
         "clip_score": round(100 * float(scores[range(len(captions)), truth].mean()), 2),
         "samples": len(captions),
         "seconds": round(seconds, 1),
-        "missed": wrong,
+        "missed": misses,
     }
     return facts, samples, hit
 
@@ -208,19 +208,19 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     if args.limit and args.out == RESULTS:
         parser.error("--limit is for trials, which must not end up in the tables: give another --out")
-    asked = args.models.split(",")
-    unknown = [name for name in asked if name not in MODELS]
+    names = args.models.split(",")
+    unknown = [name for name in names if name not in MODELS]
     if unknown:
         parser.error(f"--models: {', '.join(unknown)}: wanted {', '.join(MODELS)}")
     try:
-        measure(args, asked)
+        measure(args, names)
     except UserError as error:
         print(f"{error.what}\n{error.why}\n{error.fix}")
         return 2
     return 0
 
 
-def measure(args: argparse.Namespace, asked: list[str]) -> dict[str, Any]:
+def measure(args: argparse.Namespace, names: list[str]) -> dict[str, Any]:
     """Run the measurements, print them, write pictures and the result line; returns the line."""
     from stages.guidance.diffusion.prior import load_prior
 
@@ -232,7 +232,7 @@ def measure(args: argparse.Namespace, asked: list[str]) -> dict[str, Any]:
     settings = {"captions": len(captions), "candidates": CANDIDATES}
     settings |= {"scale": args.scale, "steps": args.steps, "seed": args.seed}
     line: dict[str, Any] = {"benchmark": "pocket", **environment(), "settings": settings}
-    for name in asked:
+    for name in names:
         if name == "truth":
             line[name] = judge_truth(scorer, captions, options)
         elif name == "fidelity":
@@ -244,17 +244,17 @@ def measure(args: argparse.Namespace, asked: list[str]) -> dict[str, Any]:
             line[name] = measure_chain(load_prior(args.pixel, "cpu"), prompts, args.out, settings=folders)
         else:
             prior = load_prior(getattr(args, name), "cpu")
-            chosen = {"scale": args.scale, "steps": args.steps, "seed": args.seed}
-            line[name], samples, hit = judge_samples(scorer, prior, captions, options["colour"], **chosen)
+            sampling = {"scale": args.scale, "steps": args.steps, "seed": args.seed}
+            line[name], samples, hit = judge_samples(scorer, prior, captions, options["colour"], **sampling)
             draw_grid(samples, captions, hit, args.out / f"pocket_{name}_samples.png")
-        print(f"{name}: {_shown(line[name])}", flush=True)
+        print(f"{name}: {_summary(line[name])}", flush=True)
     append_line(args.out / "pocket.jsonl", line)
     return line
 
 
-def _shown(facts: dict[str, Any]) -> str:
+def _summary(facts: dict[str, Any]) -> str:
     plain = {k: v for k, v in facts.items() if k != "missed"}
-    return str({k: _shown(v) if isinstance(v, dict) else v for k, v in plain.items()})
+    return str({k: _summary(v) if isinstance(v, dict) else v for k, v in plain.items()})
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A field taught the shape and the colours that a prior already knows, so that distillation begins from an object.
+"""Fit a field to the shape and colours of a prior's object, so that distillation starts from it.
 
 GaussianDreamer (arXiv 2310.08529) and GSGEN (arXiv 2309.16585) begin from Shap-E and Point-E in the same way. What
 pictures alone decide late or never is then there from the first step: a mug that is open at the top, a pair's places.
@@ -24,7 +24,7 @@ NEAR = 0.75  # share of the points that lie in cells of the object or beside the
 
 
 class StartSettings(BaseModel):
-    """What the field begins from."""
+    """Settings of the field's initialisation."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -59,43 +59,43 @@ def fit_start(
         for group in optimiser.param_groups:
             group["lr"] = lr.at(step / settings.steps)
         points = _points(cells, settings.points, generator).to(device)
-        opacity, colour = _seen(radiance, points, step_size)
+        opacity, colour = _opacity_and_albedo(radiance, points, step_size)
         density, albedo = field(points)
-        wrong = (1 - torch.exp(-density * step_size) - opacity).square().mean()
-        painted = (linear_to_srgb(albedo) - linear_to_srgb(colour)).square().mean(-1)
-        loss = wrong + (opacity * painted).sum() / opacity.sum().clamp_min(1)
+        opacity_error = (1 - torch.exp(-density * step_size) - opacity).square().mean()
+        colour_error = (linear_to_srgb(albedo) - linear_to_srgb(colour)).square().mean(-1)
+        loss = opacity_error + (opacity * colour_error).sum() / opacity.sum().clamp_min(1)
         loss.backward()
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
     with torch.no_grad():
         points = _points(cells, settings.points, generator).to(device)
-        opacity, _ = _seen(radiance, points, step_size)
+        opacity, _ = _opacity_and_albedo(radiance, points, step_size)
         gap = 1 - torch.exp(-field(points)[0] * step_size) - opacity
     return float(gap.square().mean().sqrt())
 
 
 @torch.no_grad()
-def _seen(radiance: Radiance, points: Tensor, step_size: float) -> tuple[Tensor, Tensor]:
-    """Opacity [N] of a sampling step and linear albedo [N, 3] of the object at points [N, 3]."""
+def _opacity_and_albedo(radiance: Radiance, points: Tensor, step_size: float) -> tuple[Tensor, Tensor]:
+    """Return opacity [N] of a sampling step and linear albedo [N, 3] of the object at points [N, 3]."""
     density, albedo = radiance(points)
     return 1 - torch.exp(-density * step_size), albedo
 
 
 def _cells(radiance: Radiance, step_size: float, device: torch.device) -> Tensor:
-    """Centres [C, 3] of the cells that hold the object or touch one that does, on the CPU."""
+    """Return centres [C, 3] of the cells that hold the object and of their neighbours, on the CPU."""
     axis = (torch.arange(GRID) + 0.5) / GRID * 2 - 1
     centres = torch.stack(torch.meshgrid(axis, axis, axis, indexing="ij"), -1).view(-1, 3)
-    opacity, _ = _seen(radiance, centres.to(device), step_size)
+    opacity, _ = _opacity_and_albedo(radiance, centres.to(device), step_size)
     solid = (opacity > 0.1).float().cpu().view(1, 1, GRID, GRID, GRID)
     near = torch.nn.functional.max_pool3d(solid, 3, stride=1, padding=1).view(-1) > 0
     return centres[near]
 
 
 def _points(cells: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """Random points [count, 3]: a NEAR share of them in cells where there are any, the rest anywhere."""
+    """Draw random points [count, 3]: a NEAR share of them in cells where there are any, the rest anywhere."""
     close = round(NEAR * count) if len(cells) else 0
     points = 2 * torch.rand(count, 3, generator=generator) - 1
     if close:
-        chosen = cells[torch.randint(len(cells), (close,), generator=generator)]
-        points[:close] = chosen + points[:close] / GRID
+        centres = cells[torch.randint(len(cells), (close,), generator=generator)]
+        points[:close] = centres + points[:close] / GRID
     return points

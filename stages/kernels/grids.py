@@ -54,9 +54,9 @@ def composite_grids(
     check_shape("jitter", jitter, tuple(origins.shape[:2]))
     if steps < 1:
         raise ValueError(f"steps: wanted at least 1, got {steps}")
-    chosen = choose_backend(backend, grids, origins, directions, family="volume")
+    backend = choose_backend(backend, grids, origins, directions, family="volume")
     scene = (index.int(), placement, origins, directions, steps, jitter)
-    if chosen == "numba":
+    if backend == "numba":
         return untraced(_Composite.apply, grids, *scene)
     return twin.composite_grids(grids, *scene)
 

@@ -1,4 +1,4 @@
-"""Build the coloured mesh of a spec of the pocket world, and say where its single objects stand."""
+"""Build the coloured mesh of a spec of the pocket world, with the place of each single object."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ class _Solid:
         return self.vertices.min(0), self.vertices.max(0)
 
     def fit(self, radius: float) -> _Solid:
-        """Bounding box centred at the origin, farthest vertex at `radius`."""
+        """Move the bounding box's centre to the origin and scale the farthest vertex to `radius`."""
         low, high = self.bounds()
-        centred = self.vertices - 0.5 * (low + high)
-        scale = radius / np.sqrt((centred**2).sum(1).max())
-        return _Solid(centred * scale, self.faces, self.colours)
+        vertices = self.vertices - 0.5 * (low + high)
+        scale = radius / np.sqrt((vertices**2).sum(1).max())
+        return _Solid(vertices * scale, self.faces, self.colours)
 
     def move(self, offset) -> _Solid:
         return _Solid(self.vertices + np.asarray(offset), self.faces, self.colours)
@@ -49,15 +49,15 @@ def _solid_of(part: Part) -> _Solid:
 
 
 def _single(spec: Spec, rng: np.random.Generator | None, variation: float) -> _Solid:
-    """One object at radius RADIUS."""
+    """Build one object at radius RADIUS."""
     palette = Palette(spec.colour, rng, spec.pattern != "plain", variation)
     parts = KINDS[spec.kind].make(Vary(rng, variation), palette)
-    fitted = _join([_solid_of(p) for p in parts]).fit(RADIUS)
+    whole = _join([_solid_of(p) for p in parts]).fit(RADIUS)
     if spec.pattern == "plain":
-        return fitted
+        return whole
     canonical = _join([_solid_of(p) for p in KINDS[spec.kind].make(Vary(None), palette)]).fit(RADIUS)
     main = np.repeat([p.colour is palette.main for p in parts], [len(p.vertices) for p in parts])
-    body, rest = _pick(fitted, main), _pick(fitted, ~main)
+    body, rest = _pick(whole, main), _pick(whole, ~main)
     axis = "z" if spec.kind == "fish" else "y"
     options = {"canonical": canonical.vertices[main], "axis": axis, "square": spec.kind == "cube"}
     vertices, faces, second = apply_pattern(body.vertices, body.faces, spec.pattern, **options)
@@ -67,13 +67,13 @@ def _single(spec: Spec, rng: np.random.Generator | None, variation: float) -> _S
 
 
 def _pick(solid: _Solid, keep: np.ndarray) -> _Solid:
-    """The parts whose vertices [V] bool are kept."""
+    """Return the parts of a solid whose vertices are in keep [V] bool."""
     number = np.cumsum(keep) - 1
     return _Solid(solid.vertices[keep], number[solid.faces[keep[solid.faces[:, 0]]]], solid.colours[keep])
 
 
 def _on(top: _Solid, below: _Solid, kind: str) -> _Solid:
-    """`top` resting on `below`, scaled to the place there is."""
+    """Return `top` on `below`, scaled to the room there."""
     low, high = below.bounds()
     size = high - low
     height, z, room = high[1], 0.5 * (low[2] + high[2]), 0.86 * min(size[0], size[2])
@@ -88,18 +88,18 @@ def _on(top: _Solid, below: _Solid, kind: str) -> _Solid:
     extent = high - low
     scale = min(room / max(extent[0], extent[2]), 1.15 * room / extent[1])
     centre = 0.5 * (low + high)
-    moved = (top.vertices - (centre[0], low[1], centre[2])) * scale + (0, height - 0.01 * room, z)
-    return _join([_Solid(moved, top.faces, top.colours), below])
+    vertices = (top.vertices - (centre[0], low[1], centre[2])) * scale + (0, height - 0.01 * room, z)
+    return _join([_Solid(vertices, top.faces, top.colours), below])
 
 
 def _beside(left: _Solid, right: _Solid) -> _Solid:
-    """`left` at -x and `right` at +x on one floor, a narrow gap between them."""
+    """Return `left` at -x and `right` at +x on one floor, with a narrow gap between them."""
     (low, high), (low2, _) = left.bounds(), right.bounds()
     return _join([left.move((-high[0] - 0.05, -low[1], 0)), right.move((-low2[0] + 0.05, -low2[1], 0))])
 
 
 def build(spec: Spec, rng: np.random.Generator | None = None, variation: float = VARIATION) -> Mesh:
-    """The coloured mesh of a spec, colours linear.
+    """Build the coloured mesh of a spec, colours linear.
 
     Args:
         rng: varies proportions and colours a little; None gives the canonical object, the caption's ground truth.
@@ -132,7 +132,7 @@ def build_placed(
 
 
 def _placements(vertices: np.ndarray, counts: list[int]) -> np.ndarray:
-    """Scale and offset [O, 4] of the objects that own `counts` vertices [V, 3] one after another."""
+    """Return scale and offset [O, 4] of the objects that have `counts` vertices [V, 3] one after another."""
     rows = []
     for part in np.split(vertices, np.cumsum(counts)[:-1]):
         centre = 0.5 * (part.min(0) + part.max(0))

@@ -46,7 +46,7 @@ ALBEDO = 0.4  # share of unshaded renders beside that share of textureless ones
 
 
 def background(generator: np.random.Generator) -> np.ndarray:
-    """One nearly neutral background, linear RGB [3]."""
+    """Draw one nearly neutral background, linear RGB [3]."""
     srgb = generator.uniform(*BACKGROUND) + generator.uniform(-TINT, TINT, 3)
     return srgb_to_linear(torch.from_numpy(srgb.clip(0, 1))).numpy()
 
@@ -67,7 +67,7 @@ class Scenes:
         return Scenes(*(getattr(self, f.name)[index] for f in fields(self)))
 
     def views(self) -> Views:
-        """As the toolkit's views; their angles are those of the camera's place."""
+        """Return the cameras as Views; azimuth and elevation follow from the camera's position."""
         c2w = torch.from_numpy(self.c2w)
         x, y, z = c2w[:, :3, 3].unbind(-1)
         azimuth = torch.rad2deg(torch.atan2(x, z)) % 360
@@ -94,8 +94,8 @@ def make_pool(
     Args:
         split: of the captions, see `world.sample_spec`. workers: processes; None: one a core.
     """
-    done = folder / "records.json"
-    if done.exists():
+    records_file = folder / "records.json"
+    if records_file.exists():
         return folder
     folder.mkdir(parents=True, exist_ok=True)
     part = folder / "images.npy.part"
@@ -113,7 +113,7 @@ def make_pool(
     names = [f.name for f in fields(Scenes)]
     np.savez(folder / "scenes.npz", **{n: np.concatenate([getattr(s, n) for _, s in parts]) for n in names})
     os.replace(part, folder / "images.npy")
-    done.write_text(json.dumps(records))
+    records_file.write_text(json.dumps(records))
     return folder
 
 
@@ -133,8 +133,8 @@ def _render_meshes(
         rng = np.random.default_rng([seed, m])
         spec = world.sample_spec(rng, split=split)
         mesh, placement, _ = build_placed(spec, rng)
-        placed = np.full((2, 4), np.nan, np.float32)
-        placed[: len(placement)] = placement
+        places = np.full((2, 4), np.nan, np.float32)
+        places[: len(placement)] = placement
         views = sample_views(cameras, VIEWS_PER_MESH, torch.Generator().manual_seed(int(rng.integers(2**62))))
         for v in range(min(VIEWS_PER_MESH, len(images) - m * VIEWS_PER_MESH)):
             kind = rng.choice(kinds, p=shares)
@@ -145,14 +145,14 @@ def _render_meshes(
             view = view_class(float(views.azimuth_deg[v]), float(views.elevation_deg[v]), SIDES)
             records.append({"caption": world.caption(spec), "view": view, "shading": str(kind)})
             camera = (views.c2w[v].numpy(), views.fov_deg[v].numpy(), views.light[v].numpy())
-            rows.append((*camera, ambient, float(shading.textureless), under.numpy(), placed))
+            rows.append((*camera, ambient, float(shading.textureless), under.numpy(), places))
     images.flush()
     return records, Scenes(*(np.array(column, np.float32) for column in zip(*rows, strict=True)))
 
 
 @torch.no_grad()
 def render(mesh: Mesh, views: Views, size: int, shading: Shading, under: Tensor) -> np.ndarray:
-    """One picture, uint8 sRGB [size, size, 3]: supersampled when small, antialiased as the fine stage's when large."""
+    """Render one picture, uint8 sRGB [size, size, 3]; supersampled if small, antialiased if large."""
     if size < 256:
         image = render_vertex_colours(mesh, views, size, shading, under)[0]
     else:
@@ -162,21 +162,21 @@ def render(mesh: Mesh, views: Views, size: int, shading: Shading, under: Tensor)
 
 
 def load_pool(folder: Path) -> tuple[np.ndarray, list[dict], Scenes]:
-    """Images (memory-mapped), records and scenes of a pool."""
+    """Load images (memory-mapped), records and scenes of a pool."""
     with np.load(folder / "scenes.npz") as arrays:
         scenes = Scenes(**{f.name: arrays[f.name] for f in fields(Scenes)})
     return np.load(folder / "images.npy", mmap_mode="r"), json.loads((folder / "records.json").read_text()), scenes
 
 
 def halved(images: np.ndarray) -> np.ndarray:
-    """Pictures [B, S, S, 3] uint8 sRGB at half the size, averaged in linear light."""
+    """Return pictures [B, S, S, 3] uint8 sRGB at half the size, averaged in linear light."""
     linear = LINEAR[torch.from_numpy(np.ascontiguousarray(images)).long()]
     small = F.avg_pool2d(linear.permute(0, 3, 1, 2), 2).permute(0, 2, 3, 1)
     return SRGB[(small * (len(SRGB) - 1)).round().long()].numpy()
 
 
 def resized_pool(folder: Path, side: int) -> np.ndarray:
-    """A pool's renders at half their size, a quarter ...: [N, side, side, 3] uint8, made once and kept beside them."""
+    """Return a pool's renders at half their size, a quarter ..., [N, side, side, 3] uint8, kept beside them."""
     path = folder / f"images{side}.npy"
     full = np.load(folder / "images.npy", mmap_mode="r")
     if full.shape[1] == side:
@@ -191,13 +191,13 @@ def resized_pool(folder: Path, side: int) -> np.ndarray:
 
 
 def setting_of(scenes: Scenes, device: torch.device | str = "cpu") -> Setting:
-    """How a pool's renders were lit and what lies behind."""
+    """Return cameras, light and backdrop of a pool's renders."""
     facts = (torch.from_numpy(a).to(device) for a in (scenes.ambient, scenes.bare, scenes.under))
     return Setting(scenes.views().to(device), *facts)
 
 
 def training_caption(record: dict, rng: np.random.Generator) -> str:
-    """The caption a model trains on: view words nearly always, left / right half of the time, clay words always."""
+    """Return a caption for training: view words nearly always, left / right half of the time, clay words always."""
     text = record["caption"]
     if rng.random() < 0.9:
         view = "side" if record["view"].endswith("side") and rng.random() < 0.5 else record["view"]
@@ -208,14 +208,14 @@ def training_caption(record: dict, rng: np.random.Generator) -> str:
 
 
 def batch_indices(seed: int, step: int, batch: int, count: int) -> np.ndarray:
-    """The step's images: consecutive slices of an epoch-wise permutation."""
+    """Return the indices of a step's images: consecutive slices of an epoch-wise permutation."""
     epoch, offset = divmod(step * batch, count - count % batch)
     return np.random.default_rng([seed, epoch]).permutation(count)[offset : offset + batch]
 
 
-def object_psnr(made: Tensor, truth: Tensor) -> float | None:
-    """PSNR in dB over the object of a picture [S, S, 3] in [0, 1] before a flat backdrop; None if hardly any shows."""
+def object_psnr(picture: Tensor, truth: Tensor) -> float | None:
+    """Return the PSNR in dB over the object of a picture [S, S, 3]; None for fewer than FEWEST object pixels."""
     mask = (truth - truth[:1, :1]).abs().amax(-1) > EDGE
     if int(mask.sum()) < FEWEST:
         return None
-    return float(-10 * torch.log10((made - truth)[mask].square().mean().clamp_min(1e-9)))
+    return float(-10 * torch.log10((picture - truth)[mask].square().mean().clamp_min(1e-9)))

@@ -27,9 +27,9 @@ TOKENS = 20  # caption, view words and shading words of the longest pair caption
 WIDTH = 128  # text width
 GRID = {"pixel": 16, "latent": 32}  # finest features of the UNets
 LEVELS = {"pixel": (112, 192), "latent": (64, 128, 192)}  # channels of the UNets, halved in size from level to level
-PICTURE = {"pixel": 64, "latent": 128}  # side in pixels of the layout's picture that each is told
+PICTURE = {"pixel": 64, "latent": 128}  # side in pixels of the layout's picture for each
 EDGES = 128  # width of the network that makes latents of that picture
-PIXEL_LAYOUT = "../../pixel/layout"  # where the latent prior's layout is, but for what translates it
+PIXEL_LAYOUT = "../../pixel/layout"  # the layout that the latent prior shares; its adapter is its own
 PIXEL_PATCH, LATENT_PATCH = 4, 2
 LATENT_CHANNELS = 12
 LATENT_GAIN, LATENT_MEAN = 2.0, 0.6  # where the autoencoder's colour channels start: 2 (sRGB - 0.6), well inside +-3
@@ -38,7 +38,7 @@ VIEW_WORDS = (",", "front", "side", "back", "overhead", "left", "right", "view",
 
 
 def make_tokenizer(eos: int = 2):
-    """A word-level PreTrainedTokenizerFast over the world's words and the view words; [UNK] marks the rest.
+    """Return a word-level PreTrainedTokenizerFast over the world's words and the view words; [UNK] marks the rest.
 
     Args:
         eos: id of [EOS], 2 or 3 ([UNK] takes the other). The CLIP needs 3: where eos_token_id is 2, transformers pools
@@ -66,7 +66,7 @@ def make_tokenizer(eos: int = 2):
 
 
 def make_text_encoder(vocabulary: int):
-    """A two-layer CLIPTextModel of width 128, trained together with the pixel UNet."""
+    """Return a two-layer CLIPTextModel of width 128, which all pocket priors share."""
     from transformers import CLIPTextConfig, CLIPTextModel
 
     return CLIPTextModel(
@@ -86,7 +86,7 @@ def make_text_encoder(vocabulary: int):
 
 
 def make_unet(prior: str):
-    """The UNet2DConditionModel of the pixel or the latent prior, on its grid of patches."""
+    """Return the UNet2DConditionModel of the pixel or the latent prior, on its grid of patches."""
     from diffusers import UNet2DConditionModel
 
     channels = 3 * PIXEL_PATCH**2 if prior == "pixel" else LATENT_CHANNELS * LATENT_PATCH**2
@@ -110,7 +110,7 @@ def make_unet(prior: str):
 
 
 def make_condition(prior: str, layout):
-    """What tells the UNet of a prior the picture of a layout."""
+    """Return the adapter between a layout and the UNet of a prior."""
     from stages.guidance.diffusion.layout_condition import LayoutCondition
 
     latents = LATENT_CHANNELS if prior == "latent" else 0
@@ -118,7 +118,7 @@ def make_condition(prior: str, layout):
 
 
 def make_layout(fine: bool = True):
-    """The layout that both priors share, for this world's words."""
+    """Return the layout that both priors share, for this world's words."""
     from stages.guidance.diffusion.layout import Layout
 
     words = {"kinds": list(KINDS), "patterns": list(PATTERNS), "colours": list(COLOURS)}
@@ -127,7 +127,7 @@ def make_layout(fine: bool = True):
 
 
 def load_layout(state: Path):
-    """A layout from the tensors that its trainer leaves."""
+    """Load a layout from the tensors that its trainer writes."""
     from safetensors.torch import load_file
 
     tensors = load_file(state)
@@ -137,7 +137,7 @@ def load_layout(state: Path):
 
 
 def make_scheduler():
-    """Cosine noise schedule, v prediction (Salimans & Ho 2022)."""
+    """Return the scheduler: cosine noise schedule, v prediction (Salimans & Ho 2022)."""
     from diffusers import DDIMScheduler
 
     return DDIMScheduler(
@@ -146,7 +146,7 @@ def make_scheduler():
 
 
 def make_vae():
-    """An AutoencoderTiny, 8x down to 12 channels: 512x512 encodes forward and backward in a fraction of a second.
+    """Return an AutoencoderTiny, 8x down to 12 channels; 512x512 takes a fraction of a second forward and backward.
 
     It starts as an image pyramid: three channels carry averages of red, green and blue through encoder and decoder,
     four times as many where the encoder ends: those of the four quarters of each 8x8 block. Everything else adds
@@ -166,23 +166,23 @@ def make_vae():
 
     @torch.no_grad()
     def carry(conv: torch.nn.Conv2d, parts: int = 1) -> None:
-        """Make a convolution hand its first channels on: averaged when it has stride 2, as they are otherwise."""
+        """Make a convolution pass its first channels on, averaged if it has stride 2, unchanged otherwise."""
         conv.weight[: 3 * parts] = 0
         taps = ((1, 1), (1, 2), (2, 1), (2, 2)) if conv.stride[0] == 2 else ((1, 1),)
         for part in range(parts):
             for k, (y, x) in enumerate(taps):
-                own = float(k == part) if conv.stride[0] == 2 and parts > 1 else 1 / len(taps)
+                weight = float(k == part) if conv.stride[0] == 2 and parts > 1 else 1 / len(taps)
                 source = rgb if conv.stride[0] == 2 else rgb + 3 * part
-                conv.weight[rgb + 3 * part, source, y, x] = own
+                conv.weight[rgb + 3 * part, source, y, x] = weight
         if conv.bias is not None:
             conv.bias[: 3 * parts] = 0
 
-    strided = [m for m in vae.encoder.layers if isinstance(m, torch.nn.Conv2d) and m.stride[0] == 2]
+    halvings = [m for m in vae.encoder.layers if isinstance(m, torch.nn.Conv2d) and m.stride[0] == 2]
     parts = 1
     for layers in (vae.encoder.layers, vae.decoder.layers):
         for module in layers:
             if isinstance(module, torch.nn.Conv2d):
-                parts = 4 if module is strided[-1] else parts
+                parts = 4 if module is halvings[-1] else parts
                 carry(module, parts)
             elif hasattr(module, "conv"):  # a residual block: what it adds begins at nothing
                 with torch.no_grad():
@@ -203,7 +203,7 @@ def make_vae():
 
 
 def make_clip(vocabulary: int):
-    """A CLIPModel for scores, for `make_tokenizer(CLIP_EOS)`: a ViT on 8 x 8 patches of 64x64 and a text tower."""
+    """Return a CLIPModel for `make_tokenizer(CLIP_EOS)`: a ViT on 8 x 8 patches of 64x64 and a text tower."""
     from transformers import CLIPConfig, CLIPModel
 
     text = {

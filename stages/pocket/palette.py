@@ -74,7 +74,7 @@ class Palette:
         self.choices: list[str] = []
 
     def trim(self, *names: str) -> Colour:
-        """The first of the named trim colours that stands out from the main colour, else the farthest of them."""
+        """Return the first of these trim colours that differs enough from the main colour, else the farthest."""
         base = np.array(COLOURS[self.name])
         distance = [float(np.linalg.norm(base - TRIM[n])) for n in names]
         distinct = [name for name, d in zip(names, distance, strict=True) if d >= DISTINCT]
@@ -109,6 +109,6 @@ def _jitter(colour: Colour, rng: np.random.Generator | None, amount: float) -> C
 
 
 def srgb_to_linear(colour) -> np.ndarray:
-    """IEC 61966-2-1 decoding, the inverse of kernels.srgb.linear_to_srgb."""
+    """Decode sRGB by IEC 61966-2-1, the inverse of kernels.srgb.linear_to_srgb."""
     colour = np.asarray(colour, dtype=np.float64)
     return np.where(colour <= 0.04045, colour / 12.92, ((colour + 0.055) / 1.055) ** 2.4)

@@ -88,7 +88,7 @@ def cut(vertices: np.ndarray, faces: np.ndarray, values: np.ndarray) -> tuple[np
 
 
 def _spot_centres(points: np.ndarray) -> np.ndarray:
-    """Centres [S, 3] by farthest-point sampling of points [P, 3] from the foremost, SPOT_SPACING apart."""
+    """Choose centres [S, 3] by farthest-point sampling of points [P, 3] from the foremost, SPOT_SPACING apart."""
     distance = np.full(len(points), np.inf)
     centres = [points[(points @ [0.11, 0.07, 1.0]).argmax()]]
     while True:
@@ -99,10 +99,10 @@ def _spot_centres(points: np.ndarray) -> np.ndarray:
 
 
 def _moved(centres: np.ndarray, canonical: np.ndarray, vertices: np.ndarray, nearest: int = 4) -> np.ndarray:
-    """Centres [S, 3] on the canonical surface, moved along with its vertices [V, 3] to `vertices` [V, 3].
+    """Move centres [S, 3] on the canonical surface along with its vertices [V, 3] to `vertices` [V, 3].
 
     Farthest-point sampling on every instance anew would scatter the spots: a hair's breadth decides which point is
-    the farthest. So they are found once, on the canonical object, and follow their nearest vertices.
+    the farthest. So they are chosen once, on the canonical object, and follow their nearest vertices.
     """
     distance = np.sqrt(((centres[:, None] - canonical) ** 2).sum(-1))  # [S, V]
     index = np.argsort(distance, 1)[:, :nearest]
@@ -112,12 +112,12 @@ def _moved(centres: np.ndarray, canonical: np.ndarray, vertices: np.ndarray, nea
 
 
 def _spot_level(points: np.ndarray, centres: np.ndarray) -> np.ndarray:
-    """SPOT_RADIUS minus the distance of points [P, 3] to the nearest spot: [P]."""
+    """Return SPOT_RADIUS minus the distance of points [P, 3] to the nearest spot: [P]."""
     return SPOT_RADIUS - np.sqrt(((points[:, None] - centres) ** 2).sum(-1).min(1))
 
 
 def _steps(low: float, high: float, first: float, *widths: float) -> np.ndarray:
-    """Positions first, first + widths[0], first + widths[0] + widths[1], ... cyclically, inside (low, high)."""
+    """Return positions first, first + widths[0], first + widths[0] + widths[1], ... in turn, inside (low, high)."""
     period = sum(widths)
     starts = np.cumsum([0.0, *widths[:-1]]) + first
     turns = np.arange(np.floor((low - first) / period) - 1, np.ceil((high - first) / period) + 1)
@@ -185,8 +185,8 @@ def apply_pattern(
         second = (sector + np.floor(centre[:, along] / CHECK + 0.5).astype(int)) % 2 == 1
     else:
         raise ValueError(f"pattern: wanted one of {PATTERNS}, got {pattern!r}")
-    used = np.zeros((2, len(vertices)), dtype=bool)
-    used[1, faces[second]] = used[0, faces[~second]] = True
-    number = np.cumsum(used.reshape(-1)) - 1
+    carriers = np.zeros((2, len(vertices)), dtype=bool)
+    carriers[1, faces[second]] = carriers[0, faces[~second]] = True
+    number = np.cumsum(carriers.reshape(-1)) - 1
     new = number[faces + second[:, None] * len(vertices)]
-    return np.concatenate([vertices[used[0]], vertices[used[1]]]), new, second
+    return np.concatenate([vertices[carriers[0]], vertices[carriers[1]]]), new, second

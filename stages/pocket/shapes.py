@@ -68,7 +68,7 @@ def _circle(sides: int) -> np.ndarray:
 
 
 def lathe(profile, colour: Colour, sides: int = 28, closed: bool = False) -> Part:
-    """Surface of revolution about y of (radius, height) pairs, given so that the outside goes upwards.
+    """Make the surface of revolution about y of (radius, height) pairs, ordered so that the outside goes upwards.
 
     An open profile starts and ends on the axis (radius 0); a closed one is a loop that stays off the axis.
     """
@@ -104,13 +104,13 @@ def _unit_sphere(sides: int, rows: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def ellipsoid(radii, centre, colour: Colour, sides: int = 24) -> Part:
-    """Axis-aligned ellipsoid; one number for `radii` makes a sphere."""
+    """Make an axis-aligned ellipsoid; one number for `radii` makes a sphere."""
     vertices, faces = _unit_sphere(sides, sides // 2 + 1)
     return Part(vertices * radii + centre, faces, colour)
 
 
 def frustum(bottom: float, top: float, height: float, base, colour: Colour, sides: int = 28) -> Part:
-    """Cylinder, cone or truncated cone standing on `base`; a radius of 0 is a tip."""
+    """Make a cylinder, cone or truncated cone on `base`; a radius of 0 is a tip."""
     profile = [(0, 0), (bottom, 0), (top, height), (0, height)]
     if top == 0:
         profile = [(0, 0), *((bottom * (1 - t), height * t) for t in (0, 0.34, 0.67, 1))]
@@ -118,7 +118,7 @@ def frustum(bottom: float, top: float, height: float, base, colour: Colour, side
 
 
 def ring(radius: float, thickness: float, colour: Colour, sides: int = 32, flat: float = 1.0) -> Part:
-    """Torus around y: centre-line radius, tube radius, tube height factor `flat`."""
+    """Make a torus around y: centre-line radius, tube radius, tube height factor `flat`."""
     angle = np.arange(16) * (2 * np.pi / 16)
     profile = np.stack([radius + thickness * np.cos(angle), flat * thickness * np.sin(angle)], 1)
     return lathe(profile, colour, sides, closed=True)
@@ -168,7 +168,7 @@ def _box_topology() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
 
 
 def box(size, centre, colour: Colour, bevel: float = 0.0) -> Part:
-    """Axis-aligned box; `bevel` (a length) rounds its edges."""
+    """Make an axis-aligned box; `bevel` (a length) rounds its edges."""
     signs, axes, sides, bevels = _box_topology()
     half = 0.5 * np.asarray(size, dtype=np.float64)
     if bevel <= 0:
@@ -180,7 +180,7 @@ def box(size, centre, colour: Colour, bevel: float = 0.0) -> Part:
 
 
 def wedge(size, top, centre, colour: Colour, shift: float = 0.0) -> Part:
-    """Box whose top face is scaled to `top` = (x, z) factors and moved by `shift` along z: roofs, cabins, hulls."""
+    """Make a box whose top face is scaled to `top` = (x, z) factors and moved by `shift` along z, as for roofs."""
     part = box(size, (0, 0, 0), colour)
     upper = part.vertices[:, 1] > 0
     part.vertices[upper] = part.vertices[upper] * (top[0], 1, top[1]) + (0, 0, shift)
@@ -188,7 +188,7 @@ def wedge(size, top, centre, colour: Colour, shift: float = 0.0) -> Part:
 
 
 def prism(polygon, depth: float, colour: Colour, bevel: float = 0.0) -> Part:
-    """Counter-clockwise (x, y) polygon, star-shaped about its mean, extruded along z to +-depth / 2.
+    """Extrude a counter-clockwise (x, y) polygon, star-shaped about its mean, along z to +-depth / 2.
 
     `bevel` shrinks the polygon about its mean at both ends by that length over the same length of depth.
     """
@@ -222,7 +222,7 @@ def prism(polygon, depth: float, colour: Colour, bevel: float = 0.0) -> Part:
 
 
 def tube(path, radius, colour: Colour, binormal=(0.0, 0.0, 1.0), sides: int = 12) -> Part:
-    """Round tube with flat caps along a planar curve [N, 3]; `binormal` is the normal of its plane.
+    """Make a round tube with flat caps along a planar curve [N, 3]; `binormal` is the normal of its plane.
 
     radius: one number or one per point.
     """
@@ -242,7 +242,7 @@ def tube(path, radius, colour: Colour, binormal=(0.0, 0.0, 1.0), sides: int = 12
 
 
 def arc(radius, start_deg: float, stop_deg: float, centre=(0.0, 0.0, 0.0), points: int = 14) -> np.ndarray:
-    """Points [points, 3] of a circle or ellipse arc in the xy plane; `radius` is a number or (rx, ry)."""
+    """Return points [points, 3] of a circle or ellipse arc in the xy plane; `radius` is a number or (rx, ry)."""
     rx, ry = (radius, radius) if np.isscalar(radius) else radius
     angle = np.radians(np.linspace(start_deg, stop_deg, points))
     return np.stack([rx * np.cos(angle), ry * np.sin(angle), np.zeros(points)], 1) + np.asarray(centre)
@@ -259,7 +259,7 @@ def panel(
     top_radius: float | None = None,
     steps: int = 8,
 ) -> Part:
-    """Curved plate on a cylinder or cone about y, facing `at_deg` (0 is +z, 90 is +x)."""
+    """Make a curved plate on a cylinder or cone about y, facing `at_deg` (0 is +z, 90 is +x)."""
     angle = np.radians(at_deg + np.linspace(-width_deg / 2, width_deg / 2, steps + 1))
     out = np.stack([np.sin(angle), np.zeros_like(angle), np.cos(angle)], 1)
     top_radius = radius if top_radius is None else top_radius

@@ -1,4 +1,4 @@
-"""The pocket world: captions, the coloured mesh each one stands for, and which of them training never sees.
+"""The pocket world: captions, the coloured mesh each one stands for, and which of them are held out.
 
 Grammar (colour, kind and pattern words from the tables below; "an" before a vowel):
     a COLOUR KIND                       a red mug
@@ -33,7 +33,7 @@ HELDOUT_FILE = Path(__file__).with_name("heldout.txt")
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of object. front: what tells the front (+z) from the back, "" where nothing but left and right does."""
+    """One kind of object. front: the features of the front (+z), "" if front and back look alike."""
 
     make: Callable[[Vary, Palette], list[Part]]
     front: str
@@ -77,7 +77,7 @@ WEIGHTS = {"plain": 0.45, "patterned": 0.20, "pair": 0.35}
 
 @dataclass(frozen=True)
 class Spec:
-    """What a caption says. `other` is the second object of a pair and is itself plain."""
+    """The objects of a caption and their relation. `other` is the second object of a pair and is itself plain."""
 
     kind: str
     colour: str
@@ -103,13 +103,13 @@ class Spec:
                 raise ValueError("pair: wanted two plain single objects")
 
     def objects(self) -> tuple[Spec, ...]:
-        """The single objects of this spec, patterns kept."""
+        """Return the single objects of this spec, with their patterns."""
         return (self,) if self.other is None else (Spec(self.kind, self.colour), self.other)
 
 
 @cache
 def _compositions() -> dict[tuple[str, str, str], None]:
-    """Every pair of kinds with its relation; a dict for its order and its quick look-up."""
+    """Return every pair of kinds with its relation; a dict for its order and its quick look-up."""
     on = [(x, "on", y) for x in RIDERS for y in SUPPORTS if x != y]
     beside = [(x, "next to", y) for x in NEIGHBOURS for y in NEIGHBOURS if x != y]
     return dict.fromkeys(on + beside)
@@ -120,20 +120,20 @@ def _phrase(*words: str) -> str:
 
 
 def caption(spec: Spec) -> str:
-    """The sentence of a spec; the inverse of `parse`."""
-    own = [spec.colour, spec.kind] if spec.pattern == "plain" else [spec.colour, spec.pattern, spec.kind]
-    text = _phrase(*own)
+    """Return the sentence of a spec; the inverse of `parse`."""
+    phrase = [spec.colour, spec.kind] if spec.pattern == "plain" else [spec.colour, spec.pattern, spec.kind]
+    text = _phrase(*phrase)
     return text if spec.other is None else f"{text} {spec.relation} {caption(spec.other)}"
 
 
 def geometry_caption(spec: Spec) -> str:
-    """The sentence without colours and patterns: what a textureless render shows."""
+    """Return the sentence without colours and patterns: the caption of a textureless render."""
     text = _phrase(spec.kind)
     return text if spec.other is None else f"{text} {spec.relation} {geometry_caption(spec.other)}"
 
 
 def parse(text: str) -> Spec:
-    """The spec of a caption (case, spacing and a final full stop do not matter); ValueError outside the grammar."""
+    """Return the spec of a caption; case, spacing and a final full stop do not matter. Raises: ValueError."""
     tokens = text.lower().strip().rstrip(".").split()
     for relation, relation_words in RELATIONS.items():
         n = len(relation_words)
@@ -151,7 +151,7 @@ def _parse_single(tokens: list[str], text: str) -> Spec:
 
 
 def oddities(text: str) -> list[str]:
-    """What a prompt of the world's words asks that no caption says, a line each; for none the training is a guide.
+    """List in what a prompt of the world's words differs from every caption, a line each; empty if it is like one.
 
     Articles and other words do not count. A layout draws most of it all the same, from what it knows of each word.
     """
@@ -165,7 +165,7 @@ def oddities(text: str) -> list[str]:
     lines, kinds = [], [[token for token in side if token in KINDS] for side in sides]
     if sum(map(len, kinds)) == 0:
         return [f"it names no object; the world has {', '.join(KINDS)}"]
-    if len(sides) > 2 or any(len(named) != 1 for named in kinds):
+    if len(sides) > 2 or any(len(names) != 1 for names in kinds):
         return ["captions name one object, or two with 'on' or 'next to' between them"]
     for side, (kind,) in zip(sides, kinds, strict=True):
         colours, patterns = ([token for token in side if token in group] for group in (COLOURS, PATTERNS))
@@ -181,19 +181,19 @@ def oddities(text: str) -> list[str]:
 
 
 def words() -> list[str]:
-    """Every word that a caption or geometry caption can hold, in a fixed order."""
+    """Return every word of captions and geometry captions, in a fixed order."""
     joints = ["a", "an", *itertools.chain.from_iterable(RELATIONS.values())]
     return [*joints, *COLOURS, *PATTERNS, *KINDS]
 
 
 def true_front(kind: str) -> bool:
-    """Whether the object's front looks different from its back."""
+    """Return whether the object's front looks different from its back."""
     return bool(KINDS[kind].front)
 
 
 @cache
 def all_specs() -> tuple[Spec, ...]:
-    """Every spec of the world: plain, patterned, then pairs of objects."""
+    """Return every spec of the world: plain, patterned, then pairs of objects."""
     plain = [Spec(k, c) for k in KINDS for c in COLOURS]
     patterned = [Spec(k, c, p) for k in PATTERNED for p in PATTERNS for c in COLOURS]
     pairs = [
@@ -206,7 +206,7 @@ def all_specs() -> tuple[Spec, ...]:
 
 
 def choose_heldout() -> list[str]:
-    """The listing: a tenth of the plain captions, of the patterned ones and of the pair compositions.
+    """Choose the lines of heldout.txt: a tenth of plain captions, of patterned ones and of pair compositions.
 
     Plain and pattern choices spread evenly: no kind and no colour loses more than two or three of its captions.
     Pair compositions are listed without colours ("a ball on a table"): all their colourings are held out.
@@ -237,15 +237,15 @@ def choose_heldout() -> list[str]:
         lines.append(caption(Spec(kind, deal.pop(j), pattern)))
     for relation in RELATIONS:
         group = [key for key in _compositions() if key[1] == relation]
-        chosen = sorted(rng.permutation(len(group))[: round(len(group) / 10)].tolist())
-        for x, _, y in (group[i] for i in chosen):
+        numbers = sorted(rng.permutation(len(group))[: round(len(group) / 10)].tolist())
+        for x, _, y in (group[i] for i in numbers):
             lines.append(f"{_phrase(x)} {relation} {_phrase(y)}")
     return lines
 
 
 @cache
 def learnable(kind: str, colour: str) -> bool:
-    """Whether another colour of the same kind shows each choice of trim that this one makes.
+    """Return whether another colour of the same kind shows each choice of trim that this one makes.
 
     White is the only colour whose rocket has red fins: no model can know that from the other rockets' captions.
     """
@@ -261,7 +261,7 @@ def learnable(kind: str, colour: str) -> bool:
 
 @cache
 def heldout_listing() -> frozenset[str]:
-    """The lines of the committed heldout.txt."""
+    """Return the lines of the committed heldout.txt."""
     return frozenset(HELDOUT_FILE.read_text(encoding="utf-8").split("\n")) - {""}
 
 
@@ -272,7 +272,7 @@ def _heldout_kind_colours() -> frozenset[tuple[str, str]]:
 
 
 def held_out(spec: Spec) -> bool:
-    """Whether training must not see this spec.
+    """Return whether training must not see this spec.
 
     True if its caption is listed, if it is a pair whose composition is listed, or if any of its objects, with or
     without a pattern, is of a listed plain kind and colour: a held-out red mug never appears, also not on a table.
@@ -284,14 +284,14 @@ def held_out(spec: Spec) -> bool:
 
 @cache
 def _listed(spec: Spec) -> bool:
-    """Held out by its own line, so that it makes a fair test caption (its objects are trained on one by one)."""
+    """Return whether a spec is held out by its own line: a pair whose objects are each in the training, or a single."""
     if spec.other is None:
         return caption(spec) in heldout_listing()
     return geometry_caption(spec) in heldout_listing() and not any(held_out(o) for o in spec.objects())
 
 
 def sample_spec(rng: np.random.Generator, split: str = "train") -> Spec:
-    """A random spec: single plain, single patterned or pair by WEIGHTS, uniform over kinds and colours within each.
+    """Draw a spec: single plain, single patterned or pair by WEIGHTS, uniform over kinds and colours within each.
 
     Args:
         split: "train" (never held out), "heldout" (only what the listing's own lines hold out) or "all".

@@ -1,4 +1,4 @@
-"""Layout: words to a small volume for each object, and the volumes to the picture that a camera sees of them.
+"""Layout: a network from words to one small volume per object, and the rendering of these volumes for a camera.
 
 A prior that is told a camera only in words must draw the mean of a quarter turn. MVDream (arXiv 2308.16512) and
 Zero-1-to-3 (arXiv 2303.11328) condition on the camera; here a small feed-forward network makes density, colour and
@@ -51,7 +51,7 @@ class Residual(nn.Module):
 
 @dataclass(frozen=True)
 class Reading:
-    """What M texts say, as counts of words by class, in [0, 1].
+    """Word counts of M texts by class, in [0, 1].
 
     kinds, patterns, colours: [M, K, words of the class] of each object. joints: [M, words] of the whole text.
     """
@@ -74,7 +74,7 @@ class Reading:
 
 @dataclass(frozen=True)
 class Objects:
-    """What M texts name.
+    """The objects of M texts as grids, with their places.
 
     grids: [N, G, G, G, 8], see stages/kernels/grids.py. index: [M, K] int32, the grids of a text, -1 for none.
     placement: [M, K, 4] scale and offset of each.
@@ -87,7 +87,7 @@ class Objects:
 
 @dataclass(frozen=True)
 class Setting:
-    """How B views are lit and what lies behind.
+    """Cameras, light and backdrop of B views.
 
     views: cameras and lights. ambient: [B] share of the light without direction. bare: [B] 1 for clay renders, else 0.
     under: linear colour behind the object, [B, 3] or [B, side, side, 3].
@@ -100,7 +100,7 @@ class Setting:
 
 
 class Layout(nn.Module):
-    """Texts to objects.
+    """The network from texts to objects.
 
     Args:
         width: W. words: the words of each of CLASSES.
@@ -148,41 +148,41 @@ class Layout(nn.Module):
         self.to(memory_format=torch.channels_last_3d)
 
     def word_logits(self, text: Tensor) -> Tensor:
-        """Which word each token of texts [M, L, W] is: [M, L, words of CLASSES in their order, and any other]."""
+        """Return word logits [M, L, words of CLASSES in their order, and any other] of tokens [M, L, W]."""
         return self.reader(text)
 
     def read(self, text: Tensor) -> Reading:
-        """What texts [M, L, W] say; the first joint divides the two objects."""
+        """Return the word counts of texts [M, L, W]; the first joint divides the two objects."""
         sizes = [len(self.config["words"][name]) for name in CLASSES]
         kinds, patterns, colours, joints, _ = self.word_logits(text).softmax(-1).split([*sizes, 1], -1)
         after = joints.sum(-1).cumsum(1).clamp_max(1)  # [M, L]
         sides = torch.stack([1 - after, after], 1)  # [M, K, L]
 
-        def counted(words: Tensor) -> Tensor:
+        def word_counts(words: Tensor) -> Tensor:
             count = torch.einsum("mkl,mlw->mkw", sides, words)
             return (count / count.sum(-1, keepdim=True).clamp_min(1) * FINENESS).round() / FINENESS
 
-        once = (joints.sum(1).clamp_max(1) * FINENESS).round() / FINENESS
-        return Reading(counted(kinds), counted(patterns), counted(colours), once)
+        joint_counts = (joints.sum(1).clamp_max(1) * FINENESS).round() / FINENESS
+        return Reading(word_counts(kinds), word_counts(patterns), word_counts(colours), joint_counts)
 
     def placement(self, reading: Reading, boxes: Tensor | None = None) -> Tensor:
-        """Scale and offset [M, K, 4] of a pair's objects: of the boxes that they fill, and of what the second one is.
+        """Predict scale and offset [M, K, 4] of a pair's objects from their boxes and from the kind of the second one.
 
         Seeing boxes in place of the first object's kind, it can place kinds that it never saw together.
 
         Args:
-            boxes: [M, K, 6] low and high corner of each object alone; None: as the words tell.
+            boxes: [M, K, 6] low and high corner of each object alone; None: predicted from the words.
         """
         boxes = self.boxes(reading) if boxes is None else boxes
         rows = self.place(torch.cat([boxes.flatten(1), reading.joints, reading.kinds[:, 1]], 1)).view(-1, OBJECTS, 4)
         return torch.cat([0.6 * torch.exp(rows[..., :1]), rows[..., 1:]], -1)
 
     def boxes(self, reading: Reading) -> Tensor:
-        """Low and high corner [M, K, 6] of each object alone."""
+        """Predict the low and high corner [M, K, 6] of each object alone."""
         return self.box(torch.cat([reading.kinds, reading.patterns], -1))
 
     def grids(self, shapes: Tensor, colours: Tensor) -> Tensor:
-        """Volumes [N, G, G, G, 8] of objects: see stages/kernels/grids.py. Equal shapes are made once.
+        """Return volumes [N, G, G, G, 8] of objects, see stages/kernels/grids.py; equal shapes are made once.
 
         Args:
             shapes: [N, kinds and patterns]. colours: [N, colours], counts of words.
@@ -198,12 +198,12 @@ class Layout(nn.Module):
         return grids if not self.config["fine"] else self._finer(grids, x, palette, rows)
 
     def palettes(self, colours: Tensor) -> Tensor:
-        """Linear paints [N, paints, 3] of objects of colours [N, colours], counts of words."""
+        """Return linear paints [N, paints, 3] of objects of colours [N, colours], counts of words."""
         logits = self.palette + torch.einsum("nc,cpk->npk", colours, self.palette_of)
         return torch.sigmoid(VIVID * logits) ** 2.2
 
     def at(self, shapes: Tensor, points: Tensor) -> Tensor:
-        """What shapes [N, kinds and patterns] are at points [N, Q, 3], before they are painted: [N, Q, 4 + paints].
+        """Return the values of shapes [N, kinds and patterns] at points [N, Q, 3], before painting: [N, Q, 4 + paints].
 
         Raw density, normal and shares of the paints, as `grids` with its palette would be read there.
         """
@@ -237,28 +237,28 @@ class Layout(nn.Module):
         return x.float().permute(0, 2, 3, 4, 1).reshape(len(x), -1, x.shape[1])
 
     def _finer(self, grids: Tensor, x: Tensor, palette: Tensor, rows: Tensor) -> Tensor:
-        """Grids of twice the side: interpolated, and what each cell's features x add to its children.
+        """Return grids of twice the side: the interpolated grids plus a residual from each cell's features x.
 
         The palette goes into the weights, so that nothing wider than a grid is ever made at this size.
         """
         n, side = len(grids), grids.shape[1]
         density, normal, paint = self.eighths.split([1, 3, self.config["paints"]], -1)
         colour = torch.einsum("fkp,npc->nfkc", paint, palette)
-        own = [(SHARPNESS * density).expand(n, -1, -1, -1), colour, normal.expand(n, -1, -1, -1)]
-        weights = F.pad(torch.cat(own, -1), (0, 1))  # [N, features, 8 children, 8]
+        parts = [(SHARPNESS * density).expand(n, -1, -1, -1), colour, normal.expand(n, -1, -1, -1)]
+        weights = F.pad(torch.cat(parts, -1), (0, 1))  # [N, features, 8 children, 8]
         features, weights = self._features(x).unbind(), weights.flatten(2).unbind()
-        added = torch.stack([features[k] @ own for k, own in zip(rows.tolist(), weights, strict=True)])
-        added = added.view(n, side, side, side, 2, 2, 2, 8)
-        added = added.permute(0, 1, 4, 2, 5, 3, 6, 7).reshape(n, 2 * side, 2 * side, 2 * side, 8)
+        details = torch.stack([features[k] @ weight for k, weight in zip(rows.tolist(), weights, strict=True)])
+        details = details.view(n, side, side, side, 2, 2, 2, 8)
+        details = details.permute(0, 1, 4, 2, 5, 3, 6, 7).reshape(n, 2 * side, 2 * side, 2 * side, 8)
         smooth = F.interpolate(grids.permute(0, 4, 1, 2, 3), scale_factor=2, mode="trilinear").permute(0, 2, 3, 4, 1)
-        return smooth + added
+        return smooth + details
 
     def objects(self, reading: Reading) -> Objects:
-        """The objects that texts name, placed as the network thinks they stand."""
+        """Return the objects of texts, at the placement that the network predicts."""
         return self.placed(reading, self.placement(reading))
 
     def placed(self, reading: Reading, placement: Tensor) -> Objects:
-        """The objects of texts, those of pairs placed as told [M, K, 4]; a single one stands unmoved."""
+        """Return the objects of texts, those of pairs at placement [M, K, 4]; a single one stays where it is."""
         pair = reading.pair
         present = torch.stack([torch.ones_like(pair), pair], 1)
         index = torch.where(present, present.flatten().cumsum(0).view_as(present) - 1, -1).int()
@@ -331,9 +331,9 @@ def look(objects: Objects, rows: Tensor, setting: Setting, side: int, supersampl
     if setting.under.dim() == 4:
         under = setting.under.repeat_interleave(supersample, 1).repeat_interleave(supersample, 2)
         setting = replace(setting, under=under.flatten(1, 2))
-    seen = radiance(objects, rows, setting, origins, directions).transpose(1, 2).unflatten(2, (many, many))
-    seen = F.avg_pool2d(seen, supersample) if supersample > 1 else seen
-    return torch.cat([linear_to_srgb(seen[:, :3]), seen[:, 3:]], 1)
+    pixels = radiance(objects, rows, setting, origins, directions).transpose(1, 2).unflatten(2, (many, many))
+    pixels = F.avg_pool2d(pixels, supersample) if supersample > 1 else pixels
+    return torch.cat([linear_to_srgb(pixels[:, :3]), pixels[:, 3:]], 1)
 
 
 def radiance_at(objects: Objects, points: Tensor) -> tuple[Tensor, Tensor]:
@@ -364,12 +364,12 @@ def radiance(
     """
     scene = (objects.index[rows], objects.placement[rows].detach(), origins, directions)
     steps = round(SAMPLES * objects.grids.shape[1])
-    seen = composite_grids(objects.grids, *scene, steps=steps, jitter=jitter)
-    albedo, normal, opacity = seen[..., :3], seen[..., 3:6], seen[..., 6:7]
+    sums = composite_grids(objects.grids, *scene, steps=steps, jitter=jitter)
+    albedo, normal, opacity = sums[..., :3], sums[..., 3:6], sums[..., 6:7]
     solid = opacity.clamp_min(1e-3)
     normal = normal / solid
     normal = normal / normal.norm(dim=-1, keepdim=True).clamp_min(1)
-    points = origins + seen[..., 7:] / solid * directions
+    points = origins + sums[..., 7:] / solid * directions
     towards = F.normalize(setting.views.light.to(points)[:, None] - points, dim=-1)
     cosine = (normal * towards).sum(-1, keepdim=True).clamp_min(0)
     ambient, bare = setting.ambient[:, None, None], setting.bare[:, None, None]

@@ -40,7 +40,7 @@ def _blocks(grids):
     """Return which blocks [M, Q, Q, Q] have a cell that is not empty among all that samples in them can touch."""
     size = grids.shape[1]
     side = (size + BLOCK - 1) // BLOCK
-    filled = np.zeros((len(grids), side, side, side), np.bool_)
+    blocks = np.zeros((len(grids), side, side, side), np.bool_)
     for m in range(len(grids)):
         for x in range(size):
             for y in range(size):
@@ -50,12 +50,12 @@ def _blocks(grids):
                     for i in range(max(x - 1, 0) // BLOCK, x // BLOCK + 1):
                         for j in range(max(y - 1, 0) // BLOCK, y // BLOCK + 1):
                             for k in range(max(z - 1, 0) // BLOCK, z // BLOCK + 1):
-                                filled[m, i, j, k] = True
-    return filled
+                                blocks[m, i, j, k] = True
+    return blocks
 
 
 @njit(cache=True, nogil=True, inline="always", fastmath=FAST)
-def _vacant(filled, size, x, y, z, direction, s):
+def _vacant(blocks, size, x, y, z, direction, s):
     """World length along a ray until it leaves the empty block of a point in a grid's own coordinates; 0 in any other.
 
     s: the grid's own lengths to a world length.
@@ -63,10 +63,10 @@ def _vacant(filled, size, x, y, z, direction, s):
     extent, half = np.float32(EXTENT), np.float32(0.5)
     if not x * x + y * y + z * z < extent * extent:
         return np.float32(0)
-    scale, last = np.float32(0.5 * size / EXTENT), filled.shape[0] - 1
+    scale, last = np.float32(0.5 * size / EXTENT), blocks.shape[0] - 1
     px, py, pz = (x + extent) * scale - half, (y + extent) * scale - half, (z + extent) * scale - half
     i, j, k = min(int(px) // BLOCK, last), min(int(py) // BLOCK, last), min(int(pz) // BLOCK, last)
-    if filled[i, j, k]:
+    if blocks[i, j, k]:
         return np.float32(0)
     length = np.float32(2 * BLOCK * EXTENT)
     for p, block, towards in ((px, i, direction[0]), (py, j, direction[1]), (pz, k, direction[2])):
@@ -78,7 +78,7 @@ def _vacant(filled, size, x, y, z, direction, s):
 
 
 @njit(cache=True, nogil=True, inline="always")
-def _passed(objects, empty, length):
+def _skip_count(objects, empty, length):
     """How many of a ray's next samples lie in the empty length too; none where a second object may be there."""
     for k in range(1, len(objects)):
         if objects[k] >= 0:
@@ -149,7 +149,7 @@ def _density(raw):
 
 
 @njit(cache=True, nogil=True, fastmath=FAST)
-def _forward(view, grids, filled, index, placement, origins, directions, steps, jitter, out):
+def _forward(view, grids, blocks, index, placement, origins, directions, steps, jitter, out):
     """One view's rays; out [B, R, 8]: albedo, normal, opacity, depth."""
     one, zero = np.float32(1), np.float32(0)
     place, objects = placement[view], index[view]
@@ -181,14 +181,14 @@ def _forward(view, grids, filled, index, placement, origins, directions, steps, 
                 s = one / place[k, 0]
                 x, y = (o[0] + t * v[0] - place[k, 1]) * s, (o[1] + t * v[1] - place[k, 2]) * s
                 z = (o[2] + t * v[2] - place[k, 3]) * s
-                empty = _vacant(filled[objects[k]], grids.shape[1], x, y, z, v, s)
+                empty = _vacant(blocks[objects[k]], grids.shape[1], x, y, z, v, s)
                 if empty > zero:
-                    d += _passed(objects, empty, length)
+                    d += _skip_count(objects, empty, length)
                 elif _gather(grids[objects[k]], x, y, z, cell):
-                    own = _density(cell[0]) * s
-                    density += own
+                    object_density = _density(cell[0]) * s
+                    density += object_density
                     for c in range(CHANNELS):
-                        total[c] += own * cell[c]
+                        total[c] += object_density * cell[c]
             if not density > zero:
                 continue
             rest = np.exp(-np.float32(DENSITY) * length * density)
@@ -202,13 +202,13 @@ def _forward(view, grids, filled, index, placement, origins, directions, steps, 
 
 
 @njit(cache=True, nogil=True, fastmath=FAST)
-def _backward(grids, filled, index, placement, origins, directions, steps, jitter, g_out, g_grids):
+def _backward(grids, blocks, index, placement, origins, directions, steps, jitter, g_out, g_grids):
     """All views one after another, since several write into one grid."""
     one, zero = np.float32(1), np.float32(0)
     many = index.shape[1]
     most = steps * 8
     cells = np.zeros((most, many, CHANNELS), np.float32)
-    own = np.zeros((most, many), np.float32)
+    object_densities = np.zeros((most, many), np.float32)
     densities, rests = np.zeros(most, np.float32), np.zeros(most, np.float32)
     lights, gains, times = np.zeros(most, np.float32), np.zeros(most, np.float32), np.zeros(most, np.float32)
     row = np.zeros(CHANNELS, np.float32)
@@ -233,25 +233,25 @@ def _backward(grids, filled, index, placement, origins, directions, steps, jitte
                     break
                 density = zero
                 for k in range(many):
-                    own[count, k] = zero
+                    object_densities[count, k] = zero
                     if objects[k] < 0:
                         continue
                     s = one / place[k, 0]
                     x, y = (o[0] + t * v[0] - place[k, 1]) * s, (o[1] + t * v[1] - place[k, 2]) * s
                     z = (o[2] + t * v[2] - place[k, 3]) * s
-                    empty = _vacant(filled[objects[k]], grids.shape[1], x, y, z, v, s)
+                    empty = _vacant(blocks[objects[k]], grids.shape[1], x, y, z, v, s)
                     if empty > zero:
-                        d += _passed(objects, empty, length)
+                        d += _skip_count(objects, empty, length)
                     elif _gather(grids[objects[k]], x, y, z, cells[count, k]):
-                        own[count, k] = _density(cells[count, k, 0]) * s
-                        density += own[count, k]
+                        object_densities[count, k] = _density(cells[count, k, 0]) * s
+                        density += object_densities[count, k]
                 if not density > zero:
                     continue
                 gain = zero
                 for k in range(many):
-                    if own[count, k] > zero:
+                    if object_densities[count, k] > zero:
                         for c in range(6):
-                            gain += own[count, k] * g[c] * cells[count, k, c + 1]
+                            gain += object_densities[count, k] * g[c] * cells[count, k, c + 1]
                 rest = np.exp(-depth * density)
                 times[count], densities[count], rests[count], lights[count] = t, density, rest, light
                 gains[count] = gain / density + g[6] + g[7] * t  # d L / d weight
@@ -264,15 +264,15 @@ def _backward(grids, filled, index, placement, origins, directions, steps, jitte
                 g_density = depth * (after * gains[i] - behind)
                 behind += weight * gains[i]
                 for k in range(many):
-                    if not own[i, k] > zero:
+                    if not object_densities[i, k] > zero:
                         continue
-                    share = weight * own[i, k] / densities[i]
-                    mine = g[6] + g[7] * times[i]
+                    share = weight * object_densities[i, k] / densities[i]
+                    object_gain = g[6] + g[7] * times[i]
                     for c in range(6):
                         row[c + 1] = share * g[c]
-                        mine += g[c] * cells[i, k, c + 1]
-                    slope = own[i, k] if cells[i, k, 0] < zero else one / place[k, 0]
-                    row[0] = slope * (g_density + weight / densities[i] * (mine - gains[i]))
+                        object_gain += g[c] * cells[i, k, c + 1]
+                    slope = object_densities[i, k] if cells[i, k, 0] < zero else one / place[k, 0]
+                    row[0] = slope * (g_density + weight / densities[i] * (object_gain - gains[i]))
                     row[7] = zero
                     s, t = one / place[k, 0], times[i]
                     x, y = (o[0] + t * v[0] - place[k, 1]) * s, (o[1] + t * v[1] - place[k, 2]) * s

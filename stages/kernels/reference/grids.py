@@ -53,8 +53,8 @@ def composite_grids(
             cells = grids[index[:, k].clamp_min(0).long()].permute(0, 4, 1, 2, 3)  # [B, C, x, y, z]
             where = near[:, :, None, None].flip(-1) / EXTENT
             raw = F.grid_sample(cells, where, align_corners=False, padding_mode="border")[..., 0, 0].transpose(1, 2)
-            own = torch.where(inside, activated(raw[..., 0]) / placement[:, None, k, 0], 0.0)
-            density, values = density + own, values + own[..., None] * raw
+            object_density = torch.where(inside, activated(raw[..., 0]) / placement[:, None, k, 0], 0.0)
+            density, values = density + object_density, values + object_density[..., None] * raw
         optical = DENSITY * length[:, None] * density
         alpha = 1 - torch.exp(-optical)
         mean = values / torch.where(density > 0, density, 1.0)[..., None]

@@ -1,1 +1,1 @@
-"""How the pocket weights are made from nothing: one trainer a module, one loop for all."""
+"""Trainers of the pocket weights: one module each, one loop for all."""

@@ -19,13 +19,15 @@ SPREAD = 0.25  # variance that every channel is held at, so that one scaling fac
 
 
 def train_vae(args: argparse.Namespace) -> None:
-    """Squared error and edges, noisy latents of even spread."""
+    """Train the autoencoder on squared error, absolute error and gradients, with noisy latents of equal variance."""
     cameras = data.FINE_CAMERAS
     pool = data.make_pool(
         args.data / "latent512", size=512, count=args.images or 5000, seed=args.seed + 2, cameras=cameras
     )
-    held = data.make_pool(args.data / "heldlatent512", size=512, count=200, seed=778, cameras=cameras, split="heldout")
-    images, (tests, _, _) = data.load_pool(pool)[0], data.load_pool(held)
+    test_pool = data.make_pool(
+        args.data / "heldlatent512", size=512, count=200, seed=778, cameras=cameras, split="heldout"
+    )
+    images, (tests, _, _) = data.load_pool(pool)[0], data.load_pool(test_pool)
     torch.manual_seed(args.seed)
     device = device_of(args)
     vae = models.make_vae().to(device, memory_format=torch.channels_last)

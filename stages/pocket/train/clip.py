@@ -1,4 +1,4 @@
-"""Train the CLIPModel that scores: on renders of its own seed."""
+"""Train the CLIPModel for scores, on renders of its own seed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TEXTURELESS = 0.4  # clay renders must be read as surely as coloured ones: shape
 
 
 def train_clip(args: argparse.Namespace) -> None:
-    """The CLIPModel for scores: symmetric InfoNCE on renders of its own seed, full captions, or shapes for clay."""
+    """Train the CLIPModel by symmetric InfoNCE on renders; clay renders have captions without colours and patterns."""
     count = args.images or 40000
     pool = data.make_pool(args.data / "clip", size=64, count=count, seed=args.seed + 1, textureless=TEXTURELESS)
     images, records, _ = data.load_pool(pool)
@@ -35,15 +35,15 @@ def train_clip(args: argparse.Namespace) -> None:
     clay, coloured = np.flatnonzero(textureless), np.flatnonzero(~textureless)
 
     def loss_step(step: int) -> Tensor:
-        """A batch is all clay renders, told apart by shape alone, or all coloured ones: as they are scored."""
+        """Return the loss of a batch of clay renders alone or of coloured ones alone, as in the benchmarks."""
         turn, bare = divmod(step, 2)
         group = clay if bare else coloured
-        chosen = np.sort(group[data.batch_indices(args.seed, turn, args.batch, len(group))])
+        index = np.sort(group[data.batch_indices(args.seed, turn, args.batch, len(group))])
         rng = np.random.default_rng([args.seed, step, 1])
-        captions = [records[i]["caption"] for i in chosen]
+        captions = [records[i]["caption"] for i in index]
         if bare:
             captions = [world.geometry_caption(world.parse(text)) for text in captions]
-        x = signed(rows_of(chosen))
+        x = signed(rows_of(index))
         x = x + torch.from_numpy(rng.normal(0, rng.choice([0, 0.03, 0.1]), x.shape)).float().to(device)
         ids = tokenizer(captions, padding="max_length", max_length=models.TOKENS, return_tensors="pt").input_ids
         with torch.autocast(device.type, torch.bfloat16):

@@ -1,4 +1,4 @@
-"""Train the two UNets: pixel (64x64) and latent (512x512), told the layout's picture in four of five steps.
+"""Train the two UNets, pixel (64x64) and latent (512x512), with the layout's picture as input in four of five steps.
 
 The layout stays as it is; what translates its picture for a UNet (guidance/diffusion/layout_condition.py) is taught
 with the UNet, several times faster, since it begins at nothing.
@@ -29,39 +29,45 @@ from stages.pocket.train.loop import Training
 from stages.pocket.train.text import encode_text, find_text
 
 UNCONDITIONAL = 0.1  # share of meshes whose caption is replaced by "" for classifier-free guidance
-UNTOLD = 5  # every so many steps go without the layout: the network is an ordinary text-to-image model, too
+PLAIN_EVERY = 5  # every so many steps go without the layout: the network is an ordinary text-to-image model, too
 SNR_RANGE = (1.0, 5.0)  # min-SNR weighting (Hang et al. 2023), with a floor: words are learnt at high noise
 ADAPTER_LR = 4.0  # times the UNet's rate, of what translates the picture
-HELD_TIMES = (100, 300, 500, 700, 900)  # timesteps at which the averaged weights are judged
+TEST_TIMES = (100, 300, 500, 700, 900)  # timesteps at which the averaged weights are evaluated
 
 
 def velocity_loss(
-    unet: Callable, alphas_cumprod: Tensor, x0: Tensor, text: Tensor, told: dict, patch: int, generator: torch.Generator
+    unet: Callable,
+    alphas_cumprod: Tensor,
+    x0: Tensor,
+    text: Tensor,
+    conditions: dict,
+    patch: int,
+    generator: torch.Generator,
 ) -> Tensor:
     """v-prediction loss with clamped-SNR weighting on x0 [B, C, h, w]; bf16 inside the network.
 
-    told: of LayoutCondition; empty: the network sees x0 itself, not what a mean leaves of it.
+    conditions: of LayoutCondition.conditions; without a mean the network sees x0 itself, else x0 minus the mean.
     """
     batch = len(x0)
     u = (torch.rand(1, generator=generator) + torch.arange(batch) / batch) % 1
     t = (u[torch.randperm(batch, generator=generator)] * len(alphas_cumprod)).long()
     noise = torch.randn(x0.shape, generator=generator).to(x0)
     a = alphas_cumprod[t].view(-1, 1, 1, 1).to(x0)
-    told = dict(told)
-    rest = x0 - told.pop("mean").detach() if "mean" in told else x0
+    conditions = dict(conditions)
+    rest = x0 - conditions.pop("mean").detach() if "mean" in conditions else x0
     x_t, v = a.sqrt() * rest + (1 - a).sqrt() * noise, a.sqrt() * noise - (1 - a).sqrt() * rest
     x_t = F.pixel_unshuffle(x_t, patch).contiguous(memory_format=torch.channels_last)
     on_cpu = x0.device.type == "cpu"
     attention = sdpa_kernel(SDPBackend.MATH) if on_cpu else contextlib.nullcontext()  # there 6 % faster on these grids
     with torch.autocast(x0.device.type, torch.bfloat16), attention:
-        out = F.pixel_shuffle(unet(x_t, t.to(x0.device), text, **told).sample.float(), patch)
+        out = F.pixel_shuffle(unet(x_t, t.to(x0.device), text, **conditions).sample.float(), patch)
     snr = a / (1 - a)
     weight = snr.clamp(*SNR_RANGE) / (snr + 1)
     return (weight * (out - v) ** 2).mean() / 0.4
 
 
-class Told:
-    """The layout's pictures of a pool's renders.
+class LayoutPictures:
+    """The layout's pictures for the renders of a pool, made on demand and optionally kept in a file.
 
     Args:
         keep: a file where pictures of whole captions are kept, in 8 bits, since the layout stays as it is: at 64^3
@@ -78,43 +84,43 @@ class Told:
     ) -> None:
         self.condition, self.scenes, self.encode = condition, scenes, encode
         self.device = next(condition.parameters()).device
-        self.kept, self.known = None, np.zeros(len(scenes.fov_deg), bool)
+        self.stored_pictures, self.available = None, np.zeros(len(scenes.fov_deg), bool)
         if keep is not None:
             keep.parent.mkdir(parents=True, exist_ok=True)
-            shape = (len(self.known), 4, condition.side, condition.side)
-            self._known_path = keep.with_suffix(f".{_fingerprint(condition, scenes)}.npy")
-            old = [path for path in keep.parent.glob(f"{keep.stem}.*.npy") if path != self._known_path]
-            if keep.exists() and self._known_path.exists() and not old:
-                self.kept = np.lib.format.open_memmap(keep, "r+")
-                self.known = np.load(self._known_path)
+            shape = (len(self.available), 4, condition.side, condition.side)
+            self._available_path = keep.with_suffix(f".{_fingerprint(condition, scenes)}.npy")
+            old = [path for path in keep.parent.glob(f"{keep.stem}.*.npy") if path != self._available_path]
+            if keep.exists() and self._available_path.exists() and not old:
+                self.stored_pictures = np.lib.format.open_memmap(keep, "r+")
+                self.available = np.load(self._available_path)
             else:
                 for path in old:
                     path.unlink()
-                self.kept = np.lib.format.open_memmap(keep, "w+", np.uint8, shape)
-                np.save(self._known_path, self.known)
+                self.stored_pictures = np.lib.format.open_memmap(keep, "w+", np.uint8, shape)
+                np.save(self._available_path, self.available)
 
     @torch.no_grad()
     def pictures(self, captions: list[str], index: np.ndarray) -> Tensor:
-        """[B, 4, side, side] of renders [B], a caption each; equal captions share a volume."""
-        if self.kept is None:
-            return self._made(captions, index)
+        """Return pictures [B, 4, side, side] for renders [B], one caption each; equal captions share a volume."""
+        if self.stored_pictures is None:
+            return self._draw(captions, index)
         whole = np.array([caption != "" for caption in captions])
-        missing = np.flatnonzero(~(whole & self.known[index]))
-        seen = placed(self.kept[index], self.device).float() / 255
+        missing = np.flatnonzero(~(whole & self.available[index]))
+        rows = placed(self.stored_pictures[index], self.device).float() / 255
         if len(missing):
-            seen[missing] = self._made([captions[k] for k in missing], index[missing])
-            fresh = missing[whole[missing]]
-            self.kept[index[fresh]] = (seen[fresh] * 255).round().to(torch.uint8).cpu().numpy()
-            self.known[index[fresh]] = True
-        return seen
+            rows[missing] = self._draw([captions[k] for k in missing], index[missing])
+            new = missing[whole[missing]]
+            self.stored_pictures[index[new]] = (rows[new] * 255).round().to(torch.uint8).cpu().numpy()
+            self.available[index[new]] = True
+        return rows
 
     def save(self) -> None:
-        """Write which pictures are known, after the pictures themselves."""
-        if self.kept is not None:
-            self.kept.flush()
-            np.save(self._known_path, self.known)
+        """Write the pictures, then which of them are available."""
+        if self.stored_pictures is not None:
+            self.stored_pictures.flush()
+            np.save(self._available_path, self.available)
 
-    def _made(self, captions: list[str], index: np.ndarray) -> Tensor:
+    def _draw(self, captions: list[str], index: np.ndarray) -> Tensor:
         texts = list(dict.fromkeys(captions))
         rows = torch.tensor([texts.index(caption) for caption in captions], device=self.device)
         layout = self.condition.layout
@@ -123,7 +129,7 @@ class Told:
 
 
 def _fingerprint(condition: LayoutCondition, scenes: data.Scenes) -> str:
-    """A short name of what pictures are made from: a layout's weights, their size, and a pool's scenes."""
+    """Return a hash of all that the pictures depend on: a layout's weights, their size, and a pool's scenes."""
     digest = hashlib.sha256(str(condition.side).encode())
     weights = [value.detach().cpu().contiguous().numpy() for value in condition.layout.state_dict().values()]
     for value in (*weights, *(getattr(scenes, f.name) for f in fields(scenes))):
@@ -132,26 +138,26 @@ def _fingerprint(condition: LayoutCondition, scenes: data.Scenes) -> str:
 
 
 def batch_of(records: list[dict], seed: int, step: int, batch: int) -> tuple[np.ndarray, list[str], list[str]]:
-    """A step's renders, all of each mesh; the captions their UNet reads; those their layout reads."""
+    """Return a step's renders, all of each mesh; the captions for the UNet; the captions for the layout."""
     many = data.VIEWS_PER_MESH
     meshes = np.sort(data.batch_indices(seed, step, batch // many, len(records) // many))
     index = (meshes[:, None] * many + np.arange(many)).reshape(-1)
     rng = np.random.default_rng([seed, step, 1])
     keep = np.repeat(rng.random(len(meshes)) >= UNCONDITIONAL, many)
-    spoken = [data.training_caption(records[i], rng) if k else "" for i, k in zip(index, keep, strict=True)]
-    named = [records[i]["caption"] if k else "" for i, k in zip(index, keep, strict=True)]
-    return index, spoken, named
+    captions = [data.training_caption(records[i], rng) if k else "" for i, k in zip(index, keep, strict=True)]
+    layout_captions = [records[i]["caption"] if k else "" for i, k in zip(index, keep, strict=True)]
+    return index, captions, layout_captions
 
 
-def psnr(made: Tensor, truth: Tensor) -> float:
-    """Mean PSNR in dB over the objects of pictures [B, H, W, 3] in [0, 1] before flat backdrops."""
-    each = [data.object_psnr(a, b) for a, b in zip(made, truth, strict=True)]
+def psnr(pictures: Tensor, truth: Tensor) -> float:
+    """Return the mean PSNR in dB over the objects of pictures [B, H, W, 3] in [0, 1] before flat backdrops."""
+    each = [data.object_psnr(a, b) for a, b in zip(pictures, truth, strict=True)]
     return round(float(np.mean([value for value in each if value is not None])), 2)
 
 
 @dataclass(frozen=True)
-class Held:
-    """Renders of held-out captions to judge by: x0 [B, C, h, w], sRGB pictures [B, H, W, 3], how to decode."""
+class TestSet:
+    """Renders of held-out captions for evaluation: x0 [B, C, h, w], sRGB pictures [B, H, W, 3], how to decode."""
 
     x0: Tensor
     truth: Tensor
@@ -162,7 +168,7 @@ class Held:
 
 @dataclass(frozen=True)
 class Task:
-    """What tells the two trainings apart."""
+    """The settings and data in which the two trainings differ."""
 
     name: str
     pipeline: str
@@ -170,63 +176,69 @@ class Task:
     x0_of: Callable[[np.ndarray, int], Tensor]  # renders [B] and the step to x0 [B, C, h, w]
     records: list[dict]
     scenes: data.Scenes
-    held: Held
+    test_set: TestSet
 
 
 def _fit(args: argparse.Namespace, task: Task, unet, condition: LayoutCondition, parts: dict, encode) -> None:
-    """The loop that both UNets share, their samples and their export."""
+    """Train one of the two UNets, write samples on the way and export it at the end."""
     scheduler, device = models.make_scheduler(), device_of(args)
     adapter = {n: getattr(condition, n) for n in ("levels", "mean", "edges") if hasattr(condition, n)}
     condition.layout.requires_grad_(False)
     if args.start is not None and (args.start / "layout").is_dir():  # what translated the picture for that UNet
-        known = LayoutCondition.load(args.start / "layout").state_dict()
-        condition.load_state_dict({k: v for k, v in known.items() if not k.startswith("layout.")}, strict=False)
+        state = LayoutCondition.load(args.start / "layout").state_dict()
+        condition.load_state_dict({k: v for k, v in state.items() if not k.startswith("layout.")}, strict=False)
     unet, condition = unet.to(device), condition.to(device)
     modules = {"unet": unet} | {f"told.{n}": m for n, m in adapter.items()}
     rates = {f"told.{n}": ADAPTER_LR for n in adapter}
     work = args.work / task.name
     training = Training(modules, work, lr=args.lr or 1e-3, steps=args.steps, minutes=args.minutes, rates=rates)
     denoise = torch.compile(unet, dynamic=False) if args.compile else unet
-    told = Told(condition, task.scenes, encode, work / "told.npy")
+    layout_pictures = LayoutPictures(condition, task.scenes, encode, work / "told.npy")
 
     def loss_step(step: int) -> Tensor:
-        index, spoken, named = batch_of(task.records, args.seed, step, args.batch)
+        index, captions, layout_captions = batch_of(task.records, args.seed, step, args.batch)
         x0 = task.x0_of(index, step)
         facts, extra = {}, 0.0
-        if step % UNTOLD:
-            facts = condition.told(told.pictures(named, index))
+        if step % PLAIN_EVERY:
+            facts = condition.conditions(layout_pictures.pictures(layout_captions, index))
             if condition.latents:
                 extra = (facts["mean"] - x0).square().mean()
         else:
-            facts = condition.untold(len(x0))
+            facts = condition.zero_conditions(len(x0))
         generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
-        text = encode(spoken)
+        text = encode(captions)
         return velocity_loss(denoise, scheduler.alphas_cumprod, x0, text, facts, task.patch, generator) + extra
 
     @torch.no_grad()
     def grid() -> None:
-        told.save()
-        held = task.held
-        spoken = [data.training_caption(r, np.random.default_rng(0)) for r in held.records]
-        named = [r["caption"] for r in held.records]
-        facts = condition.told(Told(condition, held.scenes, encode).pictures(named, np.arange(len(named))))
-        mean, text = facts.pop("mean"), encode(spoken)
+        layout_pictures.save()
+        test_set = task.test_set
+        captions = [data.training_caption(r, np.random.default_rng(0)) for r in test_set.records]
+        layout_captions = [r["caption"] for r in test_set.records]
+        facts = condition.conditions(
+            LayoutPictures(condition, test_set.scenes, encode).pictures(
+                layout_captions, np.arange(len(layout_captions))
+            )
+        )
+        mean, text = facts.pop("mean"), encode(captions)
 
         def predict(t: int) -> Tensor:
-            """x0 of the held-out renders as the network finds it in their noise."""
+            """Predict x0 of the held-out renders from their noisy versions at timestep t, and decode it."""
             alpha_bar = scheduler.alphas_cumprod[t]
             noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(t)).to(mean)
-            rest = alpha_bar.sqrt() * (held.x0 - mean) + (1 - alpha_bar).sqrt() * noise
+            rest = alpha_bar.sqrt() * (test_set.x0 - mean) + (1 - alpha_bar).sqrt() * noise
             times = torch.full((len(rest),), t, device=device)
             with torch.autocast(device.type, torch.bfloat16):
                 v = unet(F.pixel_unshuffle(rest, task.patch), times, text, **facts).sample.float()
-            return held.decode(mean + alpha_bar.sqrt() * rest - (1 - alpha_bar).sqrt() * F.pixel_shuffle(v, task.patch))
+            return test_set.decode(
+                mean + alpha_bar.sqrt() * rest - (1 - alpha_bar).sqrt() * F.pixel_shuffle(v, task.patch)
+            )
 
-        made = {"mean": held.decode(mean)} | {t: predict(t) for t in HELD_TIMES}
-        row = {name: psnr(picture, held.truth) for name, picture in made.items()}
+        pictures = {"mean": test_set.decode(mean)} | {t: predict(t) for t in TEST_TIMES}
+        row = {name: psnr(picture, test_set.truth) for name, picture in pictures.items()}
         print({"step": training.step_index, "minutes": round(training.seconds / 60, 1), "x0 PSNR": row}, flush=True)
-        shown = torch.cat([held.truth[:8], *(picture[:8] for picture in made.values())]).permute(0, 3, 1, 2)
-        write_grid(F.adaptive_avg_pool2d(shown, 128) * 2 - 1, work / f"samples_{training.step_index:06d}.png")
+        sheet = torch.cat([test_set.truth[:8], *(picture[:8] for picture in pictures.values())]).permute(0, 3, 1, 2)
+        write_grid(F.adaptive_avg_pool2d(sheet, 128) * 2 - 1, work / f"samples_{training.step_index:06d}.png")
 
     def export() -> None:
         base = models.PIXEL_LAYOUT if condition.latents else ""
@@ -238,11 +250,11 @@ def _fit(args: argparse.Namespace, task: Task, unet, condition: LayoutCondition,
 
 
 def train_pixel(args: argparse.Namespace) -> None:
-    """The 64x64 UNet, begun from the folder --start, under the layout of training or of that folder."""
+    """Train the 64x64 UNet, from the weights in --start if given, under the layout from --work or that folder."""
     pool = data.make_pool(args.data / "pixel128", size=128, count=args.images or 60000, seed=args.seed)
-    held = data.make_pool(args.data / "held128", size=128, count=800, seed=777, split="heldout")
+    test_pool = data.make_pool(args.data / "held128", size=128, count=800, seed=777, split="heldout")
     images, (_, records, scenes) = data.resized_pool(pool, 64), data.load_pool(pool)
-    tests, (_, test_records, test_scenes) = data.resized_pool(held, 64), data.load_pool(held)
+    tests, (_, test_records, test_scenes) = data.resized_pool(test_pool, 64), data.load_pool(test_pool)
     folder = args.start or args.out / "pixel"
     torch.manual_seed(args.seed)
     tokenizer, text_encoder = find_text(args)
@@ -256,18 +268,22 @@ def train_pixel(args: argparse.Namespace) -> None:
         return (x.permute(0, 2, 3, 1) / 2 + 0.5).clamp(0, 1)
 
     device, some = device_of(args), np.arange(0, len(tests), 10)
-    rows_of, shown = pool_rows(images, device), placed(tests[some], device)
-    judged = Held(signed(shown), shown.float() / 255, [test_records[i] for i in some], test_scenes[some], decode)
-    task = Task("pixel", "IFPipeline", models.PIXEL_PATCH, lambda i, step: signed(rows_of(i)), records, scenes, judged)
+    rows_of, rgb = pool_rows(images, device), placed(tests[some], device)
+    test_set = TestSet(signed(rgb), rgb.float() / 255, [test_records[i] for i in some], test_scenes[some], decode)
+    task = Task(
+        "pixel", "IFPipeline", models.PIXEL_PATCH, lambda i, step: signed(rows_of(i)), records, scenes, test_set
+    )
     _fit(args, task, unet, condition, {"tokenizer": tokenizer, "text_encoder": text_encoder}, encode)
 
 
 def train_latent(args: argparse.Namespace) -> None:
-    """The latent UNet for 512x512 under the pixel prior's layout and text encoder."""
+    """Train the latent UNet for 512x512 under the pixel prior's layout and text encoder."""
     from diffusers import AutoencoderTiny
 
-    own, exported = args.work / "vae" / "model", args.out / "latent" / "vae"  # another's latents where none was trained
-    vae = AutoencoderTiny.from_pretrained(own if own.is_dir() else exported).float().eval().requires_grad_(False)
+    folder = args.work / "vae" / "model"
+    if not folder.is_dir():  # no autoencoder was trained here: take the exported one
+        folder = args.out / "latent" / "vae"
+    vae = AutoencoderTiny.from_pretrained(folder).float().eval().requires_grad_(False)
     device = device_of(args)
     vae = vae.to(device, memory_format=torch.channels_last)
     latents, records, scenes = latent_pool(args, vae, "latents512", args.images or 16000, args.seed + 3, "train")
@@ -295,13 +311,13 @@ def train_latent(args: argparse.Namespace) -> None:
     x0 = placed(tests[some], device).float()
     pictures = np.load(args.data / "heldlatents512" / "images.npy", mmap_mode="r")[some]
     truth = placed(pictures, device).float() / 255
-    judged = Held(x0, truth, [test_records[i] for i in some], test_scenes[some], decode)
-    task = Task("latent", "StableDiffusionPipeline", models.LATENT_PATCH, x0_of, records, scenes, judged)
+    test_set = TestSet(x0, truth, [test_records[i] for i in some], test_scenes[some], decode)
+    task = Task("latent", "StableDiffusionPipeline", models.LATENT_PATCH, x0_of, records, scenes, test_set)
     _fit(args, task, unet, condition, {"tokenizer": tokenizer, "text_encoder": text_encoder, "vae": vae}, encode)
 
 
 def latent_pool(args: argparse.Namespace, vae, name: str, count: int, seed: int, split: str):
-    """Latents [N, 12, 64, 64] fp16 of a pool of 512x512 renders, its records and scenes; made once."""
+    """Return latents [N, 12, 64, 64] fp16 of a pool of 512x512 renders, its records and scenes; encode them once."""
     cameras = data.FINE_CAMERAS
     pool = data.make_pool(args.data / name, size=512, count=count, seed=seed, cameras=cameras, split=split)
     images, records, scenes = data.load_pool(pool)
@@ -317,6 +333,6 @@ def latent_pool(args: argparse.Namespace, vae, name: str, count: int, seed: int,
 
 
 def find_layout(args: argparse.Namespace) -> Layout:
-    """The layout as trained in --work, else that of the exported pixel prior."""
+    """Return the layout trained in --work, else that of the exported pixel prior."""
     state = args.work / "layout" / "layout.safetensors"
     return models.load_layout(state) if state.exists() else LayoutCondition.load(args.out / "pixel" / "layout").layout

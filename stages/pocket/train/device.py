@@ -32,5 +32,5 @@ def pool_rows(pool: np.ndarray, device: torch.device) -> Callable[[np.ndarray], 
     """
     if device.type == "cpu":
         return lambda index: placed(pool[index], device)
-    kept = placed(pool, device)
-    return lambda index: kept[placed(index, device)]
+    on_device = placed(pool, device)
+    return lambda index: on_device[placed(index, device)]

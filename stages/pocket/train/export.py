@@ -1,4 +1,4 @@
-"""What trainers leave: sample grids, and model folders in fp16 safetensors."""
+"""Write the trainers' results: sample grids, and model folders in fp16 safetensors."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from stages.pocket import world
 
 
 def to_tensor(images: np.ndarray) -> Tensor:
-    """uint8 [B, S, S, 3] to [-1, 1] [B, 3, S, S]."""
+    """Convert uint8 [B, S, S, 3] to [-1, 1] [B, 3, S, S]."""
     return signed(torch.from_numpy(np.array(images)))
 
 
 def signed(images: Tensor) -> Tensor:
-    """uint8 [B, S, S, 3] to [-1, 1] [B, 3, S, S], on the device where they are."""
+    """Convert uint8 [B, S, S, 3] to [-1, 1] [B, 3, S, S], on their device."""
     return images.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def write_grid(images: Tensor, path: Path, columns: int = 8) -> None:
-    """[-1, 1] [B, 3, S, S] as one PNG."""
+    """Write images [B, 3, S, S] in [-1, 1] as one PNG."""
     images = ((images.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
     rows = [np.concatenate(images[i : i + columns], 1) for i in range(0, len(images) - columns + 1, columns)]
     Image.fromarray(np.concatenate(rows)).save(path)
 
 
 def half(module):
-    """The module in fp16, for saving."""
+    """Convert a module to fp16 for saving and return it."""
     return module.half().eval()
 
 
@@ -70,7 +70,7 @@ def save_prior(
     if vae is not None:
         index["vae"] = ["diffusers", "AutoencoderTiny"]
         half(vae).save_pretrained(part / "vae")
-    for path in part.glob("*/config.json"):  # no word of where its parts were read from
+    for path in part.glob("*/config.json"):  # without the path that its parts were read from
         config = json.loads(path.read_text())
         if config.pop("_name_or_path", None) is not None:
             path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

@@ -1,9 +1,9 @@
-"""Teach the layout (stages/guidance/diffusion/layout.py) on shapes and renders, before a UNet learns to draw by it.
+"""Train the layout (stages/guidance/diffusion/layout.py) on shapes and renders, before a UNet is trained on it.
 
-First its volumes are told what the world's objects are at points of space (solids.py). Then its picture is regressed
-ray by ray: words, camera, light and backdrop in, sRGB out, without the noise that a UNet
-learns through. All renders of one caption in a batch share one volume, so most of a step's work is spent once: views
-are cheap, volumes are not. What stands where in a pair is told by the world itself and regressed beside.
+First its volumes are fitted to the world's objects at points of space (solids.py). Then its picture is regressed ray by
+ray: words, camera, light and backdrop in, sRGB out, without the noise in a UNet's training. All renders of one caption
+in a batch share one volume, so most of a step's work is spent once: views are cheap, volumes are not. The placement of
+a pair's objects is known from the world and regressed separately.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class Pool:
             self.captions[kind].setdefault(shape, {}).setdefault(caption, []).append(i)
 
     def at(self, side: int) -> np.ndarray:
-        """All renders at a smaller size, [N, side, side, 3] uint8."""
+        """Return all renders at a smaller size, [N, side, side, 3] uint8."""
         if side not in self.pictures:
             self.pictures[side] = data.resized_pool(self.folder, side)
         return self.pictures[side]
@@ -76,7 +76,7 @@ class Pool:
     def rays(
         self, index: np.ndarray, count: int, side: int, rng: np.random.Generator, device: torch.device = CPU
     ) -> tuple[Tensor, ...]:
-        """Random pixels of renders [B] at `side` pixels: origins, directions and sRGB [B, count, 3].
+        """Draw random pixels of renders [B] at `side` pixels: origins, directions and sRGB [B, count, 3].
 
         Half of the pixels are drawn evenly and half from a square around the middle, where objects are.
         """
@@ -94,7 +94,7 @@ class Pool:
         return origins.contiguous().to(device), directions.contiguous().to(device), colours.float() / 255
 
     def _colours(self, index, row, column, side: int, device: torch.device) -> Tensor:
-        """Pixels [B, count, 3] of renders [B], uint8; the renders are kept on a device that is not the CPU."""
+        """Return pixels [B, count, 3] of renders [B], uint8; all renders stay on a device that is not the CPU."""
         if device.type == "cpu":
             return torch.from_numpy(self.at(side)[index[:, None], row, column])
         if side not in self.on_device:
@@ -104,35 +104,35 @@ class Pool:
 
 
 def kind_of(caption: str) -> str:
-    """plain, patterned or pair."""
+    """Return the kind of a caption: plain, patterned or pair."""
     words = caption.split()
     return "plain" if len(words) == 3 else "patterned" if len(words) == 4 else "pair"
 
 
-def spoken(caption: str, rng: np.random.Generator) -> str:
-    """A caption with any view's words: the volume must not depend on them."""
+def with_view_words(caption: str, rng: np.random.Generator) -> str:
+    """Return a caption with the words of a random view: the volume must not depend on them."""
     text = caption + SUFFIXES[int(rng.integers(len(SUFFIXES)))]
     return text + (", clay render" if rng.random() < 0.3 else "")
 
 
 @torch.no_grad()
 def pictures(layout: Layout, text: Tensor, scenes: data.Scenes, side: int) -> Tensor:
-    """sRGB pictures [B, side, side, 3] of one text [1, L, W] in every scene."""
+    """Return sRGB pictures [B, side, side, 3] of one text [1, L, W] in every scene."""
     objects = layout.objects(layout.read(text))
     rows = torch.zeros(len(scenes.fov_deg), dtype=torch.long, device=text.device)
-    seen = look(objects, rows, data.setting_of(scenes, text.device), side, supersample=2 if side < 128 else 1)
-    return seen[:, :3].permute(0, 2, 3, 1)
+    drawings = look(objects, rows, data.setting_of(scenes, text.device), side, supersample=2 if side < 128 else 1)
+    return drawings[:, :3].permute(0, 2, 3, 1)
 
 
 def score(layout: Layout, encode, pool: Pool, side: int, limit: int = 400) -> dict[str, float]:
-    """Mean PSNR over the object of a pool's renders, by kind of caption, in dB."""
+    """Return the mean PSNR over the object of a pool's renders, by kind of caption, in dB."""
     rows: dict[str, list[float]] = {}
-    chosen = np.linspace(0, len(pool.records) - 1, min(limit, len(pool.records))).astype(int)
-    for i in chosen:
+    numbers = np.linspace(0, len(pool.records) - 1, min(limit, len(pool.records))).astype(int)
+    for i in numbers:
         record = pool.records[i]
         truth = torch.from_numpy(pool.at(side)[i]).float() / 255
-        made = pictures(layout, encode([record["caption"]]), pool.scenes[i : i + 1], side)[0].cpu()
-        value = data.object_psnr(made, truth)
+        picture = pictures(layout, encode([record["caption"]]), pool.scenes[i : i + 1], side)[0].cpu()
+        value = data.object_psnr(picture, truth)
         if value is None:
             continue
         kind = "clay" if record["shading"] == "textureless" else kind_of(record["caption"])
@@ -144,7 +144,7 @@ def score(layout: Layout, encode, pool: Pool, side: int, limit: int = 400) -> di
 def fit_placement(
     layout: Layout, encode, seed: int, steps: int = PLACEMENT_STEPS, count: int = PAIRS
 ) -> dict[str, float]:
-    """Teach a layout that reads where the objects of a pair stand and how large each is; returns the errors.
+    """Train a layout's box and placement networks on pairs of the world; returns the errors.
 
     The pairs vary by the full spread, so that the placement is learnt as a function of the boxes; the boxes themselves
     are those of the objects as the layout's own renders vary.
@@ -175,19 +175,19 @@ def fit_placement(
     for step in range(steps):
         for group in optimiser.param_groups:
             group["lr"] = 2e-3 * 0.5 * (1 + np.cos(np.pi * step / steps))
-        chosen = torch.from_numpy(rng.integers(0, count, 256)).to(device)
-        reading = Reading(*(part[chosen] for part in parts))
-        placed = (layout.placement(reading, boxes[chosen]) - places[chosen]).square().mean()
-        sized = (layout.boxes(single)[:, 0] - sizes).square().mean()
+        batch = torch.from_numpy(rng.integers(0, count, 256)).to(device)
+        reading = Reading(*(part[batch] for part in parts))
+        placement_error = (layout.placement(reading, boxes[batch]) - places[batch]).square().mean()
+        box_error = (layout.boxes(single)[:, 0] - sizes).square().mean()
         optimiser.zero_grad()
-        (placed + sized).backward()
+        (placement_error + box_error).backward()
         optimiser.step()
-        errors = {"placement": float(placed.detach()) ** 0.5, "box": float(sized.detach()) ** 0.5}
+        errors = {"placement": float(placement_error.detach()) ** 0.5, "box": float(box_error.detach()) ** 0.5}
     return {k: round(v, 4) for k, v in errors.items()}
 
 
 def solid_lessons(layout: Layout, encode, solids: Solids, roles: Roles) -> Callable[[np.random.Generator], Tensor]:
-    """A function that draws shapes and points and returns the loss of the layout's volumes there."""
+    """Return a function that draws shapes and points and returns the loss of the layout's volumes there."""
     captions = shape_captions()
     with torch.no_grad():
         reading = layout.read(encode([alike[0] for alike in captions]))
@@ -203,11 +203,11 @@ def solid_lessons(layout: Layout, encode, solids: Solids, roles: Roles) -> Calla
 
 
 def train_layout(args: argparse.Namespace) -> None:
-    """The layout beside the pixel UNet in --out or --start, under that UNet's text encoder."""
+    """Train the layout under the text encoder of the pixel UNet in --out or --start."""
     from safetensors.torch import load_file, save_file
 
     pool = Pool(data.make_pool(args.data / "pixel128", size=128, count=args.images or 60000, seed=args.seed))
-    held = Pool(data.make_pool(args.data / "held128", size=128, count=800, seed=777, split="heldout"))
+    test_pool = Pool(data.make_pool(args.data / "held128", size=128, count=800, seed=777, split="heldout"))
     torch.manual_seed(args.seed)
     tokenizer, text_encoder = find_text(args)
 
@@ -260,7 +260,7 @@ def train_layout(args: argparse.Namespace) -> None:
                 captions = list(shapes[k])
                 for c in rng.permutation(len(captions))[: COLOURS[kind]]:
                     index = rng.permutation(shapes[k][captions[c]])[: VIEWS[kind]]
-                    groups.append((spoken(captions[c], rng), index, RAYS[kind]))
+                    groups.append((with_view_words(captions[c], rng), index, RAYS[kind]))
         if step % EMPTY == 0:
             groups.append(("", rng.choice(len(pool.records), 16), 256))
         with torch.no_grad():
@@ -279,13 +279,13 @@ def train_layout(args: argparse.Namespace) -> None:
             owner = torch.tensor([n for n in members for _ in groups[n][1]], device=device)
             scenes = pool.scenes[index]
             origins, directions, colours = pool.rays(index, count, side, rng, device)
-            stood = torch.from_numpy(scenes.placement).to(device)
-            own = torch.where(two[owner][:, None, None], stood, objects.placement[owner])
-            moved = Objects(objects.grids, objects.index[owner], own)
+            places = torch.from_numpy(scenes.placement).to(device)
+            placement = torch.where(two[owner][:, None, None], places, objects.placement[owner])
+            view_objects = Objects(objects.grids, objects.index[owner], placement)
             jitter = torch.from_numpy(rng.random((len(index), count), dtype=np.float32)).to(device)
             each, setting = torch.arange(len(index), device=device), data.setting_of(scenes, device)
-            made = radiance(moved, each, setting, origins, directions, jitter)
-            total = total + (linear_to_srgb(made[..., :3]) - colours).square().sum()
+            values = radiance(view_objects, each, setting, origins, directions, jitter)
+            total = total + (linear_to_srgb(values[..., :3]) - colours).square().sum()
             weight += colours.numel()
         return 10 * total / weight
 
@@ -299,13 +299,13 @@ def train_layout(args: argparse.Namespace) -> None:
             views.c2w.numpy(), views.fov_deg.numpy(), views.light.numpy(), ones, 0 * ones, under, empty
         )
         text = encode(list(GRID_PROMPTS))
-        made = [pictures(layout, text[k : k + 1], scenes, 64) for k in range(len(GRID_PROMPTS))]
+        drawings = [pictures(layout, text[k : k + 1], scenes, 64) for k in range(len(GRID_PROMPTS))]
         path = work / f"samples_{training.step_index:06d}.png"
-        write_grid(torch.cat(made).permute(0, 3, 1, 2) * 2 - 1, path)
+        write_grid(torch.cat(drawings).permute(0, 3, 1, 2) * 2 - 1, path)
         row = {
             "step": training.step_index,
             "minutes": round(training.seconds / 60, 1),
-            "psnr": score(layout, encode, held, 64),
+            "psnr": score(layout, encode, test_pool, 64),
         }
         print(row, flush=True)
 

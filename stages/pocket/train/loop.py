@@ -53,9 +53,12 @@ class Training:
         self.average = {key: p.detach().clone() for key, p in self.parameters.items()}
         groups = []
         for name in modules:
-            own = [p for key, p in self.parameters.items() if key.startswith(f"{name}.")]
+            members = [p for key, p in self.parameters.items() if key.startswith(f"{name}.")]
             factor = (rates or {}).get(name, 1.0)
-            for part, decay in (([p for p in own if p.ndim > 1], weight_decay), ([p for p in own if p.ndim <= 1], 0.0)):
+            for part, decay in (
+                ([p for p in members if p.ndim > 1], weight_decay),
+                ([p for p in members if p.ndim <= 1], 0.0),
+            ):
                 groups.append({"params": part, "weight_decay": decay, "factor": factor})
         groups = [group for group in groups if group["params"]]
         self.optimiser = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.99), fused=True)
@@ -66,9 +69,9 @@ class Training:
 
     @property
     def progress(self) -> float:
-        """Share of the schedule done, in [0, 1]."""
-        done = self.step_index / self.steps if self.steps else self.seconds / (60 * self.minutes)
-        return min(1.0, done)
+        """Return the share of the schedule that is over, in [0, 1]."""
+        share = self.step_index / self.steps if self.steps else self.seconds / (60 * self.minutes)
+        return min(1.0, share)
 
     def run(self, loss_step: LossStep, *, save_minutes: float = 3.0, sample: Callable[[], None] | None = None) -> None:
         """Train to the end of the schedule; saves every `save_minutes` and at the end, calling `sample` each time."""
@@ -101,7 +104,7 @@ class Training:
         self.save()
 
     def finish(self, loss_step: LossStep, sample: Callable[[], None], export: Callable[[], None], only: bool) -> None:
-        """Train to the end (not if `only` the export is wanted), then sample and export the averaged weights."""
+        """Train to the end unless `only` exporting, then sample and export the averaged weights."""
         if not only:
             self.run(loss_step, sample=sample)
         with self.averaged():
@@ -109,7 +112,7 @@ class Training:
             export()
 
     def averaged(self) -> _Swapped:
-        """Context in which the modules hold the averaged weights."""
+        """Return a context in which the modules hold the averaged weights."""
         return _Swapped(self.parameters, self.average)
 
     def save(self) -> None:
@@ -137,8 +140,8 @@ class Training:
                 p.copy_(tensors[f"p/{key}"])
                 self.average[key].copy_(tensors[f"e/{key}"])
                 names = ("step", "exp_avg", "exp_avg_sq")
-                saved = {n: tensors[f"o/{n}/{key}"] for n in names if f"o/{n}/{key}" in tensors}
-                self.optimiser.state[p] = {n: value.to(p.device) for n, value in saved.items()}
+                moments = {n: tensors[f"o/{n}/{key}"] for n in names if f"o/{n}/{key}" in tensors}
+                self.optimiser.state[p] = {n: value.to(p.device) for n, value in moments.items()}
         print(f"resumed at step {self.step_index}, {self.seconds:.0f} s", flush=True)
 
     def _log(self, row: dict) -> None:
@@ -156,9 +159,9 @@ class _Swapped:
     def _swap(self) -> None:
         with torch.no_grad():
             for a, b in self.pairs:
-                kept = a.clone()
+                copy = a.clone()
                 a.copy_(b)
-                b.copy_(kept)
+                b.copy_(copy)
 
     def __enter__(self) -> None:
         self._swap()

@@ -1,9 +1,9 @@
-"""What the world's objects are at points of space: what the layout's volumes are taught, before its pictures are.
+"""Occupancy, colours and normals of the world's objects at points: the layout's first training data.
 
 A ray's colour says little about where along it the colour stands, and a pupil is a few pixels of few renders. The
-objects are the world's own, so each point can be told instead: whether it is inside, and near the surface which colour
-and normal the surface has there, in every colour that training captions name. As occupancy networks are taught
-(Mescheder et al. 2019, arXiv 1812.03828); several instances of an object are told together, so that a volume becomes
+objects are the world's own, so each point has a target instead: whether it is inside, and near the surface the colour
+and normal of the surface there, in every colour that training captions name. Occupancy networks are trained this way
+(Mescheder et al. 2019, arXiv 1812.03828); the targets average several instances of an object, so that a volume becomes
 their mean.
 """
 
@@ -55,7 +55,7 @@ class Solids:
 
 
 def shape_captions() -> list[list[str]]:
-    """Captions of each shape in the world's colours, in their order."""
+    """Return captions of each shape in the world's colours, in their order."""
     return [
         [world.caption(world.Spec(kind, colour, pattern)) for colour in world.COLOURS]
         for kind in world.KINDS
@@ -65,18 +65,18 @@ def shape_captions() -> list[list[str]]:
 
 
 def make_solids(folder: Path, seed: int) -> Solids:
-    """All shapes of the world; made once, then read from `folder`."""
+    """Sample points of all shapes of the world; made once, then read from `folder`."""
     names = [field.name for field in fields(Solids)]
     if not all((folder / f"{name}.npy").exists() for name in names):
-        made = [_shape(captions, np.random.default_rng([seed, n])) for n, captions in enumerate(shape_captions())]
+        shapes = [_shape(captions, np.random.default_rng([seed, n])) for n, captions in enumerate(shape_captions())]
         folder.mkdir(parents=True, exist_ok=True)
-        for name, rows in zip(names, zip(*made, strict=True), strict=True):
+        for name, rows in zip(names, zip(*shapes, strict=True), strict=True):
             np.save(folder / f"{name}.npy", np.stack(rows))
     return Solids(*(np.load(folder / f"{name}.npy", mmap_mode="r") for name in names))
 
 
 def _shape(captions: list[str], rng: np.random.Generator) -> tuple[np.ndarray, ...]:
-    """The fields of Solids for one shape."""
+    """Return the fields of Solids for one shape."""
     seeds = rng.integers(2**62, size=INSTANCES)
     instances = [[build(world.parse(c), np.random.default_rng(s)) for c in captions] for s in seeds]
     trees = [TriangleTree(mesh.vertices[mesh.faces]) for mesh, *_ in instances]
@@ -89,7 +89,7 @@ def _shape(captions: list[str], rng: np.random.Generator) -> tuple[np.ndarray, .
 
 
 def _points(alike: list[Mesh], tree: TriangleTree, rng: np.random.Generator) -> tuple[np.ndarray, ...]:
-    """Points [P, 3] of one instance; which are near its surface; colours [C, P, 3] in each colour; normals [P, 3]."""
+    """Sample points [P, 3] of one instance: also which are near its surface, colours [C, P, 3] and normals [P, 3]."""
     mesh = alike[0]
     generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
     face, weights = surface_samples(mesh, SURFACE, generator)
@@ -105,14 +105,14 @@ def _points(alike: list[Mesh], tree: TriangleTree, rng: np.random.Generator) -> 
     distance, nearest = cKDTree(surface).query(points)
     normals = np.einsum("nc,nck->nk", weights, smooth_normals(mesh)[mesh.faces[face]])[nearest]
     corners = mesh.faces[face[nearest]]
-    painted = [np.einsum("nc,nck->nk", weights[nearest], other.colours[corners]) for other in alike]
-    colours = linear_to_srgb(torch.from_numpy(np.stack(painted))).numpy()
+    linear = [np.einsum("nc,nck->nk", weights[nearest], other.colours[corners]) for other in alike]
+    colours = linear_to_srgb(torch.from_numpy(np.stack(linear))).numpy()
     inside = np.linalg.norm(points, axis=1) < EXTENT
     return points, (distance < SHELL) & inside, colours.astype(np.float16), normals
 
 
 def _outside(surface: np.ndarray, mesh: Mesh, face: np.ndarray, tree: TriangleTree) -> np.ndarray:
-    """Which points of the surface are not inside another part."""
+    """Return which points [P] of the surface are not inside another part, bool."""
     a, b, c = (mesh.vertices[mesh.faces[face, k]].astype(np.float64) for k in range(3))
     normal = np.cross(b - a, c - a)
     normal /= np.maximum(np.linalg.norm(normal, axis=1, keepdims=True), 1e-12)
@@ -124,62 +124,64 @@ class Roles:
     """The parts that objects are painted by: two parts in one role have one colour in every caption of the training.
 
     colours: [R, C, 3] sRGB in each of the world's colours. number: [N, P] the role of each point of the bank.
-    known: [N, C] whether a shape's caption in a colour belongs to the training. weight: [N, P] of each point near a
-        surface, mean 1 over them, else 0: a pupil has few points and is seen as soon as it is wrong.
+    in_training: [N, C] whether a shape's caption in a colour belongs to the training. weight: [N, P] of each point near
+        a surface, mean 1 over them, else 0: a pupil has few points, but an error in it shows.
     """
 
     colours: Tensor
     number: Tensor
-    known: Tensor
+    in_training: Tensor
     weight: Tensor
 
     def to(self, device: torch.device) -> Roles:
-        """The same on a device."""
+        """Return the same roles on a device."""
         return Roles(*(getattr(self, f.name).to(device) for f in fields(self)))
 
 
 def find_roles(solids: Solids, captions: list[list[str]], limit: int) -> Roles:
-    """The roles of the training captions' parts, at most `limit`, those that paint most points first."""
-    known = torch.tensor([[not world.held_out(world.parse(text)) for text in alike] for alike in captions])
+    """Find the roles of the training captions' parts, at most `limit`, those that paint most points first."""
+    in_training = torch.tensor([[not world.held_out(world.parse(text)) for text in alike] for alike in captions])
     colours = torch.tensor(np.asarray(solids.colours)).float().clamp(0, 1).transpose(1, 2)  # [N, P, C, 3]
     near = torch.tensor(np.asarray(solids.near))
-    roles, filled, counts = [], [], []
+    roles, role_masks, counts = [], [], []
     number = torch.zeros(near.shape, dtype=torch.long)
     for n in range(len(captions)):
-        left = near[n].clone()
-        while left.any():
-            first = colours[n][left][0]
-            alike = left & ((colours[n] - first).abs().amax(-1)[:, known[n]].amax(-1) < ALIKE)
+        rest = near[n].clone()
+        while rest.any():
+            first = colours[n][rest][0]
+            alike = rest & ((colours[n] - first).abs().amax(-1)[:, in_training[n]].amax(-1) < ALIKE)
             mean = colours[n][alike].mean(0)
             fits = [
-                (mean - role).abs().amax(-1)[known[n] & mask].amax().item() if (known[n] & mask).any() else 1.0
-                for role, mask in zip(roles, filled, strict=True)
+                (mean - role).abs().amax(-1)[in_training[n] & mask].amax().item()
+                if (in_training[n] & mask).any()
+                else 1.0
+                for role, mask in zip(roles, role_masks, strict=True)
             ]
             best = int(np.argmin(fits)) if fits else -1
             if best < 0 or fits[best] > ALIKE:
                 best = len(roles)
                 roles.append(mean.clone())
-                filled.append(known[n].clone())
+                role_masks.append(in_training[n].clone())
                 counts.append(0)
-            fresh = known[n] & ~filled[best]
-            roles[best][fresh], filled[best] = mean[fresh], filled[best] | known[n]
+            fresh = in_training[n] & ~role_masks[best]
+            roles[best][fresh], role_masks[best] = mean[fresh], role_masks[best] | in_training[n]
             counts[best] += int(alike.sum())
             number[n][alike] = best
-            left &= ~alike
+            rest &= ~alike
     order = torch.tensor(counts).argsort(descending=True)
     if len(order) > limit:
         raise ValueError(f"limit: the world has {len(order)} roles, got {limit}")
-    for role, mask in zip(roles, filled, strict=True):  # as in most colours where no training caption shows it
+    for role, mask in zip(roles, role_masks, strict=True):  # as in most colours where no training caption shows it
         role[~mask] = role[mask].median(0).values
     number = order.argsort()[number]
-    painted = F.one_hot(number, len(order)) * near[..., None]
-    shares = painted.sum(1) / near.sum(1, keepdim=True)  # [N, R]
+    role_points = F.one_hot(number, len(order)) * near[..., None]
+    shares = role_points.sum(1) / near.sum(1, keepdim=True)  # [N, R]
     weight = near * shares.gather(1, number).clamp_min(1e-3) ** -0.5
-    return Roles(torch.stack(roles)[order], number, known.float(), weight * near.sum() / weight.sum())
+    return Roles(torch.stack(roles)[order], number, in_training.float(), weight * near.sum() / weight.sum())
 
 
 def paint_roles(layout: Layout, roles: Roles) -> None:
-    """Make a layout's palettes those of the roles; paints beyond them stay as they are."""
+    """Set a layout's palettes to the colours of the roles; paints beyond them stay as they are."""
     linear = srgb_to_linear(roles.colours.transpose(0, 1))  # [C, R, 3]
     logits = torch.logit((linear ** (1 / 2.2)).clamp(0.01, 0.99)) / VIVID
     with torch.no_grad():
@@ -190,7 +192,7 @@ def paint_roles(layout: Layout, roles: Roles) -> None:
 def solid_loss(
     layout: Layout, shapes: Tensor, colours: Tensor, roles: Roles, solids: Solids, rows: np.ndarray, index: np.ndarray
 ) -> Tensor:
-    """How far volumes are from shapes, as opacity, colour and normal at points.
+    """Return the loss of the volumes' opacity, colour and normal at points of shapes.
 
     Args:
         shapes: [N, kinds and patterns] counts of words of the shapes `rows` [N]. colours: [C, colours] of the world's
@@ -198,21 +200,21 @@ def solid_loss(
     """
     device = shapes.device
     points = torch.from_numpy(solids.points[rows][:, index]).to(device)
-    seen = layout.at(shapes, points)  # [N, Q, 4 + paints]
+    values = layout.at(shapes, points)  # [N, Q, 4 + paints]
     occupancy = torch.from_numpy(solids.occupancy[rows][:, index]).to(device).float()
-    raw = seen[..., 0]
+    raw = values[..., 0]
     depth = DENSITY * LENGTH * torch.where(raw < 0, raw.clamp_max(0).exp(), 1 + raw)  # `activated`, without its end
     solid = -torch.log(-torch.expm1(-depth - 1e-7))  # -log of the opacity; depth is -log of what is left
     loss = (occupancy * solid + (1 - occupancy) * depth).mean()
     near = torch.from_numpy(solids.near[rows][:, index]).to(device).float()
     normals = torch.from_numpy(solids.normals[rows][:, index]).to(device).float()
-    loss = loss + (near[..., None] * (seen[..., 1:4] - normals).square()).sum() / (3 * near.sum())
+    loss = loss + (near[..., None] * (values[..., 1:4] - normals).square()).sum() / (3 * near.sum())
     palettes = layout.palettes(colours)  # [C, paints, 3]
-    painted = linear_to_srgb(torch.einsum("nqp,cpk->ncqk", seen[..., 4:], palettes))
+    point_colours = linear_to_srgb(torch.einsum("nqp,cpk->ncqk", values[..., 4:], palettes))
     truth = torch.from_numpy(solids.colours[rows][:, :, index]).to(device).float()
     number = roles.number[rows][:, index]
-    shares = seen[..., 4:].square().sum(-1) - 2 * seen[..., 4:].gather(-1, number[..., None])[..., 0] + 1
+    shares = values[..., 4:].square().sum(-1) - 2 * values[..., 4:].gather(-1, number[..., None])[..., 0] + 1
     weight = roles.weight[rows][:, index]
     loss = loss + 0.5 * (weight * shares).sum() / weight.sum()  # squared distance to all of the one paint
-    weight = (weight[:, None] * roles.known[rows][..., None])[..., None]
-    return loss + 20 * (weight * (painted - truth).square()).sum() / (3 * weight.sum())
+    weight = (weight[:, None] * roles.in_training[rows][..., None])[..., None]
+    return loss + 20 * (weight * (point_colours - truth).square()).sum() / (3 * weight.sum())

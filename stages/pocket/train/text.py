@@ -1,4 +1,4 @@
-"""Train the text encoder that all priors of the pocket world share, and what reads single words from its hidden states.
+"""Train the text encoder that all pocket priors share, and the classifier of words on its hidden states.
 
 A UNet's losses ask an encoder for little: "a pink mug" and "a pink lamp" may end up in nearly one place. A layout must
 know each word, so the encoder is taught to keep them apart, on captions and on sentences of random words.
@@ -26,27 +26,27 @@ STAY = 3.0  # weight of the change, relative to what was there, of captions that
 
 @torch.no_grad()
 def encode_text(tokenizer, text_encoder, captions: list[str]) -> Tensor:
-    """Captions to [B, TOKENS, WIDTH], each different one read once."""
+    """Encode captions to [B, TOKENS, WIDTH]; equal ones are encoded once."""
     texts = list(dict.fromkeys(captions))
     rows = torch.tensor([texts.index(caption) for caption in captions], device=text_encoder.device)
     return text_encoder(token_ids(tokenizer, texts).to(text_encoder.device)).last_hidden_state[rows]
 
 
 def token_ids(tokenizer, texts: list[str]) -> Tensor:
-    """[B, TOKENS], cut or padded."""
+    """Return token ids [B, TOKENS], cut or padded."""
     options = {"padding": "max_length", "truncation": True, "max_length": models.TOKENS, "return_tensors": "pt"}
     return tokenizer(texts, **options).input_ids
 
 
 def find_text(args: argparse.Namespace):
-    """Tokenizer and frozen encoder as trained in --work, else those of --start or of the exported pixel prior."""
+    """Return tokenizer and frozen encoder from --work, else those of --start or of the exported pixel prior."""
     from transformers import AutoTokenizer, CLIPTextModel
 
     folder = args.start or args.out / "pixel"
-    trained = args.work / "text" / "model"
-    encoder = CLIPTextModel.from_pretrained(trained if trained.is_dir() else folder / "text_encoder")
-    known = (folder / "tokenizer").is_dir()
-    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer") if known else models.make_tokenizer()
+    work_folder = args.work / "text" / "model"
+    encoder = CLIPTextModel.from_pretrained(work_folder if work_folder.is_dir() else folder / "text_encoder")
+    has_tokenizer = (folder / "tokenizer").is_dir()
+    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer") if has_tokenizer else models.make_tokenizer()
     return tokenizer, encoder.float().eval().requires_grad_(False).to(device_of(args))
 
 
@@ -54,13 +54,13 @@ class Sentences:
     """Captions and sentences of random words, with the number of each token's word among a layout's classes."""
 
     def __init__(self, words: dict[str, list[str]]) -> None:
-        named = [word for name in CLASSES for word in words[name]]
-        others = [word for word in [*world.words(), *models.VIEW_WORDS] if word not in named]
-        self.other = len(named)  # the number of every word that belongs to no class
-        self.number = {word: k for k, word in enumerate(named)} | dict.fromkeys(others, self.other)
+        class_words = [word for name in CLASSES for word in words[name]]
+        others = [word for word in [*world.words(), *models.VIEW_WORDS] if word not in class_words]
+        self.other = len(class_words)  # the number of every word that belongs to no class
+        self.number = {word: k for k, word in enumerate(class_words)} | dict.fromkeys(others, self.other)
 
     def draw(self, rng: np.random.Generator, count: int, random: float) -> tuple[list[str], Tensor]:
-        """Sentences and their truth [count, TOKENS].
+        """Draw sentences and the numbers of their words [count, TOKENS].
 
         Args:
             random: share of sentences of random words, which come first; the rest are captions with a view's words.
@@ -68,8 +68,8 @@ class Sentences:
         every, sentences = list(self.number), []
         for k in range(count):
             if k < random * count:
-                chosen = rng.integers(0, len(every), rng.integers(1, models.TOKENS - 2))
-                sentences.append([every[n] for n in chosen])
+                numbers = rng.integers(0, len(every), rng.integers(1, models.TOKENS - 2))
+                sentences.append([every[n] for n in numbers])
             else:
                 caption = world.caption(world.sample_spec(rng)) + SUFFIXES[int(rng.integers(len(SUFFIXES)))]
                 caption += ", clay render" if rng.random() < 0.2 else ""
@@ -81,7 +81,7 @@ class Sentences:
 
 
 def fit_reader(layout: Layout, encode: Callable[[list[str]], Tensor], seed: int, steps: int = 1500) -> float:
-    """Teach a layout to tell each token's word from its hidden state; returns the share of named words read right."""
+    """Train a layout's reader to classify each token's word; returns its accuracy on words that belong to a class."""
     rng, sentences = np.random.default_rng([seed, 8]), Sentences(layout.config["words"])
     optimiser = torch.optim.AdamW(layout.reader.parameters(), lr=3e-3)
     right = 0.0
@@ -94,13 +94,13 @@ def fit_reader(layout: Layout, encode: Callable[[list[str]], Tensor], seed: int,
         optimiser.zero_grad()
         F.cross_entropy(logits.flatten(0, 1), truth.flatten()).backward()
         optimiser.step()
-        named = truth < sentences.other
-        right = 0.98 * right + 0.02 * float((logits.argmax(-1) == truth)[named].float().mean())
+        in_class = truth < sentences.other
+        right = 0.98 * right + 0.02 * float((logits.argmax(-1) == truth)[in_class].float().mean())
     return right
 
 
 def train_text(args: argparse.Namespace) -> None:
-    """The text encoder: from nothing, or from --start, then near to what the UNets of that folder have learnt."""
+    """Train the text encoder, from nothing or from --start; then its hidden states stay near to what they were."""
     from transformers import AutoTokenizer, CLIPTextModel
 
     torch.manual_seed(args.seed)
@@ -127,14 +127,14 @@ def train_text(args: argparse.Namespace) -> None:
         hidden = encoder(ids).last_hidden_state
         if before is not None:
             with torch.no_grad():
-                there = before(ids).last_hidden_state
-            change = (hidden - there)[32:].square().mean() / there.square().mean()
+                hidden_before = before(ids).last_hidden_state
+            change = (hidden - hidden_before)[32:].square().mean() / hidden_before.square().mean()
         logits = layout.word_logits(hidden)
         optimiser.zero_grad()
         (F.cross_entropy(logits.flatten(0, 1), truth.flatten()) + STAY * change).backward()
         optimiser.step()
-        named = truth < sentences.other
-        right = 0.98 * right + 0.02 * float((logits.argmax(-1) == truth)[named].float().mean())
+        in_class = truth < sentences.other
+        right = 0.98 * right + 0.02 * float((logits.argmax(-1) == truth)[in_class].float().mean())
         if step % 250 == 249:
             print(
                 {"step": step + 1, "words read right": round(right, 4), "change": round(float(change), 4)}, flush=True
