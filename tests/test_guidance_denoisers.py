@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from pipeline.priors.source import Kept
 from stages.guidance.diffusion import denoisers
 from stages.guidance.diffusion.denoisers import StaticCalls
 from stages.guidance.diffusion.prior import load_prior
@@ -95,17 +94,3 @@ def test_convolutions_are_channels_last_where_asked_for_and_not_on_the_cpu_by_it
         return weight.is_contiguous(memory_format=torch.channels_last)
 
     assert last(channels_last=True) and not last() and not last(channels_last=False)
-
-
-def test_a_prior_is_kept_for_the_same_key_alone():
-    loaded = []
-
-    def load():
-        loaded.append(object())
-        return loaded[-1]
-
-    kept = Kept()
-    first = kept.take("a", load)
-    assert kept.take("a", load) is first and kept.take("b", load) is not first and len(loaded) == 2
-    assert kept.take("a", load) is loaded[2] and kept.take(None, load) is loaded[3]
-    assert kept.take(None, load) is loaded[4]

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from pipeline.batch.plan import BatchRun
 from pipeline.errors import Interrupted, explain
 from pipeline.priors.memory import keep_freed_memory
+from pipeline.priors.source import Kept
 
 if TYPE_CHECKING:
     from pipeline.config.model import Config
@@ -34,10 +35,13 @@ class Task:
 
 
 @cache
-def set_up() -> None:
-    """Set up this process for many runs, once."""
+def kept() -> Kept:
+    """Return the priors that this process keeps from run to run, one a stage; the process is set up for many runs."""
+    from stages.kinds import STAGES
+
     keep_freed_memory()
     gc.set_threshold(100_000, 20, 100)  # see pipeline.cli
+    return Kept(len(STAGES))
 
 
 def make_run(task: Task) -> str:
@@ -56,6 +60,7 @@ def make_run(task: Task) -> str:
     except KeyboardInterrupt:
         return ""
     except Exception as error:
+        kept().drop()  # whatever a broken run left of them reaches no other
         known = explain(error)
         if known is not None:
             return f"{known.what}\n{known.why}\n{known.fix}"
@@ -73,10 +78,9 @@ def _go(folder: Path, task: Task) -> None:
     from pipeline.runs.caller import Caller
     from pipeline.runs.progress import Progress
 
-    set_up()
     if threads := os.environ.get("OMP_NUM_THREADS"):
         torch.set_num_threads(int(threads))
-    progress, caller = Progress(Console(quiet=True, force_terminal=False)), Caller()
+    progress, caller = Progress(Console(quiet=True, force_terminal=False)), Caller(kept=kept())
     if (folder / "config.yaml").is_file():
         run.resume_run(folder, progress, caller)
         return

@@ -86,9 +86,7 @@ class FolderSource(PriorSource):
         return replace(facts, plan=_plan(locate(self.text, *_wishes(ask)), ask))
 
     def key(self, ask: Ask) -> object:
-        chosen = ask.config.prior
-        lora = None if ask.lora is None else (chosen.lora, chosen.lora_scale)
-        return self.anchored(), ask.diffusion.model_dump_json(), lora
+        return self.anchored(), ask.loading
 
     def load(self, ask: Ask, facts: Facts, device: torch.device, *, keep_text: bool = False) -> Prior:
         from stages.guidance.diffusion.prior import load_prior

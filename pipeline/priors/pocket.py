@@ -67,6 +67,9 @@ class PocketSource(PriorSource):
             make_plan(folder, ask.diffusion, lora=ask.lora)
         return Facts(description, notices=_notices(ask.config.prompt))
 
+    def key(self, ask: Ask) -> object:
+        return pocket_folder(ask.stage), ask.loading
+
     def load(self, ask: Ask, facts: Facts, device: torch.device, *, keep_text: bool = False) -> Prior:
         from stages.guidance.diffusion.prior import load_prior
 

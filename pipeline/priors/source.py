@@ -89,6 +89,12 @@ class Ask:
         return self.config.prior.diffusion.with_changes(changes) if changes else self.config.prior.diffusion
 
     @property
+    def loading(self) -> tuple[str, str | None, float]:
+        """How the stage's networks are loaded from their files: settings, the LoRA's path and its scale."""
+        chosen = self.config.prior
+        return self.diffusion.model_dump_json(), None if self.lora is None else chosen.lora, chosen.lora_scale
+
+    @property
     def device(self) -> torch.device:
         """The device of the run."""
         import torch
@@ -119,30 +125,42 @@ class Facts:
 
 
 class Kept:
-    """The prior that a stage loaded, for a next one that would load the same."""
+    """The priors that are loaded, for what would load the same: the next stage of a run, the next run of a worker.
 
-    def __init__(self) -> None:
-        self._key: object = None
-        self._prior: Prior | None = None
+    Args:
+        most: priors in memory at once, at least 1; the one not used for longest is freed before another is loaded.
+    """
 
-    def take(self, key: object, load: Callable[[], Prior]) -> Prior:
-        """Return the prior of this key, loaded unless it is the one kept; another one is freed first.
+    def __init__(self, most: int = 1) -> None:
+        self._most = most
+        self._priors: dict[object, tuple[Prior, list[str]]] = {}  # with what each has embedded; the latest used last
+
+    def take(self, key: object, texts: list[str], load: Callable[[], Prior]) -> Prior:
+        """Return the prior of this key, loaded unless it is kept.
+
+        One that is kept gives the bytes of one newly loaded: texts other than those before are embedded anew, as a
+        batch of their own.
 
         Args:
             key: of what the prior is loaded from and how; None: it is not to be kept.
-            load: loads it.
+            texts: every text that it will be asked about.
+            load: loads it with these texts embedded; what is kept is a DiffusionPrior.
         """
-        if key is None or key != self._key:
-            self.drop()
-            self._key, self._prior = key, load()
-        prior = self._prior
-        if key is None:
-            self.drop()
+        if key in self._priors:
+            prior, before = self._priors.pop(key)
+            if texts != before:
+                prior.embed_anew(texts)
+        else:
+            while len(self._priors) >= self._most:
+                del self._priors[next(iter(self._priors))]
+            prior = load()
+        if key is not None:
+            self._priors[key] = prior, texts
         return prior
 
     def drop(self) -> None:
-        """Free the prior."""
-        self._key, self._prior = None, None
+        """Free the priors."""
+        self._priors.clear()
 
 
 @dataclass(frozen=True)
@@ -222,7 +240,8 @@ class PriorSource:
         )
 
     def key(self, ask: Ask) -> object:
-        """Return what the loaded prior depends on, for a next stage to use it as well; None: it is loaded anew."""
+        """Return what the loaded prior depends on beside texts and device, for a next stage or run to use it as well;
+        None: it is loaded anew."""
         return None
 
     def build(self, ask: Ask, facts: Facts, device: torch.device, kept: Kept) -> Guide:
@@ -231,7 +250,9 @@ class PriorSource:
 
         from stages.guidance.guidance import Guidance
 
-        prior = ask.prior or kept.take(self.key(ask), lambda: self.load(ask, facts, device))
+        key = self.key(ask)
+        key = None if key is None else (key, str(device))
+        prior = ask.prior or kept.take(key, ask.texts, lambda: self.load(ask, facts, device))
         generator = torch.Generator().manual_seed(ask.config.seed)
         return Guidance(prior, ask.guidance, ask.prompts, generator, release_text=ask.prior is None)
 

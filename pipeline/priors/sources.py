@@ -70,7 +70,7 @@ class StagePrior:
     def build(self, device: torch.device, kept: Kept | None = None) -> Guide:
         """Return prior, rule and prompts of the stage, loaded; its generator is seeded from the run's seed.
 
-        kept: the prior of a stage before, which is used again where it is the same.
+        kept: the priors of stages before, of which one that is the same is used again.
         """
         return self.source.build(self.ask, self.facts, device, kept or Kept())
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import torch
 
     from pipeline.output.result_mesh import ResultMesh
+    from pipeline.priors.source import Kept
     from stages.guidance.prior import Prior
 
 
@@ -23,12 +24,14 @@ class Caller:
     Args:
         priors: objects by stage, in the place of sources.
         on_step: called with stage, step and metrics after every step.
+        kept: where priors stay for the caller's next run; None: they go with the run.
         mesh: what the run came to, as soon as it is made; None before, and where the run was finished already.
         log: names of what else hears the metrics, see pipeline.runs.tracking.
     """
 
     priors: Mapping[str, Prior] = field(default_factory=dict)
     on_step: Callable[[str, int, dict[str, float]], object] | None = None
+    kept: Kept | None = None
     mesh: ResultMesh | None = None
     log: tuple[str, ...] = ()
 

@@ -197,7 +197,8 @@ class Run:
         priors: Mapping[str, StagePrior] = MappingProxyType({}),
     ) -> None:
         self.folder, self.config, self.device, self.progress, self.caller = folder, config, device, progress, caller
-        self.priors, self.kept = priors, Kept()
+        self.priors = priors
+        self.kept = Kept() if caller.kept is None else caller.kept
         self.record, self.metrics = Record(folder, writes=rank() == 0), Metrics(folder, writes=rank() == 0)
         self.board = open_board(caller.log if rank() == 0 else (), folder)
         self.kernels = resolve(config.kernels, device)
@@ -217,7 +218,8 @@ class Run:
                 for name in self.config.stages:
                     asset = self.restore(name) if self.finished(name) else self._take(name, asset, stop)
                     gc.collect()
-                self.kept.drop()
+                if self.caller.kept is None:
+                    self.kept.drop()
                 if rank() > 0:
                     return
                 self._export(asset)

@@ -84,6 +84,15 @@ class DiffusionPrior:
         """Free the text encoders' memory; what was embedded stays."""
         self.text.release()
 
+    def embed_anew(self, prompts: list[str]) -> None:
+        """Embed the prompts of another run, as `load_prior(prompts=...)` does, and forget the earlier ones.
+
+        The prior then gives the bytes of one loaded for these prompts: a text encoder may give a text other last bits
+        in another batch, so that what two runs share is embedded twice.
+        """
+        self.text.forget()
+        self.text.embed(prompts, keep=False)
+
     def encode(self, images: Tensor, generator: torch.Generator) -> Tensor:
         """Encode sRGB images [B, H, W, 3] in [0, 1] to x [B, C, h, w] float32; images of another size are resized."""
         check_shape("images", images, (None, None, None, 3))

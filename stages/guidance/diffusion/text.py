@@ -170,6 +170,10 @@ class PromptEncoder:
             self._store.save(prompts, joined)
         return joined
 
+    def forget(self) -> None:
+        """Forget the prompts that were embedded: the next ones are encoded as a newly loaded prior would."""
+        self._cache.clear()
+
     def release(self) -> None:
         """Free the encoders; prompts not yet embedded load them again."""
         for encoder in self.encoders:
