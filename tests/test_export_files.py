@@ -133,6 +133,8 @@ def _texture_at_corners(mesh):
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_every_format_is_deterministic_and_refuses_broken_meshes(name, tmp_path):
+    if name == "usdz":
+        pytest.importorskip("pxr.UsdUtils")
     mesh = textured_torus()
     one, other = (write_formats(mesh, tmp_path / k, [name]) for k in "ab")
     assert len(one) == len(other) and all(p.read_bytes() == q.read_bytes() for p, q in zip(one, other))

@@ -37,7 +37,7 @@ def test_defaults_are_those_of_the_group_and_not_of_its_class(capsys):
 
 def test_a_recipes_values_stand_beside_the_defaults_they_differ_from(capsys):
     (line,) = shown(capsys, "fine.steps", "--config", "default")
-    assert line == "fine.steps = 60 (default 300)  # int, >= 1; optimisation steps"
+    assert line == "fine.steps = 100 (default 300)  # int, >= 1; optimisation steps"
     (line,) = shown(capsys, "fine.tets", "--config", "default")
     assert line.startswith("fine.tets = 64  # int, >= 8, <= 512")
 
