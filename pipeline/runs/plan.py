@@ -14,15 +14,16 @@ from pipeline.priors.sources import notices
 from pipeline.runs.caller import Caller
 from pipeline.runs.folder import RUNS, check_place, folder_name
 from pipeline.runs.log import read_record
+from pipeline.runs.machine import choose_device
 from pipeline.runs.progress import Progress, duration
-from pipeline.runs.run import choose_device, prepare
+from pipeline.runs.run import prepare
 from stages.errors import UserError
 
 if TYPE_CHECKING:
     import torch
 
 LOOKED_AT = 50  # runs beside the new one, the latest first
-OWN_GB = 0.9  # of a run with a prior of ours on the CPU, measured
+OWN_GB = 1.1  # of a run with a prior of ours on the CPU, measured
 
 
 def plan_run(
