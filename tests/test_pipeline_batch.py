@@ -53,6 +53,15 @@ def in_place(monkeypatch):
     return engine
 
 
+@pytest.fixture
+def slow_toys(monkeypatch):
+    """Toy stages in real worker processes, slow enough to be hit in the middle of a run."""
+    monkeypatch.setattr(batch, "make_run", toy_workers.make_toy_run)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("TOY_STEP_S", "0.2")
+
+
 def kill_once(path: Path, checkpoint: Path) -> threading.Thread:
     """Kill the worker whose pid is in `path`, as soon as its run has a checkpoint."""
 
@@ -160,12 +169,8 @@ def cli_runs(folder: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="kills")
-def test_a_killed_worker_is_started_again_and_its_run_resumed_to_the_same_bytes(tmp_path, monkeypatch):
-    monkeypatch.setattr(batch, "make_run", toy_workers.make_toy_run)
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+def test_a_killed_worker_is_started_again_and_its_run_resumed_to_the_same_bytes(tmp_path, monkeypatch, slow_toys):
     path = prompts_file(tmp_path, "a mug", "a bug", "die", "a cat")
-    monkeypatch.setenv("TOY_STEP_S", "0.2")
     killer = kill_once(tmp_path / "out/a-mug-0.pids", tmp_path / "out/a-mug-0/coarse/checkpoint.safetensors")
     rows = batch.run_batch(path, tmp_path / "out", overrides=SETTINGS, workers=2)
     killer.join()
@@ -185,11 +190,7 @@ def test_a_killed_worker_is_started_again_and_its_run_resumed_to_the_same_bytes(
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="signals")
-def test_ctrl_c_saves_every_run_and_the_same_call_goes_on(tmp_path, monkeypatch):
-    monkeypatch.setattr(batch, "make_run", toy_workers.make_toy_run)
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setenv("TOY_STEP_S", "0.2")
+def test_ctrl_c_saves_every_run_and_the_same_call_goes_on(tmp_path, monkeypatch, slow_toys):
     path, out = prompts_file(tmp_path, "a mug"), tmp_path / "out"
     settings = ["coarse.steps=200", "fine.steps=3", "export.turntable_frames=0"]
 

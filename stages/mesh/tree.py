@@ -172,6 +172,18 @@ def _closest(p, t):
 
 
 @njit(cache=True, nogil=True)
+def _push_children(p, boxes, node, stack, reach, top):
+    """Put a node's children on the stack with their squared distances, the nearer one on top; returns its height."""
+    left, right = 2 * node + 1, 2 * node + 2
+    near, far = _box_square(p, boxes[left]), _box_square(p, boxes[right])
+    if near > far:
+        left, right, near, far = right, left, far, near
+    stack[top], reach[top] = right, far
+    stack[top + 1], reach[top + 1] = left, near
+    return top + 2
+
+
+@njit(cache=True, nogil=True)
 def _square_distances(points, boxes, starts, triangles):
     out = np.empty(len(points))
     inner = len(starts) - 2  # nodes that are not leaves
@@ -190,13 +202,7 @@ def _square_distances(points, boxes, starts, triangles):
                 for f in range(starts[node - inner], starts[node - inner + 1]):
                     best = min(best, _closest(p, triangles[f])[0])
                 continue
-            left, right = 2 * node + 1, 2 * node + 2
-            near, far = _box_square(p, boxes[left]), _box_square(p, boxes[right])
-            if near > far:
-                left, right, near, far = right, left, far, near
-            stack[top], reach[top] = right, far
-            stack[top + 1], reach[top + 1] = left, near  # the nearer one is looked at first
-            top += 2
+            top = _push_children(p, boxes, node, stack, reach, top)
         out[i] = best
     return out
 
@@ -232,13 +238,7 @@ def _nearest(points, directions, boxes, starts, triangles):
                                 best, place[i] = square, f
                                 weights[i, 0], weights[i, 1], weights[i, 2] = 1 - v - w, v, w
                     continue
-                left, right = 2 * node + 1, 2 * node + 2
-                near, far = _box_square(p, boxes[left]), _box_square(p, boxes[right])
-                if near > far:
-                    left, right, near, far = right, left, far, near
-                stack[top], reach[top] = right, far
-                stack[top + 1], reach[top + 1] = left, near
-                top += 2
+                top = _push_children(p, boxes, node, stack, reach, top)
     return place, weights
 
 

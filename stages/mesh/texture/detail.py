@@ -34,16 +34,15 @@ def bake_detail(mesh: Mesh, full: Mesh, size: int, *, normals: bool = True, occl
         raise ValueError("mesh: wanted texture coordinates, got none; unwrap it first")
     texel, face, weights = texel_points(mesh.uv, mesh.uv_faces, size)
     tree = TriangleTree(full.vertices.astype(np.float64)[full.faces])
-    own = mesh.vertex_normals().astype(np.float64)
-    outward = _mixed(own[mesh.faces[face]], weights)
+    outward = _mixed(mesh.vertex_normals().astype(np.float64)[mesh.faces[face]], weights)
     place, shares = tree.nearest(_mixed(mesh.vertices.astype(np.float64)[mesh.faces[face]], weights), outward)
     corners = full.faces[place]
     maps: dict[str, np.ndarray] = {}
     if normals:
-        wanted = _mixed(full.vertex_normals().astype(np.float64)[corners], shares)
+        directions = _mixed(full.vertex_normals().astype(np.float64)[corners], shares)
         tangents = corner_tangents(mesh).astype(np.float64)
-        told = _in_frame(wanted, outward, _mixed(tangents[face, :, :3], weights), tangents[face, 0, 3])
-        image = _filled(told, texel, size)
+        image_normals = _in_frame(directions, outward, _mixed(tangents[face, :, :3], weights), tangents[face, 0, 3])
+        image = _filled(image_normals, texel, size)
         image /= np.maximum(np.linalg.norm(image, axis=-1, keepdims=True), 1e-9)
         maps["normal_map"] = np.floor(127.5 * (image + 1) + 0.5).clip(0, 255).astype(np.uint8)
     if occlusion:
@@ -59,23 +58,23 @@ def _mixed(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
     return np.einsum("nc,nck->nk", weights.astype(np.float64), values)
 
 
-def _in_frame(wanted: np.ndarray, normals: np.ndarray, tangents: np.ndarray, sign: np.ndarray) -> np.ndarray:
+def _in_frame(directions: np.ndarray, normals: np.ndarray, tangents: np.ndarray, sign: np.ndarray) -> np.ndarray:
     """Directions [N, 3] as unit vectors of the frames (t, b, n): what a reader turns into them again.
 
     t and n are as interpolated and not unit, and b = sign (n x t); the inverse is written out by cross products.
     """
     bitangents = sign[:, None] * np.cross(normals, tangents)
     rows = np.cross(bitangents, normals), np.cross(normals, tangents), np.cross(tangents, bitangents)
-    told = np.stack([np.einsum("nk,nk->n", row, wanted) for row in rows], -1)
-    told *= sign[:, None]  # of the determinant, which is left out otherwise: only the direction counts
-    length = np.linalg.norm(told, axis=1, keepdims=True)
-    told = np.where(length > 1e-12, told / np.maximum(length, 1e-12), [0.0, 0.0, 1.0])
-    told[:, 2] = np.maximum(told[:, 2], STEEPEST)
-    return told / np.linalg.norm(told, axis=1, keepdims=True)
+    coordinates = np.stack([np.einsum("nk,nk->n", row, directions) for row in rows], -1)
+    coordinates *= sign[:, None]  # of the determinant, which is left out otherwise: only the direction counts
+    length = np.linalg.norm(coordinates, axis=1, keepdims=True)
+    coordinates = np.where(length > 1e-12, coordinates / np.maximum(length, 1e-12), [0.0, 0.0, 1.0])
+    coordinates[:, 2] = np.maximum(coordinates[:, 2], STEEPEST)
+    return coordinates / np.linalg.norm(coordinates, axis=1, keepdims=True)
 
 
 def _filled(values: np.ndarray, texel: np.ndarray, size: int) -> np.ndarray:
     """A picture [size, size, C] with values [N, C] at texels [N], filled between them."""
-    image, known = np.zeros((size * size, values.shape[1]), np.float32), np.zeros(size * size, bool)
-    image[texel], known[texel] = values, True
-    return push_pull(image.reshape(size, size, -1), known.reshape(size, size))
+    image, covered = np.zeros((size * size, values.shape[1]), np.float32), np.zeros(size * size, bool)
+    image[texel], covered[texel] = values, True
+    return push_pull(image.reshape(size, size, -1), covered.reshape(size, size))
