@@ -2,19 +2,24 @@
 
     python -m benchmarks.kills --count 20
 
-A tiny run of both stages under the reference prior is killed by SIGKILL at a random moment and resumed, some of them
-killed again while they resume; every third of the kills hits an export of a finished run in its place, which is made
-again. Compared are the mesh files, the checkpoints' tensors, and the metrics without their times.
+Four things take turns to be killed by SIGKILL at a random moment:
+- a tiny run of both stages under the reference prior, then resumed;
+- the same, killed once more while it resumes, where it is not finished yet;
+- an export of a finished run in its place, then made again;
+- a batch of two such runs: its worker, after which the batch goes on by itself, or the batch alone, whose worker saves
+  its run, or both; then the batch is typed again.
+Compared are the mesh files, the checkpoints' tensors, and the metrics without their times.
 
 A run that is killed before its config.yaml is there has nothing to resume: the same command begins it again in the same
 folder, and is killed again. Such kills are counted apart. A process that ends before it is killed is no kill: another
-takes its place. Moments are measured in the process's own processor time, which does not depend on what else the
-machine does.
+takes its place. Moments are measured in the processor time of the process and its children, which does not depend on
+what else the machine does.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -88,10 +93,10 @@ def state_of(run: Path) -> State:
 
 
 def kills(seed: int, count: int, work: Path) -> Iterator[State]:
-    """Yield what became of `count` runs and exports, each killed and taken up again.
+    """Yield what became of `count` runs, exports and batches, each killed and taken up again.
 
     Args:
-        seed: of the moments. count: of runs and exports. work: an empty folder.
+        seed: of the moments. count: of runs, exports and batches. work: an empty folder.
     Yields: for each what was `killed`, `after_s` (seconds of processor time, of each kill), how often it had
         `begun_anew` before that, and what `differs` at its end.
     Raises: UserError where the run that is left alone does not come to its end.
@@ -101,21 +106,29 @@ def kills(seed: int, count: int, work: Path) -> Iterator[State]:
     rng = random.Random(seed)
     trimesh.creation.box((1.0, 0.6, 0.6)).export(work / "block.glb")
     (work / "tiny.yaml").write_text(RECIPE)
-    words = ["run", "--config", "tiny.yaml", "reference.mesh=block.glb", "--prompt", "a block", "--out"]
+    (work / "prompts.txt").write_text("a block\n")
+    recipe = ["--config", "tiny.yaml", "reference.mesh=block.glb"]
+    words = ["run", *recipe, "--prompt", "a block", "--out"]
+    many = ["batch", "prompts.txt", *recipe, "--seeds", "2", "--workers", "1", "--out"]
     _finish(_start(work, *words, "warm"))  # compiles kernels, which later processes load
     whole = Clock(_finish(_start(work, *words, "alone")))
     exported = Clock(_finish(_start(work, "export", "alone", "--format", FORMATS, "--out", "files")))
-    alone, files = state_of(work / "alone"), _files(work / "files")
+    both = Clock(_finish(_start(work, *many, "batch")))
+    alone, files, batch = state_of(work / "alone"), _files(work / "files"), _batch_state(work / "batch")
     for number in range(count):
-        name = f"run-{number}"
-        if number % 3 == 2:
+        name, turn = f"run-{number}", number % 4
+        if turn == 2:
             yield _kill_export(work, name, rng, exported, files)
+        elif turn == 3:
+            yield _kill_batch(work, name, many, rng, both, batch)
         else:
-            yield _kill_run(work, name, words, rng, whole, alone)
+            yield _kill_run(work, name, words, rng, whole, alone, again=turn == 1)
         shutil.rmtree(work / name, ignore_errors=True)
 
 
-def _kill_run(work: Path, name: str, words: list[str], rng: random.Random, clock: Clock, alone: State) -> State:
+def _kill_run(
+    work: Path, name: str, words: list[str], rng: random.Random, clock: Clock, alone: State, again: bool
+) -> State:
     def begin() -> subprocess.Popen:
         if (work / name / "config.yaml").exists():  # the one before ended too soon
             shutil.rmtree(work / name)
@@ -125,17 +138,17 @@ def _kill_run(work: Path, name: str, words: list[str], rng: random.Random, clock
     while not (work / name / "config.yaml").exists():
         moments.append(_killed(begin, rng, clock))
     begun_anew, what = len(moments) - 1, "run"
-    if rng.random() < 0.5 and not _is_finished(work / name):
+    if again and not _is_finished(work / name):
         what = "run and resume"
         backup = work / f"{name}-kept"
         shutil.copytree(work / name, backup)
 
-        def again() -> subprocess.Popen:
+        def resume() -> subprocess.Popen:
             shutil.rmtree(work / name)
             shutil.copytree(backup, work / name)
             return _start(work, "resume", name)
 
-        moments.append(_killed(again, rng, Clock(clock.seconds)))
+        moments.append(_killed(resume, rng, Clock(clock.seconds)))
         shutil.rmtree(backup)
     _finish(_start(work, "resume", name))
     now = state_of(work / name)
@@ -161,6 +174,47 @@ def _kill_export(work: Path, name: str, rng: random.Random, clock: Clock, files:
         "begun_anew": 0,
         "differs": sorted(k for k in files | now if files.get(k) != now.get(k)),
     }
+
+
+def _kill_batch(work: Path, name: str, words: list[str], rng: random.Random, clock: Clock, alone: State) -> State:
+    victims = rng.choice(("worker", "batch", "batch and worker"))
+
+    def begin() -> subprocess.Popen:
+        shutil.rmtree(work / name, ignore_errors=True)
+        return _start(work, *words, name)
+
+    while True:
+        process = begin()
+        used = _wait(process, rng.uniform(0.25, 1.0) * clock.seconds)
+        workers = [pid for pid in _family(process.pid)[1:] if _leads_a_session(pid)]
+        if process.poll() is None and (workers or victims == "batch"):
+            break
+        if process.poll() is None:  # no worker yet to be killed
+            process.kill()
+            process.wait()
+        else:
+            clock.seconds = min(clock.seconds, _finish(process, used))
+    if "batch" in victims:
+        process.kill()
+        process.wait()
+    if "worker" in victims:
+        for pid in workers:
+            with contextlib.suppress(ProcessLookupError):  # it may have done its last run
+                os.kill(pid, signal.SIGKILL)
+    if victims == "worker":
+        _finish(process)
+    else:
+        _finish(_start(work, *words, name))
+    now = _batch_state(work / name)
+    differs = [key for key in alone if now.get(key) != alone[key]]
+    return {"killed": victims, "after_s": [round(used, 2)], "begun_anew": 0, "differs": differs}
+
+
+def _batch_state(out: Path) -> State:
+    """What a finished batch comes to: its plan, and each of its runs."""
+    runs = sorted(path.parent for path in out.glob("*/config.yaml"))
+    state: State = {f"{run.name}/{key}": value for run in runs for key, value in state_of(run).items()}
+    return state | {"plan": (out / "batch.json").read_bytes(), "page": (out / "index.html").is_file()}
 
 
 def _is_finished(run: Path) -> bool:
@@ -206,9 +260,34 @@ def _wait(process: subprocess.Popen, seconds: float) -> float:
     used = 0.0
     while process.poll() is None and used < seconds:
         time.sleep(0.005)
-        fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
-        used = sum(map(int, fields[11:13])) / os.sysconf("SC_CLK_TCK")  # of user and system, proc(5)
+        used = max(used, sum(map(_processor_s, _family(process.pid))))
     return used
+
+
+def _family(pid: int) -> list[int]:
+    """Return a process and all that descend from it, as far as they live."""
+    children: list[int] = []
+    for path in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(OSError):  # a thread that has ended
+            children += map(int, path.read_text().split())
+    return [pid, *(one for child in children for one in _family(child))]
+
+
+def _processor_s(pid: int) -> float:
+    """Return the processor time of a process and of those of its children that have ended, 0 if it is gone; proc(5)."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0.0
+    return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
+
+
+def _leads_a_session(pid: int) -> bool:
+    """Whether a process is a batch's worker, which makes a session of its own."""
+    try:
+        return os.getsid(pid) == pid
+    except ProcessLookupError:
+        return False
 
 
 def _finish(process: subprocess.Popen, used: float = 0.0) -> float:
@@ -224,7 +303,7 @@ def main() -> int:
     """Run the command line; 1 where a process did not end with the bytes of one left alone."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.kills", description=__doc__.splitlines()[0])
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
-    parser.add_argument("--count", type=int, default=5, help="runs and exports to kill")
+    parser.add_argument("--count", type=int, default=5, help="runs, exports and batches to kill")
     parser.add_argument(
         "--out", type=from_home, help=f"folder of {FILE}, for a line of it; {RESULTS} is the published one"
     )

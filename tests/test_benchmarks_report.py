@@ -163,14 +163,15 @@ def test_pocket_markdown_shows_each_measurement():
 
 def test_kills_of_one_revision_are_told_together():
     facts = {"date": "2026-12-01T00:00:00Z", "cores": 2, "cpu": "a CPU"}
-    run, again, export = ({"killed": name} for name in ("run", "run and resume", "export"))
+    run, again, export, worker = ({"killed": name} for name in ("run", "run and resume", "export", "worker"))
     lines = [
         facts | {"git": "a" * 40, "same_bytes": 9, "kills": 9, "begun_anew": 7, "each": [run] * 9},
-        facts | {"git": "b" * 40, "same_bytes": 3, "kills": 3, "begun_anew": 1, "each": [run, again, export]},
+        facts | {"git": "b" * 40, "same_bytes": 3, "kills": 4, "begun_anew": 1, "each": [run, again, export, worker]},
         facts | {"git": "b" * 40, "same_bytes": 1, "kills": 2, "begun_anew": 0, "each": [run, export]},
     ]
     text = tables.kills_markdown(lines)
-    assert text.startswith("4 of 5 processes") and "2 runs, 1 runs killed once more" in text and "2 exports" in text
+    assert text.startswith("4 of 6 processes") and "2 runs, 1 runs killed once more" in text and "2 exports" in text
+    assert "1 batches, of which 1 lost their worker, 0 their parent and 0 both" in text
     assert " 1 more kills came before" in text and "revision bbbbbbbbbb" in text and "aaaa" not in text
 
 

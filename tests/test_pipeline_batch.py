@@ -16,6 +16,7 @@ from pipeline.batch.gallery import write_gallery
 from pipeline.batch.listing import rows_of
 from pipeline.batch.plan import plan_runs, read_prompts, state_of
 from pipeline.errors import Interrupted
+from pipeline.runs.folder import Lock
 from stages.errors import UserError
 from tests import toy_workers
 from tests.toy_pipeline import install
@@ -159,6 +160,22 @@ def test_runs_lists_state_time_and_prompt(in_place, tmp_path, capsys):
     record.write_text("{")
     assert rows_of(tmp_path / "out")[0].state == "failed"
     assert "failed" in write_gallery(tmp_path / "out")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="flock")
+def test_a_run_that_a_killed_batch_left_working_is_waited_for(in_place, tmp_path, monkeypatch):
+    monkeypatch.setattr(batch, "make_run", toy_workers.make_toy_run)
+    path, out = prompts_file(tmp_path, "a mug"), tmp_path / "out"
+    batch.run_batch(path, out, overrides=SETTINGS)
+    record = out / "a-mug-0" / "run.json"
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"status": "unfinished"}))
+    lock = Lock(out / "a-mug-0")
+    lock.__enter__()
+    release = threading.Timer(1.0, lock.__exit__)
+    release.start()
+    assert rows_of(out)[0].state == "running"
+    assert [row.state for row in batch.run_batch(path, out, overrides=SETTINGS)] == ["done"]
+    release.join()
 
 
 def cli_runs(folder: Path) -> None:

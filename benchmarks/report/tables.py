@@ -160,6 +160,9 @@ def reference_markdown(lines: list[dict[str, Any]]) -> str:
 _DIGITS = {"iou": "{:.3f}", "psnr_db": "{:.1f} dB", "chamfer": "{:.4f}"}
 
 
+BATCH_KILLS = ("worker", "batch", "batch and worker")
+
+
 def kills_markdown(lines: list[dict[str, Any]]) -> str:
     """Return what the lines of kills.jsonl say, in sentences: all those of the last one's revision together."""
     lines = [line for line in lines if line["git"] == lines[-1]["git"]]
@@ -167,9 +170,11 @@ def kills_markdown(lines: list[dict[str, Any]]) -> str:
     same, kills, anew = (sum(line[name] for line in lines) for name in ("same_bytes", "kills", "begun_anew"))
     return (
         f"{same} of {kills} processes, killed at random moments and taken up again, ended with the bytes of one left "
-        f"alone: {counts['run']} runs, {counts['run and resume']} runs killed once more while they resumed, and "
-        f"{counts['export']} exports. {anew} more kills came before a run had written anything to take up; it began "
-        f"anew.\n\n{origin_of(lines)}, {lines[-1]['cores']} cores of {lines[-1]['cpu']}."
+        f"alone: {counts['run']} runs, {counts['run and resume']} runs killed once more while they resumed, "
+        f"{counts['export']} exports, and {sum(counts[name] for name in BATCH_KILLS)} batches, of which "
+        f"{counts['worker']} lost their worker, {counts['batch']} their parent and {counts['batch and worker']} both. "
+        f"{anew} more kills came before a run had written anything to take up; it began anew."
+        f"\n\n{origin_of(lines)}, {lines[-1]['cores']} cores of {lines[-1]['cpu']}."
     )
 
 

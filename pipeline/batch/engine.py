@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 TRIES = 3  # of a task whose worker dies under it
+PATIENCE_S = 120.0  # for a run to end its step and save itself
 
 
 class WorkerDied(Exception):

@@ -19,11 +19,10 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
-from pipeline.batch.engine import TRIES, Outcome, WorkerDied
+from pipeline.batch.engine import PATIENCE_S, TRIES, Outcome, WorkerDied
 
 POOLS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
 MOST_WORKERS = 4  # unless asked for more: each takes a gigabyte with the pocket prior
-PATIENCE_S = 120.0  # for a run to end its step and save itself
 _STARTING = threading.Lock()  # a child takes over the environment as it stands
 
 

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import gc
 import os
+import time
 import traceback
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pipeline.batch.engine import PATIENCE_S
 from pipeline.batch.plan import BatchRun
 from pipeline.errors import Interrupted, explain
 from pipeline.priors.memory import keep_freed_memory
 from pipeline.priors.source import Kept
+from pipeline.runs.folder import in_use
 
 if TYPE_CHECKING:
     from pipeline.config.model import Config
@@ -81,6 +84,9 @@ def _go(folder: Path, task: Task) -> None:
     if threads := os.environ.get("OMP_NUM_THREADS"):
         torch.set_num_threads(int(threads))
     progress, caller = Progress(Console(quiet=True, force_terminal=False)), Caller(kept=kept())
+    end = time.monotonic() + PATIENCE_S
+    while in_use(folder) and time.monotonic() < end:  # the worker of a batch that was killed saves its run and ends
+        time.sleep(0.2)
     if (folder / "config.yaml").is_file():
         run.resume_run(folder, progress, caller)
         return
