@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import time
 import zipfile
 from dataclasses import replace
 
@@ -121,6 +122,25 @@ def test_usd_finds_no_fault_and_reads_back_what_was_written(mesh, tmp_path):
         assert surface.GetInput("metallic").Get() == pytest.approx(material.metallic)
         if len(groups) > 1:
             np.testing.assert_array_equal(np.array(UsdGeom.Subset(part).GetIndicesAttr().Get()), faces)
+
+
+@pytest.fixture
+def in_zone(monkeypatch):
+    """in_zone(name) puts the process into a time zone."""
+    if not hasattr(time, "tzset"):
+        pytest.skip("no time zones of a process")
+    with monkeypatch.context() as patch:
+        yield lambda name: (patch.setenv("TZ", name), time.tzset())
+    time.tzset()
+
+
+@pytest.mark.parametrize("zone", ["UTC", "Asia/Kolkata", "America/New_York"])
+def test_a_usdz_does_not_depend_on_when_and_where_it_is_made(zone, in_zone, tmp_path):
+    pytest.importorskip("pxr.UsdUtils")
+    in_zone(zone)
+    (path,) = write_formats(textured_torus(), tmp_path, ["usdz"])
+    with zipfile.ZipFile(path) as archive:
+        assert {entry.date_time for entry in archive.infolist()} == {(1980, 1, 1, 0, 0, 0)}
 
 
 def _faults(stage, path: str) -> list[str]:

@@ -5,7 +5,9 @@ y is up and a unit is a metre, as in glTF. Texture coordinates have v up in USD 
 
 from __future__ import annotations
 
+import os
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,9 @@ def usdz_bytes(mesh: Mesh) -> bytes:
             (Path(folder) / f"{name}.png").write_bytes(png_bytes(picture))
         source, target = Path(folder) / "mesh.usdc", Path(folder) / "mesh.usdz"
         _write_stage(mesh, str(source), set(pictures))
+        start = time.mktime((1980, 1, 1, 0, 0, 0, 0, 1, -1))  # of a ZIP's local times, which are those of the files
+        for path in Path(folder).iterdir():
+            os.utime(path, (start, start))
         if not UsdUtils.CreateNewUsdzPackage(Sdf.AssetPath(str(source)), str(target)):
             raise UserError("Cannot write a USDZ file", "usd-core could not pack it", "choose another --format")
         return target.read_bytes()
