@@ -13,7 +13,7 @@ import time
 import pytest
 
 from benchmarks.environment import FOLDER
-from benchmarks.quality import quality, systems
+from benchmarks.quality import pictures, quality, systems
 from benchmarks.quality.cells import Cell, cells_of, load_result, make_cell
 from benchmarks.quality.suite import load_suite, pocket_suite
 from benchmarks.quality.summary import METRICS, as_text, summarise
@@ -85,7 +85,8 @@ def test_every_system_meets_every_prompt_and_seed_once_but_the_truth_needs_one_s
 
 
 @pytest.mark.slow
-def test_truth_beats_the_floor_in_every_metric_with_ground_truth(tmp_path, clips):
+def test_truth_beats_the_floor_in_every_metric_with_ground_truth(tmp_path, clips, monkeypatch):
+    monkeypatch.setattr(pictures, "SIDE", 64)  # of pictures that none of the metrics below is measured on
     for system in ("truth", "floor"):
         make_cell(Cell(system, "a red car", 0), tmp_path, [clips[0]], (), 1, False)
     lines = [load_result(Cell(system, "a red car", 0), tmp_path) for system in ("truth", "floor")]
