@@ -11,8 +11,22 @@ import tempfile
 import pytest
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command does, before torch loads
-os.environ["PIPELINE_CACHE"] = tempfile.mkdtemp(prefix="pipeline-cache-")  # no test reads what another run kept
-atexit.register(shutil.rmtree, os.environ["PIPELINE_CACHE"], ignore_errors=True)
+if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes that share the cores, and the cache of the first
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+else:
+    os.environ["PIPELINE_CACHE"] = tempfile.mkdtemp(prefix="pipeline-cache-")  # no test reads what another run kept
+    atexit.register(shutil.rmtree, os.environ["PIPELINE_CACHE"], ignore_errors=True)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Keep the tests of a module in one process under `pytest -n`, for they share fixtures; modules in their order."""
+    if config.option.dist != "load":  # which is what -n alone says
+        return None
+    from xdist.scheduler import LoadScopeScheduling
+
+    config.option.loadscopereorder = False  # by the number of their tests, the longest modules would come last
+    return LoadScopeScheduling(config, log)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

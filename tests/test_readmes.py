@@ -5,6 +5,7 @@ import importlib
 import importlib.util
 import re
 import runpy
+import shlex
 import sys
 import tomllib
 
@@ -131,6 +132,21 @@ def test_extras_that_are_installed_exist(page):
     ]
     mentions += re.findall(r"extra `(\w+)`", written(page))
     assert set(mentions) <= set(extras), mentions
+
+
+def test_the_automatic_check_passes_the_tests_as_the_first_page_does():
+    whole, *others = commands(ROOT / "README.md", "pytest")
+    assert others == [whole, [*whole, "-m", "not slow"]]
+    lines = (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()
+    for command in (
+        'pip install --quiet -e ".[dev]"',
+        "ruff check .",
+        "ruff format --check .",
+        shlex.join(["pytest", *whole]),
+    ):
+        assert command in lines, command
+    options = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    assert any(name.startswith("pytest-xdist") for name in options["project"]["optional-dependencies"]["dev"])  # its -n
 
 
 @PAGES
