@@ -8,6 +8,7 @@ import runpy
 import shlex
 import sys
 import tomllib
+from functools import cache
 
 import pytest
 import typer
@@ -82,16 +83,24 @@ def test_settings_that_are_named_exist_and_take_the_value(page):
     text = written(page)
     for code in [*inline(text), *indented(text)]:
         words = [word for word in code.split() if word.partition(".")[0] in GROUPS]
-        load_config("default", [word for word in words if re.fullmatch(r"\w+(\.\w+)+=\S+", word)])
+        given = [word for word in words if re.fullmatch(r"\w+(\.\w+)+=\S+", word)]
+        if given:
+            load_config("default", given)
         for word in words:
             if re.fullmatch(r"\w+(\.\w+)+", word) and not word.endswith(FILES):
                 assert exists(word), word
 
 
+@cache
+def settings_of(recipe: str) -> dict:
+    """All settings of a recipe, in their groups."""
+    return load_config(recipe).model_dump()
+
+
 def exists(key: str) -> bool:
     """Whether a key is a setting or a group of them in any recipe."""
     for name in recipes():
-        values = load_config(name).model_dump()
+        values = settings_of(name)
         for part in key.split("."):
             values = values.get(part, ...) if isinstance(values, dict) else ...
         if values is not ...:
