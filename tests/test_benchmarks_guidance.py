@@ -50,6 +50,7 @@ class Fixed:
         return self.answers.pop(0)
 
 
+@pytest.mark.slow
 def test_janus_views_are_counted_behind_and_only_where_the_truth_shows_no_front():
     subject = Subject.of(build(world.Spec("cube", "red")))
     # azimuths 0, 15, ..., 345: behind are 105 ... 255, places 7 to 17, eleven of them

@@ -70,6 +70,7 @@ def test_two_clips_of_one_name_are_refused(tmp_path, other):
         check_judges({}, [POCKET_CLIP, tmp_path / "clip"], {})
 
 
+@pytest.mark.slow
 def test_a_cell_goes_without_the_scores_of_its_guide_and_says_so(tmp_path, monkeypatch, other):
     import benchmarks.quality.assess
     from benchmarks.quality import cells

@@ -100,6 +100,7 @@ def test_colour_difference_sees_a_hue_that_saturation_and_brightness_do_not():
     assert metrics.colour_difference(*lighter) == pytest.approx(91.12 - 53.39, abs=0.02)  # 116 y^(1/3) - 16
 
 
+@pytest.mark.slow
 def test_scaling_colours_by_1_3_moves_the_saturation_error_by_three_tenths_of_the_chroma():
     truth = build(world.parse("a green mug"))
     truth.colours = srgb_to_linear(0.7 * linear_to_srgb(torch.from_numpy(truth.colours))).numpy()

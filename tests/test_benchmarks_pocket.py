@@ -154,6 +154,7 @@ def test_a_perfect_autoencoder_beats_averages_and_finer_averages_beat_coarser_on
     assert rows["autoencoder"] > 60 > rows["2x average"] > rows["4x average"] > rows["8x average"] > 5
 
 
+@pytest.mark.slow
 def test_words_allow_more_than_the_variation_hides():
     rows = fidelity.ceiling(4, seed=3)
     assert set(rows) == {"all", *fidelity.KINDS} and 24 < rows["all"] < 45

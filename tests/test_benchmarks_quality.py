@@ -224,6 +224,7 @@ def test_a_run_that_was_interrupted_has_no_time_and_one_resumed_adds_none_it_mad
     assert METRICS["wall_s"].value({"cost": times_own}, {}) is None
 
 
+@pytest.mark.slow
 def test_a_folder_with_cells_of_another_recipe_is_refused(tmp_path, clips, capsys, monkeypatch):
     recipe, prompts = tmp_path / "mine.yaml", tmp_path / "one.txt"
     recipe.write_text("extends: default\ncoarse: {steps: 3}\n")

@@ -285,6 +285,7 @@ def test_a_folder_without_a_suite_is_refused(tmp_path, capsys):
     assert "no summary.json" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(find_browser() is None, reason="no Chromium: apt-get install chromium")
 def test_a_browser_shows_the_page_and_turns_a_mesh(finished, tmp_path):
     page = report.write_report(finished)

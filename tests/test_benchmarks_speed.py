@@ -54,6 +54,7 @@ def test_every_sweep_runs_and_says_what_its_steps_worked_on(sweep):
     assert small[axes[sweep.name]] < large[axes[sweep.name]]
 
 
+@pytest.mark.slow
 def test_steps_leave_the_scene_as_it_is():
     stage = make(sweep_of("coarse", "pixels"), 16, CPU, "none", quick=True)
     before = {name: value.clone() for name, value in stage.field.state_dict().items()}
@@ -150,6 +151,7 @@ def test_a_full_size_run_gives_the_random_model_to_both_stages(command, monkeypa
     assert facts["profile"]["networks_share"] == 0.625 and facts["peak_memory_mb"] == 900
 
 
+@pytest.mark.slow
 def test_the_full_size_is_that_of_stable_diffusion_2_1():
     with torch.device("meta"):
         counts = full_size.parameters(full_size.networks("sd21"))
@@ -283,6 +285,7 @@ def test_publishing_replaces_the_same_measurement_and_draws(tmp_path):
     assert {path.name for path in tmp_path.glob("*.svg")} == {"speed_fine_tets.svg", "speed_coarse_occupied.svg"}
 
 
+@pytest.mark.slow
 def test_the_command_measures_the_parts_asked_for(command, capsys, monkeypatch):
     monkeypatch.setattr(speed, "STARTS", 1)
     words = ["--parts", "growth,start,main", "--sweeps", "fine.tets", "--quick", "--threads", "1", "--runs", "1"]

@@ -90,6 +90,7 @@ def test_surface_and_colours_follow_the_guidance():
     assert np.abs(asset.mesh.vertices).max() <= 1.3  # the control vertices stay in the box
 
 
+@pytest.mark.slow
 def test_finished_mesh_shows_its_texture_where_the_stage_did():
     clip_stage = stage()
     run(clip_stage, 2)
@@ -148,6 +149,7 @@ def test_learning_rate_falls_by_ten_as_the_papers_does():
     assert rates == pytest.approx([rate * 10**-0.5 for rate in (6e-3, 1e-2, 1e-2)])
 
 
+@pytest.mark.slow
 def test_smoothness_holds_a_noisy_control_mesh_together():
     class Nothing:
         def __call__(self, images, *args, **kwargs):
@@ -187,6 +189,7 @@ def test_same_seed_same_bytes_another_seed_another_run():
     assert run(other, 3) != [None] * 3 and not same(first.state_dict(), other.state_dict())
 
 
+@pytest.mark.slow
 def test_resumed_run_has_the_same_bytes_as_an_uninterrupted_one():
     straight = stage(seed=3)
     expected = run(straight, 6)
@@ -205,6 +208,7 @@ def test_resumed_run_has_the_same_bytes_as_an_uninterrupted_one():
         assert np.array_equal(getattr(mesh, name), getattr(again, name))
 
 
+@pytest.mark.slow
 def test_a_clip_folder_guides_it_and_resume_equals_uninterrupted(tmp_path):
     scorer = ClipScorer(pocket_like(tmp_path))
 

@@ -116,6 +116,7 @@ def test_a_coloured_ball_is_rebuilt_from_its_posed_images():
     assert asset.field is stage.field and not asset.density(points).requires_grad
 
 
+@pytest.mark.slow
 def test_resumed_run_has_the_same_bytes_as_an_uninterrupted_one():
     settings = small()
     straight = CoarseStage(settings, Noisy(), torch.device("cpu"), 3, None)
@@ -208,6 +209,7 @@ def test_copies_rendered_in_parts_give_the_step_of_the_whole():
     assert np.allclose(norms[0], norms[1], rtol=2e-3)
 
 
+@pytest.mark.slow
 def test_transmittance_thins_the_field_down_to_its_target_and_no_further():
     class Nothing(Noisy):
         def __call__(self, images, *args, **kwargs):
@@ -259,6 +261,7 @@ def test_regularisers_alone_empty_the_box_and_finish_says_so():
         stage.finish()
 
 
+@pytest.mark.slow
 def test_entropy_pushes_opacities_to_the_ends():
     class Nothing:
         def __call__(self, images, *args, **kwargs):

@@ -52,6 +52,7 @@ def test_checkerboard_alternates_two_colours_in_eight_squares_a_side(size):
         assert (picture[0, 1:] != picture[0, :-1]).any(-1).sum() == 7
 
 
+@pytest.mark.slow
 def test_fourier_texture_has_the_contrast_of_its_spectrum_at_any_size():
     # var = 2 sd^2 S sum |k|^-3 before the gain, times 224 / S, over the plane's integers k; those on the axis of the
     # halved transform count half, since only the real part of their waves is kept, and the mean counts as |k| = 1

@@ -76,6 +76,7 @@ SMALL_BALL = SMALL.model_copy(update={"blob_scale": 10.0})
 BEGIN = StartSettings(source="prior", steps=60, points=2048)
 
 
+@pytest.mark.slow
 def test_a_stage_begins_from_the_shape_and_its_checkpoint_has_no_ball_in_it() -> None:
     stage = stage_under(Guide(cup), start=BEGIN)
     metrics = stage.step()

@@ -277,6 +277,7 @@ def test_a_locked_file_with_seams_keeps_its_bytes_and_only_its_colours_learn():
     assert not np.array_equal(asset.mesh.colours, split_ball.colours)
 
 
+@pytest.mark.slow
 def test_smoothness_terms_smooth():
     roughness = []
     for weight in (0.0, 3000.0):

@@ -152,7 +152,7 @@ def test_a_folder_that_is_no_model_has_one_finding(tmp_path):
 
 
 @pytest.mark.parametrize("damage", [b"", b"[]", b"1", b"\xff\xfe", "cut", "folder"])
-@pytest.mark.parametrize("name", ["stable_diffusion", "pocket_latent"])
+@pytest.mark.parametrize("name", [pytest.param("stable_diffusion", marks=pytest.mark.slow), "pocket_latent"])
 def test_every_file_that_is_cut_emptied_or_of_another_type_is_named(folders, tmp_path, name, damage):
     for path in sorted(p for p in folders[name].rglob("*") if p.is_file()):
         if path.name == "merges.txt" and damage not in (b"", "folder"):

@@ -140,6 +140,7 @@ def test_blocks_in_main_memory_leave_the_largest_and_the_rest():
     assert resident({"single_transformer_blocks.7.a": Header("F32", (5,)), "x": Header("F32", (2, 2))}) == 4 + 5
 
 
+@pytest.mark.slow
 def test_the_peak_is_the_largest_text_encoder_or_a_step(folders):
     counted = found(folders["sdxl"])
     assert counted.peak == sum(counted.weights.values()) + counted.images

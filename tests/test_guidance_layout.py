@@ -322,6 +322,7 @@ def test_objects_are_made_once_a_prompt_whatever_the_view_and_only_the_latest_ar
     assert len(calls) == before + 1  # the oldest had to go
 
 
+@pytest.mark.slow
 def test_saved_layout_comes_back_and_a_damaged_one_is_refused(folder):
     condition = models.make_condition("pixel", models.make_layout(fine=False))
     condition.save(folder / "layout")

@@ -88,6 +88,7 @@ def test_rule_of_the_table_runs_from_the_command_to_the_files_and_is_listed(toy,
     assert lines[2] == "guidance.fine.rule.floor = 0.0  # float, >= 0; least pull"
 
 
+@pytest.mark.slow
 def test_rule_of_the_table_is_taken_by_the_command_from_a_recipe_of_its_own(toy, tmp_path, capsys):
     write_glb(sphere(), tmp_path / "ball.glb")
     rule = "guidance: {fine: {scale: 1, t_min: 0.28, t_max: 0.28, rule: {name: pull, floor: 0.25}}}"

@@ -79,10 +79,12 @@ def descend(guidance, steps=400, rate=0.5):
     return sum(tail) / len(tail)
 
 
+@pytest.mark.slow
 def test_fixed_point_of_sds_is_the_mode_whatever_the_timesteps():
     assert descend(make(scale=1.0, weighting="sds")) == pytest.approx(PROMPT[0], abs=0.02)
 
 
+@pytest.mark.slow
 def test_guidance_overshoots_the_mode_by_the_amount_known_for_gaussians():
     scale = 3.0
     # (1 - s) k0 (x - m0) + s k1 (x - m1) = 0

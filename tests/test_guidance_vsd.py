@@ -191,6 +191,7 @@ def test_first_gradient_is_zero_in_the_inner_matrices_and_not_in_the_outer_ones(
     assert moved == {name for name in old if name.endswith((".up", "camera.out"))}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["lora"])
 def test_a_batch_that_the_prior_splits_gives_each_sample_its_own_camera(folders, model):
     whole, parts = (scores(folders["stable_diffusion"], model, max_batch=n, lr=3e-3, updates=2) for n in (0, 3))

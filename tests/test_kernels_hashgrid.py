@@ -85,6 +85,7 @@ def test_levels_too_large_for_a_cache_are_computed_to_the_same_bytes(levels, mon
         assert all(map(torch.equal, narrow, everything()))
 
 
+@pytest.mark.slow
 def test_twin_gradients_are_float64_finite_differences():
     points, table, g, up = problem(SMALL, 12, dtype=torch.float64)
     step = 1e-6

@@ -106,6 +106,7 @@ def command(*words):
     return stopped.value.code or 0
 
 
+@pytest.mark.slow
 def test_a_new_stage_runs_from_the_command_under_its_default_prior_and_writes_its_own_settings(pocket_walk, tmp_path):
     words = [f"export.{key}={value}" for key, value in EXPORT["export"].items()]
     assert command("run", "--stages", "walk", "--out", str(tmp_path / "run"), "walk.stride=2", *words) == 0

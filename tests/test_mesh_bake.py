@@ -168,6 +168,7 @@ def test_few_broken_colours_are_filled_and_many_refused(caplog):
         bake(mesh, lambda p: torch.full_like(p, torch.nan), 256)
 
 
+@pytest.mark.slow
 def test_finalised_mesh_is_ready_and_says_what_was_done():
     crumbs = moved(tetrahedron(), (0.9, 0.9, 0.9), 0.05)
     notes: dict = {}
@@ -190,6 +191,7 @@ def test_finalise_without_a_field_takes_vertex_colours_or_grey():
     assert (finalise(red, None, settings).texture == [255, 0, 0]).all()
 
 
+@pytest.mark.slow
 def test_finalise_is_deterministic():
     settings = ExportSettings(faces=1500, texture_size=128)
     one, other = (finalise(noisy_blob(20), solid_texture, settings) for _ in range(2))
@@ -202,6 +204,7 @@ def test_finalise_refuses_nothing_with_advice():
         finalise(make(np.zeros((0, 3)), np.zeros((0, 3))), solid_texture, ExportSettings())
 
 
+@pytest.mark.slow
 def test_xatlas_layout_bakes_as_well():
     mesh = noisy_blob(20)
     atlas = unwrap(mesh, 512)

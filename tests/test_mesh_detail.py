@@ -51,12 +51,14 @@ def test_the_normal_map_at_least_halves_the_error_of_the_normals(full, faces):
     assert normal_error_deg(replace(mapped, normal_map=green), full, VIEWS) > 1.3 * better
 
 
+@pytest.mark.slow
 def test_a_surface_that_lost_nothing_has_a_flat_map():
     mesh = unwrapped(sphere(n=24, m=12), 64)
     told = bake_detail(mesh, mesh, 64, occlusion=False).normal_map.astype(int)
     assert np.abs(told - [128, 128, 255]).max() <= 2
 
 
+@pytest.mark.slow
 def test_occlusion_is_dark_in_a_pit_and_light_on_a_bump():
     def sdf(p):
         pit = 0.15 - np.linalg.norm(p[:, [0, 2]], axis=1)

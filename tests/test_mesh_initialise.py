@@ -96,6 +96,7 @@ def test_floaters_are_dropped_and_parts_of_size_are_kept():
     assert solid(dmtet).components == 2 and level.parts == 2 and level.dropped == 0
 
 
+@pytest.mark.slow
 def test_a_floater_that_only_the_lattice_sees_is_dropped_too():
     """A speck between the points of the search grid, close to the body, is a component of the lattice alone."""
     points = (np.arange(40) + 0.5) / 20 - 1

@@ -169,7 +169,7 @@ def test_parts_that_share_a_picture_share_its_place(tmp_path):
     assert mesh.texture.size < 2 * 32 * 16 * 3 and len(np.unique(mesh.uv, axis=0)) == 4
 
 
-@pytest.mark.parametrize("side", [64, 3000])
+@pytest.mark.parametrize("side", [64, pytest.param(3000, marks=pytest.mark.slow)])
 def test_every_picture_is_found_in_its_place_however_many_there_are(side):
     rng = np.random.default_rng(1)
     sizes = rng.integers(1, side, (12, 2)).tolist()

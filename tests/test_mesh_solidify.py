@@ -36,6 +36,7 @@ def test_a_closed_mesh_keeps_its_place_and_shape():
         assert facts == {"faces": len(mesh.faces), "missed": 0.0}
 
 
+@pytest.mark.slow
 def test_distances_are_stored_not_signs():
     dmtet, _ = dmtet_from_mesh(BALL, Lattice(24))
     radius = np.linalg.norm(dmtet.lattice.positions(dmtet.band.ids), axis=1)
@@ -102,6 +103,7 @@ def test_a_shell_leaves_closed_parts_alone():
     np.testing.assert_allclose(np.linalg.norm(low, axis=1), 0.49, atol=0.02)
 
 
+@pytest.mark.slow
 def test_what_is_lost_to_a_coarse_lattice_is_told():
     needle = moved(box((0.02, 1.6, 0.02)), (0.03, 0, 0.03))  # between the lattice's vertices
     with pytest.raises(UserError, match="encloses no point"):
@@ -154,6 +156,7 @@ def test_a_thin_beam_is_refused_and_a_thick_one_kept():
     assert measure(surface).solid and facts["lost"] < 0.1
 
 
+@pytest.mark.slow
 def test_small_parts_that_are_lost_are_counted(caplog):
     rods = [moved(box((0.02, 0.3, 0.02)), (x, 0.75, 0.03)) for x in (-0.51, 0.01, 0.47)]
     surface, facts = started(join(moved(BALL, (0, -0.2, 0), 0.8), *rods), 24)
@@ -161,6 +164,7 @@ def test_small_parts_that_are_lost_are_counted(caplog):
     assert "3 of 4 parts" in caplog.text
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("error::RuntimeWarning")
 def test_a_part_without_area_changes_nothing_of_what_is_lost():
     line = make([[0.9, 0, 0], [0.9, 0.1, 0], [0.9, 0.05, 0]], [[0, 1, 2]])

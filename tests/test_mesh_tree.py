@@ -38,6 +38,7 @@ def test_distances_to_degenerate_triangles_are_those_to_their_sides():
     np.testing.assert_allclose(TriangleTree(line).distances([[0.5, 3, 4], [-3, 0, 4], [2, 2, 8]]), [5, 5, 1])
 
 
+@pytest.mark.slow
 def test_winding_numbers_are_the_summed_solid_angles():
     for mesh in (torus(), sphere(n=20, m=10)):
         points = RNG.uniform(-1, 1, (300, 3))

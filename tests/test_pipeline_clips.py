@@ -101,6 +101,7 @@ def test_folder_that_is_no_clip_is_refused(tmp_path):
         check_priors(config("clip-mesh", f"prior.clipmesh=clip:{tmp_path}"))
 
 
+@pytest.mark.slow
 def test_clip_mesh_refines_a_users_mesh_in_its_own_place(tiny, tmp_path):
     far = octahedron()
     far.vertices = 3 * far.vertices + np.float32([7, 0, 0])
@@ -150,6 +151,7 @@ def test_clipmesh_stands_alone(stages):
     assert "coarse,fine; or clipmesh" in error.value.why
 
 
+@pytest.mark.slow
 def test_clipmesh_has_no_use_for_another_run(tiny, tmp_path):
     folder = start_run(config("clip-mesh", f"prior.clipmesh=clip:{tiny}", *SMALL_MESH), tmp_path / "first")
     again = config(None, stages="clipmesh", from_run=str(folder))
@@ -157,6 +159,7 @@ def test_clipmesh_has_no_use_for_another_run(tiny, tmp_path):
         start_run(again, tmp_path / "second")
 
 
+@pytest.mark.slow
 def test_dream_fields_recipe_takes_finite_steps_under_a_clip(tiny):
     chosen = config("dreamfields", f"prior.coarse=clip:{tiny}", *SMALL_DREAM)
     assert chosen.coarse.transmittance.weight == 0.5 and chosen.coarse.backdrops.copies > 1
@@ -171,6 +174,7 @@ def test_dream_fields_recipe_takes_finite_steps_under_a_clip(tiny):
     assert "orientation" not in results[0][0]  # no normals are computed
 
 
+@pytest.mark.slow
 def test_clip_mesh_recipe_runs_to_a_textured_file_and_is_restored_to_the_same_bytes(tiny, tmp_path):
     import trimesh
 

@@ -198,6 +198,7 @@ def test_every_defining_setting_exists():
         assert values == json.loads(json.dumps(values)) and len(values) >= len(STAGES[stage].defining)
 
 
+@pytest.mark.slow
 def test_a_new_run_from_a_run_whose_config_was_edited_is_held_to_its_checkpoint(run):
     text = (run / "config.yaml").read_text()
     config = config_of(from_run=str(run), stages="fine")

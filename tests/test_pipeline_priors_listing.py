@@ -44,6 +44,7 @@ def test_what_was_withdrawn_has_a_successor_that_is_listed():
             assert find_preset(preset.instead).status == "open"
 
 
+@pytest.mark.slow
 def test_a_whole_folder_passes_with_its_memory(folder, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     assert run("check", folder) == 0
@@ -84,6 +85,7 @@ def in_cache(folder, tmp_path, monkeypatch):
     return put
 
 
+@pytest.mark.slow
 def test_a_cached_model_of_one_variant_passes_under_that_variant(in_cache, capsys):
     snapshot = in_cache("main")
     assert run("check", "owner/name", "--variant", "fp16") == 0
@@ -93,6 +95,7 @@ def test_a_cached_model_of_one_variant_passes_under_that_variant(in_cache, capsy
     assert "diffusion_pytorch_model.fp16.safetensors" in out and "prior.diffusion.variant" in out
 
 
+@pytest.mark.slow
 def test_a_revision_of_a_cached_model_is_checked(in_cache, capsys):
     snapshot = in_cache("older")
     assert run("check", "owner/name", "--variant", "fp16", "--revision", "older") == 0

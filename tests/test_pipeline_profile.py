@@ -219,6 +219,7 @@ def test_profiling_changes_no_byte_of_what_is_made(runs):
     assert lines[0] == lines[1]
 
 
+@pytest.mark.slow
 def test_a_profile_holds_every_phase_and_the_share_of_the_networks(runs):
     facts = json.loads((runs[1] / "profile" / "profile.json").read_text())
     paths = {tuple(row["path"]): row for row in facts["phases"]}
@@ -240,6 +241,7 @@ def test_a_profile_holds_every_phase_and_the_share_of_the_networks(runs):
     assert facts["other_s"] >= 0 and facts["total_s"] < time.perf_counter()
 
 
+@pytest.mark.slow
 def test_a_trace_has_the_operators_of_each_phase_where_the_phase_is(runs):
     trace = json.loads((runs[1] / "profile" / "fine.trace.json").read_text())["traceEvents"]
     phases = [event for event in trace if event.get("cat") == "phase"]

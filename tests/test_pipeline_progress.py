@@ -62,6 +62,7 @@ def test_compilation_is_announced_once_and_cached_kernels_are_silent():
     assert text.getvalue().splitlines() == lines
 
 
+@pytest.mark.slow
 def test_a_module_that_warp_compiles_is_announced_and_a_cached_one_is_silent(tmp_path, monkeypatch):
     warp = pytest.importorskip("warp", reason="warp-lang is not installed (extra: cuda)")
     from stages.kernels.cuda import launch as cuda_launch

@@ -43,6 +43,7 @@ def test_a_pool_is_kept_on_the_device_and_read_from_its_file_on_the_cpu():
         assert np.array_equal(rows.cpu(), images[index])
 
 
+@pytest.mark.slow
 def test_rays_of_a_pool_are_the_same_on_both(pool):
     here = Pool(pool).rays(np.array([3, 7]), 50, 32, np.random.default_rng(0))
     with pretended():
@@ -51,6 +52,7 @@ def test_rays_of_a_pool_are_the_same_on_both(pool):
         assert all(torch.equal(a, b.cpu()) for a, b in zip(here, there, strict=True))
 
 
+@pytest.mark.slow
 def test_a_unets_lesson_is_the_same_on_both(pool):
     scenes, index = data.load_pool(pool)[2], np.array([3, 5])
     tokenizer, captions = models.make_tokenizer(), ["a red mug", "a blue ball"]

@@ -49,6 +49,7 @@ def test_a_ball_is_inside_its_radius_has_its_colour_and_faces_outwards(few):
         assert abs(colours[near] - COLOURS[name]).max() < 0.08, name
 
 
+@pytest.mark.slow
 def test_points_inside_another_part_are_no_surface(few):
     """A snowman's balls go into each other; nothing in there has a colour of its own."""
     snowman, mesh = shape(" snowman"), build(world.parse("a white snowman"))
@@ -83,6 +84,7 @@ def test_each_point_has_the_role_whose_colour_it_has_in_every_caption_of_the_tra
     assert int((1 - roles.in_training).sum()) == len(held_out_texts) > 0
 
 
+@pytest.mark.slow
 def test_a_small_part_weighs_more_than_its_points_and_what_is_far_from_a_surface_nothing(bank):
     samples, shape_texts = bank
     roles = find_roles(samples, shape_texts, 48)
@@ -95,11 +97,13 @@ def test_a_small_part_weighs_more_than_its_points_and_what_is_far_from_a_surface
     assert weights[number == small].mean() > 2 * weights[number == large].mean()
 
 
+@pytest.mark.slow
 def test_more_roles_than_paints_are_refused(bank):
     with pytest.raises(ValueError, match="roles, got 3"):
         find_roles(*bank, 3)
 
 
+@pytest.mark.slow
 def test_a_layouts_palettes_become_the_roles(bank):
     roles = find_roles(*bank, 48)
     layout = models.make_layout(fine=False)

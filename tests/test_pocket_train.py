@@ -108,6 +108,7 @@ def _near_an_edge(azimuth: float, elevation: float) -> bool:
     return min(abs(azimuth % 90 - 45), abs(elevation - 60)) < 4
 
 
+@pytest.mark.slow
 def test_smaller_renders_are_averages_in_linear_light(pool):
     images, small = data.load_pool(pool)[0], data.resized_pool(pool, 16)
     linear_large = srgb_to_linear(torch.from_numpy(np.array(images)) / 255)
@@ -115,6 +116,7 @@ def test_smaller_renders_are_averages_in_linear_light(pool):
     assert (srgb_to_linear(torch.from_numpy(small) / 255) - expected).abs().max() < 0.01
 
 
+@pytest.mark.slow
 def test_rays_of_a_pool_show_the_colours_of_its_pixels(pool):
     rays = layout_trainer.Pool(pool).rays(np.array([3, 7]), 200, 32, np.random.default_rng(0))
     origins, directions, colours = rays

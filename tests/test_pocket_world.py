@@ -102,6 +102,7 @@ def test_every_part_is_closed_and_faces_outwards(kind):
                 assert volume(part.vertices, part.faces) > 1e-6, where
 
 
+@pytest.mark.slow
 def test_every_look_builds_a_sound_normalised_mesh():
     assert len(example_specs()) == len(KINDS) + 3 * len(world.PATTERNED) + len(world._compositions())
     for spec in example_specs():
