@@ -138,6 +138,7 @@ def test_systems_are_compared_over_the_cells_where_both_ended_with_an_object():
 def finished(tmp_path, monkeypatch):
     """A folder with two finished systems, made by the real assessment of known meshes, and a failed cell."""
     clip = pocket_like(tmp_path / "clip")
+    monkeypatch.setattr("benchmarks.quality.pictures.SIDE", 64)  # of pictures that the table says nothing of
     (tmp_path / "prompts.txt").write_text("a red robot\n")
     out = tmp_path / "out"
     meshes = {"sds": ("robot", "green"), "default": ("robot", "red")}
