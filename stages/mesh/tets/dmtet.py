@@ -2,11 +2,17 @@
 
 Only a band of lattice vertices around the surface holds parameters. Outside the band every vertex has the sign of its
 neighbours. `DMTet.step_done` keeps that true after each optimiser step: the rim keeps its signs, and where the surface
-has reached the rim the band is laid anew around the surface, values (and the optimiser's moments) carried over.
+has reached the rim the band is laid anew around the surface, values (and the optimiser's moments) carried over. All of
+it stays on the parameters' device (stages/kernels/band.py).
+
+How wide the band is: wide enough for a step, see MARGIN, and no wider. Every step marches through all of it and smooths
+a gradient over it, which at 128 cells a side costs 190 ms of processor time with two rings and 310 with four; laying it
+anew costs 45 ms, once in 15 steps of 0.001.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,22 +20,24 @@ import torch
 from torch import Tensor
 
 from stages.errors import UserError
+from stages.kernels import band
 from stages.kernels.lattice import diffuse
 from stages.kernels.marching import marching_tetrahedra, mesh_edges
-from stages.mesh.tets.tetrahedra import (
-    DIRECTIONS,
-    SAFE_MOVE,
-    STRENGTH_PER_CELL,
-    Band,
-    Lattice,
-    build_band,
-    dilate,
-    lookup,
-)
+from stages.mesh.tets.tetrahedra import SAFE_MOVE, STRENGTH_PER_CELL, Band, Lattice, dilate
 
-MARGIN = 2  # rings of lattice edges between the surface and the rim after the band is laid
+MARGIN = 5e-3  # world units that the surface may move in a step: what Adam takes at fine.lr_sdf's largest default
+RING = math.sqrt(0.5)  # cells that a ring of lattice edges reaches at least, along a diagonal of a cell's face
 GUARD = 1e-3  # of a cell: smallest distance from zero that a lattice vertex counts for, see marching_tetrahedra
 RIM_FLOOR = 1e-2  # of a cell: smallest distance a frozen sign is held at
+
+
+def margin_rings(lattice: Lattice) -> int:
+    """Return the rings of lattice edges between the surface and the rim after the band is laid.
+
+    One ring holds what the surface looks at; those before it hold MARGIN, a length: a step moves the surface by no
+    fewer cells because they are small. Two rings up to 282 cells a side, three up to 512.
+    """
+    return 1 + math.ceil(MARGIN / (RING * lattice.cell))
 
 
 @dataclass(frozen=True)
@@ -63,24 +71,25 @@ class DMTet:
         self.sdf = torch.nn.Parameter(values)
         self.offset = torch.nn.Parameter(torch.zeros(len(ids), 3, device=self.device))
         self.rebuilds = 0
-        self._lay(build_band(lattice, ids))
+        self._lay(torch.as_tensor(ids, device=self.device))
         self._freeze_rim(torch.where(self._border, torch.ones_like(values), values.sign()))
 
-    def _lay(self, band: Band) -> None:
-        def tensor(array: np.ndarray) -> Tensor:
-            return torch.from_numpy(array).to(self.device)
+    @property
+    def band(self) -> Band:
+        """The band as arrays on the CPU."""
+        tensors = (self._ids, self._edges, self._tets, self._tet_edges, self._neighbours, self._border, self._rim)
+        return Band(self.lattice, *(tensor.cpu().numpy() for tensor in tensors))
 
-        self.band = band
-        self._edges, self._tets, self._tet_edges = tensor(band.edges), tensor(band.tets), tensor(band.tet_edges)
-        self._neighbours = tensor(band.neighbours)
-        self._base = tensor(self.lattice.positions(band.ids))
-        self._border, self._rim_at = tensor(band.border), tensor(np.flatnonzero(band.rim))
-        growing = band.rim & ~band.border
-        at_end = growing[band.edges].any(1)
-        self._last_edges = tensor(band.edges[at_end].T.copy())  # where the surface must not arrive
+    def _lay(self, ids: Tensor) -> None:
+        resolution = self.lattice.resolution
+        self._ids, self._edges, self._tets, self._tet_edges = ids, *[None] * 3
+        self._neighbours, self._rim = band.neighbours(ids, resolution)
+        self._edges, self._tets, self._tet_edges = band.cells(ids, self._neighbours, resolution)
+        self._base, self._border = band.places(ids, resolution)
+        self._rim_at = torch.nonzero(self._rim)[:, 0]
 
     def _freeze_rim(self, sign: Tensor) -> None:
-        """Hold the rim at `sign` (an exact zero counts as outside)."""
+        """Hold the rim at `sign` (an exact zero counts as outside), and remember on which side of it the surface is."""
         with torch.no_grad():
             at = self._rim_at
             floor = RIM_FLOOR * self.lattice.cell
@@ -88,6 +97,12 @@ class DMTet:
             value = self.sdf[at]
             self.sdf[at] = torch.where(outside, value.clamp_min(floor), value.clamp_max(-floor))
             self._rim_sign = torch.where(outside, 1.0, -1.0)
+        # where the surface must not arrive: edges at the rim, but for the lattice's border. The rim's end of such an
+        # edge keeps its sign, so the other end says whether it did.
+        growing, inside = self._rim & ~self._border, self.sdf.detach() < 0
+        self._watched = torch.nonzero(band.apart(growing, self._neighbours) & ~self._rim)[:, 0]
+        self._watched_inside = inside[self._watched]
+        self._arrived = bool((band.apart(inside, self._neighbours) & growing).any())
 
     def positions(self) -> Tensor:
         """Return lattice vertices moved by deformation * cell * offset / sqrt(1 + |offset|^2), [N, 3]."""
@@ -121,13 +136,6 @@ class DMTet:
             strength = STRENGTH_PER_CELL * (length / self.lattice.cell) ** 2
             self.sdf.grad = diffuse(self.sdf.grad, self._neighbours, strength)
 
-    def crossing_ends(self) -> tuple[Tensor, Tensor]:
-        """Return the two lattice vertices [K] of every edge that changes sign."""
-        inside = self.sdf.detach() < 0
-        a, b = self._edges[:, 0], self._edges[:, 1]
-        crossing = inside[a] != inside[b]
-        return a[crossing].long(), b[crossing].long()
-
     def step_done(self, moments: list[Tensor]) -> list[Tensor] | None:
         """Restore the band's invariant after the parameters changed.
 
@@ -137,37 +145,36 @@ class DMTet:
             Parameter objects), else None.
         """
         with torch.no_grad():
-            at, floor = self._rim_at, RIM_FLOOR * self.lattice.cell
-            self.sdf[at] = (self.sdf[at] * self._rim_sign).clamp_min(floor) * self._rim_sign
-        start, end = (self.sdf.detach().index_select(0, at) < 0 for at in self._last_edges)
-        if torch.equal(start, end):
+            outward = self.sdf.index_select(0, self._rim_at) * self._rim_sign
+            held = outward.clamp_min(RIM_FLOOR * self.lattice.cell) * self._rim_sign
+            self.sdf.index_copy_(0, self._rim_at, held)
+        inside = self.sdf.detach().index_select(0, self._watched) < 0
+        if not self._arrived and torch.equal(inside, self._watched_inside):
             return None
-        return self._rebuild(np.unique(torch.cat(self.crossing_ends()).cpu().numpy()), moments)
+        return self._rebuild(moments)
 
-    def _rebuild(self, core: np.ndarray, moments: list[Tensor]) -> list[Tensor]:
-        old_ids, old_sdf = self.band.ids, self.sdf.detach().cpu().numpy()
-        ids = dilate(self.lattice, old_ids[core], MARGIN)
-        source = lookup(old_ids, ids)
-        sdf = extend(self.lattice, ids, np.where(source >= 0, old_sdf[source], 0), source >= 0)
-        inherits = torch.from_numpy(source >= 0).to(self.device)
-        index = torch.from_numpy(np.maximum(source, 0)).to(self.device)
+    def _rebuild(self, moments: list[Tensor]) -> list[Tensor]:
+        ids, sdf, resolution = self._ids, self.sdf.detach(), self.lattice.resolution
+        core = ids[band.apart(sdf < 0, self._neighbours)]
+        self._lay(band.dilated(core, resolution, margin_rings(self.lattice)))
+        source = band.matched(ids, self._ids)
+        known, index = source >= 0, source.clamp_min(0)
+        fresh = torch.nonzero(~known)[:, 0]
 
         def carry(tensor: Tensor) -> Tensor:
-            return tensor[index] * inherits.reshape(-1, *[1] * (tensor.dim() - 1))
+            return tensor.index_select(0, index).index_fill_(0, fresh, 0)
 
         with torch.no_grad():
-            self.sdf.data = torch.from_numpy(sdf).to(self.device)
+            self.sdf.data = band.extended(carry(sdf), known, self._neighbours, resolution)
             self.offset.data = carry(self.offset.data)
         self.sdf.grad = self.offset.grad = None
-        self._lay(build_band(self.lattice, ids))
         self._freeze_rim(self.sdf.detach().sign())
         self.rebuilds += 1
         return [carry(m) for m in moments]
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return ids, sdf, offset and the rim's signs."""
-        ids = torch.from_numpy(self.band.ids)
-        return {"ids": ids, "sdf": self.sdf.detach(), "offset": self.offset.detach(), "rim_sign": self._rim_sign}
+        return {"ids": self._ids, "sdf": self.sdf.detach(), "offset": self.offset.detach(), "rim_sign": self._rim_sign}
 
     @classmethod
     def from_state(
@@ -181,34 +188,6 @@ class DMTet:
             dmtet.offset.copy_(state["offset"])
             dmtet._rim_sign.copy_(state["rim_sign"])
         return dmtet
-
-
-def extend(lattice: Lattice, ids: np.ndarray, sdf: np.ndarray, known: np.ndarray) -> np.ndarray:
-    """Return values [N] float32 where not `known`: the sign of the neighbours, farther from zero by the edge between.
-
-    Ring by ring, so that the result does not depend on any order. A vertex that no known one reaches is outside.
-    """
-    sdf, known = sdf.astype(np.float32).copy(), known.copy()
-    while not known.all():
-        todo = np.flatnonzero(~known)
-        best = np.full(len(todo), np.inf, dtype=np.float32)
-        sign = np.ones(len(todo), dtype=np.float32)
-        for d in DIRECTIONS:
-            length = np.float32(np.linalg.norm(d) * lattice.cell / 2)
-            for way in (1, -1):
-                there = lookup(ids, ids[todo] + way * lattice.ids(d))
-                usable = (there >= 0) & known[there]
-                distance = np.where(usable, np.abs(sdf[there]) + length, np.inf).astype(np.float32)
-                closer = distance < best
-                best[closer] = distance[closer]
-                sign[closer] = np.where(sdf[there[closer]] < 0, -1, 1)
-        reached = np.isfinite(best)
-        if not reached.any():
-            sdf[todo] = np.float32(lattice.cell)
-            break
-        sdf[todo[reached]] = sign[reached] * best[reached]
-        known[todo[reached]] = True
-    return sdf
 
 
 def from_function(lattice: Lattice, sdf, *, deformation: float = 0.24, device="cpu") -> DMTet:
@@ -229,7 +208,7 @@ def from_function(lattice: Lattice, sdf, *, deformation: float = 0.24, device="c
         raise UserError(
             "no start for the mesh", "the signed distance function is nowhere negative", "give one with an inside"
         )
-    ids = dilate(lattice, core, MARGIN)
+    ids = dilate(lattice, core, margin_rings(lattice))
     return DMTet(lattice, ids, values(lattice.positions(ids)), deformation=deformation, device=device)
 
 

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from stages.errors import UserError
 from stages.kernels.marching import marching_tetrahedra
-from stages.mesh.tets.dmtet import MARGIN, DMTet
+from stages.mesh.tets.dmtet import DMTet, margin_rings
 from stages.mesh.tets.seal import sealed
 from stages.mesh.tets.tetrahedra import Band, Lattice, build_band, dilate
 
@@ -260,7 +260,7 @@ def dmtet_from_density(
     vertices, faces = _bisected_surface(band, inside, raw, density, level.level, device)
     crossing = inside[band.edges[:, 0]] != inside[band.edges[:, 1]]
     core = band.ids[np.unique(band.edges[crossing])]
-    ids = dilate(lattice, core, MARGIN)
+    ids = dilate(lattice, core, margin_rings(lattice))
     sign = np.where(_carried(ids, band.ids, inside, rough, lattice), -1, 1)
     distance = distance_to_surface(lattice.positions(ids), vertices, faces)
     return DMTet(lattice, ids, sign * distance, deformation=deformation, device=device), level

@@ -20,7 +20,7 @@ from stages.mesh.measure import adjacent_faces, edges_of, label_components
 from stages.mesh.mesh import Mesh
 from stages.mesh.orient import one_sided, turned, welded_faces
 from stages.mesh.sample import points_at, surface_samples
-from stages.mesh.tets.dmtet import MARGIN, DMTet, ids_near
+from stages.mesh.tets.dmtet import DMTet, ids_near, margin_rings
 from stages.mesh.tets.initialise import bisect, crossing_edges, distance_to_surface
 from stages.mesh.tets.losses import Losses, losses
 from stages.mesh.tets.tetrahedra import MAX_RESOLUTION, Band, Lattice, build_band, dilate, lookup
@@ -117,7 +117,7 @@ def dmtet_from_mesh(
         log.warning(
             "%.0f %% of the mesh is a sheet or thinner than a cell of %.3g, and is lost", 100 * missed, lattice.cell
         )
-    ids = dilate(lattice, band.ids[np.unique(band.edges[crossing])], MARGIN)
+    ids = dilate(lattice, band.ids[np.unique(band.edges[crossing])], margin_rings(lattice))
     place = lookup(band.ids, ids)
     sign = np.where(inside[place], -1, 1)
     beyond = place < 0
@@ -138,7 +138,7 @@ def _decided(body: Body, lattice: Lattice) -> tuple[Band, np.ndarray]:
 
     It begins around the mesh and grows wherever the surface leaves it, as it does across a hole.
     """
-    ids = ids_near(lattice, body.distances, (MARGIN + 1) * lattice.cell)
+    ids = ids_near(lattice, body.distances, (margin_rings(lattice) + 1) * lattice.cell)
     solid = body.solid(lattice.positions(ids))
     while True:
         band = build_band(lattice, ids)
@@ -147,7 +147,7 @@ def _decided(body: Body, lattice: Lattice) -> tuple[Band, np.ndarray]:
         leaks = np.unique(ends[(band.rim & ~band.border)[ends]])
         if not len(leaks):
             return band, inside
-        new = np.setdiff1d(dilate(lattice, ids[leaks], 2 * MARGIN), ids, assume_unique=True)
+        new = np.setdiff1d(dilate(lattice, ids[leaks], 2 * margin_rings(lattice)), ids, assume_unique=True)
         ids = np.concatenate([ids, new])
         order = np.argsort(ids)
         solid = np.concatenate([solid, body.solid(lattice.positions(new))])[order]

@@ -17,9 +17,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
-# Seven directions in doubled coordinates, each with a positive id offset; their negatives are the other seven.
-DIRECTIONS = np.array([[2, 0, 0], [0, 2, 0], [0, 0, 2], [1, 1, 1], [1, 1, -1], [1, -1, 1], [1, -1, -1]])
+from stages.kernels import band
+from stages.kernels.reference.band import side_of
+
 MAX_RESOLUTION = 512  # ids stay below 2^31 and coordinates far inside float32
 
 # Largest share of `cell` by which every vertex may move with no tetrahedron turning over: half the width of the
@@ -49,7 +51,7 @@ class Lattice:
     @property
     def side(self) -> int:
         """Padded doubled coordinates per axis: stepping two out of the lattice never meets a valid id."""
-        return 2 * self.resolution + 4
+        return side_of(self.resolution)
 
     def ids(self, coordinates: np.ndarray) -> np.ndarray:
         """Return ids [N] int64 of doubled coordinates [N, 3]; the caller keeps them inside the lattice."""
@@ -130,35 +132,7 @@ def lookup(ids: np.ndarray, queries: np.ndarray) -> np.ndarray:
 
 def dilate(lattice: Lattice, ids: np.ndarray, rings: int) -> np.ndarray:
     """Return sorted ids within `rings` lattice edges of any of `ids`, cut at the lattice."""
-    from stages.kernels.cpu import lattice as cpu_lattice
-
-    shifts = np.concatenate([lattice.ids(DIRECTIONS), -lattice.ids(DIRECTIONS)])
-    ids = np.unique(ids)
-    for _ in range(rings):
-        ids = cpu_lattice.union_shifted(ids, shifts)
-        ids = ids[lattice.contains(lattice.coordinates(ids))]
-    return ids
-
-
-def _moves() -> np.ndarray:
-    """The twelve tetrahedra that start at a centre, as steps along their edges; see cpu/lattice.py's tetrahedra."""
-
-    def move(step: np.ndarray) -> tuple[int, int]:
-        for sign in (1, -1):
-            places = np.flatnonzero((sign * step == DIRECTIONS).all(1))
-            if len(places):
-                return int(places[0]), sign
-        raise AssertionError(f"{step} is not an edge of the lattice")
-
-    eye = np.eye(3, dtype=np.int64)
-    patterns = []
-    for axis in range(3):
-        a, b, c = eye[axis], eye[(axis + 1) % 3], eye[(axis + 2) % 3]
-        corners = [a + b + c, a - b + c, a - b - c, a + b - c]  # around the shared face, clockwise seen along +a
-        for i in range(4):
-            p, q = corners[i], corners[(i + 1) % 4]
-            patterns.append([move(step) for step in (2 * a, p, q, p - 2 * a, q - 2 * a, q - p)])
-    return np.array(patterns, dtype=np.int64)
+    return band.dilated(torch.from_numpy(ids), lattice.resolution, rings).numpy()
 
 
 def build_band(lattice: Lattice, ids: np.ndarray) -> Band:
@@ -167,13 +141,7 @@ def build_band(lattice: Lattice, ids: np.ndarray) -> Band:
     Args:
         ids: [N] sorted, unique.
     """
-    from stages.kernels.cpu import lattice as cpu_lattice
-
-    ahead = np.empty((len(ids), len(DIRECTIONS)), dtype=np.int32)
-    behind = np.empty_like(ahead)
-    cpu_lattice.neighbours(ids, lattice.ids(DIRECTIONS), ahead, behind)
-    edges, number = cpu_lattice.number_edges(ahead)
-    centre = (ids // (lattice.side * lattice.side)) & 1 == 1
-    tets, tet_edges = cpu_lattice.tetrahedra(centre, ahead, behind, number, _moves())
-    around = np.concatenate([ahead, behind], axis=1)
-    return Band(lattice, ids, edges, tets, tet_edges, around, lattice.border(ids), rim=(around < 0).any(1))
+    tensor = torch.from_numpy(ids)
+    around, rim = band.neighbours(tensor, lattice.resolution)
+    cells = (cell.numpy() for cell in band.cells(tensor, around, lattice.resolution))
+    return Band(lattice, ids, *cells, around.numpy(), lattice.border(ids), rim.numpy())
