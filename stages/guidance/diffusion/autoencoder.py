@@ -1,5 +1,20 @@
 """The image half of a latent prior: AutoencoderKL or AutoencoderTiny, differentiable in the images.
 
+The gradient may be taken at a smaller side than the pictures'. What comes back is still the latents E(y) of the whole
+picture y, but of the gradient
+
+    U E(D y),    D: y made smaller (filtered), U: latents enlarged to their full side, both bilinear,
+
+that is D^T J(D y)^T U^T g in place of J(y)^T g, J being the Jacobian of the encoder's mean. The whole picture then
+passes forwards alone and keeps nothing for the backward pass. Stable Diffusion's encoder at 512 pixels, a view and
+step, counted: 2.26 tera multiply-adds and 1.46 GB in half precision; at 256 of them 1.66 and 0.37, at 128 1.26 and
+0.31. It is sound as far as an encoder gives a smaller picture the latents that the larger one has, shrunk: where the
+picture is smooth, as an enlarged render of 64 pixels is. What D removes gets no gradient, and U^T averages the noise of
+neighbouring latents. With the pocket autoencoder at 256 of 512 pixels the gradient towards another picture (a robot's
+towards a castle's) has a cosine of 0.975 with the whole one for a render of 64 pixels, 0.85 for one of 512; at 128
+pixels 0.91 and 0.77. White noise as g comes through at 0.62 of its size. So it is for coarse stages; a fine stage would
+lose what it is there for.
+
 Latents x = (z - shift_factor - mean) * scaling_factor / std, z what the encoder gives; shift_factor (Stable Diffusion
 3, Flux), mean and std (some SDXL descendants) are 0, 0 and 1 where the config leaves them out.
 """
@@ -12,6 +27,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from stages.guidance.prior import resized
+
 AUTOENCODERS = ("AutoencoderKL", "AutoencoderTiny")
 
 
@@ -22,10 +39,17 @@ class Autoencoder:
         module: the diffusers module, in evaluation mode.
         sample: latents drawn from the posterior, not its mean.
         one_by_one: encode and decode pictures one at a time and recompute each in the backward pass.
+        gradient_side: side in pixels at which gradients are taken, a multiple of `factor`; None for the pictures' own.
     """
 
-    def __init__(self, module: torch.nn.Module, sample: bool = True, one_by_one: bool = False) -> None:
-        self.module, self.sample, self.one_by_one = module, sample, one_by_one
+    def __init__(
+        self,
+        module: torch.nn.Module,
+        sample: bool = True,
+        one_by_one: bool = False,
+        gradient_side: int | None = None,
+    ) -> None:
+        self.module, self.sample, self.one_by_one, self.gradient_side = module, sample, one_by_one, gradient_side
         config = module.config
         self.channels: int = config.latent_channels
         self.factor = downsampling(config)
@@ -38,11 +62,24 @@ class Autoencoder:
         self._std = 1.0 if std is None else torch.tensor(std).reshape(channels_first)
 
     def encode(self, pictures: Tensor, generator: torch.Generator) -> Tensor:
-        """Encode pictures to latents float32, differentiable in them; the posterior's noise is the generator's."""
+        """Encode pictures to latents float32, differentiable in them; the posterior's noise is the generator's.
+
+        At a `gradient_side` smaller than the pictures' the gradient is the module docstring's.
+        """
+        side = self.gradient_side
+        if side is None or side >= pictures.shape[-1] or not (pictures.requires_grad and torch.is_grad_enabled()):
+            return self._encode(pictures, generator if self.sample else None)
+        with torch.no_grad():
+            latents = self._encode(pictures, generator if self.sample else None)
+        followed = resized(self._encode(resized(pictures, side), None), latents.shape[-1])
+        return latents + (followed - followed.detach())
+
+    def _encode(self, pictures: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Latents drawn from the posterior, without a generator its mean."""
         with no_autocast(pictures.device):
             mean, std = self._each(self._posterior, pictures.to(self._dtype))
         latents = mean.float()
-        if self.sample and std.numel():
+        if generator is not None and std.numel():
             noise = torch.randn(mean.shape, generator=generator).to(mean.device)
             latents = latents + std.float() * noise
         return (latents - _on(self._shift, latents)) * self.scale / _on(self._std, latents)

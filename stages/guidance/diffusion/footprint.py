@@ -147,7 +147,7 @@ def _encoding(plan: Plan, settings: DiffusionSettings, dtype: torch.dtype, image
         vae.train()
     side = plan.geometry.resolution
     pictures = torch.empty(images, 3, side, side, device="meta", requires_grad=True)
-    autoencoder = Autoencoder(vae, sample=False, one_by_one=settings.vae_slicing)
+    autoencoder = Autoencoder(vae, sample=False, one_by_one=settings.vae_slicing, gradient_side=settings.vae_gradient)
     return live_bytes(vae, lambda: autoencoder.encode(pictures, torch.Generator()), backward=True)
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from stages.errors import UserError
+from stages.guidance.diffusion.autoencoder import downsampling
 from stages.guidance.diffusion.denoisers import Geometry
 from stages.guidance.diffusion.families import (
     SDXL,
@@ -108,6 +109,7 @@ def make_plan(
         vae_folder = locate_autoencoder(settings.autoencoder)
         configs, classes = with_autoencoder(vae_folder, configs, classes)
     geometry = check_sizes(family, configs, folder, settings.resolution)
+    _check_gradient_side(settings.vae_gradient, configs, geometry, folder)
     schedule = load_schedule(folder, classes["scheduler"], geometry.image_tokens)
     directories = {part: folder / part for part in classes}
     if vae_folder is not folder:
@@ -120,6 +122,19 @@ def make_plan(
     if lora is not None:
         lora.check(plan)
     return plan
+
+
+def _check_gradient_side(side: int | None, configs: Configs, geometry: Geometry, folder: Path) -> None:
+    """Refuse a side for gradients that the autoencoder cannot halve as often as it does, or that is no smaller one."""
+    if side is None:
+        return
+    what, resolution = f"Cannot load the prior {folder} with prior.diffusion.vae_gradient={side}", geometry.resolution
+    if "vae" not in configs:
+        raise UserError(what, "it works on pixels, without an autoencoder", "leave it null")
+    factor = downsampling(configs["vae"])
+    if side % factor or side >= resolution:
+        why = f"wanted a multiple of {factor} below the {resolution} pixels that it works at"
+        raise UserError(what, why, f"set it to {resolution // 2 // factor * factor}")
 
 
 def network_dtype(settings: DiffusionSettings, family: Family | None, device: torch.device) -> torch.dtype:

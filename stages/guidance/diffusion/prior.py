@@ -285,7 +285,7 @@ class _Loader:
             vae.train()  # checkpointing is active in training mode only; no dropout or batch statistics in there
         if s.vae_tiling:
             vae.enable_tiling()
-        return Autoencoder(vae, sample=s.vae_sample == "sample", one_by_one=s.vae_slicing)
+        return Autoencoder(vae, s.vae_sample == "sample", s.vae_slicing, s.vae_gradient)
 
     def text(self, text_device: torch.device, device: torch.device, dtype: torch.dtype) -> PromptEncoder:
         plan, family = self.plan, self.plan.family

@@ -31,6 +31,12 @@ class DiffusionSettings(BaseModel):
     embedded_guidance: float = Field(3.5, ge=0, description="guidance told to a distilled Flux; others have none")
     max_batch: int = Field(0, ge=0, description="most images in a denoiser call; 0: no limit")
     attention_slicing: bool = Field(False, description="attention by slices, UNets only: less memory, slower")
+    vae_gradient: int | None = Field(
+        None,
+        ge=8,
+        description="side in pixels at which gradients pass through the VAE, in coarse stages half the resolution or a "
+        "quarter: a quarter or nearly half of its work less, and memory; null: the resolution",
+    )
     vae_checkpointing: bool = Field(False, description="recompute VAE activations in the backward pass: less memory")
     vae_slicing: bool = Field(False, description="one image at a time through the VAE, recomputed in the backward pass")
     vae_tiling: bool = Field(False, description="VAE in overlapping tiles beyond its own size")
