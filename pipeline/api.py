@@ -15,6 +15,7 @@ from pipeline.priors.objects import ObjectSource, check_protocol, source_of
 from pipeline.priors.sources import parse_source, stage_prior
 from pipeline.runs import run
 from pipeline.runs.caller import Caller
+from pipeline.runs.caption import picture_options
 from pipeline.runs.export import ExportRequest, export_run
 from pipeline.runs.progress import Progress
 from pipeline.runs.result import Result
@@ -44,6 +45,7 @@ def generate(
     device: str | None = None,
     from_run: str | Path | None = None,
     init_mesh: str | Path | None = None,
+    image: str | Path | None = None,
     force: bool | None = None,
     on_step: OnStep | None = None,
     quiet: bool = False,
@@ -68,6 +70,8 @@ def generate(
         device: "auto", "cpu" or "cuda".
         from_run: folder of a run whose coarse stage is refined, or with a new prompt edited.
         init_mesh: GLB, OBJ, PLY or STL file that the fine or the clipmesh stage starts from.
+        image: picture of the object, which both stages hold on to in its view (settings image.*); without a prompt its
+            words are the caption of the pocket world that the pocket CLIP finds nearest.
         force: whether to run a prompt whose words the prior does not know.
         on_step: called after each step with the stage's name, the step from 1 and the step's metrics; what it raises
             ends the run, which can be resumed.
@@ -84,6 +88,10 @@ def generate(
     """
     options = {"prompt": prompt, "seed": seed, "stages": stages, "device": device, "from_run": from_run}
     options |= {"init_mesh": init_mesh, "force": force}
+    of_picture, line = picture_options(image, prompt)
+    options |= of_picture
+    if line:
+        _progress(quiet).note(line)
     arguments = {key: value for key, value in options.items() if value is not None}
     whole = _config(config, settings or {}, arguments)
     sources, priors = _priors(prior, whole)

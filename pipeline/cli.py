@@ -68,6 +68,9 @@ def run(
     init_mesh: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Refine or paint this GLB, OBJ, PLY or STL: --stages fine.")
     ] = None,
+    image: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Make the object of this picture; its view: image.azimuth_deg.")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Run a prompt whose words the prior does not know.")] = False,
     profile: Annotated[bool, typer.Option("--profile", help="Also write RUN/profile: where the time went.")] = False,
     log: LogOption = "",
@@ -80,10 +83,15 @@ def run(
     with _profiled(profile) as listener:
         from pipeline.api import generate, load_config
         from pipeline.config.recipes import split_names
+        from pipeline.runs.caption import picture_options
 
         flags = {"prompt": prompt, "stages": stages, "seed": seed, "device": device}
         flags |= {"from_run": None if from_run is None else str(from_run), "force": True if force else None}
         flags |= {"init_mesh": None if init_mesh is None else str(init_mesh)}
+        of_picture, line = picture_options(image, prompt)
+        flags |= of_picture
+        if line and not quiet:
+            print(line)
         options = {key: value for key, value in flags.items() if value is not None}
         whole = load_config(split_names(config), overrides or [], options)
         if dry_run:

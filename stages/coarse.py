@@ -33,6 +33,7 @@ from stages.kernels.srgb import linear_to_srgb
 from stages.optimise import GroupedAdam, check_accumulate, under_prefix
 from stages.parallel import StepParts, undone_if_lost
 from stages.phases import phase
+from stages.picture import BEHIND
 from stages.ramp import Ramp, constant
 from stages.render.shade import ALBEDO, LAMBERT, ShadingSettings, sample_shading
 from stages.render.transmittance import TransmittanceSettings, transmittance_loss
@@ -127,6 +128,7 @@ class CoarseStage:
         self.steps, self.step_index, self.times = settings.steps, 0, {}
         self.generator = torch.Generator().manual_seed(seed)
         self.edits = previous is not None and previous.field is not None
+        self.picture = None if previous is None else previous.picture
         self.field = HashField(settings.field, self.generator).to(self.device)
         self.background = Background(settings.background, self.generator).to(self.device)
         if self.edits:
@@ -205,6 +207,9 @@ class CoarseStage:
                 (loss / parts.count).backward()
             add_metrics(totals, output.metrics | metrics, 1 / parts.count)
 
+        if self.picture is not None:
+            with phase("picture", times):
+                self._hold_picture(side, totals, 1 / parts.copies)
         with phase("optimiser", times):
             parts.join(list(self.adam.parameters.values()), totals)
             totals = begun | totals
@@ -221,6 +226,22 @@ class CoarseStage:
         self.field.set_progress(1.0)
         start = self.settings.start
         return {"start_rms": fit_start(self.field, radiance, start, self.generator, self.sampling.step_size)}
+
+    def _hold_picture(self, side: int, totals: dict[str, Metric], share: float) -> None:
+        """Add a share of the gradient of the picture's loss in its view, and of its metrics to `totals`."""
+        images = render_field(
+            self.field,
+            torch.full((3,), BEHIND, device=self.device),
+            self.occupancy.cells,
+            self.picture.view.to(self.device),
+            side,
+            side,
+            sampling=self.sampling,
+            generator=self.generator,
+        )
+        loss, metrics = self.picture.loss(images.colour, images.opacity, images.depth)
+        (share * loss).backward()
+        add_metrics(totals, metrics, share)
 
     def _side(self, progress: float) -> int:
         """Side of this step's renders, pixels."""

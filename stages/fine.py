@@ -43,10 +43,13 @@ from stages.mesh.tets.tetrahedra import SAFE_MOVE, Lattice
 from stages.optimise import GroupedAdam, check_accumulate, under_prefix
 from stages.parallel import StepParts, undone_if_lost
 from stages.phases import phase
+from stages.picture import BEHIND
 from stages.ramp import Ramp
 from stages.render.raster import MeshImages, render_mesh
 from stages.render.shade import ALBEDO, LAMBERT, Shading, ShadingSettings, sample_shading
 from stages.stage import Asset, add_metrics, contact_sheet, guidance_state, load_guidance_state
+
+PICTURE_SIDE = 256  # most pixels a side that the picture's view is rendered with
 
 
 class FineSettings(BaseModel):
@@ -270,6 +273,9 @@ class FineStage:
                     (output.loss / parts.count).backward()
             cover = {"cover": metric(images.mask.mean())}
             add_metrics(totals, output.metrics | cover, 1 / parts.count)
+        if self.previous.picture is not None:
+            with phase("picture", times):
+                self._hold_picture(leaf, surface.faces, totals, 1 / parts.copies)
         with phase("regularisers", times):
             parts.join([leaf, *(p for p in self.field.parameters() if p.requires_grad)], totals)
             totals, self.start = self.start | totals, {}
@@ -281,6 +287,16 @@ class FineStage:
         check_predictions(self.guidance, totals)
         self.step_index += 1
         return totals
+
+    def _hold_picture(self, vertices: Tensor, faces: Tensor, totals: dict[str, Metric], share: float) -> None:
+        """Add a share of the gradient of the picture's loss in its view, and of its metrics to `totals`."""
+        picture, side = self.previous.picture, min(self.settings.resolution, PICTURE_SIDE)
+        view, grey = picture.view.to(self.device), torch.full((1, 1, 1, 3), BEHIND, device=self.device)
+        images = self._render(vertices, faces, view, side, ALBEDO, grey)
+        loss, metrics = picture.loss(images.colour, images.mask, images.depth)
+        if loss.requires_grad:
+            (share * loss).backward()
+        add_metrics(totals, metrics, share)
 
     def _backdrop(self) -> Tensor:
         """Draw a flat colour for each of this step's views; linear [B, S, S, 3]."""

@@ -79,7 +79,8 @@ class StepParts:
 
     def __init__(self, views: int, accumulate: int) -> None:
         self.split = splits(views, accumulate)
-        self.count = accumulate * (size() if self.split else 1)
+        self.copies = size() if self.split else 1  # how often `join` sums what every process does for itself
+        self.count = accumulate * self.copies
         low = rank() * accumulate if self.split else 0
         high = low + accumulate
         self._parts = [

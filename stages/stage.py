@@ -14,6 +14,7 @@ from stages.guidance.guide import Guide
 from stages.mesh.mesh import Mesh
 from stages.mesh.place import Placement
 from stages.optimise import under_prefix
+from stages.picture import Picture
 
 Density = Callable[[Tensor], Tensor]  # [N, 3] in [-1, 1]^3 -> [N] >= 0
 Albedo = Callable[[Tensor], Tensor]  # [N, 3] in [-1, 1]^3 -> [N, 3] linear RGB in [0, 1]
@@ -31,6 +32,7 @@ class Asset:
         background: the module of the environment that the field was trained in front of.
         placement: how a user's mesh came into the scene; what is made of it goes back to its place and size.
         locked: the mesh is the user's own, to be painted and otherwise left as it came.
+        picture: of the object, which the next stage holds on to in its one view.
     """
 
     density: Density | None = None
@@ -40,6 +42,7 @@ class Asset:
     background: torch.nn.Module | None = None
     placement: Placement | None = None
     locked: bool = False
+    picture: Picture | None = None
 
 
 class Stage(Protocol):

@@ -18,7 +18,14 @@ MAX_HELP_MODULES = 450  # 317 with typer's own; torch alone brings 800 more
 # all rooms within it. A module that others of its folder build on is a room of its own.
 _BASE = {"stages.errors", "stages.cameras", "stages.parallel", "stages.paths", "stages.phases", "stages.ramp"}
 _SURFACE = _BASE | {"stages.kernels.*", "stages.mesh.*"}
-_STAGE = _SURFACE | {"stages.optimise", "stages.stage", "stages.fields", "stages.render", "stages.guidance.guide"}
+_STAGE = _SURFACE | {
+    "stages.optimise",
+    "stages.picture",
+    "stages.stage",
+    "stages.fields",
+    "stages.render",
+    "stages.guidance.guide",
+}
 _GUIDED = _STAGE | {"stages.guidance.*", "stages.prompts"}
 _MESH = _BASE | {"stages.kernels.*", "stages.mesh"}
 _TWINS = {"stages.kernels.grid", "stages.kernels.reference"}
@@ -46,7 +53,8 @@ ALLOWED = {
     "stages.mesh.subdivision": _MESH | {"stages.mesh.texture"},
     "stages.fields": _BASE | {"stages.kernels.*"},
     "stages.render": _SURFACE,
-    "stages.stage": {"stages.guidance.guide", "stages.mesh", "stages.optimise"},
+    "stages.picture": _BASE | {"stages.kernels"},
+    "stages.stage": {"stages.guidance.guide", "stages.mesh", "stages.optimise", "stages.picture"},
     "stages.guidance.guide": _BASE | {"stages.render"},
     "stages.guidance.prior": _BASE | {"stages.render"},
     "stages.guidance.vsd": _BASE | {"stages.guidance.prior"},

@@ -38,6 +38,7 @@ from stages.kernels.backend import KernelSettings
 from stages.kinds import STAGES, StageKind, chains
 from stages.mesh.place import PlaceSettings
 from stages.paths import from_home
+from stages.picture import PictureSettings
 from stages.prompts import PromptSettings
 
 
@@ -116,6 +117,7 @@ class _RunSettings(BaseModel):
 class _OutputSettings(BaseModel):
     """The settings of a run's end: the exported mesh, and the kernels."""
 
+    image: PictureSettings = Field(default_factory=PictureSettings)
     export: ExportSettings = Field(default_factory=ExportSettings)
     kernels: KernelSettings = Field(default_factory=KernelSettings)
 
@@ -221,7 +223,7 @@ def _inherited(folder: Path) -> Layer:
     if not path.is_file():
         raise UserError(f"--from {folder} is not a run", f"there is no {path}", "give the folder of a run")
     layer = from_file(path)
-    for key in ("stages", "from_run", "init_mesh", "force"):
+    for key in ("stages", "from_run", "init_mesh", "image", "force"):
         layer.values.pop(key, None)
     return layer
 
@@ -245,10 +247,13 @@ def _anchored(config: Config) -> Config:
         if "autoencoder" in changes:
             folders[f"{name}_diffusion"] = changes | {"autoencoder": _anchored_folder(changes["autoencoder"])}
     mesh, source = config.reference.mesh, config.from_run
+    pictures = {name: getattr(config.image, name) for name in ("file", "depth_file")}
+    pictures = {name: path and str(from_home(path).absolute()) for name, path in pictures.items()}
     return config.model_copy(
         update={
             "prior": config.prior.model_copy(update=folders),
             "reference": config.reference.model_copy(update={"mesh": mesh and str(from_home(mesh).absolute())}),
+            "image": config.image.model_copy(update=pictures),
             "from_run": source and str(from_home(source).absolute()),
             "init_mesh": config.init_mesh and str(from_home(config.init_mesh).absolute()),
         }

@@ -47,6 +47,7 @@ def unread(config: Config) -> set[str]:
         keys |= {f"guidance.{stage}.{name}" for name in getattr(config.guidance, stage).unread()}
     keys |= {f"prompts.{name}" for name in config.prompts.unread()}
     keys |= set() if config.init_mesh is not None else {"place", "export.own_uv"}
+    keys |= set() if config.image.file is not None else {"image"}
     keys |= {f"export.{name}" for name in config.export.unread()}
     return keys | (set() if config.prior.lora is not None else {"prior.lora_scale", "prior.lora_stages"})
 

@@ -3,6 +3,7 @@
 What it starts from is copied into the run's folder, which then stands on its own:
     RUN/coarse/checkpoint.safetensors   the coarse stage of --from that the fine stage refines
     RUN/start/checkpoint.safetensors    the coarse stage of --from that this run's coarse stage edits
+    RUN/start/picture.png               the picture of --image, in its own format; start/depth.png its depth
     RUN/start/mesh.safetensors          the mesh of --init-mesh as it was read
 """
 
@@ -22,6 +23,7 @@ from pipeline.runs.folder import open_folder
 from pipeline.runs.lineage import EDITED, GIVEN, afresh, check_settings, checkpoint_of, remedy, upstream_of
 from stages.errors import UserError
 from stages.kinds import STAGES, beginners, chains
+from stages.picture import Picture, read_picture
 
 if TYPE_CHECKING:
     import torch
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from stages.mesh.mesh import Mesh
     from stages.stage import Asset
 
+PICTURE, DEPTH = "start/picture", "start/depth"  # without the ending, which is the file's
 _PARTS = ("vertices", "faces", "colours", "uv", "uv_faces", "texture", "normals", "face_materials")
 _FINISH = ("metallic", "roughness")
 
@@ -67,6 +70,45 @@ class Inputs:
 
 def check_inputs(config: Config) -> Inputs:
     """Find and check what a new run starts from. UserError where it is missing, unfinished, damaged or of no use."""
+    inputs = _check_start(config)
+    if config.image.file is None:
+        if config.image.depth_file is not None:
+            why = "image.file names no picture"
+            raise UserError("image.depth_file has no use here", why, "give --image, or leave it out")
+        return inputs
+    holders = [name for name in config.stages if name in ("coarse", "fine")]
+    if holders != config.stages:
+        why = f"{config.stages[0]} holds on to no picture"
+        raise UserError(f"--image {config.image.file} has no use here", why, "choose --stages coarse,fine")
+    file, depth_file = _pictures(config)
+    picture = read_picture(config.image, file, depth_file)
+    share = f"{100 * float(picture.mask.mean()):.0f} % of the frame"
+    view = f"azimuth {config.image.azimuth_deg:g}, elevation {config.image.elevation_deg:g} degrees"
+    inputs.copies |= {_place_of(PICTURE, file): file}
+    inputs.copies |= {} if depth_file is None else {_place_of(DEPTH, depth_file): depth_file}
+    inputs.note = "; ".join(filter(None, [inputs.note, f"held to {file.name}, {share}, seen from {view}"]))
+    return inputs
+
+
+def _pictures(config: Config) -> tuple[Path, Path | None]:
+    depth_file = config.image.depth_file
+    return Path(config.image.file), None if depth_file is None else Path(depth_file)
+
+
+def _place_of(name: str, file: Path) -> str:
+    return f"{name}{file.suffix.lower()}"
+
+
+def load_picture(folder: Path, config: Config) -> Picture | None:
+    """Read the picture that a run holds on to, out of its own folder; None for a run without one."""
+    if config.image.file is None:
+        return None
+    file, depth_file = _pictures(config)
+    depth_copy = None if depth_file is None else folder / _place_of(DEPTH, depth_file)
+    return read_picture(config.image, folder / _place_of(PICTURE, file), depth_copy)
+
+
+def _check_start(config: Config) -> Inputs:
     first = config.stages[0]
     kind = STAGES[first]
     if config.init_mesh is not None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import gc
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -26,7 +27,7 @@ from pipeline.runs import stages
 from pipeline.runs.caller import Caller, deterministic, warnings_told
 from pipeline.runs.checkpoint import CHECKPOINT, STEPS, load_checkpoint, read_meta
 from pipeline.runs.folder import Lock, check_disk, new_folder, open_folder
-from pipeline.runs.inputs import Inputs, check_inputs, load_inputs
+from pipeline.runs.inputs import Inputs, check_inputs, load_inputs, load_picture
 from pipeline.runs.interrupt import StopRequest
 from pipeline.runs.lineage import afresh, check_run, check_upstream, refined, remedy
 from pipeline.runs.log import Metrics, Record
@@ -307,9 +308,12 @@ class Run:
         yield f"the previews are in {self.folder / name / 'previews'}"
 
     def _take(self, name: str, previous: Asset | None, stop: StopRequest) -> Asset:
+        from stages.stage import Asset
+
         loop = StageLoop(self, name, stop)
         try:
-            return loop.take(previous)
+            picture = load_picture(self.folder, self.config)
+            return loop.take(previous if picture is None else replace(previous or Asset(), picture=picture))
         except Exception as error:
             if out_of_memory(error):
                 raise explain_shortage(error, self.priors[name], self.folder) from error
