@@ -89,6 +89,15 @@ class Views:
         twin = None if self.twin is None else self.twin._each(change)
         return Views(*(change(getattr(self, name)) for name in _FIELDS), twin)
 
+    def through(self, warp: Tensor) -> Views:
+        """Return the views as an object sees them that `warp` [4, 4], an affine map, takes the world to.
+
+        Its rays are those of the views, straight still; angles are left as they are named.
+        """
+        light = self.light @ warp[:3, :3].T.to(self.light) + warp[:3, 3].to(self.light)
+        twin = None if self.twin is None else self.twin.through(warp)
+        return Views(warp.to(self.c2w) @ self.c2w, self.fov_deg, self.azimuth_deg, self.elevation_deg, light, twin)
+
     @property
     def position(self) -> Tensor:
         """Camera centres [B, 3]."""

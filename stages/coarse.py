@@ -30,6 +30,7 @@ from stages.fields.occupancy import OccupancyGrid, OccupancySettings
 from stages.fields.start import StartSettings, fit_start
 from stages.guidance.guide import GuidanceOutput, Guide, Metric, ShapeGuide, check_predictions, metric
 from stages.kernels.srgb import linear_to_srgb
+from stages.likeness import liken
 from stages.optimise import GroupedAdam, check_accumulate, under_prefix
 from stages.parallel import StepParts, undone_if_lost
 from stages.phases import phase
@@ -129,6 +130,7 @@ class CoarseStage:
         self.generator = torch.Generator().manual_seed(seed)
         self.edits = previous is not None and previous.field is not None
         self.picture = None if previous is None else previous.picture
+        liken(guidance, self.picture, self.device)
         self.field = HashField(settings.field, self.generator).to(self.device)
         self.background = Background(settings.background, self.generator).to(self.device)
         if self.edits:

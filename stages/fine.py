@@ -33,6 +33,7 @@ from stages.fields.hashfield import DetailSettings, FieldSettings, HashField, wi
 from stages.geometry import DMTetGeometry, Geometry, LockedGeometry
 from stages.guidance.guide import Guide, Metric, check_predictions, metric
 from stages.kernels.srgb import linear_to_srgb
+from stages.likeness import liken
 from stages.mesh.orient import creased
 from stages.mesh.place import SPECK
 from stages.mesh.sample import painted_samples
@@ -43,13 +44,11 @@ from stages.mesh.tets.tetrahedra import SAFE_MOVE, Lattice
 from stages.optimise import GroupedAdam, check_accumulate, under_prefix
 from stages.parallel import StepParts, undone_if_lost
 from stages.phases import phase
-from stages.picture import BEHIND
+from stages.picture import BEHIND, RENDERED
 from stages.ramp import Ramp
 from stages.render.raster import MeshImages, render_mesh
 from stages.render.shade import ALBEDO, LAMBERT, Shading, ShadingSettings, sample_shading
 from stages.stage import Asset, add_metrics, contact_sheet, guidance_state, load_guidance_state
-
-PICTURE_SIDE = 256  # most pixels a side that the picture's view is rendered with
 
 
 class FineSettings(BaseModel):
@@ -140,6 +139,7 @@ class FineStage:
         check_accumulate("fine", settings.views_per_step, settings.accumulate)
         self.settings, self.guidance, self.device = settings, guidance, torch.device(device)
         self.previous = previous or Asset()
+        liken(guidance, self.previous.picture, self.device)
         self.steps, self.step_index, self.times = settings.steps, 0, {}
         self.generator = torch.Generator().manual_seed(seed)
         self.field = self._inherited_field()
@@ -290,9 +290,9 @@ class FineStage:
 
     def _hold_picture(self, vertices: Tensor, faces: Tensor, totals: dict[str, Metric], share: float) -> None:
         """Add a share of the gradient of the picture's loss in its view, and of its metrics to `totals`."""
-        picture, side = self.previous.picture, min(self.settings.resolution, PICTURE_SIDE)
-        view, grey = picture.view.to(self.device), torch.full((1, 1, 1, 3), BEHIND, device=self.device)
-        images = self._render(vertices, faces, view, side, ALBEDO, grey)
+        picture, grey = self.previous.picture, torch.full((1, 1, 1, 3), BEHIND, device=self.device)
+        side = min(self.settings.resolution, RENDERED)
+        images = self._render(vertices, faces, picture.view.to(self.device), side, ALBEDO, grey)
         loss, metrics = picture.loss(images.colour, images.mask, images.depth)
         if loss.requires_grad:
             (share * loss).backward()

@@ -23,6 +23,7 @@ from stages.errors import UserError
 from stages.kernels.srgb import linear_to_srgb, srgb_to_linear
 
 SIDE = 512  # of a picture as it is kept, pixels
+RENDERED = 256  # most pixels a side that the fine stage renders its view with
 FILLED = 0.85  # share of the frame that an object of the scene takes up, which `fit` gives a picture's object
 SMALLEST, LARGEST = 0.002, 0.98  # share of a picture that is an object
 PLAIN, SAME = 14 / 255, 5 / 255  # colours as near as this to the border's are background; such a hole is one
@@ -69,6 +70,14 @@ class Picture:
         s = self.settings
         return orbit_views([s.azimuth_deg], s.elevation_deg, s.distance, s.fov_deg)
 
+    def mask_at(self, side: int) -> Tensor:
+        """Return the silhouette [1, side, side, 1] in [0, 1]."""
+        return _resized(self.mask, side)
+
+    def colour_at(self, side: int) -> Tensor:
+        """Return the colours before BEHIND, sRGB [1, side, side, 3]."""
+        return linear_to_srgb(_resized(self.colour * self.mask + BEHIND * (1 - self.mask), side))
+
     def loss(self, colour: Tensor, mask: Tensor, depth: Tensor | None = None) -> tuple[Tensor, dict[str, float]]:
         """Return the loss of a render of the view over BEHIND, and its metrics.
 
@@ -79,9 +88,8 @@ class Picture:
         Returns: a loss, differentiable in all three; the silhouettes' IoU and the colours' PSNR in dB.
         """
         s, side = self.settings, colour.shape[1]
-        wanted_mask = _resized(self.mask, side).to(colour.device)
-        wanted = _resized(self.colour * self.mask + BEHIND * (1 - self.mask), side).to(colour.device)
-        error = linear_to_srgb(colour) - linear_to_srgb(wanted)
+        wanted_mask = self.mask_at(side).to(colour.device)
+        error = linear_to_srgb(colour) - self.colour_at(side).to(colour.device)
         loss = 2 * s.colour * error.square().sum() + 2 * s.mask * (mask - wanted_mask).square().sum()
         if self.depth is not None and s.depth > 0 and depth is not None:
             inside = (wanted_mask > 0.5) & (mask.detach() > 0.5)

@@ -61,10 +61,11 @@ ALLOWED = {
     "stages.guidance.diffusion": _BASE | {"stages.kernels.*", "stages.prompts", "stages.render"}
     | {"stages.guidance.prior", "stages.guidance.vsd"},
     "stages.guidance": _SURFACE | {"stages.prompts", "stages.render", "stages.guidance.*"},
+    "stages.likeness": _BASE | {"stages.guidance.guide", "stages.kernels", "stages.picture", "stages.render"},
     "stages.backdrop": _STAGE,
-    "stages.coarse": _GUIDED | {"stages.backdrop"},
+    "stages.coarse": _GUIDED | {"stages.backdrop", "stages.likeness"},
     "stages.geometry": _STAGE,
-    "stages.fine": _GUIDED | {"stages.geometry"},
+    "stages.fine": _GUIDED | {"stages.geometry", "stages.likeness"},
     "stages.clip_mesh": _STAGE,
     "stages.particles": _BASE | {"stages.coarse", "stages.guidance.guide", "stages.optimise", "stages.stage"},
     "stages.kinds": _GUIDED | {"stages.coarse", "stages.fine", "stages.clip_mesh", "stages.particles"},

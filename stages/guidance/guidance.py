@@ -73,6 +73,7 @@ class Guidance:
     ) -> None:
         self.prior, self.settings, self.prompts, self.generator = prior, settings, prompts, generator
         self._draws, self._lessons = Draws(generator), []
+        self._warp: Tensor | None = None
         check_compatibility(prior, settings, prompts)
         self._data_range = data_range(prior, settings)
         self._alphas_cumprod: dict[torch.device, Tensor] = {}
@@ -101,7 +102,8 @@ class Guidance:
             pictures = linear_to_srgb(images) if s.srgb else images
             x = self.prior.encode(pictures, generator)
         eps = torch.randn(x.shape, generator=generator).to(x)
-        context = ViewContext(views, backdrop if backdrop is None else backdrop.detach(), shading)
+        seen = views if self._warp is None else views.through(self._warp)
+        context = ViewContext(seen, backdrop if backdrop is None else backdrop.detach(), shading)
         conditions, t = self._conditions.for_views(views, textureless).on_device(x.device, t_host)
         alphas_cumprod, camera = self._levels(x.device), camera_vector(views)
 
@@ -161,7 +163,15 @@ class Guidance:
 
     def shape(self) -> Radiance | None:
         """Return the prompt's object as density and colour at points, where the prior knows it in 3D; else None."""
-        return self.prior.shape(self._conditions.front) if isinstance(self.prior, ShapePrior) else None
+        known = self.prior.shape(self._conditions.front) if isinstance(self.prior, ShapePrior) else None
+        warp = self._warp
+        if known is None or warp is None:
+            return known
+        return lambda points: known(points @ warp[:3, :3].T.to(points) + warp[:3, 3].to(points))
+
+    def warp(self, matrix: Tensor) -> None:
+        """Make the prior see the world through an affine map; see WarpedGuide."""
+        self._warp = matrix
 
     def _taught(self, lesson: Lesson, part: Part) -> float:
         """Teach the score once a step, of all its parts; returns what makes their mean the error of that lesson."""

@@ -96,3 +96,15 @@ class ShapeGuide(Protocol):
 
     def shape(self) -> Radiance | None:
         """Return the object as density and colour at points; None where it is known in pictures only."""
+
+
+@runtime_checkable
+class WarpedGuide(Protocol):
+    """A ShapeGuide whose object in 3D can be moved and stretched, before its first step."""
+
+    def warp(self, matrix: Tensor) -> None:
+        """Make the prior see the world through an affine map.
+
+        Args:
+            matrix: [4, 4], takes points of the world to points of the object as the prior knows it.
+        """
