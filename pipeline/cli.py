@@ -153,6 +153,10 @@ def batch(
         str | None,
         typer.Option(metavar="NAME|FILE", help="A recipe from configs/, or a YAML file; several by commas."),
     ] = None,
+    engine: Annotated[str, typer.Option(help="local: processes here; ray: a Ray cluster (extra: cluster).")] = "local",
+    address: Annotated[
+        str | None, typer.Option(help="Of a Ray cluster. Default: $RAY_ADDRESS, else one on this machine.")
+    ] = None,
     workers: Annotated[
         int, typer.Option(min=0, help="Runs at once. Default: one a GPU; without, one a core, four at most.")
     ] = 0,
@@ -167,6 +171,8 @@ def batch(
         seeds=seeds,
         config=config,
         overrides=overrides or [],
+        engine=engine,
+        address=address,
         workers=workers,
     )
     if any(row.state != "done" for row in rows):

@@ -27,10 +27,12 @@ def test_a_cell_that_breaks_ends_no_other_and_finished_cells_are_kept(tmp_path, 
     monkeypatch.setattr(workers, "make_cell", make)
     cells = [Cell(system, prompt, 0) for prompt in ("a cat", "a mug") for system in ("coarse", "magic3d")]
     words = {"coarse": ("a=1",), "magic3d": ("b=2",)}
-    args = argparse.Namespace(out=tmp_path, clip=[], words=words, threads=1, take_over=True, workers=8)
+    args = argparse.Namespace(
+        out=tmp_path, clip=[], words=words, threads=1, take_over=True, workers=8, engine="ray", address="here:1"
+    )
     broken = workers.run_cells(cells, args)
     assert [cell.prompt for cell in broken] == ["a cat", "a cat"]
     assert "ValueError: broken" in (broken[0].folder(tmp_path) / "error.txt").read_text()
     assert made == [("coarse", ("a=1",)), ("magic3d", ("b=2",))] * 2, "a system before those that take over its stage"
-    assert asked == [(2, 1, tmp_path)], "one worker for each prompt and seed at most"
+    assert asked == [("ray", 2, 1, tmp_path, "here:1")], "one worker for each prompt and seed at most"
     assert workers.run_cells(cells, args) == broken and len(made) == 6, "finished cells are kept"

@@ -8,7 +8,8 @@
 
 A cell is one system's mesh of one prompt and seed: OUT/cells/<system>/<prompt>-s<seed>/ with the run, mesh.glb's
 pictures and result.json, written last and whole. A stopped suite started again keeps its finished cells and resumes
-the pipeline runs of the others; `--workers N` makes N prompts' cells at once, in N processes.
+the pipeline runs of the others; `--workers N` makes N prompts' cells at once, in N processes,
+with `--engine ray` those of a Ray cluster.
 At the end OUT/results.jsonl holds a line for every cell and OUT/summary.json what benchmarks.report shows.
 """
 
@@ -29,6 +30,7 @@ from benchmarks.quality.judges import check_judges, fingerprint
 from benchmarks.quality.suite import Suite, load_suite, spec_of
 from benchmarks.quality.systems import SYSTEMS, find_system
 from benchmarks.quality.workers import run_cells
+from pipeline.batch.engine import ENGINES
 from pipeline.config.model import load_config
 from pipeline.output.files import write_whole
 from pipeline.priors.sources import parse_source
@@ -69,6 +71,8 @@ def _arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help=f"four prompts, one seed, {QUICK_SHARE:g} of the steps")
     parser.add_argument("--limit", type=int, help="only the first N prompts")
     parser.add_argument("--workers", type=int, default=1, help="cells at once; more than one: a single thread each")
+    parser.add_argument("--engine", default="local", choices=ENGINES, help="processes here, or a Ray cluster's")
+    parser.add_argument("--address", help="of a Ray cluster (default: $RAY_ADDRESS, else one on this machine)")
     parser.add_argument(
         "--no-take-over",
         dest="take_over",

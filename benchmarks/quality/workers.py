@@ -62,7 +62,7 @@ def run_cells(cells: list[Cell], args: argparse.Namespace) -> list[Cell]:
     ]
     if not groups:
         return []
-    engine = make_engine(min(args.workers, len(groups)), args.threads, args.out)
+    engine = make_engine(args.engine, min(args.workers, len(groups)), args.threads, args.out, args.address)
     began, done = time.monotonic(), 0
     with contextlib.closing(engine.run(make_group, groups)) as outcomes:
         for group, outcome in outcomes:

@@ -33,6 +33,8 @@ def run_batch(
     seeds: int = 1,
     config: str | None = None,
     overrides: Sequence[str] = (),
+    engine: str = "local",
+    address: str | None = None,
     workers: int = 0,
     threads: int = 0,
     progress: Progress | None = None,
@@ -47,7 +49,7 @@ def run_batch(
         seeds: of each prompt, from 0.
         config: recipes' names or YAML files, by commas, as for a run.
         overrides: `key.sub=value` words of every run.
-        workers, threads: see pipeline.batch.engine.make_engine.
+        engine, address, workers, threads: see pipeline.batch.workers.make_engine.
         progress: where lines are printed; None: standard output.
     Returns: a row for each run asked for.
     Raises: UserError for a mistake in what all runs share; Interrupted on Ctrl-C, with every run saved.
@@ -76,7 +78,7 @@ def run_batch(
         try:
             if waiting:
                 _make(
-                    make_engine(min(workers, len(waiting)), threads, out / "logs"),
+                    make_engine(engine, min(workers, len(waiting)), threads, out / "logs", address),
                     out,
                     shared,
                     asked,

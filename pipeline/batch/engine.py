@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
+ENGINES = ("local", "ray")
 TRIES = 3  # of a task whose worker dies under it
 PATIENCE_S = 120.0  # for a run to end its step and save itself
 
