@@ -89,6 +89,7 @@ def test_of_a_real_autoencoder_it_matches_float64_differences():
     assert float((actual.double() * along).sum()) == pytest.approx(numeric, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_between_smooth_pictures_a_trained_autoencoders_is_near_the_whole_one():
     """A render of few pixels, enlarged, on its way to another."""
     from diffusers import AutoencoderTiny
@@ -109,6 +110,7 @@ def test_between_smooth_pictures_a_trained_autoencoders_is_near_the_whole_one():
     assert near[0] > 0.97 > near[1] > 0.85, near
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("side, share", [(32, 0.75), (16, 0.5625)])
 def test_it_saves_work_and_memory_as_they_are_foretold(tmp_path, side, share):
     """Forwards the whole picture, forwards and backwards the smaller one, against twice the whole."""

@@ -123,6 +123,7 @@ def test_a_band_of_128_cells_follows_its_surface_within_5_ms_a_step():
     assert min(means) < 5e-3, means
 
 
+@pytest.mark.slow
 def test_a_band_is_laid_anew_on_its_device_and_as_on_the_cpu():
     pytest.importorskip("warp", reason="warp-lang is not installed (extra: cuda)")
     states = []
