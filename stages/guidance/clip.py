@@ -148,6 +148,18 @@ class ClipScorer:
             self._texts.update(zip(new, embeddings, strict=True))
         return torch.stack([self._texts[text] for text in texts])
 
+    @torch.no_grad()
+    def read_texts(self, texts: list[str]) -> tuple[Tensor, Tensor, Tensor]:
+        """Return what a network can be told of texts; texts of any length below the CLIP's limit.
+
+        Returns: embeddings [P, D], unit times sqrt(D); states of their tokens [P, L, W]; [P, L] bool which there are.
+        """
+        vectors = self.embed_texts(texts) * math.sqrt(self.model.config.projection_dim)
+        tokens = self.tokenizer(texts, padding="max_length", max_length=self.limit, return_tensors="pt")
+        mask = tokens.attention_mask.to(self.device)
+        out = self.model.text_model(input_ids=tokens.input_ids.to(self.device), attention_mask=mask)
+        return vectors, out.last_hidden_state, mask.bool()
+
     def scores(self, images: Tensor, texts: list[str]) -> Tensor:
         """Return cosines [B, P] of linear images [B, H, W, 3] and texts; differentiable in the images."""
         return self.embed_images(images) @ self.embed_texts(texts).T

@@ -108,3 +108,11 @@ class WarpedGuide(Protocol):
         Args:
             matrix: [4, 4], takes points of the world to points of the object as the prior knows it.
         """
+
+
+@runtime_checkable
+class ReadingGuide(Protocol):
+    """A Guide with a CLIP that can say what it reads in the prompt, for networks that are told so."""
+
+    def read(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return ClipScorer.read_texts of the prompt itself, without words of a view."""
