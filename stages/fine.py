@@ -30,13 +30,12 @@ from stages.errors import UserError
 from stages.fields.background import BackgroundSettings, random_background
 from stages.fields.colour_fit import FitSettings, fit_albedo
 from stages.fields.hashfield import DetailSettings, FieldSettings, HashField, without_gradient
-from stages.geometry import DMTetGeometry, Geometry, LockedGeometry
+from stages.geometry import DMTetGeometry, Geometry, LockedGeometry, colours_to_learn
 from stages.guidance.guide import Guide, Metric, check_predictions, metric
 from stages.kernels.srgb import linear_to_srgb
 from stages.likeness import liken
 from stages.mesh.orient import creased
 from stages.mesh.place import SPECK
-from stages.mesh.sample import painted_samples
 from stages.mesh.tets.dmtet import DMTet, Surface, from_function
 from stages.mesh.tets.initialise import InitialiseSettings, dmtet_from_density
 from stages.mesh.tets.solidify import SolidifySettings, dmtet_from_mesh
@@ -165,8 +164,8 @@ class FineStage:
         """
         with phase("initialise", self.times):
             geometry = self._first_geometry()
-            if self.previous.density is None and self.previous.mesh is not None:
-                samples = painted_samples(self.previous.mesh, self.generator)
+            samples = colours_to_learn(self.previous, geometry, self.generator)
+            if samples is not None:
                 error = fit_albedo(self.field, samples, self.settings.fit, self.device)
                 self.start["start_colour_error"] = error
         return geometry

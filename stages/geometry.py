@@ -9,19 +9,23 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
 from stages.errors import UserError
+from stages.fields.colour_fit import Sample
 from stages.guidance.guide import Metric, metric
 from stages.kernels.smoothness import smoothness
 from stages.mesh.clean import drop_floaters
 from stages.mesh.measure import measure
 from stages.mesh.mesh import Mesh
+from stages.mesh.sample import asked_samples, painted_samples
 from stages.mesh.tets.dmtet import DMTet, Surface
 from stages.optimise import GroupedAdam
 from stages.ramp import Ramp
+from stages.stage import Asset
 
 
 class Geometry(Protocol):
@@ -200,3 +204,22 @@ class LockedGeometry:
 
 def _as_mesh(surface: Surface) -> Mesh:
     return Mesh(surface.vertices.detach().cpu().numpy().copy(), surface.faces.cpu().numpy().copy())
+
+
+def colours_to_learn(previous: Asset, geometry: Geometry, generator: torch.Generator) -> Sample | None:
+    """Return places of a surface with the colours that a field has to learn before its first step; None for none.
+
+    Those of a user's mesh, or of a draft whose field cannot be inherited.
+
+    Args:
+        previous: what the stage begins with.
+        geometry: the surface that it begins with.
+        generator: of the places.
+    """
+    if previous.density is None:
+        return None if previous.mesh is None else painted_samples(previous.mesh, generator)
+    if previous.field is not None or previous.albedo is None:
+        return None
+    surface = geometry.surface()
+    vertices, faces = (t.detach().cpu().numpy() for t in (surface.vertices, surface.faces))
+    return asked_samples(Mesh(vertices, faces.astype(np.int32)), previous.albedo, generator)

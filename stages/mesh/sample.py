@@ -36,6 +36,18 @@ def painted_samples(mesh: Mesh, generator: torch.Generator) -> Callable[[int], t
     return draw
 
 
+def asked_samples(
+    mesh: Mesh, albedo: Callable[[Tensor], Tensor], generator: torch.Generator
+) -> Callable[[int], tuple[Tensor, Tensor]]:
+    """Return a function as of painted_samples, with the colours that `albedo` has there: points [N, 3] to [N, 3]."""
+
+    def draw(count: int) -> tuple[Tensor, Tensor]:
+        points = torch.from_numpy(points_at(mesh, *surface_samples(mesh, count, generator))).float()
+        return points, albedo(points)
+
+    return draw
+
+
 def points_at(mesh: Mesh, face: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """Return positions [N, 3] float64 of barycentric places."""
     return np.einsum("nc,nck->nk", weights, mesh.vertices[mesh.faces[face]].astype(np.float64))
