@@ -80,6 +80,30 @@ def _prior_checks() -> list[tuple[str, bool, Callable[[], tuple[str, str]], str]
     ]
 
 
+def _network_checks() -> list[tuple[str, bool, Callable[[], tuple[str, str]], str]]:
+    """A line for each stage with networks of its own, by the table of stages."""
+    try:
+        from stages.kinds import STAGES
+    except Exception:  # the line of the prior sources says why
+        return []
+    folders = {name: kind.weights for name, kind in STAGES.items() if kind.weights is not None}
+    return [
+        (f"networks of {stage}", False, lambda folder=folder: _networks(folder), f"no {stage} stage")
+        for stage, folder in folders.items()
+    ]
+
+
+def _networks(name: str) -> tuple[str, str]:
+    """Networks that come with the toolkit, or are made with it."""
+    import stages
+
+    folder = Path(stages.__file__).parent / "pocket" / "weights" / name
+    files = list(folder.glob("*.safetensors"))
+    if not files:
+        return "missing", f"no {folder}; train them: python -m stages.pocket.train {name}"
+    return "ok", f"{sum(path.stat().st_size for path in files) / 2**20:.1f} MB"
+
+
 def _import_names() -> tuple[str, str]:
     sentences = clashes(Path.cwd())
     return ("broken", "; ".join(sentences)) if sentences else ("ok", str(ROOT))
@@ -168,7 +192,7 @@ _CHECKS: list[tuple[str, bool, Callable[[], tuple[str, str]], str]] = [
 def examine() -> list[Finding]:
     """Run every check; one that fails in an unforeseen way is reported as broken, with its reason."""
     findings = []
-    for name, required, check, cost in [*_CHECKS, *_prior_checks()]:
+    for name, required, check, cost in [*_CHECKS, *_prior_checks(), *_network_checks()]:
         try:
             state, detail = check()
         except Exception as error:

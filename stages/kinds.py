@@ -22,6 +22,7 @@ from stages.guidance.settings import GuidanceSettings
 from stages.particles import ParticleSettings, make_coarse
 from stages.ramp import constant
 from stages.stage import Asset, Stage
+from stages.triplane.stage import TriplaneSettings, TriplaneStage
 
 # What the run's first stage begins with: "nothing", a user's "mesh", or another "run".
 Recipe = Callable[[str, Mapping[str, Any]], str | None]
@@ -41,6 +42,7 @@ class StageKind:
             finishes.
         guidance: its default guidance.
         follows: the stage whose asset it takes; None for one that begins a run of its own.
+        follows_too: others of the same run whose asset it takes as well.
         begins_with: what it can begin a run with, of "nothing", "mesh" and "run"; of one that follows another "run"
             means that other's asset, of one that does not its own, which is edited.
         start: what it begins with where that is nothing, to complete "the run begins with ..., which starts from".
@@ -50,14 +52,16 @@ class StageKind:
             takes the other run's settings.
         defining: settings, or groups of them, that its checkpoint depends on; their change is refused on resume.
         unread: its settings, or groups of them, that it does not read as the others stand, from (settings, what it
-            starts from: as in begins_with, or the "stage" that it follows); a run does not write them to its
+            starts from: as in begins_with, or the name of the stage that it follows); a run does not write them to its
             config.yaml.
+        weights: the folder of its own networks below stages/pocket/weights; None where it has none.
     """
 
     settings: type[BaseModel]
     make: Callable[[Any, Guide | None, torch.device, int, Asset | None], Stage]
     guidance: Callable[[], GuidanceSettings] = GuidanceSettings
     follows: str | None = None
+    follows_too: tuple[str, ...] = ()
     begins_with: frozenset[str] = frozenset({"nothing"})
     start: str = "nothing"
     prior: str = "pocket"
@@ -65,6 +69,11 @@ class StageKind:
     recipe: Recipe = _default_recipe
     defining: tuple[str, ...] = ()
     unread: Callable[[Any, str], set[str]] = lambda settings, start: set()
+    weights: str | None = None
+
+    def takes(self, stage: str) -> bool:
+        """Return whether it can take the asset of that stage of the same run."""
+        return stage == self.follows or stage in self.follows_too
 
 
 def _coarse_recipe(start: str, settings: Mapping[str, Any]) -> str | None:
@@ -81,6 +90,10 @@ def _clipmesh_recipe(start: str, settings: Mapping[str, Any]) -> str | None:
     return None if start == "run" else "clip-mesh"
 
 
+def _triplane_recipe(start: str, settings: Mapping[str, Any]) -> str | None:
+    return None if start == "run" else "triplane"
+
+
 def _coarse_unread(settings: ParticleSettings, start: str) -> set[str]:
     off = {"particle": settings.particles == 1, "backdrops": settings.backdrops.copies == 0}
     off["transmittance"] = settings.transmittance.weight == 0
@@ -93,7 +106,8 @@ def _coarse_unread(settings: ParticleSettings, start: str) -> set[str]:
 
 def _fine_unread(settings: FineSettings, start: str) -> set[str]:
     return {
-        "stage": {"sphere", "solidify", "fit", "field"},  # the colour field is the coarse stage's
+        "coarse": {"sphere", "solidify", "fit", "field"},  # the colour field is the coarse stage's
+        "triplane": {"sphere", "solidify"},
         "mesh": {"sphere", "initialise"},
         "nothing": {"initialise", "solidify", "fit"},
     }.get(start, set())
@@ -113,11 +127,20 @@ STAGES: dict[str, StageKind] = {
         unread=_coarse_unread,
         defining=("coarse.particles", "coarse.field", "coarse.background.hidden", "coarse.occupancy.resolution"),
     ),
+    "triplane": StageKind(
+        TriplaneSettings,
+        TriplaneStage,
+        prior="clip:pocket",
+        recipe=_triplane_recipe,
+        defining=("triplane.steps", "triplane.upsampling", "triplane.weights"),
+        weights="triplane",
+    ),
     "fine": StageKind(  # fine.resolution, as clipmesh.resolution, is the renders' and may change
         FineSettings,
         FineStage,
         guidance=_polishing,
         follows="coarse",
+        follows_too=("triplane",),
         begins_with=frozenset({"nothing", "mesh", "run"}),
         start="a sphere, a mesh or a coarse stage",
         prior_space="latent",
@@ -147,7 +170,7 @@ def chains() -> list[list[str]]:
     """Return the orders that stages can be run in, each from a stage that follows none."""
     orders = [[name] for name, kind in STAGES.items() if kind.follows is None]
     for chain in orders:
-        while (after := next((name for name, kind in STAGES.items() if kind.follows == chain[-1]), None)) is not None:
+        while (after := next((name for name, kind in STAGES.items() if kind.takes(chain[-1])), None)) is not None:
             chain.append(after)
     return orders
 

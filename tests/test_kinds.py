@@ -61,8 +61,10 @@ def walks():
 
 def test_the_table_is_in_the_order_in_which_stages_follow_each_other():
     names = list(STAGES)
-    assert all(kind.follows is None or names.index(kind.follows) < names.index(name) for name, kind in STAGES.items())
-    assert chains() == [["coarse", "fine"], ["clipmesh"]]
+    before = {name: [other for other in STAGES if kind.takes(other)] for name, kind in STAGES.items()}
+    assert all(names.index(other) < names.index(name) for name, others in before.items() for other in others)
+    assert before["fine"] == ["coarse", "triplane"]
+    assert chains() == [["coarse", "fine"], ["triplane", "fine"], ["clipmesh"]]
     assert beginners("mesh") == ["fine", "clipmesh"] and beginners("run") == ["coarse", "fine"]
 
 

@@ -29,6 +29,7 @@ from tests import tiny_families, tiny_folders
 from tests.mesh_shapes import sphere
 from tests.pretend_cuda import pretended
 from tests.tiny_clip import pocket_like
+from tests.triplane_cases import load_ball, tiny_networks
 
 pytest.importorskip("warp", reason="warp-lang is not installed (extra: cuda)")
 
@@ -44,6 +45,7 @@ TINY = [
     *("fine.steps=2", "fine.resolution=32", "fine.tets=12", "fine.preview_size=16", "fine.initialise.samples=24"),
     *("fine.field.levels=2", "fine.field.log2_table=10", "fine.detail.log2_table=10", "fine.fit.steps=2"),
     *("clipmesh.steps=2", "clipmesh.resolution=64", "clipmesh.texture_size=32", "clipmesh.preview_size=16"),
+    *("triplane.steps=3", "triplane.upsampling=1", "triplane.resolution=16"),
     *("export.turntable_frames=0", "export.texture_size=64", "export.unwrap=boxes", "export.faces=500"),
 ]
 OURS = {"coarse": tiny_folders.pocket_pixel, "fine": tiny_folders.pocket_latent}
@@ -66,6 +68,7 @@ MORE = {
     "flow": ["prior.diffusion.resolution=64"],
     "clip-mesh": ["prior.clipmesh=clip:{clip}", "clipmesh.control=1"],
     "dreamfields": ["prior.coarse=clip:{clip}"],
+    "triplane": ["prior.triplane=clip:{clip}", "triplane.weights={networks}", "export.texture_size=256"],
 }
 QUICK = {"stable-diffusion"}
 
@@ -110,7 +113,10 @@ def test_recipe_runs_on_cuda_from_prompt_to_mesh(name, folder, mesh, tmp_path, m
     monkeypatch.setattr(diffusion_prior, "load_prior", spy)
     base = [f"prior.{stage}={folder(build)}" for stage, build in REAL.get(name, OURS).items()]
     places = {"mesh": mesh, "edited": tmp_path / "edited"}
-    places |= {"clip": folder(pocket_like)} if name in ("clip-mesh", "dreamfields") else {}
+    places |= {"clip": folder(pocket_like)} if name in ("clip-mesh", "dreamfields", "triplane") else {}
+    if name == "triplane":  # random networks make no object
+        places["networks"] = folder(tiny_networks)
+        monkeypatch.setattr("stages.triplane.stage.load_model", load_ball)
     words = [*base, *(word.format(**places) for word in MORE.get(name, []))]
     if name == "reference":
         words = words[len(base) :]

@@ -109,7 +109,7 @@ class _RunSettings(BaseModel):
     @field_validator("stages")
     @classmethod
     def _in_order(cls, stages: list[str]) -> list[str]:
-        if any(STAGES[stage].follows != before for before, stage in pairwise(stages)):
+        if any(not STAGES[stage].takes(before) for before, stage in pairwise(stages)):
             raise ValueError(f"each stage once, in the order {'; or '.join(map(','.join, chains()))}")
         return stages
 

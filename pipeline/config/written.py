@@ -69,9 +69,10 @@ def _after(stage: str) -> Iterator[str]:
 
 
 def _start(config: Config, stage: str, stages: list[str]) -> str:
-    """Return what a stage starts from: "stage" for the one that it follows, else as StageKind.begins_with has it."""
-    if STAGES[stage].follows in stages:
-        return "stage"
+    """Return what a stage starts from: the name of the one that it follows, else as StageKind.begins_with has it."""
+    before = next((other for other in stages if STAGES[stage].takes(other)), None)
+    if before is not None:
+        return before
     if stage not in config.stages:  # the other run's, which began it in its own way
         return "nothing"
     return "mesh" if config.init_mesh is not None else "run" if config.from_run is not None else "nothing"

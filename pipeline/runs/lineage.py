@@ -75,9 +75,15 @@ def _leaves(name: str, value: Any) -> dict[str, Any]:
     return {key: leaf for part, child in value.items() for key, leaf in _leaves(f"{name}.{part}", child).items()}
 
 
+def _before(config: Config, stage: str) -> str | None:
+    """Return the stage of the same run, or else of another, that a stage follows; None for one that follows none."""
+    kind = STAGES[stage]
+    return next((other for other in config.stages if kind.takes(other)), kind.follows)
+
+
 def upstream_of(config: Config, stage: str) -> str | None:
     """Return the file in the run's folder that holds what a stage starts from; None for nothing."""
-    before = STAGES[stage].follows
+    before = _before(config, stage)
     if before is not None and (before in config.stages or config.from_run is not None):
         return checkpoint_of(before)
     if stage != config.stages[0]:
@@ -89,7 +95,7 @@ def upstream_of(config: Config, stage: str) -> str | None:
 
 def refined(config: Config, stage: str) -> str | None:
     """Return the stage whose checkpoint, of this run or another, a stage goes on from; None for another start."""
-    before = STAGES[stage].follows
+    before = _before(config, stage)
     return before if before is not None and upstream_of(config, stage) == checkpoint_of(before) else None
 
 
