@@ -114,7 +114,7 @@ class _Block(nn.Module):
 class _Attention(nn.Module):
     """Attention of the cells to each other and to the words, which join keys and values."""
 
-    def __init__(self, channels: int, words: int, width: int = 28) -> None:
+    def __init__(self, channels: int, words: int, width: int = 56) -> None:
         super().__init__()
         self.heads = max(1, channels // width)
         self.norm = nn.GroupNorm(GROUPS, channels)
