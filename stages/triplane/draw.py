@@ -11,7 +11,7 @@ from stages.render.shade import ALBEDO, Shading
 from stages.render.volume import Sampling, VolumeImages, render_field
 from stages.triplane.field import TriplaneField
 
-CELLS = 48  # a side of the occupancy
+CELLS = 32  # a side of the occupancy
 
 
 @torch.no_grad()

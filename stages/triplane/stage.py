@@ -29,7 +29,7 @@ from stages.render.shade import ALBEDO, LAMBERT, Shading
 from stages.render.volume import VolumeImages
 from stages.stage import Asset, contact_sheet, guidance_state, load_guidance_state
 from stages.triplane.diffusion import cosine, next_noise, sigmoid, times
-from stages.triplane.draw import draw
+from stages.triplane.draw import draw, occupied
 from stages.triplane.field import TriplaneField
 from stages.triplane.model import Condition, load_model
 
@@ -156,8 +156,10 @@ class TriplaneStage:
     @torch.no_grad()
     def preview(self) -> np.ndarray:
         """Return six views around the object at 20 deg elevation: albedo above, shaded below; uint8 sRGB."""
-        views = orbit_views([0.0, 60.0, 120.0, 180.0, 240.0, 300.0], 20.0)
-        looks = (self.render(views, self.settings.resolution, shading=shading).colour for shading in (ALBEDO, LAMBERT))
+        views = orbit_views([0.0, 60.0, 120.0, 180.0, 240.0, 300.0], 20.0).to(self.device)
+        field, size, grey = self.field(), self.settings.resolution, torch.full((3,), GREY, device=self.device)
+        cells = occupied(field, self.device)
+        looks = (draw(field, views, size, grey, shading=shading, cells=cells).colour for shading in (ALBEDO, LAMBERT))
         return contact_sheet([linear_to_srgb(colour).clamp(0, 1) for colour in looks])
 
     @torch.no_grad()
