@@ -135,6 +135,13 @@ class ClipScorer:
         return F.normalize(self.model.visual_projection(pooled), dim=-1)
 
     @torch.no_grad()
+    def grid(self, images: Tensor) -> Tensor:
+        """Return the vision model's tokens [B, L, W] of sRGB images [B, H, W, 3] in [0, 1], without the class's."""
+        check_shape("images", images, (None, None, None, 3))
+        pixels = self.preprocess(images.to(self.device, torch.float32))
+        return self.model.vision_model(pixel_values=pixels).last_hidden_state[:, 1:]
+
+    @torch.no_grad()
     def embed_texts(self, texts: list[str]) -> Tensor:
         """Embed texts, unit [P, D]; each is encoded once and cached. Raises: UserError for one that does not fit."""
         new = list(dict.fromkeys(text for text in texts if text not in self._texts))
@@ -148,6 +155,7 @@ class ClipScorer:
             self._texts.update(zip(new, embeddings, strict=True))
         return torch.stack([self._texts[text] for text in texts])
 
+    @torch.no_grad()
     @torch.no_grad()
     def read_texts(self, texts: list[str]) -> tuple[Tensor, Tensor, Tensor]:
         """Return what a network can be told of texts; texts of any length below the CLIP's limit.

@@ -101,9 +101,14 @@ class ClipGuidance:
         cosine = (image_embeddings * text_embeddings).sum(-1).mean()
         return GuidanceOutput(-self.settings.weight * cosine, {"clip": 100 * metric(cosine)})
 
+    @property
+    def prompt(self) -> str:
+        """Return the prompt itself, without words of a view."""
+        return self.prompts.prompt
+
     def read(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return ClipScorer.read_texts of the prompt itself, without words of a view."""
-        return self.scorer.read_texts([self.prompts.prompt])
+        return self.scorer.read_texts([self.prompt])
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the generator's state: all that makes a resumed guidance equal to an uninterrupted one."""

@@ -18,6 +18,7 @@ from stages.guidance import rules
 from stages.guidance.compatibility import check_compatibility, data_range
 from stages.guidance.conditions import Conditions
 from stages.guidance.guide import GuidanceOutput, Metric, metric
+from stages.guidance.picture import draw
 from stages.guidance.prior import Prior, ShapePrior, ViewContext, per_sample, resized, x0_from_eps
 from stages.guidance.residuals import RULES, Residual, StepInputs
 from stages.guidance.schedules import TIMESTEPS, WEIGHTINGS, stratified, to_index
@@ -160,6 +161,15 @@ class Guidance:
                 lesson = Lesson(x.detach(), embedding, camera, generator, context, 1 / part.count)
                 metrics["score_error"] = self._taught(lesson, part)
         return GuidanceOutput(loss, metrics, s.strength)
+
+    @property
+    def prompt(self) -> str:
+        """Return the prompt itself, without words of a view."""
+        return self.prompts.prompt
+
+    def picture(self, views: Views, *, steps: int, scale: float, generator: torch.Generator) -> Tensor:
+        """Return sRGB pictures [B, H, W, 3] in [0, 1] of the prompt seen from B views; see picture.draw."""
+        return draw(self.prior, self._conditions.for_views(views), views, steps, scale, generator)
 
     def shape(self) -> Radiance | None:
         """Return the prompt's object as density and colour at points, where the prior knows it in 3D; else None."""

@@ -11,6 +11,8 @@ from stages.cameras import Views
 from stages.parallel import WHOLE, Part
 
 if TYPE_CHECKING:
+    import torch
+
     from stages.render.shade import Shading
     from stages.render.volume import Radiance
 
@@ -108,6 +110,23 @@ class WarpedGuide(Protocol):
         Args:
             matrix: [4, 4], takes points of the world to points of the object as the prior knows it.
         """
+
+
+@runtime_checkable
+class PromptedGuide(Protocol):
+    """A Guide that can say what it was asked for."""
+
+    @property
+    def prompt(self) -> str:
+        """Return the prompt itself, without words of a view."""
+
+
+@runtime_checkable
+class PicturingGuide(Protocol):
+    """A Guide whose prior can draw the prompt."""
+
+    def picture(self, views: Views, *, steps: int, scale: float, generator: torch.Generator) -> Tensor:
+        """Return sRGB pictures [B, H, W, 3] in [0, 1] of the prompt seen from B views; see picture.py."""
 
 
 @runtime_checkable
