@@ -80,3 +80,18 @@ def check_object(density: Callable[[Tensor], Tensor], device: torch.device | str
             "try more coarse.steps, coarse.entropy=1, or another seed",
         )
     return p
+
+
+def check_draft(stage: str, density: Callable[[Tensor], Tensor], device: torch.device | str = "cpu") -> None:
+    """Raise UserError, with what was measured and what to try, unless what a stage's networks drew is an object."""
+    p = measure(density, device)
+    again = f"try another seed, or more {stage}.steps"
+    if p.finite < 1:
+        why = f"{100 * (1 - p.finite):.1f} % of its densities are not numbers"
+        raise UserError(f"The {stage} stage ended with a broken field", why, f"lower {stage}.scale, or get new weights")
+    if p.volume < 1e-4 or p.peak < SOLID:
+        why = f"{100 * p.volume:.3f} % of the box is denser than {SOLID:g}, densest point {p.peak:.2g}"
+        raise UserError(f"The {stage} stage ended with an empty box", why, again)
+    if p.volume > 0.5:
+        why = f"{100 * p.volume:.0f} % of the box is solid"
+        raise UserError(f"The {stage} stage filled its box instead of making an object", why, again)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from stages.cameras import Views, orbit_views
 from stages.errors import UserError
-from stages.fields.check import SOLID, measure
+from stages.fields.check import check_draft
 from stages.guidance.guide import Guide, ReadingGuide
 from stages.kernels.srgb import linear_to_srgb
 from stages.paths import from_home
@@ -194,7 +194,7 @@ class TriplaneStage:
     def finish(self) -> Asset:
         """Return density and colours. Raises: UserError unless they are one finite object of sensible size."""
         field = self.field()
-        check_draft(field, self.device)
+        check_draft(self.name, field.density, self.device)
 
         @torch.no_grad()
         def density(points: Tensor) -> Tensor:
@@ -210,18 +210,3 @@ class TriplaneStage:
 def weights_folder(name: str) -> Path:
     """Return the folder that `triplane.weights` names."""
     return POCKET if name == "pocket" else from_home(name).absolute()
-
-
-def check_draft(field: TriplaneField, device: torch.device) -> None:
-    """Raise UserError, with what was measured and what to try, unless the field holds an object."""
-    p = measure(field.density, device)
-    again = "try another seed, or more triplane.steps"
-    if p.finite < 1:
-        why = f"{100 * (1 - p.finite):.1f} % of its densities are not numbers"
-        raise UserError("The triplane stage ended with a broken field", why, "lower triplane.scale, or get new weights")
-    if p.volume < 1e-4 or p.peak < SOLID:
-        why = f"{100 * p.volume:.3f} % of the box is denser than {SOLID:g}, densest point {p.peak:.2g}"
-        raise UserError("The triplane stage ended with an empty box", why, again)
-    if p.volume > 0.5:
-        why = f"{100 * p.volume:.0f} % of the box is solid"
-        raise UserError("The triplane stage filled its box instead of making an object", why, again)

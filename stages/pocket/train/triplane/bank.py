@@ -54,19 +54,15 @@ class Objects:
 
 def make_objects(shapes: int, rng: np.random.Generator) -> Objects:
     """Return COLOURINGS objects of each of so many geometries."""
-    rows = [row for _ in range(shapes) for row in _colourings(rng)]
+    rows = [row for _ in range(shapes) for row in _objects(rng)]
     captions, points, inside, near, colours, pictures = zip(*rows, strict=True)
     tensors = (torch.from_numpy(np.stack(part)) for part in (points, inside, near, colours))
     return Objects(list(captions), *tensors, np.stack(pictures))
 
 
-def _colourings(rng: np.random.Generator) -> list[tuple]:
+def _objects(rng: np.random.Generator) -> list[tuple]:
     """One geometry in several colours."""
-    specs = [world.sample_spec(rng)]
-    for _ in range(100):
-        other = _recoloured(specs[0], rng)
-        if len(specs) < COLOURINGS and not world.held_out(other):
-            specs.append(other)
+    specs = colourings(rng)
     seed = int(rng.integers(2**62))
     meshes = [build(spec, np.random.default_rng(seed)) for spec in specs]
     triangles = meshes[0].vertices[meshes[0].faces].astype(np.float64)
@@ -77,8 +73,18 @@ def _colourings(rng: np.random.Generator) -> list[tuple]:
     for spec, mesh in zip(specs, meshes, strict=True):
         paint = np.einsum("nc,nck->nk", weights, mesh.colours[corners])
         colours = linear_to_srgb(torch.from_numpy(paint)).numpy().astype(np.float32)
-        rows.append((world.caption(spec), points.astype(np.float32), inside, near, colours, _picture(mesh, rng)))
+        rows.append((world.caption(spec), points.astype(np.float32), inside, near, colours, picture(mesh, rng)))
     return rows
+
+
+def colourings(rng: np.random.Generator) -> list[world.Spec]:
+    """Return COLOURINGS training captions' specs that differ in colours alone."""
+    specs = [world.sample_spec(rng)]
+    for _ in range(100):
+        other = _recoloured(specs[0], rng)
+        if len(specs) < COLOURINGS and not world.held_out(other):
+            specs.append(other)
+    return specs
 
 
 def _recoloured(spec: world.Spec, rng: np.random.Generator) -> world.Spec:
@@ -90,14 +96,8 @@ def _recoloured(spec: world.Spec, rng: np.random.Generator) -> world.Spec:
 
 def _points(mesh: Mesh, triangles: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, ...]:
     """Points [P, 3]; the face [P] and place on it [P, 3] whose colour each has; which are near enough to have one."""
-    generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
-    face, weights = surface_samples(mesh, SURFACE, generator)
+    face, weights = outer_samples(mesh, triangles, SURFACE, rng)
     surface = points_at(mesh, face, weights)
-    a, b, c = triangles[face].transpose(1, 0, 2)
-    normal = np.cross(b - a, c - a)
-    normal /= np.maximum(np.linalg.norm(normal, axis=1, keepdims=True), 1e-12)
-    outward = winding(triangles, surface + 1e-3 * normal) < 1  # parts overlap: what lies in one is no surface
-    surface, face, weights = surface[outward], face[outward], weights[outward]
     close = round(NEAR * POINTS)
     spread = np.where(np.arange(close) % 2, *SPREADS)[:, None]
     beside = surface[rng.integers(len(surface), size=close)] + spread * rng.normal(size=(close, 3))
@@ -106,7 +106,24 @@ def _points(mesh: Mesh, triangles: np.ndarray, rng: np.random.Generator) -> tupl
     return points, face[nearest], weights[nearest], distance < SHELL
 
 
-def _picture(mesh: Mesh, rng: np.random.Generator) -> np.ndarray:
+def outer_samples(
+    mesh: Mesh, triangles: np.ndarray, count: int, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the face [N] and the place on it [N, 3] of up to `count` even samples of the outer surface.
+
+    Parts overlap: what of one lies in another is no surface.
+    """
+    generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
+    face, weights = surface_samples(mesh, count, generator)
+    a, b, c = triangles[face].transpose(1, 0, 2)
+    normal = np.cross(b - a, c - a)
+    normal /= np.maximum(np.linalg.norm(normal, axis=1, keepdims=True), 1e-12)
+    outward = winding(triangles, points_at(mesh, face, weights) + 1e-3 * normal) < 1
+    return face[outward], weights[outward]
+
+
+def picture(mesh: Mesh, rng: np.random.Generator) -> np.ndarray:
+    """Return a picture [64, 64, 3] uint8 sRGB, seen about from the front, as a CLIP is shown it."""
     view = orbit_views([float(rng.uniform(-TURN, TURN))], float(rng.uniform(0, 30)))
     under = torch.from_numpy(data.background(rng)).float()
     return data.render(mesh, view, 64, ALBEDO if rng.random() < 0.4 else LAMBERT, under)

@@ -35,6 +35,8 @@ def train_triplane(args: argparse.Namespace) -> None:
     model = TriplaneModel(sizes)
     batch = min(args.batch, LARGEST)
     phases = [args.phase] if args.phase else list(PHASES)
+    if unknown := [phase for phase in phases if phase not in PHASES]:
+        raise SystemExit(f"triplane has no phase {unknown[0]}: {', '.join(PHASES)}")
     bank = None
     for phase in [] if args.export else phases:
         minutes = args.minutes and args.minutes * (1 if args.phase else PHASES[phase])
