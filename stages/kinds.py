@@ -1,6 +1,6 @@
 """The one table of stages: what each is made by, set by, begun with and guided by. A new stage is a module and a line.
 
-    STAGES["points"] = StageKind(PointSettings, PointStage)
+    STAGES["mine"] = StageKind(MySettings, MyStage)
 
 is all that configuration, command line, runs, resuming and `pipeline doctor` need. Later stages stand behind the ones
 they follow.
@@ -20,6 +20,7 @@ from stages.fine import FineSettings, FineStage
 from stages.guidance.guide import Guide
 from stages.guidance.settings import GuidanceSettings
 from stages.particles import ParticleSettings, make_coarse
+from stages.points.stage import PointSettings, PointStage
 from stages.ramp import constant
 from stages.stage import Asset, Stage
 from stages.triplane.stage import TriplaneSettings, TriplaneStage
@@ -94,6 +95,14 @@ def _triplane_recipe(start: str, settings: Mapping[str, Any]) -> str | None:
     return None if start == "run" else "triplane"
 
 
+def _points_recipe(start: str, settings: Mapping[str, Any]) -> str | None:
+    return None if start == "run" else "points"
+
+
+def _points_unread(settings: PointSettings, start: str) -> set[str]:
+    return {"picture_steps", "picture_scale"} if settings.condition == "words" else set()
+
+
 def _coarse_unread(settings: ParticleSettings, start: str) -> set[str]:
     off = {"particle": settings.particles == 1, "backdrops": settings.backdrops.copies == 0}
     off["transmittance"] = settings.transmittance.weight == 0
@@ -108,6 +117,7 @@ def _fine_unread(settings: FineSettings, start: str) -> set[str]:
     return {
         "coarse": {"sphere", "solidify", "fit", "field"},  # the colour field is the coarse stage's
         "triplane": {"sphere", "solidify"},
+        "points": {"sphere", "solidify"},
         "mesh": {"sphere", "initialise"},
         "nothing": {"initialise", "solidify", "fit"},
     }.get(start, set())
@@ -127,6 +137,14 @@ STAGES: dict[str, StageKind] = {
         unread=_coarse_unread,
         defining=("coarse.particles", "coarse.field", "coarse.background.hidden", "coarse.occupancy.resolution"),
     ),
+    "points": StageKind(
+        PointSettings,
+        PointStage,
+        recipe=_points_recipe,
+        unread=_points_unread,
+        defining=("points.steps", "points.upsampling", "points.condition", "points.weights", "points.clip"),
+        weights="points",
+    ),
     "triplane": StageKind(
         TriplaneSettings,
         TriplaneStage,
@@ -140,7 +158,7 @@ STAGES: dict[str, StageKind] = {
         FineStage,
         guidance=_polishing,
         follows="coarse",
-        follows_too=("triplane",),
+        follows_too=("points", "triplane"),
         begins_with=frozenset({"nothing", "mesh", "run"}),
         start="a sphere, a mesh or a coarse stage",
         prior_space="latent",

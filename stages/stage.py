@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from stages.guidance.guide import Guide
+from stages.mesh.cloud import Cloud
 from stages.mesh.mesh import Mesh
 from stages.mesh.place import Placement
 from stages.optimise import under_prefix
@@ -28,6 +29,7 @@ class Asset:
         density: volume density at points, from a radiance field.
         albedo: linear base colour at points, from any colour field.
         field: the module behind them, for a next stage that inherits its weights.
+        cloud: the points that the density was made from, of a stage that draws points.
         mesh: a triangle surface in world coordinates, from a mesh stage or a file.
         background: the module of the environment that the field was trained in front of.
         placement: how a user's mesh came into the scene; what is made of it goes back to its place and size.
@@ -38,6 +40,7 @@ class Asset:
     density: Density | None = None
     albedo: Albedo | None = None
     field: torch.nn.Module | None = None
+    cloud: Cloud | None = None
     mesh: Mesh | None = None
     background: torch.nn.Module | None = None
     placement: Placement | None = None

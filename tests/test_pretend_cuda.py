@@ -27,6 +27,8 @@ from stages.guidance.residuals import RULES
 from stages.prompts import PromptSettings, ViewPrompts
 from tests import tiny_families, tiny_folders
 from tests.mesh_shapes import sphere
+from tests.points_cases import load_ball as load_cloud_ball
+from tests.points_cases import tiny_networks as tiny_points
 from tests.pretend_cuda import pretended
 from tests.tiny_clip import pocket_like
 from tests.triplane_cases import load_ball, tiny_networks
@@ -45,6 +47,7 @@ TINY = [
     *("fine.steps=2", "fine.resolution=32", "fine.tets=12", "fine.preview_size=16", "fine.initialise.samples=24"),
     *("fine.field.levels=2", "fine.field.log2_table=10", "fine.detail.log2_table=10", "fine.fit.steps=2"),
     *("clipmesh.steps=2", "clipmesh.resolution=64", "clipmesh.texture_size=32", "clipmesh.preview_size=16"),
+    *("points.steps=4", "points.upsampling=1", "points.resolution=16", "points.grid=16", "points.picture_steps=2"),
     *("triplane.steps=3", "triplane.upsampling=1", "triplane.resolution=16"),
     *("export.turntable_frames=0", "export.texture_size=64", "export.unwrap=boxes", "export.faces=500"),
 ]
@@ -68,6 +71,7 @@ MORE = {
     "flow": ["prior.diffusion.resolution=64"],
     "clip-mesh": ["prior.clipmesh=clip:{clip}", "clipmesh.control=1"],
     "dreamfields": ["prior.coarse=clip:{clip}"],
+    "points": ["points.clip={clip}", "points.weights={networks}", "prior.points={pixel}"],
     "triplane": ["prior.triplane=clip:{clip}", "triplane.weights={networks}", "export.texture_size=256"],
 }
 QUICK = {"stable-diffusion"}
@@ -113,7 +117,10 @@ def test_recipe_runs_on_cuda_from_prompt_to_mesh(name, folder, mesh, tmp_path, m
     monkeypatch.setattr(diffusion_prior, "load_prior", spy)
     base = [f"prior.{stage}={folder(build)}" for stage, build in REAL.get(name, OURS).items()]
     places = {"mesh": mesh, "edited": tmp_path / "edited"}
-    places |= {"clip": folder(pocket_like)} if name in ("clip-mesh", "dreamfields", "triplane") else {}
+    places |= {"clip": folder(pocket_like)} if name in ("clip-mesh", "dreamfields", "points", "triplane") else {}
+    if name == "points":
+        places |= {"networks": folder(tiny_points), "pixel": folder(tiny_folders.pocket_pixel)}
+        monkeypatch.setattr("stages.points.stage.load_model", load_cloud_ball)
     if name == "triplane":  # random networks make no object
         places["networks"] = folder(tiny_networks)
         monkeypatch.setattr("stages.triplane.stage.load_model", load_ball)

@@ -10,12 +10,13 @@ from pathlib import Path
 from pipeline.output.axes import FileAxes
 from pipeline.output.glb import write_glb
 from pipeline.output.obj import write_obj
-from pipeline.output.ply import write_ply
+from pipeline.output.ply import write_cloud, write_ply
 from pipeline.output.settings import ExportSettings
 from pipeline.output.stl import write_stl
 from pipeline.output.threemf import write_threemf
 from pipeline.output.usdz import check_usd, write_usdz
 from stages.errors import UserError
+from stages.mesh.cloud import Cloud
 from stages.mesh.mesh import Mesh
 
 log = logging.getLogger(__name__)
@@ -100,16 +101,19 @@ def write_results(
     settings: ExportSettings,
     placed: Mesh | None = None,
     axes: FileAxes | None = None,
+    cloud: Cloud | None = None,
 ) -> list[Path]:
-    """Write a run's results: its mesh files and the turntable.
+    """Write a run's results: its mesh files, the turntable, and the points that it was made from.
 
     Args:
         mesh: in the scene, where the turntable is taken.
         placed: as the files hold it, where that is elsewhere.
         axes: see write_formats.
+        cloud: of a run that ends with one, for points.ply; y up.
     Returns: all files written; an .mp4 among them only where imageio-ffmpeg is installed and works.
     """
     paths = write_formats(mesh if placed is None else placed, folder, settings.formats, axes=axes)
+    paths += [] if cloud is None else write_cloud(cloud, Path(folder) / "points.ply")
     if settings.turntable_frames:
         from pipeline.output.video import turntable
 

@@ -335,7 +335,7 @@ class Run:
             with phase("write", times):
                 axes = file_axes(asset.placement, self.config.export)
                 result = ResultMesh(in_own_place(mesh, asset), mesh, axes)
-                paths = write_results(mesh, self.folder, self.config.export, result.data, axes)
+                paths = write_results(mesh, self.folder, self.config.export, result.data, axes, asset.cloud)
         for name in PRINTS:
             if name in self.config.export.formats:
                 self.progress.note(f"mesh.{name}: {axes.note(result.data, name)}")

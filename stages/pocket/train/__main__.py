@@ -1,7 +1,8 @@
 """Make the pocket weights from nothing: `python -m stages.pocket.train text|layout|pixel|vae|latent|clip|...`.
 
 Order: text (the encoder that all share), layout (what is where), pixel (the 64x64 UNet that draws by it), vae, latent
-(the 512x512 UNet), clip (on its own renders); triplane (a stage's own networks, in three phases) reads the CLIP.
+(the 512x512 UNet), clip (on its own renders); triplane and points (stages' own networks, each in
+three phases) read the CLIP.
 Each resumes where it stopped, logs to log.jsonl, writes sample grids beside its state, and at the end writes an
 ordinary model folder, fp16 safetensors, below --out.
 """
@@ -16,6 +17,8 @@ from stages.pocket.train.autoencoder import train_vae
 from stages.pocket.train.clip import train_clip
 from stages.pocket.train.denoisers import train_latent, train_pixel
 from stages.pocket.train.layout import train_layout
+from stages.pocket.train.points.trainer import PHASES as POINT_PHASES
+from stages.pocket.train.points.trainer import train_points
 from stages.pocket.train.text import train_text
 from stages.pocket.train.triplane.trainer import PHASES, train_triplane
 
@@ -27,6 +30,7 @@ TRAINERS = {
     "latent": (train_latent, 8000),
     "clip": (train_clip, 4000),
     "triplane": (train_triplane, 6000),
+    "points": (train_points, 6000),
 }  # with their steps, where nothing else is said
 
 
@@ -55,7 +59,11 @@ def main() -> None:
     )
     parser.add_argument("--fine", action="store_true", help="layout: with the level of 64^3 cells")
     parser.add_argument("--half", action="store_true", help="layout: bfloat16 volumes, for cores that have it")
-    parser.add_argument("--phase", choices=list(PHASES), help="triplane: this one alone, for all of the schedule")
+    parser.add_argument(
+        "--phase",
+        choices=[*PHASES, *(name for name in POINT_PHASES if name not in PHASES)],
+        help="triplane, points: this one alone, for all of the schedule",
+    )
     parser.add_argument("--compile", action="store_true", help="torch.compile the UNet: a sixth faster, a C++ compiler")
     parser.add_argument(
         "--device",
