@@ -31,6 +31,14 @@ def test_guides_are_the_clips_of_the_stages_that_run():
     assert guides_of(config(stages="clipmesh")) == [POCKET_CLIP]
 
 
+def test_a_clip_that_tells_a_drafts_networks_of_the_prompt_is_no_judge_either(other):
+    assert guides_of(config(stages="triplane")) == guides_of(config(stages="points,fine")) == [POCKET_CLIP]
+    assert guides_of(config(f"points.clip={other}", stages="points")) == [other]
+    with pytest.raises(UserError, match="points is guided by the CLIP that would judge it"):
+        check_judges({"points": "points"}, [POCKET_CLIP], {"points": ()})
+    check_judges({"points": "points", "triplane+fine": "triplane"}, [other], {"points": (), "triplane+fine": ()})
+
+
 def test_a_copy_under_another_name_is_recognised(tmp_path, other):
     copy = tmp_path / "impartial"
     shutil.copytree(POCKET_CLIP, copy)

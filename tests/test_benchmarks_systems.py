@@ -76,6 +76,23 @@ def test_a_recipes_coarse_stage_alone_is_a_system_that_the_whole_recipe_takes_ov
         find_system("clip-mesh:coarse")
 
 
+@pytest.mark.parametrize("name", ["points", "points+fine", "triplane", "triplane+fine"])
+def test_drafts_are_systems_alone_and_refined(name, tmp_path, fake_pipeline):
+    system, stage = find_system(name), name.removesuffix("+fine")
+    system.make(job(tmp_path / "cell"))
+    assert fake_pipeline.calls[0][-3:-1] == ["--stages", name.replace("+", ",")]
+    assert system.recipe == stage and system.stages == (None if "+" in name else (stage,))
+    assert (
+        prior_words(name, "A,B")
+        == {
+            "points": ("prior.points=A",),
+            "points+fine": ("prior.points=A", "prior.fine=B"),
+            "triplane": (),
+            "triplane+fine": ("prior.fine=B",),
+        }[name]
+    )
+
+
 @pytest.fixture
 def fake_pipeline(monkeypatch):
     """`python -m pipeline` that leaves a run folder; `calls` are its words, `code` its end, `moves` a locked mesh."""

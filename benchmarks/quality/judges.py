@@ -13,6 +13,7 @@ from pipeline.config.model import Config, load_config, read_config
 from pipeline.priors.clips import ClipSource
 from pipeline.priors.sources import parse_source
 from stages.errors import UserError
+from stages.points.stage import clip_folder
 
 
 @functools.cache
@@ -27,9 +28,12 @@ def fingerprint(folder: Path) -> str:
 
 
 def guides_of(config: Config) -> list[Path]:
-    """Return the folders of the CLIPs that guide the stages of a run."""
+    """Return the folders of the CLIPs that guide the stages of a run, or tell their networks of the prompt."""
     sources = [parse_source(getattr(config.prior, stage)) for stage in config.stages]
-    return list(dict.fromkeys(source.folder for source in sources if isinstance(source, ClipSource)))
+    folders = [source.folder for source in sources if isinstance(source, ClipSource)]
+    if "points" in config.stages:
+        folders.append(clip_folder(config.points.clip))
+    return list(dict.fromkeys(folders))
 
 
 def judges_among(clips: list[Path], guides: list[Path]) -> list[Path]:

@@ -188,7 +188,7 @@ def prior_words(system: str, prior: str | None) -> tuple[str, ...]:
     if prior is None:
         return ()
     coarse, _, fine = prior.partition(",")
-    chosen = {"coarse": coarse, "fine": fine or coarse}  # clip-mesh's stage knows no diffusion model
+    chosen = {"coarse": coarse, "points": coarse, "fine": fine or coarse}  # clip-mesh's stage knows no diffusion model
     return tuple(
         f"prior.{stage}={chosen[stage]}"
         for stage, source in _sources(system).items()

@@ -162,6 +162,11 @@ def _two_stages(recipe: str | None = None) -> Make:
     return make
 
 
+def _stages(stages: str) -> Make:
+    """A run of these stages by the recipe that they take of themselves."""
+    return lambda job: run_pipeline(job, ["--stages", stages])
+
+
 def _config(recipe: str | None) -> list[str]:
     """A recipe as words; none for the default, which is what a user types."""
     return [] if recipe is None else ["--config", recipe]
@@ -263,6 +268,12 @@ SYSTEMS: dict[str, System] = {
     "coarse": System(_coarse(), "DreamFusion: the coarse stage alone, meshed", recipe="default", stages=("coarse",)),
     "magic3d": System(_two_stages(), "Magic3D: coarse, then fine", recipe="default", begins_as="coarse"),
     "sphere": System(_recipe("sphere"), "fine only, from a sphere", recipe="sphere"),
+    "points": System(_stages("points"), "Point-E: points from a picture, meshed", recipe="points", stages=("points",)),
+    "points+fine": System(_stages("points,fine"), "Point-E, then fine", recipe="points"),
+    "triplane": System(
+        _stages("triplane"), "Rodin: a tri-plane from words, meshed", recipe="triplane", stages=("triplane",)
+    ),
+    "triplane+fine": System(_stages("triplane,fine"), "Rodin, then fine", recipe="triplane"),
     "texture": System(
         _texture, "the ground truth's shape, plain, painted and not moved", recipe="texture", needs_truth=True
     ),
