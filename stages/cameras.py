@@ -1,6 +1,6 @@
 """Views: the conventions of the whole toolkit, camera and light sampling, rays and projection.
 
-Conventions (tested in tests/test_cameras.py, relied on everywhere):
+Conventions (tested in tests/render/test_cameras.py, relied on everywhere):
     World   right-handed, y up, the object's front towards +z, object inside the box [-1, 1]^3.
     Azimuth 0 deg puts the camera on +z (it sees the front), 90 deg on +x, 180 deg on -z. Elevation is up.
     Camera  looks along its own -z, x right, y up; `c2w` [B, 4, 4] maps camera to world.

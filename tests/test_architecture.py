@@ -210,7 +210,7 @@ def test_the_import_walk_sees_a_circle_inside_a_folder():
 
 def test_no_folder_is_too_full_to_see_anything_in():
     counts = {}
-    for path in sources():
+    for path in (*sources(), *(ROOT / "tests").rglob("*.py")):
         if path.name not in ("__init__.py", "__main__.py"):
             counts[path.parent] = counts.get(path.parent, 0) + 1
     assert not {str(folder.relative_to(ROOT)): n for folder, n in counts.items() if n > MAX_MODULES}
@@ -227,7 +227,7 @@ def test_module_is_short_or_says_why(path):
 
 def test_no_comment_is_a_banner():
     banner = re.compile(r"#\s*[-=*#~]{3,}")
-    files = [*sources(), *sorted((ROOT / "tests").glob("*.py"))]
+    files = [*sources(), *sorted((ROOT / "tests").rglob("*.py"))]
     lines = [(path, line) for path in files for line in path.read_text(encoding="utf-8").splitlines()]
     assert [f"{path.name}: {line.strip()}" for path, line in lines if banner.match(line.strip())] == []
 

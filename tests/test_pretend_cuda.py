@@ -26,12 +26,12 @@ from stages.guidance.prior import resized
 from stages.guidance.residuals import RULES
 from stages.prompts import PromptSettings, ViewPrompts
 from tests import tiny_families, tiny_folders
-from tests.mesh_shapes import sphere
-from tests.points_cases import load_ball as load_cloud_ball
-from tests.points_cases import tiny_networks as tiny_points
+from tests.mesh.mesh_shapes import sphere
 from tests.pretend_cuda import pretended
+from tests.stages.drafts.points_cases import load_ball as load_cloud_ball
+from tests.stages.drafts.points_cases import tiny_networks as tiny_points
+from tests.stages.drafts.triplane_cases import load_ball, tiny_networks
 from tests.tiny_clip import pocket_like
-from tests.triplane_cases import load_ball, tiny_networks
 
 pytest.importorskip("warp", reason="warp-lang is not installed (extra: cuda)")
 
