@@ -1,9 +1,11 @@
 """What a folder's prior takes of a process: `python -m MODULE FOLDER WARM RESOLUTION VIEWS`.
 
 WARM is a small folder of the same family. It is run twice before, once for imports and compilations, once for what a
-process takes whatever the folder. Prints one line of JSON, of WARM and of FOLDER: bytes of resident memory above what
-the process had before, at the most while the prompts are embedded and the networks loaded (`loading`), and at the most
-in a step (`step`), which is also the first that reads the networks' mapped files.
+process takes whatever the folder. Prints one line of JSON, of WARM and of FOLDER, in bytes:
+    loading  resident memory above what the process had before, at the most while the prompts are embedded and the
+             networks loaded
+    weights  of the networks that are left then
+    step     the most that the tensors of a step take at once, as torch's profiler counts them
 """
 
 from __future__ import annotations
@@ -13,9 +15,12 @@ import gc
 import json
 import re
 import sys
+from collections.abc import Callable
+from itertools import accumulate
 from pathlib import Path
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from stages.cameras import orbit_views
 from stages.guidance.diffusion.prior import load_prior
@@ -40,17 +45,33 @@ def forget() -> int:
     return resident("VmRSS")
 
 
+def parameters() -> dict[int, int]:
+    """Return the bytes of all parameters of the process, by where they lie."""
+    alive = (value for value in gc.get_objects() if isinstance(value, torch.nn.Parameter))
+    return {value.data_ptr(): value.nbytes for value in alive}
+
+
+def most_of(step: Callable[[], None]) -> int:
+    """Return the most bytes that a step's tensors take at once."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step()
+    changes = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    changes.sort(key=lambda event: event.start_ns())
+    return max(accumulate(event.nbytes() for event in changes))
+
+
 def run(folder: str, resolution: int, views: int) -> dict[str, int]:
     """Load the prior and take one step with it; returns what that took."""
-    before, prompts = forget(), ViewPrompts(PROMPT)
+    others, before, prompts = parameters(), forget(), ViewPrompts(PROMPT)
     settings, generator = DiffusionSettings(resolution=resolution), torch.Generator().manual_seed(0)
     prior = load_prior(folder, "cpu", settings=settings, prompts=[PROMPT, ""])
     guidance = Guidance(prior, GuidanceSettings(), prompts, generator)
     loading = resident("VmHWM") - before
-    images = torch.rand(views, resolution, resolution, 3, requires_grad=True)
     forget()
-    guidance(images, orbit_views([0.0] * views), 0.5).loss.backward()
-    return {"loading": loading, "step": resident("VmHWM") - before}
+    weights = sum(count for place, count in parameters().items() if place not in others)
+    images = torch.rand(views, resolution, resolution, 3, requires_grad=True)
+    step = most_of(lambda: guidance(images, orbit_views([0.0] * views), 0.5).loss.backward())
+    return {"loading": loading, "weights": weights, "step": step}
 
 
 if __name__ == "__main__":
