@@ -221,6 +221,10 @@ def _perform(function: Any, args: tuple, kwargs: dict) -> Any:
     ours = [tensor for tensor in tensors if isinstance(tensor, OnDevice)]
     if not ours and (device is None or device.type != "cuda"):
         return function(*args, **kwargs)
+    if any(tensor.device.type == "meta" for tensor in tensors):  # a list that torch itself made a tensor of
+        raise RuntimeError(
+            f"pretended CUDA: {name} by a list, which torch copies to the device: give numbers or slices"
+        )
     _check_devices(function, name, args, tensors)
     _count(name, args, kwargs, device, bool(ours))
     inner = {key: tree_map(_memory, value) for key, value in kwargs.items()}

@@ -51,7 +51,8 @@ def features_at(planes: Tensor, points: Tensor) -> Tensor:
     Source: Rodin sec. 3.1.
     """
     batch, _, channels, size, _ = planes.shape
-    grid = torch.stack([points[..., axes] for axes in map(list, AXES)], 1) / BOX  # [B, 3, N, 2]
+    x = points.unbind(-1)  # an index by a list would be copied to the device
+    grid = torch.stack([torch.stack([x[i], x[j]], -1) for i, j in AXES], 1) / BOX  # [B, 3, N, 2]
     count = points.shape[1]
     flat = planes.reshape(3 * batch, channels, size, size)
     samples = F.grid_sample(flat, grid.reshape(3 * batch, 1, count, 2), padding_mode="border", align_corners=False)

@@ -29,6 +29,7 @@ def test_report_lists_every_check_as_json(monkeypatch, capsys):
     ]
     monkeypatch.setattr(doctor, "_CHECKS", checks)
     monkeypatch.setattr(doctor, "_prior_checks", list)
+    monkeypatch.setattr(doctor, "_network_checks", list)
     doctor.print_report(as_json=True)
     report = json.loads(capsys.readouterr().out)
     assert report["fit"] and [f["name"] for f in report["findings"]] == ["fine", "extra"]

@@ -34,8 +34,8 @@ class DiffusionSettings(BaseModel):
     vae_gradient: int | None = Field(
         None,
         ge=8,
-        description="side in pixels at which gradients pass through the VAE, in coarse stages half the resolution or a "
-        "quarter: a quarter or nearly half of its work less, and memory; null: the resolution",
+        description="side in pixels that gradients pass the VAE at, for coarse stages half or a quarter of the "
+        "resolution: a quarter or nearly half of its work less; null: the resolution",
     )
     vae_checkpointing: bool = Field(False, description="recompute VAE activations in the backward pass: less memory")
     vae_slicing: bool = Field(False, description="one image at a time through the VAE, recomputed in the backward pass")

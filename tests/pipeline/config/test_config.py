@@ -48,7 +48,7 @@ def test_stages_may_be_a_list_or_text():
     assert load_config(None, ["stages=[coarse]"], {}) == load_config(None, [], {"stages": "coarse"})
 
 
-@pytest.mark.parametrize("stages", ["fine,coarse", "coarse,coarse", "coarse,", "", "points"])
+@pytest.mark.parametrize("stages", ["fine,coarse", "coarse,coarse", "coarse,", "", "spheres", "fine,points"])
 def test_unknown_repeated_or_misordered_stages_are_refused(stages):
     with pytest.raises(UserError):
         load_config(None, [], {"stages": stages})

@@ -163,13 +163,13 @@ def test_the_coarse_stage_does_not_read_what_is_left_out(start):
     assert read.keys() == take_two(stage(coarse_settings())).keys()
 
 
-@pytest.mark.parametrize("start", ["nothing", "mesh", "stage"])
+@pytest.mark.parametrize("start", ["nothing", "mesh", "coarse"])
 def test_the_fine_stage_does_not_read_what_is_left_out(start):
     field = HashField(FieldSettings(**FIELD), torch.Generator().manual_seed(0))
     previous = {
         "nothing": None,
         "mesh": Asset(mesh=sphere()),
-        "stage": Asset(density=lambda p: 200 * torch.sigmoid(-60 * (p.norm(dim=1) - 0.5)), field=field),
+        "coarse": Asset(density=lambda p: 200 * torch.sigmoid(-60 * (p.norm(dim=1) - 0.5)), field=field),
     }[start]
     initialise, detail = InitialiseSettings(samples=32, candidates=8), {"levels": 1, "log2_table": 10, "finest": 32}
     small = {"steps": 2, "resolution": 32, "tets": 12, "preview_size": 16, "fit": {"steps": 2, "points": 64}}

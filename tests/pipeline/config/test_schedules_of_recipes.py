@@ -74,7 +74,8 @@ def test_shading_and_timesteps_of_twice_the_steps_are_the_same_at_every_share(na
     once, again = twice(name)
     for stage in STAGES:
         few, many = getattr(once, stage), getattr(again, stage)
-        assert albedo_share(few, few.steps) == pytest.approx(albedo_share(many, many.steps), abs=1 / few.steps)
+        if "shading" in type(few).model_fields:  # a stage that draws at once renders nothing
+            assert albedo_share(few, few.steps) == pytest.approx(albedo_share(many, many.steps), abs=1 / few.steps)
         guidance = getattr(once.guidance, stage), getattr(again.guidance, stage)
         steps = [round(share * few.steps) for share in SHARES]
         ours, theirs = [k / few.steps for k in steps], [2 * k / many.steps for k in steps]
