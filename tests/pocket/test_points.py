@@ -66,6 +66,7 @@ def test_points_lie_where_the_signed_distance_is_nothing(bank):
     assert 0.05 < (queries[:, 3] < 0).float().mean() < 0.7
 
 
+@pytest.mark.slow
 def test_short_trainings_lower_each_loss_and_what_they_sample_is_no_constant(trained):
     folder, model = trained
     for phase, share in {"base": 0.9, "up": 1.0, "sdf": 0.8}.items():
@@ -77,6 +78,7 @@ def test_short_trainings_lower_each_loss_and_what_they_sample_is_no_constant(tra
     assert clouds.shape == (2, 40, 6) and clouds.std() > 0.1 and not torch.allclose(clouds[0], clouds[1])
 
 
+@pytest.mark.slow
 def test_trained_distances_are_nearer_than_any_constant(trained, bank):
     _, model = trained
     with torch.no_grad():
@@ -88,6 +90,7 @@ def test_trained_distances_are_nearer_than_any_constant(trained, bank):
     assert distance_grid(model.sdf, bank.clouds[0, :, :3].float(), 16).std() > 0
 
 
+@pytest.mark.slow
 def test_a_phase_goes_on_where_it_stopped(trained, bank):
     folder, model = trained
     before = (folder / "sdf" / "log.jsonl").read_text()
@@ -95,6 +98,7 @@ def test_a_phase_goes_on_where_it_stopped(trained, bank):
     assert (folder / "sdf" / "log.jsonl").read_text() == before
 
 
+@pytest.mark.slow
 def test_saved_networks_are_the_trained_ones(trained):
     folder, model = trained
     from_folder, points = load_model(folder / "out"), torch.randn(1, 30, 6)

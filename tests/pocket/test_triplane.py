@@ -95,6 +95,7 @@ def test_objects_are_those_of_the_seed(objects):
     assert again.captions == objects.captions and torch.equal(again.colours, objects.colours)
 
 
+@pytest.mark.slow
 def test_fitted_planes_know_their_objects(trained):
     """Better than the best that planes which know nothing can do: everything outside, one colour."""
     folder, model, bank = trained
@@ -104,6 +105,7 @@ def test_fitted_planes_know_their_objects(trained):
     assert facts["overlap_16"] > 0.5 and facts["overlap_8"] > 0.4
 
 
+@pytest.mark.slow
 def test_a_fit_goes_on_where_it_stopped(trained, scorer):
     folder, model, _ = trained
     sizes, before = model.sizes, (folder / "planes" / "00001.safetensors").stat().st_mtime_ns
@@ -114,6 +116,7 @@ def test_a_fit_goes_on_where_it_stopped(trained, scorer):
     assert not (folder / "planes" / "00002.safetensors").exists()  # there were no minutes left
 
 
+@pytest.mark.slow
 def test_both_diffusions_lower_their_losses_and_what_they_sample_is_no_constant(trained, scorer):
     folder, model, _ = trained
     base = losses(folder / "base" / "log.jsonl")
@@ -125,6 +128,7 @@ def test_both_diffusions_lower_their_losses_and_what_they_sample_is_no_constant(
     assert list((folder / "base").glob("*.png")) and list((folder / "up").glob("*.png"))
 
 
+@pytest.mark.slow
 def test_saved_networks_sample_as_the_trained_ones(trained, scorer, tmp_path):
     folder, model, _ = trained
     trainer.load_parts(model, folder, ("base", "up"))
@@ -137,6 +141,7 @@ def test_saved_networks_sample_as_the_trained_ones(trained, scorer, tmp_path):
     torch.testing.assert_close(theirs, mine, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_render_loss_of_the_true_planes_is_nothing_and_reaches_others(trained):
     _, model, bank = trained
     truth = model.normalised(bank.high[:1].float())
@@ -146,6 +151,7 @@ def test_render_loss_of_the_true_planes_is_nothing_and_reaches_others(trained):
     assert torch.isfinite(other.grad).all() and other.grad.abs().max() > 0
 
 
+@pytest.mark.slow
 def test_dropped_conditions_say_nothing(trained):
     _, _, bank = trained
     condition = bank.condition(np.zeros(400, int), np.random.default_rng(0))
@@ -155,6 +161,7 @@ def test_dropped_conditions_say_nothing(trained):
     assert abs(shares[1] - diffusion.NOTHING - diffusion.PICTURE * (1 - diffusion.NOTHING)) < 0.06
 
 
+@pytest.mark.slow
 def test_field_of_fitted_planes_can_be_drawn(trained, tmp_path):
     _, model, bank = trained
     diffusion.draw_planes(model, model.normalised(bank.low[:2]), tmp_path / "two.png", size=16)
