@@ -95,13 +95,15 @@ def _network_checks() -> list[tuple[str, bool, Callable[[], tuple[str, str]], st
 
 def _networks(name: str) -> tuple[str, str]:
     """Networks that come with the toolkit, or are made with it."""
-    import stages
+    from stages.errors import UserError
+    from stages.networks import WEIGHTS, check_networks, networks_folder, training_of
 
-    folder = Path(stages.__file__).parent / "pocket" / "weights" / name
-    files = list(folder.glob("*.safetensors"))
-    if not files:
-        return "missing", f"no {folder}; train them: python -m stages.pocket.train {name}"
-    return "ok", f"{sum(path.stat().st_size for path in files) / 2**20:.1f} MB"
+    folder = networks_folder("pocket", name)
+    try:
+        check_networks(folder, name)
+    except UserError as error:
+        return "missing", f"{error.why}; train them: {training_of(name)}"
+    return "ok", f"{(folder / WEIGHTS).stat().st_size / 2**20:.1f} MB"
 
 
 def _import_names() -> tuple[str, str]:

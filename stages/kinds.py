@@ -56,6 +56,7 @@ class StageKind:
             starts from: as in begins_with, or the name of the stage that it follows); a run does not write them to its
             config.yaml.
         weights: the folder of its own networks below stages/pocket/weights; None where it has none.
+        pictures: it holds on to the picture of `--image`.
     """
 
     settings: type[BaseModel]
@@ -71,6 +72,7 @@ class StageKind:
     defining: tuple[str, ...] = ()
     unread: Callable[[Any, str], set[str]] = lambda settings, start: set()
     weights: str | None = None
+    pictures: bool = False
 
     def takes(self, stage: str) -> bool:
         """Return whether it can take the asset of that stage of the same run."""
@@ -132,6 +134,7 @@ STAGES: dict[str, StageKind] = {
     "coarse": StageKind(
         ParticleSettings,
         make_coarse,
+        pictures=True,
         begins_with=frozenset({"nothing", "run"}),
         recipe=_coarse_recipe,
         unread=_coarse_unread,
@@ -144,6 +147,7 @@ STAGES: dict[str, StageKind] = {
         unread=_points_unread,
         defining=("points.steps", "points.upsampling", "points.condition", "points.weights", "points.clip"),
         weights="points",
+        pictures=True,
     ),
     "triplane": StageKind(
         TriplaneSettings,
@@ -156,6 +160,7 @@ STAGES: dict[str, StageKind] = {
     "fine": StageKind(  # fine.resolution, as clipmesh.resolution, is the renders' and may change
         FineSettings,
         FineStage,
+        pictures=True,
         guidance=_polishing,
         follows="coarse",
         follows_too=("points", "triplane"),

@@ -19,6 +19,7 @@ MAX_HELP_MODULES = 450  # 317 with typer's own; torch alone brings 800 more
 _BASE = {"stages.errors", "stages.cameras", "stages.parallel", "stages.paths", "stages.phases", "stages.ramp"}
 _SURFACE = _BASE | {"stages.kernels.*", "stages.mesh.*"}
 _STAGE = _SURFACE | {
+    "stages.networks",
     "stages.optimise",
     "stages.picture",
     "stages.stage",
@@ -34,6 +35,7 @@ _BENCHMARK = _TABLES | {"stages.*", "pipeline.*"}
 ALLOWED = {
     "stages.errors": set(),
     "stages.paths": {"stages.errors"},
+    "stages.networks": {"stages.errors", "stages.paths"},
     "stages.phases": set(),
     "stages.ramp": set(),
     "stages.cameras": {"stages.errors"},

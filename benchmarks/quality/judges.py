@@ -13,7 +13,7 @@ from pipeline.config.model import Config, load_config, read_config
 from pipeline.priors.clips import ClipSource
 from pipeline.priors.sources import parse_source
 from stages.errors import UserError
-from stages.points.stage import clip_folder
+from stages.networks import networks_folder
 
 
 @functools.cache
@@ -32,7 +32,7 @@ def guides_of(config: Config) -> list[Path]:
     sources = [parse_source(getattr(config.prior, stage)) for stage in config.stages]
     folders = [source.folder for source in sources if isinstance(source, ClipSource)]
     if "points" in config.stages:
-        folders.append(clip_folder(config.points.clip))
+        folders.append(networks_folder(config.points.clip, "clip"))
     return list(dict.fromkeys(folders))
 
 

@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from stages.mesh.mesh import Mesh
     from stages.stage import Asset
 
-HOLDERS = ("coarse", "points", "fine")  # stages that a picture is for
 PICTURE, DEPTH = "start/picture", "start/depth"  # without the ending, which is the file's
 _PARTS = ("vertices", "faces", "colours", "uv", "uv_faces", "texture", "normals", "face_materials")
 _FINISH = ("metallic", "roughness")
@@ -77,8 +76,7 @@ def check_inputs(config: Config) -> Inputs:
             why = "image.file names no picture"
             raise UserError("image.depth_file has no use here", why, "give --image, or leave it out")
         return inputs
-    holders = [name for name in config.stages if name in HOLDERS]
-    if holders != config.stages:
+    if not all(STAGES[name].pictures for name in config.stages):
         why = f"{config.stages[0]} holds on to no picture"
         raise UserError(f"--image {config.image.file} has no use here", why, "choose --stages coarse,fine")
     file, depth_file = _pictures(config)

@@ -6,20 +6,17 @@ FOLDER/model.safetensors    base, upsampler and signed distance, float16
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from stages.errors import UserError
+from stages.networks import load_networks, save_networks
 from stages.points.diffusion import cosine, guided, linear, step_of
 from stages.points.transformer import PointTransformer, SdfNetwork, SdfShape, TransformerShape
 
 LOW, HIGH = 1024, 4096  # points of the base's cloud, and of the whole one
-TRAIN = "python -m stages.pocket.train points"
 
 
 @dataclass(frozen=True)
@@ -97,35 +94,14 @@ class PointModel(nn.Module):
 
     def save(self, folder: Path) -> None:
         """Write the folder; float16."""
-        folder.mkdir(parents=True, exist_ok=True)
-        tensors = {name: value.detach().half().contiguous() for name, value in self.state_dict().items()}
-        save_file(tensors, folder / "model.part")
-        (folder / "model.part").replace(folder / "model.safetensors")
-        (folder / "config.json").write_text(json.dumps(asdict(self.sizes), indent=1) + "\n")
+        save_networks(self, asdict(self.sizes), folder)
 
 
 def load_model(folder: Path) -> PointModel:
     """Return the networks of a folder, frozen, float32. Raises: UserError for one that is missing or damaged."""
-    check_folder(folder)
-    try:
-        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        base, up = (TransformerShape(**values[name]) for name in ("base", "up"))
-        model = PointModel(Sizes(base, up, SdfShape(**values["sdf"])))
-        tensors = load_file(folder / "model.safetensors")
-        model.load_state_dict({name: value.float() for name, value in tensors.items()})
-    except Exception as error:  # whatever a damaged file makes of JSON, safetensors and torch
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        what = f"Cannot load the point networks of {folder}"
-        raise UserError(what, reason, f"get the folder again, or train it: {TRAIN}") from error
-    return model.eval().requires_grad_(False)
+    return load_networks(lambda values: PointModel(_read_sizes(values)), folder, "points", "point")
 
 
-def check_folder(folder: Path) -> None:
-    """Raise UserError, with how to train them, where networks are missing."""
-    missing = [name for name in ("config.json", "model.safetensors") if not (folder / name).is_file()]
-    if missing:
-        raise UserError(
-            "The points stage has no networks",
-            f"there is no {folder / missing[0]}",
-            f"train them: {TRAIN}, or set points.weights=FOLDER",
-        )
+def _read_sizes(values: dict) -> Sizes:
+    base, up = (TransformerShape(**values[name]) for name in ("base", "up"))
+    return Sizes(base, up, SdfShape(**values["sdf"]))

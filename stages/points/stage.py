@@ -13,7 +13,6 @@ those of a CPU.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -27,7 +26,7 @@ from stages.fields.check import check_draft
 from stages.guidance.clip import ClipScorer
 from stages.guidance.guide import Guide, PicturingGuide, PromptedGuide
 from stages.mesh.cloud import Cloud
-from stages.paths import from_home
+from stages.networks import networks_folder
 from stages.phases import phase
 from stages.points.cloud import REACH, NearestColours, cloud_of
 from stages.points.diffusion import MOST, churned, heun, ladder
@@ -36,7 +35,6 @@ from stages.points.model import HIGH, LOW, Condition, load_model
 from stages.points.surface import density_of, distance_grid
 from stages.stage import Asset, contact_sheet, guidance_state, load_guidance_state
 
-POCKET = Path(__file__).parent.parent / "pocket" / "weights"
 VIEW = (20.0, 20.0)  # azimuth and elevation of the picture, degrees
 SIDE = 64  # of a picture that is given, pixels
 CHURN = 3.0  # fresh noise of the base's sampler, in all its steps together
@@ -94,7 +92,7 @@ class PointStage:
         self.steps, self.step_index, self.times = settings.steps, 0, {}
         self.generator = torch.Generator().manual_seed(seed)
         self.given = None if previous is None else previous.picture
-        self.model = load_model(weights_folder(settings.weights)).to(self.device)
+        self.model = load_model(networks_folder(settings.weights, "points")).to(self.device)
         self.scorer = None if guidance is None else self._scorer()
         shape = self.model.sizes.base
         nothing = (torch.zeros(1, *part, device=self.device) for part in ((shape.vector,), (1, shape.grid)))
@@ -114,7 +112,7 @@ class PointStage:
                 "its prior only compares pictures with words",
                 "leave prior.points=pocket, give --image, or set points.condition=words",
             )
-        scorer = ClipScorer(clip_folder(s.clip), self.device)
+        scorer = ClipScorer(networks_folder(s.clip, "clip"), self.device)
         config = scorer.model.config
         theirs = config.projection_dim, config.vision_config.hidden_size
         if theirs != (shape.vector, shape.grid):
@@ -225,13 +223,3 @@ class PointStage:
 
         check_draft(self.name, density, self.device)
         return Asset(density=density, albedo=NearestColours(cloud), cloud=cloud)
-
-
-def weights_folder(name: str) -> Path:
-    """Return the folder that `points.weights` names."""
-    return POCKET / "points" if name == "pocket" else from_home(name).absolute()
-
-
-def clip_folder(name: str) -> Path:
-    """Return the folder that `points.clip` names."""
-    return POCKET / "clip" if name == "pocket" else from_home(name).absolute()

@@ -6,22 +6,19 @@ FOLDER/model.safetensors    decoder, base, upsampler, and the mean and spread of
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from stages.errors import UserError
+from stages.networks import load_networks, save_networks
 from stages.triplane.diffusion import cosine, guided, x0_of_v
 from stages.triplane.field import Decoder
 from stages.triplane.planes import resize, roll_out, roll_up
 from stages.triplane.unet import TriplaneUNet, UNetShape
 
 LIMIT = 5.0  # of normalised planes: predictions beyond are cut, as RodinHD cuts them
-TRAIN = "python -m stages.pocket.train triplane"
 
 
 @dataclass(frozen=True)
@@ -124,36 +121,12 @@ class TriplaneModel(nn.Module):
 
     def save(self, folder: Path) -> None:
         """Write the folder; float16."""
-        folder.mkdir(parents=True, exist_ok=True)
-        tensors = {name: value.detach().half().contiguous() for name, value in self.state_dict().items()}
-        save_file(tensors, folder / "model.part")
-        (folder / "model.part").replace(folder / "model.safetensors")
-        (folder / "config.json").write_text(json.dumps(asdict(self.sizes), indent=1) + "\n")
+        save_networks(self, asdict(self.sizes), folder)
 
 
 def load_model(folder: Path) -> TriplaneModel:
     """Return the networks of a folder, frozen, float32. Raises: UserError for one that is missing or damaged."""
-    check_folder(folder)
-    what = f"Cannot load the tri-plane networks of {folder}"
-    try:
-        model = TriplaneModel(_read_sizes(json.loads((folder / "config.json").read_text(encoding="utf-8"))))
-        tensors = load_file(folder / "model.safetensors")
-        model.load_state_dict({name: value.float() for name, value in tensors.items()})
-    except Exception as error:  # safetensors and torch raise errors of many kinds for a damaged file
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else "no message"
-        raise UserError(what, f"{type(error).__name__}: {reason}", f"get it again, or make it: {TRAIN}") from None
-    return model.eval().requires_grad_(False)
-
-
-def check_folder(folder: Path) -> None:
-    """Raise UserError unless a folder has the files of the networks."""
-    missing = [name for name in ("config.json", "model.safetensors") if not (folder / name).is_file()]
-    if missing:
-        raise UserError(
-            "The triplane stage has no networks",
-            f"there is no {folder / missing[0]}",
-            f"train them: {TRAIN}, or set triplane.weights=FOLDER",
-        )
+    return load_networks(lambda values: TriplaneModel(_read_sizes(values)), folder, "triplane", "tri-plane")
 
 
 def _read_sizes(values: dict) -> Sizes:

@@ -11,8 +11,6 @@ refinement of rendered pictures is left out, since what is wanted is a mesh; siz
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -23,7 +21,7 @@ from stages.errors import UserError
 from stages.fields.check import check_draft
 from stages.guidance.guide import Guide, ReadingGuide
 from stages.kernels.srgb import linear_to_srgb
-from stages.paths import from_home
+from stages.networks import networks_folder
 from stages.phases import phase
 from stages.render.shade import ALBEDO, LAMBERT, Shading
 from stages.render.volume import VolumeImages
@@ -33,7 +31,6 @@ from stages.triplane.draw import draw, occupied
 from stages.triplane.field import TriplaneField
 from stages.triplane.model import Condition, load_model
 
-POCKET = Path(__file__).parent.parent / "pocket" / "weights" / "triplane"
 GREY = 0.5  # linear colour behind the previews
 
 
@@ -87,7 +84,7 @@ class TriplaneStage:
         self.settings, self.guidance, self.device = settings, guidance, torch.device(device)
         self.steps, self.step_index, self.times = settings.steps, 0, {}
         self.generator = torch.Generator().manual_seed(seed)
-        self.model = load_model(weights_folder(settings.weights)).to(self.device)
+        self.model = load_model(networks_folder(settings.weights, "triplane")).to(self.device)
         self.condition = None if guidance is None else self._read(guidance).to(self.device)
         self.z = self._noise(self.model.sizes.low)
         self.low = torch.zeros_like(self.z)  # the base's clean planes as they now look
@@ -205,8 +202,3 @@ class TriplaneStage:
             return field.albedo(points.to(self.device)).to(points.device)
 
         return Asset(density=density, albedo=albedo)
-
-
-def weights_folder(name: str) -> Path:
-    """Return the folder that `triplane.weights` names."""
-    return POCKET if name == "pocket" else from_home(name).absolute()
