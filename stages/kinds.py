@@ -8,7 +8,7 @@ they follow.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -187,6 +187,11 @@ STAGES: dict[str, StageKind] = {
         ),
     ),
 }
+
+
+def predecessor(stage: str, stages: Iterable[str]) -> str | None:
+    """Return the one among some stages whose asset a stage takes, None where there is none."""
+    return next((name for name in stages if STAGES[stage].takes(name)), None)
 
 
 def chains() -> list[list[str]]:

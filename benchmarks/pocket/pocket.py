@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,8 @@ from benchmarks.quality.suite import read_captions
 from stages.cameras import Views, orbit_views
 from stages.errors import UserError
 from stages.guidance.clip import ClipScorer
+from stages.guidance.picture import ddim
 from stages.guidance.prior import ViewContext
-from stages.guidance.rules import classifier_free_guidance, ddim_step
 from stages.paths import from_home
 from stages.pocket import world
 from stages.pocket.build import build
@@ -119,14 +120,9 @@ def ddim_samples(
 ) -> Tensor:
     """DDIM samples (Song et al. 2021, eta 0) under classifier-free guidance, sRGB [N, H, W, 3] in [0, 1].
 
-    Timesteps are evenly spaced from the last one down; the move after the lowest one goes to clean data.
-
     views: N cameras, for a prior with a layout (guidance/diffusion/layout.py), before linear grey 0.4.
     """
     embeddings, empty = prior.embed(prompts), prior.embed([""])
-    alphas, total = prior.alphas_cumprod, prior.alphas_cumprod.shape[0]
-    times = torch.linspace(total - 1, 0, steps + 1).round().long()[:-1]
-    following = torch.cat([alphas[times[1:]], torch.ones(1)])
     generator, pictures = torch.Generator().manual_seed(seed), []
     shape = prior.encode(torch.zeros(1, prior.resolution, prior.resolution, 3), generator).shape[1:]
     for start in range(0, len(prompts), batch):
@@ -135,10 +131,8 @@ def ddim_samples(
         z = torch.randn(n, *shape, generator=generator)
         both = torch.cat([texts, empty.expand_as(texts)])
         context = None if views is None else ViewContext(views[start : start + n], torch.full((3,), GREY)).repeat(2)
-        for t, after in zip(times, following, strict=True):
-            eps_y, eps_0 = prior.predict_noise(z.repeat(2, 1, 1, 1), t.repeat(2 * n), both, context).chunk(2)
-            z = ddim_step(z, classifier_free_guidance(eps_y, eps_0, scale), alphas[t].repeat(n), after.repeat(n))
-        pictures.append(prior.decode(z))
+        predict = partial(prior.predict_noise, embedding=both, context=context)
+        pictures.append(prior.decode(ddim(predict, prior.alphas_cumprod, z, steps, scale)))
     return torch.cat(pictures)
 
 

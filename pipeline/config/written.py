@@ -16,7 +16,7 @@ from pipeline.config.layers import Layer, validate
 from pipeline.config.model import Config, config_model
 from pipeline.config.yaml_dump import dump
 from pipeline.priors.sources import parse_source
-from stages.kinds import STAGES
+from stages.kinds import STAGES, predecessor
 
 _OF_SOURCES = ("reference", "prior.diffusion", "guidance")  # groups of which sources say what they read
 
@@ -70,7 +70,7 @@ def _after(stage: str) -> Iterator[str]:
 
 def _start(config: Config, stage: str, stages: list[str]) -> str:
     """Return what a stage starts from: the name of the one that it follows, else as StageKind.begins_with has it."""
-    before = next((other for other in stages if STAGES[stage].takes(other)), None)
+    before = predecessor(stage, stages)
     if before is not None:
         return before
     if stage not in config.stages:  # the other run's, which began it in its own way

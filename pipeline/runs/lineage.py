@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.runs.checkpoint import CHECKPOINT, STEPS, read_meta
 from stages.errors import UserError
 from stages.guidance.residuals import RULES
-from stages.kinds import STAGES
+from stages.kinds import STAGES, predecessor
 
 if TYPE_CHECKING:
     from pipeline.config.model import Config
@@ -77,8 +77,7 @@ def _leaves(name: str, value: Any) -> dict[str, Any]:
 
 def _before(config: Config, stage: str) -> str | None:
     """Return the stage of the same run, or else of another, that a stage follows; None for one that follows none."""
-    kind = STAGES[stage]
-    return next((other for other in config.stages if kind.takes(other)), kind.follows)
+    return predecessor(stage, config.stages) or STAGES[stage].follows
 
 
 def upstream_of(config: Config, stage: str) -> str | None:

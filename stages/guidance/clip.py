@@ -156,7 +156,6 @@ class ClipScorer:
         return torch.stack([self._texts[text] for text in texts])
 
     @torch.no_grad()
-    @torch.no_grad()
     def read_texts(self, texts: list[str]) -> tuple[Tensor, Tensor, Tensor]:
         """Return what a network can be told of texts; texts of any length below the CLIP's limit.
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -19,24 +21,43 @@ def draw(
 ) -> Tensor:
     """Return sRGB pictures [B, H, W, 3] in [0, 1] (Song et al. 2021 eq. 12, eta 0).
 
-    Timesteps are evenly spaced from the last one down; the move after the lowest one goes to clean data.
-
     Args:
         conditions: texts of the B views.
-        scale: of the guidance, against the negative prompt.
+        steps, scale: see ddim; guided against the negative prompt.
         generator: on the CPU.
     """
-    alphas, total, count = prior.alphas_cumprod, prior.alphas_cumprod.shape[0], len(views)
-    times = torch.linspace(total - 1, 0, steps + 1).round().long()[:-1]
-    following = torch.cat([alphas[times[1:]], alphas.new_ones(1)])
+    count = len(views)
     blank = prior.encode(torch.zeros(count, prior.resolution, prior.resolution, 3), generator)
     z = torch.randn(blank.shape, generator=generator).to(blank)
     context = ViewContext(views, torch.full((3,), GREY, device=views.c2w.device)).repeat(2)
+
+    def predict(z: Tensor, t: Tensor) -> Tensor:
+        texts, device_t = conditions.on_device(z.device, t[:count])
+        t = device_t.repeat(2) if prior.reads_t_anywhere else t
+        return prior.predict_noise(z, t, texts.embedding("prompt", "negative"), context).to(z.dtype)
+
+    return prior.decode(ddim(predict, prior.alphas_cumprod, z, steps, scale)).float().clamp(0, 1)
+
+
+def ddim(
+    predict: Callable[[Tensor, Tensor], Tensor], alphas_cumprod: Tensor, z: Tensor, steps: int, scale: float
+) -> Tensor:
+    """Return clean data [B, ...] of noise z (Song et al. 2021 eq. 12, eta 0) under classifier-free guidance.
+
+    Timesteps are evenly spaced from the last one down; the move after the lowest one goes to clean data.
+
+    Args:
+        predict: noise [2 B, ...] of z twice and timesteps [2 B], with the prompts and then without.
+        alphas_cumprod: [T] of the prior.
+        z: [B, ...].
+        steps: from 1.
+        scale: of the guidance; 1 for none.
+    """
+    count, total = len(z), alphas_cumprod.shape[0]
+    times = torch.linspace(total - 1, 0, steps + 1).round().long()[:-1]
+    following = torch.cat([alphas_cumprod[times[1:]], alphas_cumprod.new_ones(1)])
     for t, after in zip(times, following, strict=True):
-        asked = t.repeat(2 * count)
-        told, device_t = conditions.on_device(z.device, asked[:count])
-        asked = device_t.repeat(2) if prior.reads_t_anywhere else asked
-        eps = prior.predict_noise(z.repeat(2, 1, 1, 1), asked, told.embedding("prompt", "negative"), context)
-        eps_y, eps_0 = eps.to(z.dtype).chunk(2)
-        z = ddim_step(z, classifier_free_guidance(eps_y, eps_0, scale), alphas[t].repeat(count), after.repeat(count))
-    return prior.decode(z).float().clamp(0, 1)
+        eps_y, eps_0 = predict(z.repeat(2, 1, 1, 1), t.repeat(2 * count)).chunk(2)
+        eps = classifier_free_guidance(eps_y, eps_0, scale)
+        z = ddim_step(z, eps, alphas_cumprod[t].repeat(count), after.repeat(count))
+    return z
