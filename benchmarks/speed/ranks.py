@@ -1,9 +1,11 @@
-"""What several processes gain: `python -m benchmarks.speed.ranks`, a minute and a half on two idle cores.
+"""What several processes gain: `python -m benchmarks.speed.ranks`, two minutes on two idle cores.
 
 The same coarse steps, of the same views in parts of the same size, by one process and by several, one thread each:
-efficiency is the time of one over N times that of N. The built-in prior, so that it runs anywhere; on GPUs give
-`--config stable-diffusion` and `--overrides prior.coarse=FOLDER`. Prints one line of JSON. Processes that share cores
-with others measure those: run it on a machine that does nothing else.
+efficiency is the time of one over N times that of N. `apart` is the same of N processes at once that take the same
+parts and know nothing of each other: what memory and cores that they share cost, and no exchange could do better.
+The built-in prior, so that it runs anywhere; on GPUs give `--config stable-diffusion` and
+`--overrides prior.coarse=FOLDER`. Prints one line of JSON. Other work on the machine is measured as well: let there be
+none.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 WARM = 4  # steps before the first measured one
-SMALL = ("checkpoint_every=100000", "preview_every=0", "coarse.start.steps=1", "export.turntable_frames=0")
+SMALL = ("checkpoint_every=100000", "preview_every=100000", "coarse.start.source=blob", "export.turntable_frames=0")
 
 
 def allreduce_seconds(gradient_bytes: float, ranks: int, bytes_per_second: float) -> float:
@@ -37,10 +39,26 @@ def efficiency(seconds: dict[int, float]) -> dict[int, float]:
 
 def measure(ranks: int, views: int, steps: int, words: Sequence[str], out: Path) -> float:
     """Return the median seconds of a coarse step of `views` views, in parts of one view, by that many processes."""
+    return _finish(_start(ranks, views, views // ranks, steps, words, out), out)
+
+
+def measure_apart(ranks: int, views: int, steps: int, words: Sequence[str], out: Path) -> float:
+    """Return that of a rank's share of the views, by that many processes at once of which none waits for another."""
+    folders = [out / str(k) for k in range(ranks)]
+    running = [(_start(1, views // ranks, views // ranks, steps, words, folder), folder) for folder in folders]
+    return max(_finish(process, folder) for process, folder in running)
+
+
+def _start(ranks: int, views: int, accumulate: int, steps: int, words: Sequence[str], out: Path) -> subprocess.Popen:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m"]
     command += ["pipeline", "run", "--stages", "coarse", "--prompt", "a red mug", "--out", str(out), *words]
-    command += [f"coarse.steps={steps}", f"coarse.views_per_step={views}", f"coarse.accumulate={views // ranks}"]
-    subprocess.run([*command, *SMALL], check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
+    command += [f"coarse.steps={steps}", f"coarse.views_per_step={views}", f"coarse.accumulate={accumulate}"]
+    return subprocess.Popen([*command, *SMALL], env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
+
+
+def _finish(process: subprocess.Popen, out: Path) -> float:
+    if process.wait():
+        raise RuntimeError(f"a run ended with code {process.returncode}: {process.args}")
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return statistics.median(row["seconds"] for row in rows[WARM:])
 
@@ -69,7 +87,9 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"wanted 1 among the ranks, more than {WARM} steps, views that each of them divides")
     words = ["--config", asked.config, *asked.overrides]
     with tempfile.TemporaryDirectory() as folder:
-        seconds = {n: measure(n, asked.views, asked.steps, words, Path(folder) / str(n)) for n in asked.ranks}
+        settings = asked.views, asked.steps, words
+        seconds = {n: measure(n, *settings, Path(folder) / str(n)) for n in asked.ranks}
+        apart = {n: measure_apart(n, *settings, Path(folder) / f"apart-{n}") for n in asked.ranks if n > 1}
     facts = {
         "config": asked.config,
         "views": asked.views,
@@ -78,6 +98,7 @@ def main(arguments: list[str] | None = None) -> int:
         "gradient_bytes": gradient_bytes(asked.overrides, asked.config),
         "step_s": seconds,
         "efficiency": efficiency(seconds),
+        "apart": efficiency({1: seconds[1]} | apart),
     }
     print(json.dumps(facts))
     return 0

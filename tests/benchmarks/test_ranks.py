@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -10,19 +11,23 @@ from benchmarks.speed import ranks
 
 @pytest.fixture
 def commands(monkeypatch):
-    """The commands of runs that take 8 seconds over the number of processes a step, and a second more of N > 1."""
+    """The commands of runs that take a second a part of the views, and another second with N > 1 processes."""
     commands = []
 
-    def run(command, **_):
+    def start(command, **_):
         commands.append(command)
         n = int(next(word for word in command if word.startswith("--nproc")).partition("=")[2])
         out = Path(command[command.index("--out") + 1])
         out.mkdir(parents=True)
-        steps = int(next(w for w in command if w.startswith("coarse.steps=")).partition("=")[2])
-        times = [99.0] * ranks.WARM + [8 / n + (n > 1)] * (steps - ranks.WARM)
+        steps, parts = (
+            int(next(w for w in command if w.startswith(name)).partition("=")[2])
+            for name in ("coarse.steps=", "coarse.accumulate=")
+        )
+        times = [99.0] * ranks.WARM + [parts + (n > 1)] * (steps - ranks.WARM)
         (out / "metrics.jsonl").write_text("\n".join(json.dumps({"seconds": t}) for t in times))
+        return SimpleNamespace(wait=lambda: 0)
 
-    monkeypatch.setattr(ranks.subprocess, "run", run)
+    monkeypatch.setattr(ranks.subprocess, "Popen", start)
     return commands
 
 
@@ -31,7 +36,9 @@ def test_efficiency_is_that_of_equal_parts_after_the_first_steps(commands, capsy
     facts = json.loads(capsys.readouterr().out)
     assert facts["step_s"] == {"1": 8, "2": 5, "4": 3}
     assert facts["efficiency"] == {"1": 1, "2": 0.8, "4": pytest.approx(8 / 12)}
-    for n, command in zip((1, 2, 4), commands, strict=True):
+    assert facts["apart"] == {"1": 1, "2": 1, "4": 1}  # no second more: they exchange nothing
+    assert len(commands) == 3 + 2 + 4
+    for n, command in zip((1, 2, 4), commands, strict=False):
         assert f"--nproc-per-node={n}" in command and f"coarse.accumulate={8 // n}" in command
         assert {"coarse.views_per_step=8", "--config", "default"} <= set(command)
 
@@ -51,3 +58,14 @@ def test_what_cannot_be_compared_is_refused(words, capsys):
     with pytest.raises(SystemExit):
         ranks.main(words)
     assert "wanted 1 among the ranks" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_real_runs_are_measured(tmp_path):
+    assert 0 < ranks.measure(1, 2, ranks.WARM + 1, [], tmp_path / "one") < 60
+    assert 0 < ranks.measure_apart(2, 2, ranks.WARM + 1, [], tmp_path / "apart") < 60
+
+
+def test_a_run_that_fails_is_told(tmp_path):
+    with pytest.raises(RuntimeError, match="ended with code"):
+        ranks.measure(1, 2, 5, ["no.such.setting=1"], tmp_path / "one")
