@@ -119,6 +119,13 @@ def _numba() -> tuple[str, str]:
     return state, detail
 
 
+def _bfloat16() -> tuple[str, str]:
+    """Whether the cores multiply bfloat16, in which the pocket prior's networks then run."""
+    from stages.guidance.diffusion.plan import cores_have_bfloat16
+
+    return ("ok", "AVX512-BF16 or AMX") if cores_have_bfloat16() else ("missing", "not among what these cores can do")
+
+
 def _kernel_cache() -> tuple[str, str]:
     """Find where compiled kernels are kept: beside the package, in the home folder, or where NUMBA_CACHE_DIR says."""
     from stages.kernels.cpu import jit, srgb
@@ -165,6 +172,7 @@ _CHECKS: list[tuple[str, bool, Callable[[], tuple[str, str]], str]] = [
     ("numpy", True, _package("numpy"), "nothing runs"),
     ("numba", True, _numba, "no fast CPU kernels: the plain-torch twins are 10 to 70 times slower"),
     ("cache of compiled kernels", False, _kernel_cache, "every run compiles its kernels anew: 28 s on two cores"),
+    ("bfloat16 cores", False, _bfloat16, "the pocket prior runs in float32: fine stages take half as long again"),
     ("scipy", True, _package("scipy"), "no mesh cleaning"),
     ("safetensors", True, _package("safetensors"), "no checkpoints, no weights"),
     ("diffusers", True, _package("diffusers"), "no learned prior; the reference prior still works"),

@@ -146,6 +146,12 @@ def network_dtype(settings: DiffusionSettings, family: Family | None, device: to
     return torch.bfloat16 if family is not None and family.wants_bfloat16 else torch.float16
 
 
+def cores_have_bfloat16() -> bool:
+    """Return whether this machine's cores multiply bfloat16 themselves (AVX512-BF16 or AMX)."""
+    asked = (getattr(torch.cpu, f"_is_{name}_supported", None) for name in ("avx512_bf16", "amx_tile"))
+    return any(supported is not None and supported() for supported in asked)
+
+
 def vae_dtype(family: Family, config: Any, dtype: torch.dtype) -> torch.dtype:
     """Return the autoencoder's precision: float32 for SDXL's, which overflows in float16, else `dtype`."""
     upcast = family is SDXL and dtype == torch.float16 and getattr(config, "force_upcast", False)

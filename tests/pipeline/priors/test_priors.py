@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 import pipeline.priors.pocket as pocket_source
 import pipeline.priors.sources as priors
@@ -125,6 +126,25 @@ def test_half_precision_that_the_device_chooses_counts(pocket, monkeypatch):
     refused("half precision is too coarse", *copy)
     priors.check_priors(config(*copy, device="cpu"))
     priors.check_priors(config(*copy, "prior.diffusion.dtype=float32"))
+
+
+@pytest.mark.parametrize(
+    ("cores", "settings", "dtype"),
+    [
+        (True, [], torch.bfloat16),
+        (False, [], torch.float32),
+        (True, ["prior.diffusion.dtype=float32"], torch.float32),
+        (False, ["prior.diffusion.dtype=bfloat16"], torch.bfloat16),
+        (True, ["guidance.coarse.rule=vsd"], torch.float32),  # it trains it
+    ],
+)
+def test_the_pocket_prior_runs_in_bfloat16_where_the_cores_have_it(monkeypatch, cores, settings, dtype):
+    monkeypatch.setattr("stages.guidance.diffusion.plan.cores_have_bfloat16", lambda: cores)
+    prior = priors.stage_prior(config(*settings, prompt="a red mug"), "coarse").load(torch.device("cpu"))
+    assert prior.dtype == dtype and prior.unet.dtype == dtype
+    x = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    text = prior.embed(["a red mug"])
+    assert prior.predict_noise(x, torch.tensor([500]), text).dtype == torch.float32
 
 
 def test_a_threshold_is_refused_for_a_latent_model_that_is_not_here_yet(pocket, monkeypatch, tmp_path):
