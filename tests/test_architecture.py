@@ -85,7 +85,8 @@ ALLOWED = {
     "pipeline.config": {"stages.*", "pipeline.output", "pipeline.priors"},
     "pipeline.profile": {"stages.*", "pipeline.config", "pipeline.output"},
     "pipeline.runs": {"stages.*", "pipeline", "pipeline.errors", "pipeline.config", "pipeline.priors"}
-    | {"pipeline.output", "pipeline.profile", "pipeline.streams"},
+    | {"pipeline.output", "pipeline.profile", "pipeline.streams", "pipeline.watch"},
+    "pipeline.watch": {"stages.*"},
     "pipeline.batch": {"stages.*", "pipeline.errors", "pipeline.config", "pipeline.output", "pipeline.priors"}
     | {"pipeline.runs"},
     "pipeline.doctor": {"stages.*", "pipeline", "pipeline.errors", "pipeline.import_names", "pipeline.priors"},

@@ -40,6 +40,11 @@ class StopRequest:
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)
         self._before = {}
 
+    def request(self, text: str) -> None:
+        """Ask for a stop as the first Ctrl-C does, and say so."""
+        self.requested = True
+        self._say(text)
+
     def _handle(self, number: int, _: FrameType | None) -> None:
         if self.requested and number not in (signal.SIGINT, signal.SIGTERM):
             return

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from pipeline.runs.log import Metrics, Record
     from pipeline.runs.progress import Progress, StageProgress
     from pipeline.runs.tracking import Board
+    from pipeline.watch.mailbox import Mailbox
     from stages.stage import Asset, Stage
 
 
@@ -54,6 +55,7 @@ class Host(Protocol):
     record: Record
     metrics: Metrics
     board: Board
+    mailbox: Mailbox
 
     def saved_step(self, name: str) -> int | None:
         """Return the step of a stage's checkpoint, None without one."""
@@ -74,6 +76,7 @@ class StageLoop:
         self._leave: Callable[[], None] | None = None  # what leaves the prior as it was
         self._phases: dict[str, float] = {}
         self._seconds = 0.0
+        self._paused = 0.0  # seconds, which are neither the stage's nor a phase's
 
     def take(self, previous: Asset | None) -> Asset:
         """Take the stage's remaining steps and return its asset."""
@@ -132,6 +135,8 @@ class StageLoop:
         self._run.metrics.add(self._name, step, seconds, metrics)
         self._run.board.add(self._name, step, seconds, metrics)
         display.update(step, stage.headline(metrics))
+        if rank() == 0 and self._run.mailbox.wished():
+            self._answer(stage)
         if step % config.preview_every == 0 or step == stage.steps:
             self._preview(stage)
         stopping = any_rank(self._stop.requested)  # asked once: a signal between two looks must not skip the saving
@@ -142,6 +147,12 @@ class StageLoop:
             self._run.caller.on_step(self._name, step, dict(metrics))
         if stopping:
             raise Interrupted(f"stopped at {self._name} step {step} of {stage.steps}, which is saved")
+
+    def _answer(self, stage: Stage) -> None:
+        """Do what a page asks; the time that it holds the run up is not the stage's."""
+        paused = self._timed("view", partial(self._run.mailbox.answer, self._name, stage, self._stop))
+        self._phases["view"] -= paused
+        self._paused += paused
 
     def _lost(self, stage: Stage) -> UserError:
         """Save what was done before another process ended, and say so at once: this one may soon be ended as well."""
@@ -201,7 +212,7 @@ class StageLoop:
         phases = dict(self._phases)
         for name, seconds in stage.times.items():
             phases[name] = phases.get(name, 0.0) + seconds
-        seconds = self._seconds + time.perf_counter() - self._opened
+        seconds = self._seconds + time.perf_counter() - self._opened - self._paused
         return round(seconds, 2), {phase: round(value, 3) for phase, value in phases.items()}
 
     def _timed(self, name: str, call: Any) -> Any:

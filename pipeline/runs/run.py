@@ -37,9 +37,10 @@ from pipeline.runs.progress import Progress, duration
 from pipeline.runs.ranks import joined, quiet_but_first
 from pipeline.runs.tracking import check_log, open_board
 from pipeline.streams import silent_rank
+from pipeline.watch.mailbox import Mailbox
 from stages.errors import UserError, out_of_memory
 from stages.kernels.backend import resolve, selected
-from stages.parallel import first_then_others, from_first, rank
+from stages.parallel import first_then_others, from_first, rank, size
 from stages.phases import phase
 
 if TYPE_CHECKING:
@@ -77,6 +78,8 @@ def _start(
             held.enter_context(Lock(folder))
             inputs.write(folder)
             write_whole(folder / "config.yaml", dump_read(config).encode())
+            if caller.on_begin is not None:
+                caller.on_begin(folder)
             if profile:
                 held.enter_context(profile.of_run(folder, config, device, progress.note))
             return str(folder)
@@ -201,6 +204,7 @@ class Run:
         self.priors = priors
         self.kept = Kept() if caller.kept is None else caller.kept
         self.record, self.metrics = Record(folder, writes=rank() == 0), Metrics(folder, writes=rank() == 0)
+        self.mailbox = Mailbox(folder, progress.note, alone=size() == 1)
         self.board = open_board(caller.log if rank() == 0 else (), folder)
         self.kernels = resolve(config.kernels, device)
         self._stuck = False  # a stage took all its steps and made nothing to hand on: resuming would end there again
@@ -212,6 +216,8 @@ class Run:
         try:
             note = self.progress.note
             with stop, selected(self.kernels), self.progress.announce_compilation(), warnings_told(note):
+                if rank() == 0:
+                    self.mailbox.empty()
                 self.record.open_session(describe(self.device), dict(self.kernels.backends), **facts)
                 for notice in self.kernels.notices:
                     self.progress.note(notice)
@@ -235,6 +241,9 @@ class Run:
             if self.record.data["stages"] and not self._stuck:
                 self.progress.note(f"what was done is kept; to go on after mending: pipeline resume {self.folder}")
             raise
+        finally:
+            if rank() == 0:
+                self.mailbox.empty()
         self.record.data.pop("error", None)
         self.record.save(status="finished")
         self.progress.note(self._summary())
