@@ -48,6 +48,7 @@ def generate(
     image: str | Path | None = None,
     force: bool | None = None,
     on_step: OnStep | None = None,
+    on_begin: Callable[[Path], object] | None = None,
     quiet: bool = False,
     log: str | Sequence[str] = (),
     profile: Profile | None = None,
@@ -75,6 +76,7 @@ def generate(
         force: whether to run a prompt whose words the prior does not know.
         on_step: called after each step with the stage's name, the step from 1 and the step's metrics; what it raises
             ends the run, which can be resumed.
+        on_begin: called with the run's folder, once it is there and before any work.
         quiet: whether to print nothing; warnings of the logging module still come.
         log: "tensorboard" writes the metrics as its events, too.
         profile: a listening pipeline.profile.record.Profile, written into the folder.
@@ -97,7 +99,7 @@ def generate(
     sources, priors = _priors(prior, whole)
     if sources:
         whole = _config(config, {**(settings or {}), **sources}, arguments)
-    caller = Caller(priors, on_step, log=_names(log))
+    caller = Caller(priors, on_step, on_begin, log=_names(log))
     folder = run.start_run(whole, None if out is None else from_home(out), _progress(quiet), profile, caller)
     return Result(folder, caller.mesh)
 

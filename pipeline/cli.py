@@ -1,4 +1,4 @@
-"""The `pipeline` command: run, resume, export, batch, runs, recipes, settings, models, doctor.
+"""The `pipeline` command: run, resume, export, view, batch, runs, recipes, settings, models, doctor.
 
 Only the standard library and typer are imported here; each command imports what it needs, so `--help` stays fast
 (0.15 s with typer, of which argparse would save 0.12; torch alone takes ten times that).
@@ -77,10 +77,16 @@ def run(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything, say memory and time, and start nothing.")
     ] = False,
+    view: Annotated[
+        bool, typer.Option("--view", help="Show the run on a page of this machine (extra: viewer).")
+    ] = False,
+    port: Annotated[
+        int | None, typer.Option(min=0, max=65535, help="Of that page; 0: a free one. Default: 8080.")
+    ] = None,
     quiet: QuietOption = False,
 ) -> None:
     """Make a mesh: the whole way, or the stages you name."""
-    with _profiled(profile) as listener:
+    with _profiled(profile) as listener, _viewed(view, port, quiet) as viewer:
         from pipeline.api import generate, load_config
         from pipeline.config.recipes import split_names
         from pipeline.runs.caption import picture_options
@@ -99,7 +105,19 @@ def run(
 
             plan_run(whole, out, log=tuple(filter(None, log.split(","))))
             return
-        generate(config=whole, out=out, profile=listener, quiet=quiet, log=log)
+        show = None if viewer is None else viewer.open
+        generate(config=whole, out=out, profile=listener, on_begin=show, quiet=quiet, log=log)
+
+
+def _viewed(enabled: bool, port: int | None, quiet: bool) -> contextlib.AbstractContextManager:
+    """Return what opens the page of a run's folder, or nothing; of several processes the first one has the page."""
+    if enabled and not silent_rank():
+        from pipeline.view.view import PORT, Viewer
+
+        return Viewer(PORT if port is None else port, quiet)
+    if port is not None and not enabled:
+        raise UserError(f"--port {port} has no use here", "only a page has one", "add --view")
+    return contextlib.nullcontext()
 
 
 def _profiled(enabled: bool) -> contextlib.AbstractContextManager:
@@ -137,6 +155,23 @@ def export(
 
     words = [*(overrides or []), *([] if size_mm is None else [f"size_mm={size_mm}"])]
     api.export(folder, formats, out, settings=words, lods=lods, quiet=quiet)
+
+
+@app.command()
+def view(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run, also one that runs; or a folder of runs.")],
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Of the page; 0: a free one.")] = 8080,
+    host: Annotated[
+        str, typer.Option(help="Address to listen at. Any but this machine's own opens the page to others, by a token.")
+    ] = "127.0.0.1",
+    open_it: Annotated[bool, typer.Option("--open", help="Open the page in this machine's browser, too.")] = False,
+    parent: Annotated[int | None, typer.Option(hidden=True)] = None,
+) -> None:
+    """Show a run, or a folder of runs, on a page in the browser (extra: viewer)."""
+    from pipeline.view import view as page
+    from stages.paths import from_home
+
+    page.view(from_home(folder), port, host, open_it=open_it, parent=parent)
 
 
 @app.command()

@@ -191,6 +191,7 @@ _CHECKS: list[tuple[str, bool, Callable[[], tuple[str, str]], str]] = [
     ("imageio-ffmpeg", False, _package("imageio_ffmpeg", "imageio-ffmpeg"), "turntable as WebP only (extra: video)"),
     ("usd-core", False, _package("pxr", "usd-core"), "no USDZ files (extra: usd)"),
     ("tensorboard", False, _package("tensorboard"), "no --log tensorboard (extra: tensorboard)"),
+    ("viser", False, _package("viser"), "no page of a run (extra: viewer)"),
     ("ray", False, _package("ray"), "no --engine ray (extra: cluster)"),
     ("gltf-validator", False, _gltf_validator, "the test that validates mesh.glb is skipped"),
     ("tinycudann", False, _kernels("tinycudann"), "nothing: our own hash grid and perceptron are used; built by hand"),

@@ -87,6 +87,7 @@ ALLOWED = {
     "pipeline.runs": {"stages.*", "pipeline", "pipeline.errors", "pipeline.config", "pipeline.priors"}
     | {"pipeline.output", "pipeline.profile", "pipeline.streams", "pipeline.watch"},
     "pipeline.watch": {"stages.*"},
+    "pipeline.view": {"stages.*", "pipeline.batch", "pipeline.config", "pipeline.runs", "pipeline.watch"},
     "pipeline.batch": {"stages.*", "pipeline.errors", "pipeline.config", "pipeline.output", "pipeline.priors"}
     | {"pipeline.runs"},
     "pipeline.doctor": {"stages.*", "pipeline", "pipeline.errors", "pipeline.import_names", "pipeline.priors"},

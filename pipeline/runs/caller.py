@@ -7,6 +7,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ class Caller:
     Args:
         priors: objects by stage, in the place of sources.
         on_step: called with stage, step and metrics after every step.
+        on_begin: called with a new run's folder, once it is there and before any work.
         kept: where priors stay for the caller's next run; None: they go with the run.
         mesh: what the run came to, as soon as it is made; None before, and where the run was finished already.
         log: names of what else hears the metrics, see pipeline.runs.tracking.
@@ -31,6 +33,7 @@ class Caller:
 
     priors: Mapping[str, Prior] = field(default_factory=dict)
     on_step: Callable[[str, int, dict[str, float]], object] | None = None
+    on_begin: Callable[[Path], object] | None = None
     kept: Kept | None = None
     mesh: ResultMesh | None = None
     log: tuple[str, ...] = ()
