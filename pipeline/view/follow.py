@@ -100,7 +100,9 @@ def facts_of(followed: Followed) -> Facts:
     """Return where a run stands; its metrics are as old as the last :meth:`Followed.read_on`."""
     record, (stage, step) = record_of(followed.folder), followed.last or ("", 0)
     prompt, seed = str(record.get("prompt", followed.folder.name)), record.get("seed", 0)
-    return Facts(prompt, seed, status_of(followed.folder), stage, step, followed.planned().get(stage, 0))
+    saved = record.get("stages", {}).get(stage, {}).get("steps", 0)  # of settings that only another version can read
+    steps = followed.planned().get(stage, saved)
+    return Facts(prompt, seed, status_of(followed.folder), stage, step, steps if isinstance(steps, int) else 0)
 
 
 def record_of(folder: Path) -> dict[str, Any]:

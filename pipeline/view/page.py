@@ -216,7 +216,7 @@ class Page:
         if picture is None:
             client.scene.set_background_image(np.full((2, 2, 3), GREY, np.uint8), format="png")
         else:
-            client.scene.set_background_image(picture)
+            client.scene.set_background_image(picture, format="png")  # small: a JPEG's blocks would show
 
 
 def _stage_at_rest(run: Path) -> Any:

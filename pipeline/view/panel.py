@@ -53,7 +53,7 @@ class Panel:
         self._gallery = self._tabs.add_tab("Runs") if several else None
         with self._tabs.add_tab("Curves"):
             self._metric = gui.add_dropdown("metric", ["-"])
-            self._curve = gui.add_uplot(*_lines([0.0], [0.0], "-"), aspect=1.5, scales={"x": {"time": False}})
+            self._curve = gui.add_uplot(*_lines([0.0], [0.0], "-"), aspect=1.5, scales=_scales(0, 1))
         self._metric.on_update(lambda _: self._draw())
         with self._tabs.add_tab("Pictures"):
             self._moment = gui.add_slider("picture", 0, 1, 1, 0)
@@ -83,7 +83,8 @@ class Panel:
         """Bring words, buttons, curve, pictures and files up to date."""
         followed, running = self._followed, facts.status == "running"
         self._paused = paused and running
-        where = f", {facts.stage} step {facts.step} of {facts.steps}" if facts.stage else ""
+        where = f", {facts.stage} step {facts.step}" if facts.stage else ""
+        where += f" of {facts.steps}" if where and facts.steps else ""
         state = html.escape(facts.status + where) + (", paused" if self._paused else "")
         words = f"<b>{html.escape(facts.prompt)}</b>, seed {html.escape(str(facts.seed))}<br>{state}"
         self._words.content = f'<div style="padding:0 0.75em 0.5em">{words}</div>'
@@ -141,8 +142,11 @@ class Panel:
         if not values:
             steps, values = [0.0], [0.0]
         each = -(-len(values) // MOST_POINTS)
-        data, series = _lines(steps[: len(values)][::each], values[::each], self._metric.value)
+        data, series = _lines(steps[: len(values)][::each], values[::each], name)
         if not all(np.array_equal(new, old, equal_nan=True) for new, old in zip(data, self._curve.data)):
+            scales = _scales(steps[0], max(steps[-1], self._followed.planned().get(stage, 0)))
+            if scales != self._curve.scales:
+                self._curve.scales = scales
             self._curve.series, self._curve.data = series, data
 
     def _show_preview(self) -> None:
@@ -185,6 +189,11 @@ def _lines(steps: Sequence[float], values: Sequence[float], name: str) -> tuple[
     """The data and the series of a curve."""
     data = (np.asarray(steps, np.float64), np.asarray(values, np.float64))
     return data, ({"label": "step"}, {"label": name, "stroke": "#2a7", "width": 2})
+
+
+def _scales(first: float, last: float) -> dict[str, Any]:
+    """The x axis from the first step to the last; viser's own loses what grows before a slow browser drew it."""
+    return {"x": {"time": False, "range": (float(first), float(max(last, first + 1)))}}
 
 
 def _text(path: Path) -> str:

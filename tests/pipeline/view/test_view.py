@@ -53,6 +53,8 @@ def test_a_finished_run_is_told_with_its_files_and_none_from_elsewhere(uninterru
     followed.read_on()
     facts = facts_of(followed)
     assert (facts.status, facts.stage, facts.step, facts.steps, facts.seed) == ("finished", "fine", 9, 9, 3)
+    (run / "config.yaml").write_text("of: another version\n")
+    assert facts_of(followed).steps == 9
     names = [path.name for path in downloads_of(run)]
     assert {"mesh.glb", "config.yaml", "metrics.jsonl"} <= set(names)
     pictures = previews_of(run)
