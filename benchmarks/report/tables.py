@@ -178,6 +178,21 @@ def kills_markdown(lines: list[dict[str, Any]]) -> str:
     )
 
 
+def view_markdown(line: dict[str, Any]) -> str:
+    """Return what a page costs a run, in sentences, from a line of view.jsonl."""
+    same = all(took["same_bytes"] for took in line["each"])
+    return (
+        f"While somebody orbits all the time, answers took {100 * line['answers_cpu_share']:.1f} % of the run's "
+        f"processor time and {100 * line['answers_share']:.1f} % of its stages' time; all of its processor time was "
+        f"{line['watched_cpu_ratio']:.2f} times that of the same run with nobody there. While nobody looks, a step "
+        f"looks for a letter in {1e6 * line['look_s']:.0f} µs, and the page, a process of its own, takes "
+        f"{100 * line['idle_page_share']:.1f} % of a core. "
+        f"{'Both runs have the same bytes.' if same else 'Their bytes differ.'}"
+        f"\n\nMedians of rounds: {len(line['each'])}; `{' '.join(line['settings'])}`; {origin_of([line])}, "
+        f"{line['cores']} cores of {line['cpu']}."
+    )
+
+
 def _marked(line: dict[str, Any] | None, name: str) -> str:
     """A score, bold where it misses its target, a dash where there is none."""
     if line is None or name not in line:
@@ -239,7 +254,7 @@ def guidance_markdown(lines: list[dict[str, Any]]) -> str:
 
 def markdown_blocks(results: Path = RESULTS) -> dict[str, str]:
     """Every table there are results for, by name: pocket, reference, kernels, kernels_goals, speed, guidance, kills,
-    quality_<suite>, compare_<name>, headline, device, recipes and models."""
+    view, quality_<suite>, compare_<name>, headline, device, recipes and models."""
     blocks = {"recipes": recipes_markdown(), "models": models_markdown()}
     blocks["device"] = device_markdown(results / "device_check.json")
     lines = read_lines(results / "pocket.jsonl")
@@ -258,6 +273,9 @@ def markdown_blocks(results: Path = RESULTS) -> dict[str, str]:
     lines = read_lines(results / "guidance.jsonl")
     if lines:
         blocks["guidance"] = guidance_markdown(lines)
+    lines = read_lines(results / "view.jsonl")
+    if lines:
+        blocks["view"] = view_markdown(lines[-1])
     lines = read_lines(results / "kills.jsonl")
     if lines:
         blocks["kills"] = kills_markdown(lines)

@@ -175,6 +175,16 @@ def test_kills_of_one_revision_are_told_together():
     assert " 1 more kills came before" in text and "revision bbbbbbbbbb" in text and "aaaa" not in text
 
 
+def test_what_a_page_costs_is_told():
+    facts = {"date": "2026-12-01T00:00:00Z", "cores": 2, "cpu": "a CPU", "git": "a" * 40, "settings": ["a=1", "b=2"]}
+    shares = {"answers_cpu_share": 0.071, "answers_share": 0.062, "idle_page_share": 0.013, "look_s": 2.2e-6}
+    line = facts | shares | {"watched_cpu_ratio": 1.09, "each": [{"same_bytes": True}]}
+    text = tables.view_markdown(line)
+    assert "7.1 % of the run's processor time and 6.2 % of its stages' time" in text and "1.09 times" in text
+    assert "in 2 µs" in text and "1.3 % of a core" in text and "`a=1 b=2`" in text and "same bytes" in text
+    assert "differ" in tables.view_markdown(line | {"each": [{"same_bytes": False}]})
+
+
 def test_a_recipe_is_described_by_the_first_sentence_of_its_comment():
     text = "# Edit a run (Magic3D sec. 5): laid over\n# its settings. More words.\nsteps: 3  # no\n"
     assert first_sentence(text) == "Edit a run (Magic3D sec. 5): laid over its settings."
