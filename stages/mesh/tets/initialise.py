@@ -355,10 +355,12 @@ def distance_to_surface(points: np.ndarray, vertices: np.ndarray, faces: np.ndar
     than their neighbours; marching tetrahedra makes none.
     Args:
         points: [N, 3].
-        vertices: [V, 3], each used by a face.
+        vertices: [V, 3]; one that no face uses does not count.
         faces: [F, 3].
     """
-    _, nearest = cKDTree(vertices).query(points)
+    used = np.unique(faces)
+    _, nearest = cKDTree(vertices[used]).query(points)
+    nearest = used[nearest]
     order = np.argsort(faces.reshape(-1), kind="stable")
     start = np.concatenate([[0], np.cumsum(np.bincount(faces.reshape(-1), minlength=len(vertices)))])
     count = start[nearest + 1] - start[nearest]

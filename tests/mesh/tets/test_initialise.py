@@ -199,6 +199,15 @@ def test_distance_to_surface_is_that_of_all_triangles():
     assert (actual <= slow + 1e-6).all()  # dense samples can only be further away
 
 
+def test_a_vertex_of_no_face_is_no_surface():
+    """Crossings at the end of a band may have none; where fog filled the box, they were infinitely far away."""
+    mesh = sphere_mesh(0.5, 16, 12)
+    points = np.random.default_rng(0).uniform(-1, 1, (200, 3)).astype(np.float32)
+    stray = np.concatenate([points[:50] + 1e-3, mesh.vertices]).astype(np.float32)
+    expected = distance_to_surface(points, mesh.vertices, mesh.faces)
+    np.testing.assert_array_equal(distance_to_surface(points, stray, mesh.faces + 50), expected)
+
+
 def test_settings_are_checked():
     with pytest.raises(ValueError, match="low < high"):
         InitialiseSettings(volume=(0.5, 0.1))
