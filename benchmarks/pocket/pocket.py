@@ -33,7 +33,7 @@ from benchmarks.quality.suite import read_captions
 from stages.cameras import Views, orbit_views
 from stages.errors import UserError
 from stages.guidance.clip import ClipScorer
-from stages.guidance.picture import ddim
+from stages.guidance.picture import calls, ddim
 from stages.guidance.prior import ViewContext
 from stages.paths import from_home
 from stages.pocket import world
@@ -129,9 +129,10 @@ def ddim_samples(
         texts = embeddings[start : start + batch]
         n = len(texts)
         z = torch.randn(n, *shape, generator=generator)
-        both = torch.cat([texts, empty.expand_as(texts)])
-        context = None if views is None else ViewContext(views[start : start + n], torch.full((3,), GREY)).repeat(2)
-        predict = partial(prior.predict_noise, embedding=both, context=context)
+        asked = torch.cat([texts, empty.expand_as(texts)][: calls(scale)])
+        context = None if views is None else ViewContext(views[start : start + n], torch.full((3,), GREY))
+        context = None if context is None else context.repeat(calls(scale))
+        predict = partial(prior.predict_noise, embedding=asked, context=context)
         pictures.append(prior.decode(ddim(predict, prior.alphas_cumprod, z, steps, scale)))
     return torch.cat(pictures)
 

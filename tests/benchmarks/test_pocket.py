@@ -60,6 +60,23 @@ def test_ddim_samples_of_an_exact_denoiser_are_its_data():
     assert samples.std((1, 2, 3)).max() < 1e-3
 
 
+def test_samples_without_guidance_ask_for_the_prompt_alone():
+    """A scale of 1 is the prompt's own prediction: half the work, and what a scale next to it comes to."""
+
+    class Counting(PointPrior):
+        rows = 0
+
+        def predict_noise(self, z, t, embedding, context=None):
+            self.rows += len(z)
+            return super().predict_noise(z, t, embedding, context)
+
+    plain, guided = Counting(), Counting()
+    first = pocket.ddim_samples(plain, ["low", "high"], scale=1.0, steps=5, seed=0)
+    second = pocket.ddim_samples(guided, ["low", "high"], scale=1.0 + 1e-6, steps=5, seed=0)
+    assert plain.rows == guided.rows / 2 == 10
+    assert torch.allclose(first, second, atol=1e-4)
+
+
 def test_ddim_samples_repeat_with_their_seed():
     first, second, other = (pocket.ddim_samples(PointPrior(), ["low"], scale=2.0, steps=3, seed=s) for s in (0, 0, 1))
     assert torch.equal(first, second)
