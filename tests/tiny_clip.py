@@ -6,7 +6,10 @@ from pathlib import Path
 
 import torch
 
+from stages.guidance.clip import ClipScorer
+from stages.guidance.clip_guidance import ClipGuidance, ClipGuidanceSettings
 from stages.pocket.models import CLIP_EOS, make_clip, make_tokenizer
+from stages.prompts import ViewPrompts
 from tests.tiny_folders import byte_tokenizer
 
 
@@ -60,3 +63,8 @@ def openai_like(folder: Path, seed: int = 0) -> Path:
     size, crop = {"shortest_edge": 56}, {"height": 48, "width": 48}
     CLIPImageProcessor(size=size, crop_size=crop).save_pretrained(folder)
     return folder
+
+
+def guide_of(folder: Path, prompt: str = "a red ball") -> ClipGuidance:
+    """A guidance by the CLIP of a folder."""
+    return ClipGuidance(ClipScorer(folder), ClipGuidanceSettings(), ViewPrompts(prompt), torch.Generator())

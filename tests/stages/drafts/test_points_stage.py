@@ -12,28 +12,17 @@ from pipeline import doctor, generate, load_config
 from pipeline.runs.lineage import upstream_of
 from stages.errors import UserError
 from stages.fine import FineSettings, FineStage
-from stages.guidance.clip import ClipScorer
-from stages.guidance.clip_guidance import ClipGuidance, ClipGuidanceSettings
 from stages.picture import PictureSettings, read_picture
 from stages.points.model import load_model
 from stages.points.stage import PointSettings, PointStage
-from stages.prompts import ViewPrompts
 from stages.stage import Asset
+from tests.stages.drafts.networks import networks_of
 from tests.stages.drafts.points_cases import load_ball, tiny_networks
-from tests.tiny_clip import openai_like, pocket_like
+from tests.tiny_clip import guide_of, openai_like
 
 CPU = torch.device("cpu")
+networks = networks_of(tiny_networks)
 SMALL = {"steps": 6, "upsampling": 2, "resolution": 16, "grid": 16}
-
-
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory):
-    return pocket_like(tmp_path_factory.mktemp("clips") / "tiny")
-
-
-@pytest.fixture(scope="module")
-def networks(tmp_path_factory):
-    return tiny_networks(tmp_path_factory.mktemp("networks"))
 
 
 @pytest.fixture
@@ -65,10 +54,6 @@ def make(networks, clip, guidance=None, seed=0, previous=None, **settings):
     return PointStage(chosen, guidance or Painter(), CPU, seed, previous)
 
 
-def reader(clip, prompt="a red ball"):
-    return ClipGuidance(ClipScorer(clip), ClipGuidanceSettings(), ViewPrompts(prompt), torch.Generator())
-
-
 def run(stage):
     while stage.step_index < stage.steps:
         metrics = stage.step()
@@ -93,8 +78,8 @@ def test_another_clip_and_a_prior_that_cannot_draw_are_refused(networks, clip, t
     with pytest.raises(UserError, match="was not trained with this CLIP"):
         make(networks, openai_like(tmp_path / "openai"))
     with pytest.raises(UserError, match="nothing to draw the picture with"):
-        make(networks, clip, reader(clip))
-    assert make(networks, clip, reader(clip), condition="words").scorer is not None
+        make(networks, clip, guide_of(clip))
+    assert make(networks, clip, guide_of(clip), condition="words").scorer is not None
 
 
 def test_steps_must_leave_some_for_the_base():
@@ -138,7 +123,7 @@ def test_a_given_picture_takes_the_place_of_one_that_is_drawn(networks, clip, tm
     image[16:80, 32:64] = (255, 0, 0, 255)
     Image.fromarray(image).save(tmp_path / "red.png")
     picture = read_picture(PictureSettings(fit=False), tmp_path / "red.png")
-    stage = make(networks, clip, reader(clip), previous=Asset(picture=picture))
+    stage = make(networks, clip, guide_of(clip), previous=Asset(picture=picture))
     stage.step()
     assert stage.picture.shape == (1, 64, 64, 3) and torch.equal(stage.picture, picture.colour_at(64))
     assert torch.allclose(stage.picture[0, 32, 32], torch.tensor([1.0, 0, 0]), atol=0.02)

@@ -10,25 +10,14 @@ from pipeline import doctor, generate, load_config
 from pipeline.runs.lineage import upstream_of
 from stages.errors import UserError
 from stages.fine import FineSettings, FineStage
-from stages.guidance.clip import ClipScorer
-from stages.guidance.clip_guidance import ClipGuidance, ClipGuidanceSettings
-from stages.prompts import ViewPrompts
 from stages.triplane.model import load_model
 from stages.triplane.stage import TriplaneSettings, TriplaneStage
+from tests.stages.drafts.networks import networks_of
 from tests.stages.drafts.triplane_cases import load_ball, tiny_networks
-from tests.tiny_clip import openai_like, pocket_like
+from tests.tiny_clip import guide_of, openai_like
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory):
-    return pocket_like(tmp_path_factory.mktemp("clips") / "tiny")
-
-
-@pytest.fixture(scope="module")
-def networks(tmp_path_factory):
-    return tiny_networks(tmp_path_factory.mktemp("networks"))
+networks = networks_of(tiny_networks)
 
 
 @pytest.fixture
@@ -38,8 +27,7 @@ def balls(monkeypatch):
 
 def make(networks, clip, prompt="a red ball", seed=0, **settings):
     chosen = TriplaneSettings(weights=str(networks), **({"steps": 4, "upsampling": 2, "resolution": 16} | settings))
-    guidance = ClipGuidance(ClipScorer(clip), ClipGuidanceSettings(), ViewPrompts(prompt), torch.Generator())
-    return TriplaneStage(chosen, guidance, CPU, seed)
+    return TriplaneStage(chosen, guide_of(clip, prompt), CPU, seed)
 
 
 def test_without_networks_the_stage_is_refused_in_three_lines(tmp_path):
