@@ -217,7 +217,9 @@ def colours_to_learn(previous: Asset, geometry: Geometry, generator: torch.Gener
         generator: of the places.
     """
     if previous.density is None:
-        return None if previous.mesh is None else painted_samples(previous.mesh, generator)
+        if previous.mesh is None or previous.albedo is None:
+            return None if previous.mesh is None else painted_samples(previous.mesh, generator)
+        return asked_samples(previous.mesh, previous.albedo, generator)  # finer than the colours of its vertices
     if previous.field is not None or previous.albedo is None:
         return None
     surface = geometry.surface()

@@ -17,6 +17,7 @@ from pydantic import BaseModel
 
 from stages.clip_mesh import ClipMeshSettings, ClipMeshStage
 from stages.fine import FineSettings, FineStage
+from stages.gan.stage import GanSettings, GanStage
 from stages.guidance.guide import Guide
 from stages.guidance.settings import GuidanceSettings
 from stages.particles import ParticleSettings, make_coarse
@@ -97,6 +98,10 @@ def _triplane_recipe(start: str, settings: Mapping[str, Any]) -> str | None:
     return None if start == "run" else "triplane"
 
 
+def _gan_recipe(start: str, settings: Mapping[str, Any]) -> str | None:
+    return None if start == "run" else "gan"
+
+
 def _points_recipe(start: str, settings: Mapping[str, Any]) -> str | None:
     return None if start == "run" else "points"
 
@@ -120,6 +125,7 @@ def _fine_unread(settings: FineSettings, start: str) -> set[str]:
         "coarse": {"sphere", "solidify", "fit", "field"},  # the colour field is the coarse stage's
         "triplane": {"sphere", "solidify"},
         "points": {"sphere", "solidify"},
+        "gan": {"sphere", "initialise"},
         "mesh": {"sphere", "initialise"},
         "nothing": {"initialise", "solidify", "fit"},
     }.get(start, set())
@@ -157,13 +163,21 @@ STAGES: dict[str, StageKind] = {
         defining=("triplane.steps", "triplane.upsampling", "triplane.weights"),
         weights="triplane",
     ),
+    "gan": StageKind(
+        GanSettings,
+        GanStage,
+        prior="clip:pocket",
+        recipe=_gan_recipe,
+        defining=("gan.steps", "gan.samples", "gan.lr", "gan.weights"),
+        weights="gan",
+    ),
     "fine": StageKind(  # fine.resolution, as clipmesh.resolution, is the renders' and may change
         FineSettings,
         FineStage,
         pictures=True,
         guidance=_polishing,
         follows="coarse",
-        follows_too=("points", "triplane"),
+        follows_too=("points", "triplane", "gan"),
         begins_with=frozenset({"nothing", "mesh", "run"}),
         start="a sphere, a mesh or a coarse stage",
         prior_space="latent",

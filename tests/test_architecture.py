@@ -70,12 +70,14 @@ ALLOWED = {
     "stages.fine": _GUIDED | {"stages.geometry", "stages.likeness"},
     "stages.clip_mesh": _STAGE,
     "stages.triplane": _STAGE,
+    "stages.gan": _STAGE,
     "stages.points": _STAGE | {"stages.guidance"},
     "stages.particles": _BASE | {"stages.coarse", "stages.guidance.guide", "stages.optimise", "stages.stage"},
     "stages.kinds": _GUIDED | {"stages.coarse", "stages.fine", "stages.clip_mesh", "stages.particles"}
-    | {"stages.points", "stages.triplane"},
+    | {"stages.points", "stages.triplane", "stages.gan"},
     "stages.pocket": _SURFACE
-    | {"stages.render", "stages.guidance.*", "stages.prompts", "stages.points", "stages.triplane"},
+    | {"stages.render", "stages.guidance.*", "stages.prompts", "stages.points", "stages.triplane"}
+    | {"stages.gan"},
     "pipeline": {"pipeline.cli", "pipeline.import_names"},
     "pipeline.import_names": set(),
     "pipeline.streams": set(),

@@ -28,6 +28,7 @@ from stages.prompts import PromptSettings, ViewPrompts
 from tests import tiny_families, tiny_folders
 from tests.mesh.mesh_shapes import sphere
 from tests.pretend_cuda import pretended
+from tests.stages.drafts.gan_cases import tiny_networks as tiny_gan
 from tests.stages.drafts.points_cases import load_ball as load_cloud_ball
 from tests.stages.drafts.points_cases import tiny_networks as tiny_points
 from tests.stages.drafts.triplane_cases import load_ball, tiny_networks
@@ -49,6 +50,7 @@ TINY = [
     *("clipmesh.steps=2", "clipmesh.resolution=64", "clipmesh.texture_size=32", "clipmesh.preview_size=16"),
     *("points.steps=4", "points.upsampling=1", "points.resolution=16", "points.grid=16", "points.picture_steps=2"),
     *("triplane.steps=3", "triplane.upsampling=1", "triplane.resolution=16"),
+    *("gan.steps=2", "gan.samples=2", "gan.resolution=16"),
     *("export.turntable_frames=0", "export.texture_size=64", "export.unwrap=boxes", "export.faces=500"),
 ]
 OURS = {"coarse": tiny_folders.pocket_pixel, "fine": tiny_folders.pocket_latent}
@@ -73,7 +75,9 @@ MORE = {
     "dreamfields": ["prior.coarse=clip:{clip}"],
     "points": ["points.clip={clip}", "points.weights={networks}", "prior.points={pixel}"],
     "triplane": ["prior.triplane=clip:{clip}", "triplane.weights={networks}", "export.texture_size=256"],
+    "gan": ["prior.gan=clip:{clip}", "gan.weights={networks}"],
 }
+CLIPPED = ("clip-mesh", "dreamfields", "points", "triplane", "gan")  # recipes with a CLIP
 QUICK = {"stable-diffusion"}
 
 
@@ -117,10 +121,12 @@ def test_recipe_runs_on_cuda_from_prompt_to_mesh(name, folder, mesh, tmp_path, m
     monkeypatch.setattr(diffusion_prior, "load_prior", spy)
     base = [f"prior.{stage}={folder(build)}" for stage, build in REAL.get(name, OURS).items()]
     places = {"mesh": mesh, "edited": tmp_path / "edited"}
-    places |= {"clip": folder(pocket_like)} if name in ("clip-mesh", "dreamfields", "points", "triplane") else {}
+    places |= {"clip": folder(pocket_like)} if name in CLIPPED else {}
     if name == "points":
         places |= {"networks": folder(tiny_points), "pixel": folder(tiny_folders.pocket_pixel)}
         monkeypatch.setattr("stages.points.stage.load_model", load_cloud_ball)
+    if name == "gan":
+        places["networks"] = folder(tiny_gan)
     if name == "triplane":  # random networks make no object
         places["networks"] = folder(tiny_networks)
         monkeypatch.setattr("stages.triplane.stage.load_model", load_ball)

@@ -274,6 +274,8 @@ SYSTEMS: dict[str, System] = {
         _stages("triplane"), "Rodin: a tri-plane from words, meshed", recipe="triplane", stages=("triplane",)
     ),
     "triplane+fine": System(_stages("triplane,fine"), "Rodin, then fine", recipe="triplane"),
+    "gan": System(_stages("gan"), "GET3D: a mesh of a class's generator", recipe="gan", stages=("gan",)),
+    "gan+fine": System(_stages("gan,fine"), "GET3D, then fine", recipe="gan"),
     "texture": System(
         _texture, "the ground truth's shape, plain, painted and not moved", recipe="texture", needs_truth=True
     ),

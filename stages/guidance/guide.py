@@ -130,6 +130,18 @@ class PicturingGuide(Protocol):
 
 
 @runtime_checkable
+class ScoringGuide(Protocol):
+    """A Guide that can tell how well each picture fits its words."""
+
+    @property
+    def prompt(self) -> str:
+        """Return the prompt itself, without words of a view."""
+
+    def scores(self, images: Tensor, views: Views) -> Tensor:
+        """Return a number [B] for each of linear images [B, H, W, 3] seen from B views; higher is better."""
+
+
+@runtime_checkable
 class ReadingGuide(Protocol):
     """A Guide with a CLIP that can say what it reads in the prompt, for networks that are told so."""
 

@@ -27,7 +27,7 @@ from tests.toy_runs import contents, lines, load
         (["--stages", "fine", "place.up=w"], "place.up", "'auto', 'x', '-x'"),
         (["--stages", "fine,coarse"], "stages", "order"),
         (["--stages", "coarse,coarse"], "stages", "once"),
-        (["--stages", "cores"], "stages", "stages: coarse, points, triplane, fine, clipmesh"),
+        (["--stages", "cores"], "stages", "stages: coarse, points, triplane, gan, fine, clipmesh"),
         (["--stages", ""], "stages", "stages"),
         (["--prompt", "  "], "prompt", "empty"),
         (["--seed", "-1"], "seed = -1", ">= 0"),

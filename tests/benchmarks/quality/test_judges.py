@@ -32,7 +32,8 @@ def test_guides_are_the_clips_of_the_stages_that_run():
 
 
 def test_a_clip_that_tells_a_drafts_networks_of_the_prompt_is_no_judge_either(other):
-    assert guides_of(config(stages="triplane")) == guides_of(config(stages="points,fine")) == [POCKET_CLIP]
+    for stages in ("triplane", "points,fine", "gan"):
+        assert guides_of(config(stages=stages)) == [POCKET_CLIP]
     assert guides_of(config(f"points.clip={other}", stages="points")) == [other]
     with pytest.raises(UserError, match="points is guided by the CLIP that would judge it"):
         check_judges({"points": "points"}, [POCKET_CLIP], {"points": ()})

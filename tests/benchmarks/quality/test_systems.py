@@ -76,7 +76,7 @@ def test_a_recipes_coarse_stage_alone_is_a_system_that_the_whole_recipe_takes_ov
         find_system("clip-mesh:coarse")
 
 
-@pytest.mark.parametrize("name", ["points", "points+fine", "triplane", "triplane+fine"])
+@pytest.mark.parametrize("name", ["points", "points+fine", "triplane", "triplane+fine", "gan", "gan+fine"])
 def test_drafts_are_systems_alone_and_refined(name, tmp_path, fake_pipeline):
     system, stage = find_system(name), name.removesuffix("+fine")
     system.make(job(tmp_path / "cell"))
@@ -89,6 +89,8 @@ def test_drafts_are_systems_alone_and_refined(name, tmp_path, fake_pipeline):
             "points+fine": ("prior.points=A", "prior.fine=B"),
             "triplane": (),
             "triplane+fine": ("prior.fine=B",),
+            "gan": (),
+            "gan+fine": ("prior.fine=B",),
         }[name]
     )
 

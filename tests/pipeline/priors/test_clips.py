@@ -148,7 +148,7 @@ def test_recipe_of_clip_mesh_leaves_out_every_colour_and_pattern_of_the_world():
 def test_clipmesh_stands_alone(stages):
     with pytest.raises(UserError) as error:
         config(None, stages=stages)
-    assert "coarse,fine; or points,fine; or triplane,fine; or clipmesh" in error.value.why
+    assert "coarse,fine; or points,fine; or triplane,fine; or gan,fine; or clipmesh" in error.value.why
 
 
 @pytest.mark.slow
