@@ -2,7 +2,7 @@
 
 Order: text (the encoder that all share), layout (what is where), pixel (the 64x64 UNet that draws by it), vae, latent
 (the 512x512 UNet), clip (on its own renders); triplane and points (stages' own networks, each in
-three phases) read the CLIP.
+three phases) read the CLIP; gan (a stage's own networks as well, one class of objects after another) reads nothing.
 Each resumes where it stopped, logs to log.jsonl, writes sample grids beside its state, and at the end writes an
 ordinary model folder, fp16 safetensors, below --out.
 """
@@ -16,6 +16,7 @@ from stages.pocket import models
 from stages.pocket.train.autoencoder import train_vae
 from stages.pocket.train.clip import train_clip
 from stages.pocket.train.denoisers import train_latent, train_pixel
+from stages.pocket.train.gan.trainer import CLASSES, train_gan
 from stages.pocket.train.layout import train_layout
 from stages.pocket.train.points.trainer import PHASES as POINT_PHASES
 from stages.pocket.train.points.trainer import train_points
@@ -31,6 +32,7 @@ TRAINERS = {
     "clip": (train_clip, 4000),
     "triplane": (train_triplane, 6000),
     "points": (train_points, 6000),
+    "gan": (train_gan, 8000),
 }  # with their steps, where nothing else is said
 
 
@@ -64,6 +66,7 @@ def main() -> None:
         choices=[*PHASES, *(name for name in POINT_PHASES if name not in PHASES)],
         help="triplane, points: this one alone, for all of the schedule",
     )
+    parser.add_argument("--classes", help=f"gan: classes of objects, by commas; {','.join(CLASSES)} without it")
     parser.add_argument("--compile", action="store_true", help="torch.compile the UNet: a sixth faster, a C++ compiler")
     parser.add_argument(
         "--device",
