@@ -106,10 +106,13 @@ class ClipGuidance:
         """Return the prompt itself, without words of a view."""
         return self.prompts.prompt
 
-    @torch.no_grad()
-    def scores(self, images: Tensor, views: Views) -> Tensor:
-        """Return the cosine [B] of each of linear images [B, H, W, 3], as a whole, with the words of its view."""
-        return (self.scorer.embed_images(images) * self.scorer.embed_texts(self.prompts.texts(views))).sum(-1)
+    def embed(self, images: Tensor) -> Tensor:
+        """Return ClipScorer.embed_images."""
+        return self.scorer.embed_images(images)
+
+    def embed_words(self, texts: list[str]) -> Tensor:
+        """Return ClipScorer.embed_texts."""
+        return self.scorer.embed_texts(texts)
 
     def read(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return ClipScorer.read_texts of the prompt itself, without words of a view."""

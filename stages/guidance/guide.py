@@ -130,15 +130,18 @@ class PicturingGuide(Protocol):
 
 
 @runtime_checkable
-class ScoringGuide(Protocol):
-    """A Guide that can tell how well each picture fits its words."""
+class EmbeddingGuide(Protocol):
+    """A Guide that can compare pictures and words beyond its own loss, in the joint space of a CLIP."""
 
     @property
     def prompt(self) -> str:
         """Return the prompt itself, without words of a view."""
 
-    def scores(self, images: Tensor, views: Views) -> Tensor:
-        """Return a number [B] for each of linear images [B, H, W, 3] seen from B views; higher is better."""
+    def embed(self, images: Tensor) -> Tensor:
+        """Return unit vectors [B, D] of linear images [B, H, W, 3] in [0, 1], differentiable in them."""
+
+    def embed_words(self, texts: list[str]) -> Tensor:
+        """Return unit vectors [P, D] of texts."""
 
 
 @runtime_checkable
