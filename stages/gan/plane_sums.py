@@ -43,7 +43,7 @@ class _Values(torch.autograd.Function):
     def forward(ctx, rows: Tensor, bias: Tensor, matrices: Tensor, at: Tensor) -> Tensor:
         rows, matrices = rows.contiguous(), matrices.transpose(1, 2).contiguous()
         out = rows.new_empty(len(rows), len(at), OUT)
-        _forward(*(t.detach().numpy() for t in (rows, bias, matrices, at, out)))
+        _forward(*(t.detach().numpy() for t in (rows, bias, matrices, at, out)), np.float32(SLOPE))
         ctx.save_for_backward(rows, bias, matrices, at)
         return out
 
@@ -54,14 +54,14 @@ class _Values(torch.autograd.Function):
         rows, bias, matrices, at = ctx.saved_tensors
         grads = [torch.zeros_like(t) for t in (rows, bias, matrices)]
         arrays = (t.detach().numpy() for t in (rows, bias, matrices, at, grad.contiguous(), *grads))
-        _backward(*arrays)
+        _backward(*arrays, np.float32(SLOPE))
         return grads[0], grads[1], grads[2].transpose(1, 2), None
 
 
 @njit(cache=True, nogil=True, fastmath={"contract", "nsz"})
-def _forward(rows, bias, matrices, at, out):
+def _forward(rows, bias, matrices, at, out, slope):
     shapes, hidden = rows.shape[0], rows.shape[4]
-    one, slope = np.float32(1), np.float32(SLOPE)
+    one = np.float32(1)
     h = np.empty(hidden, np.float32)
     for b in range(shapes):
         for n in range(at.shape[0]):
@@ -78,9 +78,9 @@ def _forward(rows, bias, matrices, at, out):
 
 
 @njit(cache=True, nogil=True, fastmath={"contract", "nsz"})
-def _backward(rows, bias, matrices, at, grad, grad_rows, grad_bias, grad_matrices):
+def _backward(rows, bias, matrices, at, grad, grad_rows, grad_bias, grad_matrices, slope):
     shapes, hidden = rows.shape[0], rows.shape[4]
-    one, slope = np.float32(1), np.float32(SLOPE)
+    one = np.float32(1)
     for b in range(shapes):
         w, grad_w = matrices[b], grad_matrices[b]
         for n in range(at.shape[0]):

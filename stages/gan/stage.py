@@ -53,7 +53,7 @@ class GanSettings(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     steps: int = Field(16, ge=1, description="the choice among latents, and steps of the colours' optimisation")
-    samples: int = Field(128, ge=1, le=4096, description="latents that are drawn and judged")
+    samples: int = Field(96, ge=1, le=4096, description="latents that are drawn and judged")
     lr: float = Field(0.01, ge=0, description="Adam's learning rate of the style of texture")
     views_per_step: int = Field(3, ge=1, le=3, description="views of one optimiser step")
     weights: str = Field("pocket", min_length=1, description="folder of the networks; pocket: the toolkit's own")
@@ -249,6 +249,6 @@ def class_of(prompt: str, sizes: Sizes) -> str:
     if len(named) == 1 and (name := next(iter(named))) in sizes.classes:
         return name
     kinds = ", ".join(sizes.classes)
-    why = f"it names {' and '.join(named) or 'none of them'}, and there is a generator for each of {kinds} alone"
+    why = f"it names {' and '.join(named) or 'none of them'}, and there are generators of {kinds} alone"
     fix = f"name one of {kinds}, or train others: {training_of('gan')} --classes NAME"
     raise UserError(f"The gan stage cannot draw {prompt!r}", why, fix)

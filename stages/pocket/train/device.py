@@ -1,4 +1,4 @@
-"""The device that a model is trained on, and a pool of renders that is kept there."""
+"""The device that a model is trained on, its numbers, and a pool of renders that is kept there."""
 
 from __future__ import annotations
 
@@ -34,3 +34,9 @@ def pool_rows(pool: np.ndarray, device: torch.device) -> Callable[[np.ndarray], 
         return lambda index: placed(pool[index], device)
     on_device = placed(pool, device)
     return lambda index: on_device[placed(index, device)]
+
+
+def bfloat16(device: torch.device | str = "cpu") -> torch.autocast:
+    """Return a context of bfloat16 networks where this CPU multiplies such numbers, of float32 elsewhere."""
+    fast = torch.device(device).type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+    return torch.autocast("cpu", torch.bfloat16, enabled=bool(fast))

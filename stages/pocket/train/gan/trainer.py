@@ -25,7 +25,7 @@ from stages.gan.model import GanModel, Sizes
 from stages.gan.tets import TetGrid, edge_loss, rescued
 from stages.kernels.srgb import linear_to_srgb
 from stages.pocket import world
-from stages.pocket.train.device import device_of
+from stages.pocket.train.device import bfloat16, device_of
 from stages.pocket.train.export import write_grid
 from stages.pocket.train.gan.bank import SHADING, SIDE, PictureBank, camera, draw_angles, make_bank
 from stages.pocket.train.gan.discriminator import Discriminator
@@ -264,12 +264,6 @@ def fakes(
 def channels_last(pictures: Tensor) -> Tensor:
     """Return the same pictures as a CPU's convolutions like them best."""
     return pictures.contiguous(memory_format=torch.channels_last)
-
-
-def bfloat16(device: torch.device) -> torch.autocast:
-    """Return a context of bfloat16 networks where a CPU multiplies such numbers; float32 elsewhere."""
-    fast = device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
-    return torch.autocast("cpu", torch.bfloat16, enabled=bool(fast))
 
 
 def _write(tensors: dict[str, Tensor], path: Path) -> None:

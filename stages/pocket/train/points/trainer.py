@@ -21,6 +21,7 @@ from torch import Tensor
 from stages.cameras import orbit_views
 from stages.guidance.clip import ClipScorer
 from stages.pocket.models import WEIGHTS
+from stages.pocket.train.device import bfloat16
 from stages.pocket.train.export import write_grid
 from stages.pocket.train.layout import GRID_PROMPTS
 from stages.pocket.train.loop import Training
@@ -186,12 +187,6 @@ def _sdf_loss(model: PointModel, bank: CloudBank, seed: int, training: Training)
         return (weight * (distance - truth).abs()).mean()
 
     return loss_step
-
-
-def bfloat16() -> torch.autocast:
-    """Return a context of bfloat16 networks where this core multiplies such numbers, of float32 elsewhere."""
-    fast = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
-    return torch.autocast("cpu", torch.bfloat16, enabled=bool(fast))
 
 
 @torch.no_grad()

@@ -21,6 +21,7 @@ from torch import Tensor
 from stages.cameras import orbit_views
 from stages.guidance.clip import ClipScorer
 from stages.kernels.srgb import linear_to_srgb
+from stages.pocket.train.device import bfloat16
 from stages.pocket.train.export import write_grid
 from stages.pocket.train.layout import GRID_PROMPTS
 from stages.pocket.train.loop import Training
@@ -98,12 +99,6 @@ def read_pictures(scorer: ClipScorer, pictures: Tensor) -> Tensor:
     with torch.no_grad():
         vectors = scorer.embed_srgb(pictures.float() / 255)
     return vectors * vectors.shape[-1] ** 0.5
-
-
-def bfloat16() -> torch.autocast:
-    """Return a context of bfloat16 networks where this core multiplies such numbers, of float32 elsewhere."""
-    fast = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
-    return torch.autocast("cpu", torch.bfloat16, enabled=bool(fast))
 
 
 def train_base(
