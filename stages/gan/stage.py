@@ -54,7 +54,7 @@ class GanSettings(BaseModel):
 
     steps: int = Field(16, ge=1, description="the choice among latents, and steps of the colours' optimisation")
     samples: int = Field(96, ge=1, le=4096, description="latents that are drawn and judged")
-    lr: float = Field(0.01, ge=0, description="Adam's learning rate of the style of texture")
+    lr: float = Field(0.005, ge=0, description="Adam's learning rate of the style of texture")
     views_per_step: int = Field(3, ge=1, le=3, description="views of one optimiser step")
     weights: str = Field("pocket", min_length=1, description="folder of the networks; pocket: the toolkit's own")
     resolution: int = Field(128, ge=16, le=1024, description="side of one preview picture in pixels")

@@ -148,7 +148,7 @@ def test_lost_shapes_are_given_a_surface_and_the_loss_that_brings_them_back(grid
         sdf[1] = grid.places.norm(dim=1) - 0.4
         sdf[0, 0] = 0.7
     made, loss = rescued(sdf, grid)
-    assert torch.equal(made[1], sdf[1]) and float(loss) == pytest.approx(sdf[0].mean().item())
+    assert torch.equal(made[1], sdf[1]) and loss.item() == pytest.approx(sdf[0].mean().item())
     inner = ~(grid.centre | grid.rim)
     assert torch.equal(made[0][inner], sdf[0][inner])
     assert torch.allclose(made[0][grid.centre], torch.tensor(0.5 - 1 - 0.7))
