@@ -168,7 +168,9 @@ class GanStage:
         with phase("render", self.times):
             images = self._render(planes, surfaces, views, SIDE, ALBEDO)
         with phase("guidance", self.times):
-            nearness = self._nearness(self.guidance.embed(images), self.mean[looks]).mean()
+            nearness = self._nearness(
+                self.guidance.embed(images), torch.stack([self.mean[look] for look in looks])
+            ).mean()
             (gradient,) = torch.autograd.grad(-nearness, w_tex)
         first, second = self.moments
         first.lerp_(gradient, 1 - BETAS[0])
