@@ -3,7 +3,7 @@
 Every caption of the world's held-out listing, judged by the pocket CLIP among 100 candidates, those captions and
 distractors from the whole world (textureless: its 85 kinds and compositions):
     truth    renders of the captions' own meshes, one view at a time and eight views together, colour and textureless
-    pixel    DDIM samples of the pixel prior at 64x64      (classifier-free guidance 4, 50 steps, front and side views
+    pixel    DDIM samples of the pixel prior at 64x64      (the stages' guidance scale 1, 50 steps, front and side views
     latent   DDIM samples of the latent prior, decoded      by turns, words as the stages use them)
     fidelity how near layout, priors and autoencoder come to the truth in dB (fidelity.py)
     chain    where a run loses what the layout knows: twelve runs of the default recipe (chain.py); only when asked for
@@ -40,7 +40,7 @@ from stages.pocket import world
 from stages.pocket.build import build
 
 WEIGHTS = Path(world.__file__).parent / "weights"
-CANDIDATES, SCALE, STEPS, SEED = 100, 4.0, 50, 0
+CANDIDATES, SCALE, STEPS, SEED = 100, 1.0, 50, 0
 VIEW_WORDS = (", front view", ", side view")
 AZIMUTHS, GREY = (25.0, 75.0), 0.4  # of these views' cameras, degrees; linear grey behind: for priors that take views
 MODELS = ("truth", "pixel", "latent", "fidelity", "chain")

@@ -22,8 +22,7 @@ class DiffusionSettings(BaseModel):
     )
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
         "auto",
-        description="of the networks; auto: on cuda float16 (bfloat16 for SD3 and Flux), else float32 (bfloat16 for "
-        "the pocket prior where the cores have it)",
+        description="auto: on cuda float16 (SD3, Flux: bfloat16), else float32 (pocket: bfloat16 if cores have it)",
     )
     resolution: int | None = Field(None, ge=8, le=4096, description="side in pixels that it works at; null: as trained")
     autoencoder: str | None = Field(
