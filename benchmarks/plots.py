@@ -88,6 +88,14 @@ def scatter(points: list[Point], title: str, x_label: str, y_label: str, *, log_
     )
 
 
+def standalone(figure: str) -> str:
+    """Return a figure of `scatter` as a file of its own: with its namespace, letters and a white ground."""
+    style = "text{font:12px sans-serif;fill:#333}"
+    ground = f'<style>{style}</style><rect width="{WIDTH}" height="{HEIGHT}" fill="#fff"/>'
+    head, body = figure.split(">", 1)
+    return f'{head} xmlns="http://www.w3.org/2000/svg">{ground}{body}\n'
+
+
 def _limits(values: list[float], log: bool) -> tuple[float, float]:
     values = [v for v in values if math.isfinite(v) and (v > 0 or not log)]
     low, high = min(values), max(values)

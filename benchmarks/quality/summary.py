@@ -9,9 +9,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from benchmarks.quality import metrics
+from benchmarks.quality.distribution import distance
 from benchmarks.quality.statistics import bootstrap, compare
 from benchmarks.quality.suite import Suite
 
@@ -186,7 +188,8 @@ def summarise(lines: list[Line], suite: Suite, clips: list[Path]) -> dict[str, A
     """Return the whole summary, JSON-ready.
 
     Returns: suite facts, where it ran, `systems` with an interval for every metric and group of prompts, `clips` with
-        R-Precision under every CLIP, `comparisons` of every pair of systems, and `scores` by cell.
+        R-Precision under every CLIP, `comparisons` of every pair of systems, `distribution` of every system's objects
+        together against the truth's, and `scores` by cell.
     """
     by_clip = score_lines(lines, suite, clips)
     names = [clip.name for clip in clips]
@@ -206,6 +209,7 @@ def summarise(lines: list[Line], suite: Suite, clips: list[Path]) -> dict[str, A
         "systems": {},
         "by_clip": {},
         "comparisons": [],
+        "distribution": {} if "truth" not in of else _distances(of, names[0]),
         "scores": by_clip,
     }
     groups = {"all": suite.prompts} | (suite.groups if len(suite.groups) > 1 else {})
@@ -233,6 +237,26 @@ def summarise(lines: list[Line], suite: Suite, clips: list[Path]) -> dict[str, A
             if result is not None:
                 summary["comparisons"].append({"a": a, "b": b, "metric": name, **result})
     return summary
+
+
+def _distances(of: dict[str, list[Line]], clip: str) -> dict[str, dict[str, dict[str, float]]]:
+    """By system and look: how far its objects together are from the truth's, as one CLIP sees them."""
+    facts: dict[str, dict[str, dict[str, float]]] = {}
+    for system in (name for name in of if name != "truth"):
+        for look in LOOKS:
+            interval = distance(*(_embeddings(of[name], clip, look) for name in (system, "truth")))
+            if interval.prompts >= 3:
+                facts.setdefault(system, {})[look] = {k: round(v, 3) for k, v in interval.as_dict().items()}
+    return facts
+
+
+def _embeddings(lines: list[Line], clip: str, look: str) -> dict[str, np.ndarray]:
+    """Unit embeddings [seeds, D] by prompt, of the cells that a CLIP has seen."""
+    rows: dict[str, list[list[float]]] = {}
+    for line in lines:
+        if clip in line.get("clip", {}):
+            rows.setdefault(line["prompt"], []).append(line["clip"][clip][look])
+    return {prompt: np.array(row) for prompt, row in rows.items()}
 
 
 def _steps_of(lines: list[Line]) -> dict[str, int]:

@@ -2,6 +2,7 @@
 
 python -m benchmarks.report OUT             one HTML page of a suite's folder: OUT/report.html, no network needed
 python -m benchmarks.report OUT --picture PNG   and what the page looks like, by a headless Chromium
+python -m benchmarks.report OUT --plots FOLDER  and its plots of quality against time
 python -m benchmarks.report --markdown      the READMEs' tables from what is in results/
 python -m benchmarks.report --into FILE     the same, put between FILE's <!-- benchmarks:NAME --> marks
 python -m benchmarks.report --readmes       the same for every README of the checkout
@@ -22,7 +23,7 @@ import numpy as np
 
 from benchmarks.environment import RESULTS, read_lines
 from benchmarks.markdown import origin
-from benchmarks.plots import Point, scatter
+from benchmarks.plots import Point, scatter, standalone
 from benchmarks.quality.cells import Cell
 from benchmarks.quality.summary import METRICS, interval_text, key_of
 from benchmarks.quality.systems import Job, find_system
@@ -34,13 +35,14 @@ from stages.mesh.mesh import Mesh
 from stages.paths import from_home
 
 HERE = Path(__file__).parent
+PLOTTED = ("r_precision_colour", "clip_colour", "volume_iou")  # against time
 VIEWER_FACES = 5000  # of a mesh in the page
 
 
-def plots(summary: dict[str, Any]) -> list[str]:
-    """Return quality against time for the systems that took any, with intervals."""
-    figures = []
-    for name in ("r_precision_colour", "clip_colour", "volume_iou"):
+def plots(summary: dict[str, Any]) -> dict[str, str]:
+    """Return quality against time for the systems that took any, with intervals: an SVG by metric."""
+    figures = {}
+    for name in PLOTTED:
         points = []
         for k, (system, facts) in enumerate(summary["systems"].items()):
             x, y = facts["all"].get("wall_s"), facts["all"].get(name)
@@ -48,10 +50,17 @@ def plots(summary: dict[str, Any]) -> list[str]:
                 points.append(
                     Point(name_of(system), x["mean"], y["mean"], (x["low"], x["high"]), (y["low"], y["high"]), k)
                 )
-        figures.append(
-            scatter(points, f"{METRICS[name].label} against time", "seconds a mesh", METRICS[name].label, log_x=True)
-        )
-    return [plot for plot in figures if plot]
+        label = METRICS[name].label
+        figures[name] = scatter(points, f"{label} against time", "seconds a mesh", label, log_x=True)
+    return {name: figure for name, figure in figures.items() if figure}
+
+
+def write_plots(summary: dict[str, Any], folder: Path) -> list[Path]:
+    """Write the plots as files of their own, FOLDER/quality_SUITE_METRIC.svg."""
+    return [
+        write_whole(folder / f"quality_{summary['suite']}_{name}.svg", standalone(figure).encode())
+        for name, figure in plots(summary).items()
+    ]
 
 
 def facts_of(summary: dict[str, Any]) -> list[str]:
@@ -248,7 +257,7 @@ def write_report(out: Path) -> Path:
         "ranks first among all candidates, by the mean embedding of eight views at 30 degrees; textureless renders are "
         "judged against captions without colours and patterns. Lengths are shares of the truth's diagonal.</p>",
         "<h2>Quality against time</h2>",
-        f'<div class="plots">{"".join(plots(summary))}</div>',
+        f'<div class="plots">{"".join(plots(summary).values())}</div>',
         *(["<h2>Time by stage and phase</h2>", times] if (times := times_table(summary)) else []),
         *(f"<h2>{escape(g.capitalize())}</h2>{systems_table(summary, g)}" for g in groups),
         *(["<h2>Under every CLIP</h2>", clips_table(summary)] if len(summary["clips"]) > 1 else []),
@@ -285,6 +294,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--picture", type=from_home, help="also write a picture of the page's top, by a headless Chromium"
     )
+    parser.add_argument("--plots", type=from_home, metavar="FOLDER", help="also write the plots against time, as SVG")
     parser.add_argument("--markdown", action="store_true", help="print the tables")
     parser.add_argument(
         "--into", type=from_home, nargs="+", metavar="FILE", help="put the tables between the files' marks"
@@ -295,13 +305,16 @@ def main(arguments: list[str] | None = None) -> int:
     pages = [*(args.into or []), *(readmes() if args.readmes else [])]
     if not (args.out or args.markdown or pages):
         parser.error("wanted a suite's folder, --markdown, --readmes or --into FILE")
-    if args.picture and not args.out:
-        parser.error("--picture: wanted a suite's folder")
+    if (args.picture or args.plots) and not args.out:
+        parser.error("--picture, --plots: wanted a suite's folder")
     try:
         if args.out:
             print(page := write_report(args.out))
             if args.picture:
                 print(take_picture(page, args.picture))
+            if args.plots:
+                summary = json.loads((args.out / "summary.json").read_text(encoding="utf-8"))
+                print(*write_plots(summary, args.plots), sep="\n")
         blocks = markdown_blocks(args.results) if args.markdown or pages else {}
         for page in pages:
             print(f"{page}: {', '.join(put_into(page, blocks)) or 'no marks found'}")

@@ -30,13 +30,25 @@ PLAIN = {
     "texture": "the shape given, painted by the prompt",
     "dreamfields": "Dream Fields",
     "clip-mesh": "CLIP-Mesh",
+    "points+fine": "points + fine",
+    "triplane+fine": "triplane + fine",
+    "gan+fine": "gan + fine",
     "truth": "ground truth",
     "floor": "random blob",
 }
+PAPERS = {
+    "coarse": "DreamFusion",
+    "magic3d": "Magic3D",
+    "points": "Point-E",
+    "triplane": "Rodin",
+    "gan": "GET3D",
+}  # whose method a system is built after, where its name does not say so
 ANSWERED = (
     "r_precision_colour", "clip_colour", "colour_difference", "brightness_error",
     "r_precision_textureless", "chamfer", "normal_consistency",
 )  # fmt: skip
+REFINED = (("magic3d", "coarse"), ("points+fine", "points"), ("triplane+fine", "triplane"), ("gan+fine", "gan"))
+BESIDE = {"coarse": "coarse alone"}  # how a system is called beside its refined one, where not as always
 COLUMNS = (
     "r_precision_colour", "r_precision_textureless", "clip_colour", "janus",
     "chamfer", "volume_iou", "solid", "wall_s",
@@ -52,27 +64,44 @@ def name_of(system: str) -> str:
 
 
 def answers(summary: dict[str, Any]) -> list[str]:
-    """Does fine beat coarse, by how much, at what price; how far is each system from the ceiling? In sentences."""
+    """Does fine beat what it begins with, by how much, at what price; how far is each system from the ceiling?
+
+    In sentences. Where one object matters less than all of them, as for the drafts, how far those are from the truth's.
+    """
     comparisons = {(c["a"], c["b"], c["metric"]): c for c in summary["comparisons"]}
-    compared = {name: _directed(comparisons, "magic3d", "coarse", name) for name in ANSWERED}
-    compared = {name: comparison for name, comparison in compared.items() if comparison is not None}
-    sure = [name for name, comparison in compared.items() if comparison["p_value"] < SURE]
-    sentences = [_sentence(compared[name], METRICS[name].label, METRICS[name].digits) for name in sure]
-    if unsure := [_gap(compared[name]["difference"], name) for name in compared if name not in sure]:
-        sentences.append(f"Coarse + fine against coarse alone, within chance: {'; '.join(unsure)}.")
-    time = _directed(comparisons, "magic3d", "coarse", "wall_s")
-    if time is not None:
-        d = time["difference"]
-        sentences.append(f"The price of the fine stage: {d['mean']:.0f} s more [{d['low']:.0f}, {d['high']:.0f}].")
+    sentences = [text for better, plain in REFINED for text in _refinement(comparisons, better, plain)]
     for system in summary["systems"]:
         if system in ("truth", "floor"):
             continue
         gaps = {name: _directed(comparisons, system, "truth", name) for name in CEILINGS}
         parts = [_gap(gap["difference"], name) for name, gap in gaps.items() if gap is not None]
         if parts:
-            name = name_of(system)
-            sentences.append(f"{name[:1].upper()}{name[1:]} against the ground truth: {'; '.join(parts)}.")
+            sentences.append(f"{_capital(name_of(system))} against the ground truth: {'; '.join(parts)}.")
+    if distances := summary.get("distribution"):
+        parts = [f"{name_of(system)} {interval_text(looks['colour'], 1)}" for system, looks in distances.items()]
+        sentences.append(f"All objects together against the ground truth's, kernel distance: {'; '.join(parts)}.")
     return sentences
+
+
+def _refinement(comparisons: dict, better: str, plain: str) -> list[str]:
+    """What a system with a fine stage gains over the same without, in sentences; none where one was not run."""
+    compared = {name: _directed(comparisons, better, plain, name) for name in ANSWERED}
+    compared = {name: comparison for name, comparison in compared.items() if comparison is not None}
+    pair = f"{name_of(better)} against {BESIDE.get(plain, name_of(plain))}"
+    sure = [name for name, comparison in compared.items() if comparison["p_value"] < SURE]
+    sentences = [_sentence(compared[name], pair, METRICS[name].label, METRICS[name].digits) for name in sure]
+    if unsure := [_gap(compared[name]["difference"], name) for name in compared if name not in sure]:
+        sentences.append(f"{_capital(pair)}, within chance: {'; '.join(unsure)}.")
+    time = _directed(comparisons, better, plain, "wall_s")
+    if time is not None:
+        d, after = time["difference"], "" if plain == "coarse" else f" after {name_of(plain)}"
+        price = f"{d['mean']:.0f} s more [{d['low']:.0f}, {d['high']:.0f}]"
+        sentences.append(f"The price of the fine stage{after}: {price}.")
+    return sentences
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 def _gap(d: dict[str, float], name: str) -> str:
@@ -92,11 +121,11 @@ def _directed(comparisons: dict, a: str, b: str, metric: str) -> dict[str, Any] 
     return back | {"a": a, "b": b, "wins": back["losses"], "losses": back["wins"], "difference": turned}
 
 
-def _sentence(c: dict[str, Any], label: str, digits: int) -> str:
+def _sentence(c: dict[str, Any], pair: str, label: str, digits: int) -> str:
     d = c["difference"]
     p = "p < 0.001" if c["p_value"] < 0.001 else f"p = {c['p_value']:.3f}"
     return (
-        f"{label}: coarse + fine against coarse alone {d['mean']:+z.{digits}f} [{d['low']:+z.{digits}f}, "
+        f"{label}: {pair} {d['mean']:+z.{digits}f} [{d['low']:+z.{digits}f}, "
         f"{d['high']:+z.{digits}f}], better on {c['wins']} and worse on {c['losses']} of {c['prompts']} prompts "
         f"({p})."
     )
@@ -231,7 +260,8 @@ def quality_table(summary: dict[str, Any], chosen: tuple[str, ...]) -> str:
     rows = []
     for system, facts in summary["systems"].items():
         fails = f" ({facts['failed']} of {facts['cells']} without an object)" if facts["failed"] else ""
-        rows.append([name_of(system) + fails, *(interval_text(facts["all"].get(n), METRICS[n].digits) for n in names)])
+        name = name_of(system) + (f" ({PAPERS[system]})" if system in PAPERS else "")
+        rows.append([name + fails, *(interval_text(facts["all"].get(n), METRICS[n].digits) for n in names)])
     table = markdown_table(["system", *(METRICS[n].label for n in names)], rows)
     prompts, seeds = sum(summary["prompts"].values()), max(f["seeds"] for f in summary["systems"].values())
     note = (

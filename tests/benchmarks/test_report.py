@@ -18,7 +18,7 @@ from benchmarks.quality.cells import Cell
 from benchmarks.quality.suite import Suite
 from benchmarks.quality.summary import summarise
 from benchmarks.quality.systems import random_blob
-from benchmarks.report import report, tables
+from benchmarks.report import picture, report, tables
 from benchmarks.report.browser import find_browser, look, take_picture
 from benchmarks.report.listings import first_sentence, models_markdown, recipes_markdown
 from stages.errors import UserError
@@ -138,9 +138,28 @@ def test_the_answers_turn_comparisons_the_right_way_round():
     assert "Coarse + fine against the ground truth: R-Precision, colour, % -23.0 [-30.0, -16.0]." in text
 
 
+def test_a_draft_and_its_refined_mesh_are_compared_too():
+    summary = made_up_summary()
+    names = {"coarse": "points", "magic3d": "points+fine", "truth": "truth"}
+    for comparison in summary["comparisons"]:
+        comparison |= {side: names[comparison[side]] for side in ("a", "b")}
+    text = tables.answers(summary)
+    assert text[0].startswith("R-Precision, colour, %: points + fine against points +25.0 [+10.0, +40.0]")
+    assert text[1] == "The price of the fine stage after points: 60 s more [50, 70]."
+    assert not any("coarse" in sentence for sentence in text[:2])
+
+
+def test_the_distance_of_all_objects_together_is_told_once(finished):
+    summary = json.loads((finished / "summary.json").read_text())
+    (floor,) = summary["distribution"]
+    assert floor == "floor" and set(summary["distribution"]["floor"]) == {"colour", "textureless"}
+    (sentence,) = (text for text in tables.answers(summary) if "kernel distance" in text)
+    assert sentence.count("random blob") == 1 and "ground truth " not in sentence
+
+
 def test_quality_markdown_has_a_row_a_system_and_says_where_it_comes_from():
     text = tables.quality_markdown(made_up_summary())
-    assert "| coarse + fine | 75.0 [70.0, 80.0] | 160 |" in text
+    assert "| coarse + fine (Magic3D) | 75.0 [70.0, 80.0] | 160 |" in text
     assert "4 prompts, 1 seed, pocket world" in text
     assert "2026-01-02, revision 0123456789, 2 cores" in text
 
@@ -223,6 +242,35 @@ def test_a_plot_is_valid_svg_with_every_finite_point_named():
     assert "a & b" in words
     assert "gone" not in words
     assert scatter([], "t", "x", "y") == ""
+
+
+def test_plots_against_time_stand_alone(finished, tmp_path, capsys):
+    assert report.main([str(finished), "--plots", str(tmp_path)]) == 0
+    path = tmp_path / "quality_three_r_precision_colour.svg"
+    assert str(path) in capsys.readouterr().out
+    root = xml.etree.ElementTree.fromstring(path.read_text())
+    assert root.tag == "{http://www.w3.org/2000/svg}svg"
+    assert "random blob" in [node.text for node in root.iter("{http://www.w3.org/2000/svg}text")]
+
+
+def test_a_picture_of_a_suite_has_a_column_a_system_and_a_row_a_prompt(tmp_path):
+    from PIL import Image
+
+    for k, system in enumerate(("points", "truth")):
+        folder = Cell(system, "a red ball", 0).folder(tmp_path)
+        folder.mkdir(parents=True)
+        strip = Image.new("RGB", (4 * 48, 48))
+        for view in range(4):
+            strip.paste((60 * view, 100 * k, 0), (48 * view, 0, 48 * view + 48, 48))
+        strip.save(folder / "gallery.jpg", quality=100, subsampling=0)
+    sheet = picture.compose(tmp_path, ["points", "truth"], ["a red ball", "a blue cube"], views=("clay", "side"))
+    side, step = picture.STRIP_HEIGHT, 2 * picture.STRIP_HEIGHT + picture.GAP
+    assert sheet.size == (2 * step - picture.GAP, picture.LABEL + 2 * (side + picture.LABEL))
+    row = 2 * picture.LABEL + side // 2
+    colours = [sheet.getpixel((step * column + side * view + side // 2, row)) for column in (0, 1) for view in (0, 1)]
+    expected = [(180, 0, 0), (60, 0, 0), (180, 100, 0), (60, 100, 0)]
+    assert np.abs(np.array(colours) - expected).max() < 6
+    assert sheet.getpixel((step + 10, row + side + picture.LABEL)) == (200, 200, 200)  # a cell that is not there
 
 
 def test_a_packed_mesh_unpacks_to_itself():
@@ -325,9 +373,9 @@ def test_a_browser_shows_the_page_and_turns_a_mesh(finished, tmp_path):
 
     shot = tmp_path / "page.png"
     assert report.main([str(finished), "--picture", str(shot)]) == 0
-    picture = np.asarray(Image.open(shot).convert("L"))
-    assert picture.shape == (1800, 1400)
-    assert picture.std() > 5
+    page = np.asarray(Image.open(shot).convert("L"))
+    assert page.shape == (1800, 1400)
+    assert page.std() > 5
 
 
 def test_without_a_browser_the_picture_is_refused(tmp_path, monkeypatch):
