@@ -17,9 +17,10 @@ from pydantic import BaseModel
 
 from stages.clip_mesh import ClipMeshSettings, ClipMeshStage
 from stages.fine import FineSettings, FineStage
-from stages.gan.stage import GanSettings, GanStage
+from stages.gan.stage import GanSettings, GanStage, check_class
 from stages.guidance.guide import Guide
 from stages.guidance.settings import GuidanceSettings
+from stages.networks import check_networks, networks_folder
 from stages.particles import ParticleSettings, make_coarse
 from stages.points.stage import PointSettings, PointStage
 from stages.ramp import constant
@@ -58,6 +59,7 @@ class StageKind:
             config.yaml.
         weights: the folder of its own networks below stages/pocket/weights; None where it has none.
         pictures: it holds on to the picture of `--image`.
+        check: refuses by UserError, from (settings, prompt), before any work, what it cannot draw.
     """
 
     settings: type[BaseModel]
@@ -74,6 +76,7 @@ class StageKind:
     unread: Callable[[Any, str], set[str]] = lambda settings, start: set()
     weights: str | None = None
     pictures: bool = False
+    check: Callable[[Any, str], None] = lambda settings, prompt: None
 
     def takes(self, stage: str) -> bool:
         """Return whether it can take the asset of that stage of the same run."""
@@ -153,6 +156,7 @@ STAGES: dict[str, StageKind] = {
         unread=_points_unread,
         defining=("points.steps", "points.upsampling", "points.condition", "points.weights", "points.clip"),
         weights="points",
+        check=lambda settings, prompt: check_networks(networks_folder(settings.weights, "points"), "points"),
         pictures=True,
     ),
     "triplane": StageKind(
@@ -162,6 +166,7 @@ STAGES: dict[str, StageKind] = {
         recipe=_triplane_recipe,
         defining=("triplane.steps", "triplane.upsampling", "triplane.weights"),
         weights="triplane",
+        check=lambda settings, prompt: check_networks(networks_folder(settings.weights, "triplane"), "triplane"),
     ),
     "gan": StageKind(
         GanSettings,
@@ -170,6 +175,7 @@ STAGES: dict[str, StageKind] = {
         recipe=_gan_recipe,
         defining=("gan.steps", "gan.samples", "gan.lr", "gan.weights"),
         weights="gan",
+        check=check_class,
     ),
     "fine": StageKind(  # fine.resolution, as clipmesh.resolution, is the renders' and may change
         FineSettings,

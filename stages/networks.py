@@ -5,8 +5,9 @@ config.json holds their sizes, model.safetensors their weights in float16.
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,6 +20,7 @@ from stages.paths import from_home
 POCKET = Path(__file__).parent / "pocket" / "weights"
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 Networks = TypeVar("Networks", bound=nn.Module)
+Sizes = TypeVar("Sizes")
 
 
 def networks_folder(name: str, own: str) -> Path:
@@ -50,16 +52,29 @@ def load_networks(make: Callable[[dict[str, Any]], Networks], folder: Path, stag
         kind: what they are, for messages.
     Raises: UserError for a folder that is missing or damaged.
     """
-    check_networks(folder, stage)
-    try:
+    with _refused(folder, stage, kind):
         networks = make(json.loads((folder / CONFIG).read_text(encoding="utf-8")))
         tensors = load_file(folder / WEIGHTS)
         networks.load_state_dict({name: value.float() for name, value in tensors.items()})
+    return networks.eval().requires_grad_(False)
+
+
+def load_config(make: Callable[[dict[str, Any]], Sizes], folder: Path, stage: str, kind: str) -> Sizes:
+    """Return what a folder tells of its networks, without them; the arguments are those of load_networks."""
+    with _refused(folder, stage, kind):
+        return make(json.loads((folder / CONFIG).read_text(encoding="utf-8")))
+
+
+@contextlib.contextmanager
+def _refused(folder: Path, stage: str, kind: str) -> Iterator[None]:
+    """Turn whatever a missing or damaged folder raises into a UserError."""
+    check_networks(folder, stage)
+    try:
+        yield
     except Exception as error:  # JSON, safetensors and torch raise errors of many kinds for a damaged file
         reason = str(error).strip().splitlines()[0] if str(error).strip() else "no message"
         what, why = f"Cannot load the {kind} networks of {folder}", f"{type(error).__name__}: {reason}"
         raise UserError(what, why, f"get the folder again, or train it: {training_of(stage)}") from None
-    return networks.eval().requires_grad_(False)
 
 
 def check_networks(folder: Path, stage: str) -> None:

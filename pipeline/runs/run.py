@@ -93,6 +93,7 @@ def prepare(config: Config, device: torch.device, caller: Caller) -> tuple[Confi
     """Return the settings that a new run reads, its priors and what it starts from. Raises: UserError for a mistake."""
     config = read_part(config)  # the very values that a resumed run reads
     resolve(config.kernels, device)  # refuses what is not there
+    stages.check_stages(config)
     priors = first_then_others(lambda: check_priors(config, None, caller.priors))
     inputs = check_inputs(config)
     if "usdz" in config.export.formats:

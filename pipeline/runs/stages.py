@@ -7,7 +7,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
+    from pipeline.config.model import Config
     from stages.stage import Asset, Stage
+
+
+def check_stages(config: Config) -> None:
+    """Raise UserError, before any work, for what a stage of a run has no networks for or cannot draw."""
+    from stages.kinds import STAGES
+
+    for name in config.stages:
+        STAGES[name].check(getattr(config, name), config.prompt)
 
 
 def make_stage(

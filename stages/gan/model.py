@@ -12,7 +12,7 @@ from pathlib import Path
 from torch import nn
 
 from stages.gan.generator import GanSizes, Generator
-from stages.networks import load_networks, save_networks
+from stages.networks import load_config, load_networks, save_networks
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,11 @@ class GanModel(nn.Module):
 def load_model(folder: Path) -> GanModel:
     """Return the networks of a folder, frozen, float32. Raises: UserError for one that is missing or damaged."""
     return load_networks(lambda values: GanModel(_read_sizes(values)), folder, "gan", "gan")
+
+
+def load_sizes(folder: Path) -> Sizes:
+    """Return the sizes and classes alone. Raises: UserError for a folder that is missing or damaged."""
+    return load_config(_read_sizes, folder, "gan", "gan")
 
 
 def _read_sizes(values: dict) -> Sizes:

@@ -25,7 +25,7 @@ from stages.cameras import Views, orbit_views
 from stages.errors import UserError
 from stages.gan.draw import draw
 from stages.gan.generator import Planes
-from stages.gan.model import Sizes, load_model
+from stages.gan.model import Sizes, load_model, load_sizes
 from stages.gan.tets import Surfaces, TetGrid, rescued
 from stages.guidance.guide import EmbeddingGuide, Guide
 from stages.kernels.srgb import linear_to_srgb, srgb_to_linear
@@ -242,6 +242,11 @@ class GanStage:
             raise UserError("The gan stage ended with a broken surface", why, "try another seed")
         mesh.colours = albedo(torch.from_numpy(mesh.vertices)).numpy()
         return Asset(mesh=mesh, albedo=albedo)
+
+
+def check_class(settings: GanSettings, prompt: str) -> None:
+    """Raise UserError, loading nothing, unless there is a generator of the class that a prompt names."""
+    class_of(prompt, load_sizes(networks_folder(settings.weights, "gan")))
 
 
 def class_of(prompt: str, sizes: Sizes) -> str:

@@ -50,7 +50,7 @@ class PointSettings(BaseModel):
     condition: Literal["both", "picture", "words"] = Field("both", description="what the networks are told")
     scale: float = Field(3.0, ge=0, description="of the base's classifier-free guidance; 1 for none")
     picture_steps: int = Field(25, ge=1, le=1000, description="denoising steps of the picture")
-    picture_scale: float = Field(5.0, ge=0, description="of the picture's guidance")
+    picture_scale: float = Field(1.0, ge=0, description="of the picture's guidance; 1 for none")
     grid: int = Field(64, ge=16, le=256, multiple_of=2, description="points a side of the grid of signed distances")
     weights: str = Field("pocket", min_length=1, description="folder of the networks; pocket: the toolkit's own")
     clip: str = Field("pocket", min_length=1, description="folder of the CLIP that they were trained with")

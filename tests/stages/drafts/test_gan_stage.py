@@ -7,7 +7,7 @@ import pytest
 import torch
 import trimesh
 
-from pipeline import doctor, generate, load_config
+from pipeline import cli, doctor, generate, load_config
 from pipeline.runs.lineage import upstream_of
 from stages.errors import UserError
 from stages.fine import FineSettings, FineStage
@@ -83,6 +83,17 @@ def test_the_class_is_the_one_that_the_prompt_names():
     assert class_of("A red striped MUG, side view", sizes) == "mug" and class_of("car", sizes) == "car"
     with pytest.raises(UserError, match="cannot draw 'a mug beside a robot'"):
         class_of("a mug beside a robot", sizes)
+
+
+def test_a_run_for_another_class_is_refused_before_any_work(networks, tmp_path, capsys):
+    out = tmp_path / "run"
+    words = ["--stages", "gan", "--out", str(out), f"gan.weights={networks}"]
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["run", "--prompt", "a red robot", *words])
+    assert "cannot draw 'a red robot'" in capsys.readouterr().err and not out.exists()
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["run", "--prompt", "a red car", *words[:-1], f"gan.weights={tmp_path / 'none'}"])
+    assert "The gan stage has no networks" in capsys.readouterr().err and not out.exists()
 
 
 def test_a_prior_that_compares_no_pictures_is_refused(networks):

@@ -91,7 +91,7 @@ def test_sampling_is_the_seeds_and_resumes_to_the_bit(networks, clip):
     whole, halves = make(networks, clip), make(networks, clip)
     metrics = run(whole)
     assert metrics["points"] == 4096 and np.isfinite(metrics["spread"]) and "4096 points" in whole.headline(metrics)
-    assert whole.guidance.asked == [(1, 25, 5.0)]
+    assert whole.guidance.asked == [(1, 25, 1.0)]
     for stop in (1, 3, 5, 6):  # after the picture, in the base, in the upsampler, at the end
         while halves.step_index < stop:
             halves.step()
