@@ -38,6 +38,17 @@ def add_noise(x0: Tensor, eps: Tensor, alpha_bar: Tensor) -> Tensor:
     return alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * eps
 
 
+def v_of(x0: Tensor, eps: Tensor, alpha_bar: Tensor) -> Tensor:
+    """Return v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x0 at alpha_bar [B] (Salimans & Ho 2022 app. D)."""
+    alpha_bar = alpha_bar.to(x0)[:, None, None]
+    return alpha_bar.sqrt() * eps - (1 - alpha_bar).sqrt() * x0
+
+
+def x0_of_v(v: Tensor, x: Tensor, sigma: float) -> Tensor:
+    """Return the clean clouds that v says of x = x0 + sigma eps."""
+    return x / (1 + sigma**2) - sigma / (1 + sigma**2) ** 0.5 * v
+
+
 def step_of(sigma: float, alpha_bar: Tensor) -> float:
     """Return the step t, with its fraction, whose noise is sigma; beyond the schedule's ends, the end."""
     levels = ((1 - alpha_bar) / alpha_bar).log() / 2

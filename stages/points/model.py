@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from stages.networks import load_networks, save_networks
-from stages.points.diffusion import cosine, guided, linear, step_of
+from stages.points.diffusion import cosine, guided, linear, step_of, x0_of_v
 from stages.points.transformer import PointTransformer, SdfNetwork, SdfShape, TransformerShape
 
 LOW, HIGH = 1024, 4096  # points of the base's cloud, and of the whole one
@@ -85,11 +85,11 @@ class PointModel(nn.Module):
         t = torch.full((len(x),), step_of(sigma, alpha_bar), device=x.device)
         z_t = x / (1 + sigma**2) ** 0.5
         if scale == 1:
-            return (x - sigma * network(z_t, t, condition.vector, condition.grid, low).float()).clamp(-1, 1)
+            return x0_of_v(network(z_t, t, condition.vector, condition.grid, low).float(), x, sigma).clamp(-1, 1)
         c = condition.with_nothing()
         twice = [None if part is None else torch.cat([part, part]) for part in (z_t, t, low)]
-        eps = network(twice[0], twice[1], c.vector, c.grid, twice[2]).float()
-        told, untold = ((x - sigma * part).clamp(-1, 1) for part in eps.chunk(2))
+        v = network(twice[0], twice[1], c.vector, c.grid, twice[2]).float()
+        told, untold = (x0_of_v(part, x, sigma).clamp(-1, 1) for part in v.chunk(2))
         return guided(told, untold, scale).clamp(-1, 1)
 
     def save(self, folder: Path) -> None:

@@ -6,9 +6,10 @@ sampler:
     -> upsampling diffusion to 4,096 -> signed distance on a grid -> density; colours of the nearest points
 Nothing is optimised. A run's `--image` enters at the picture, `points.condition` leaves out the picture or the words.
 
-Otherwise than there: one network reads grid and words, either of which may be missing, where Point-E has a network for
-each; the upsampler draws its points in three groups of 1,024, each beside the low cloud, and is not guided; sizes are
-those of a CPU.
+Otherwise than there: the networks predict v (Salimans & Ho 2022, arXiv 2202.00512), not eps, whose loss hardly hears of
+large sigma, where the words decide; one network reads grid and words, either of which may be missing, where Point-E has
+one for each; the upsampler draws its points in three groups of 1,024, each beside the low cloud, and is not guided;
+sizes are those of a CPU.
 """
 
 from __future__ import annotations

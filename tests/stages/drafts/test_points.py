@@ -16,7 +16,7 @@ from stages.cameras import orbit_views
 from stages.kernels.srgb import srgb_to_linear
 from stages.mesh.cloud import Cloud
 from stages.points.cloud import REACH, NearestColours, channels_of, cloud_of
-from stages.points.diffusion import add_noise, churned, cosine, guided, heun, ladder, linear, step_of
+from stages.points.diffusion import add_noise, churned, cosine, guided, heun, ladder, linear, step_of, v_of
 from stages.points.draw import draw_cloud
 from stages.points.model import Condition, PointModel
 from stages.points.surface import density_of, distance_grid
@@ -116,21 +116,23 @@ def test_churn_adds_the_noise_that_it_says_and_none_at_nothing():
     assert churned(x, 1.0, 9.0, torch.Generator())[1] == pytest.approx(math.sqrt(2))
 
 
-def test_clean_clouds_are_found_under_noise_by_the_noise_itself():
-    """A network that predicts the true noise, guided or not, gives the clean cloud; scale 0 gives the untold one."""
+def test_clean_clouds_are_found_under_noise_by_the_velocity():
+    """A network that predicts the true v, guided or not, gives the clean cloud; scale 0 gives the untold one."""
     model, x0, eps = PointModel(tiny_sizes()), ball_cloud(64), torch.randn(1, 64, 6)
     condition, sigma = Condition(torch.ones(1, 96), torch.ones(1, 3, 144)), 0.7
 
     def network(z_t, t, vector, grid, low):
         alpha_bar = torch.tensor(1 / (1 + sigma**2))
         torch.testing.assert_close(z_t[:1], add_noise(x0, eps, alpha_bar[None]), atol=1e-5, rtol=0)
-        return torch.where((vector.abs().sum(-1) > 0)[:, None, None], eps, eps + 0.1)
+        v = v_of(x0, eps, alpha_bar[None])
+        return torch.where((vector.abs().sum(-1) > 0)[:, None, None], v, v + 0.1)
 
     model.base.forward = network
     x = x0 + sigma * eps
     torch.testing.assert_close(model.x0("base", x, sigma, condition), x0.clamp(-1, 1), atol=1e-5, rtol=0)
     untold = model.x0("base", x, sigma, condition, scale=0.0)
-    torch.testing.assert_close(untold, (x0 - 0.07).clamp(-1, 1), atol=1e-5, rtol=0)
+    lower = x0 - 0.1 * sigma / (1 + sigma**2) ** 0.5  # x0 = sqrt(alpha_bar) z_t - sqrt(1 - alpha_bar) v
+    torch.testing.assert_close(untold, lower.clamp(-1, 1), atol=1e-5, rtol=0)
     torch.testing.assert_close(guided(x0, untold, 2.0), 2 * x0 - untold)
 
 

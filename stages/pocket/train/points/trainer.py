@@ -27,7 +27,7 @@ from stages.pocket.train.layout import GRID_PROMPTS
 from stages.pocket.train.loop import Training
 from stages.pocket.train.points.bank import CloudBank
 from stages.points.cloud import cloud_of
-from stages.points.diffusion import MOST, add_noise, heun, ladder
+from stages.points.diffusion import MOST, add_noise, heun, ladder, v_of
 from stages.points.draw import draw_cloud
 from stages.points.model import LOW, Condition, PointModel, make_sizes
 from stages.points.surface import SEEN
@@ -162,7 +162,7 @@ def _noise_loss(
         condition = told.condition(rows, rng)
         with bfloat16():
             out = network(add_noise(x0, eps, schedule[t]), t, condition.vector, condition.grid, low)
-        return (out.float() - eps).square().mean()
+        return (out.float() - v_of(x0, eps, schedule[t])).square().mean()
 
     return loss_step
 
