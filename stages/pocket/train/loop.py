@@ -11,6 +11,7 @@ import math
 import os
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -18,6 +19,22 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 LossStep = Callable[[int], Tensor]  # step number -> loss
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The length of a training: a number of steps, or minutes of training time; exactly one of them."""
+
+    steps: int | None = None
+    minutes: float | None = None
+
+    def __post_init__(self) -> None:
+        if (self.steps is None) == (self.minutes is None):
+            raise ValueError("steps, minutes: wanted exactly one of them")
+
+    def share(self, step: int, seconds: float) -> float:
+        """Return how much of it is over after so many steps and seconds, in [0, 1]."""
+        return min(1.0, step / self.steps if self.steps else seconds / (60 * self.minutes))
 
 
 class Training:
@@ -43,9 +60,7 @@ class Training:
         warmup: int = 200,
         rates: dict[str, float] | None = None,
     ) -> None:
-        if (steps is None) == (minutes is None):
-            raise ValueError("steps, minutes: wanted exactly one of them")
-        self.folder, self.lr, self.steps, self.minutes, self.ema_decay = folder, lr, steps, minutes, ema
+        self.schedule, self.folder, self.lr, self.ema_decay = Schedule(steps, minutes), folder, lr, ema
         self.warmup = warmup
         self.parameters = {
             f"{name}.{key}": p for name, m in modules.items() for key, p in m.named_parameters() if p.requires_grad
@@ -70,8 +85,7 @@ class Training:
     @property
     def progress(self) -> float:
         """Return the share of the schedule that is over, in [0, 1]."""
-        share = self.step_index / self.steps if self.steps else self.seconds / (60 * self.minutes)
-        return min(1.0, share)
+        return self.schedule.share(self.step_index, self.seconds)
 
     def run(self, loss_step: LossStep, *, save_minutes: float = 3.0, sample: Callable[[], None] | None = None) -> None:
         """Train to the end of the schedule; saves every `save_minutes` and at the end, calling `sample` each time."""

@@ -30,6 +30,7 @@ from stages.pocket.train.export import write_grid
 from stages.pocket.train.gan.bank import SHADING, SIDE, PictureBank, camera, draw_angles, make_bank
 from stages.pocket.train.gan.discriminator import Discriminator
 from stages.pocket.train.gan.losses import discriminator_loss, generator_loss, r1
+from stages.pocket.train.loop import Schedule
 
 CLASSES = ("mug", "car", "chair", "house")
 PICTURES = 6000  # of a class, where --images says nothing
@@ -93,10 +94,8 @@ class GanTraining:
         batch: int = BATCH,
         sizes: GanSizes | None = None,
     ) -> None:
-        if (steps is None) == (minutes is None):
-            raise ValueError("steps, minutes: wanted exactly one of them")
-        self.name, self.folder, self.seed, self.device, self.lr = name, folder, seed, device, lr
-        self.steps, self.minutes, self.batch, self.bank = steps, minutes, batch, bank.to(device)
+        self.schedule, self.name, self.folder, self.seed = Schedule(steps, minutes), name, folder, seed
+        self.device, self.lr, self.batch, self.bank = device, lr, batch, bank.to(device)
         torch.manual_seed(seed)
         sizes = sizes or GanSizes()
         self.generator, self.average, self.discriminator = (
@@ -120,8 +119,7 @@ class GanTraining:
     @property
     def progress(self) -> float:
         """Return the share of the schedule that is over, in [0, 1]."""
-        share = self.step_index / self.steps if self.steps else self.seconds / (60 * self.minutes)
-        return min(1.0, share)
+        return self.schedule.share(self.step_index, self.seconds)
 
     def run(self) -> None:
         """Train to the end of the schedule; saves and draws samples every few minutes and at the end."""
