@@ -51,7 +51,7 @@ REFINED = (("magic3d", "coarse"), ("points+fine", "points"), ("triplane+fine", "
 BESIDE = {"coarse": "coarse alone"}  # how a system is called beside its refined one, where not as always
 COLUMNS = (
     "r_precision_colour", "r_precision_textureless", "clip_colour", "janus",
-    "chamfer", "volume_iou", "solid", "wall_s",
+    "chamfer", "volume_iou", "solid", "wall_s", "memory_mb",
 )  # fmt: skip
 HEADLINE = "quality_main_job_prompts"  # the suite of the README's one table: the prompts of its picture
 HEADLINE_COLUMNS = ("r_precision_colour", "r_precision_textureless", "janus", "chamfer", "solid", "wall_s")
