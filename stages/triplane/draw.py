@@ -9,18 +9,22 @@ from torch import Tensor
 from stages.cameras import Views
 from stages.render.shade import ALBEDO, Shading
 from stages.render.volume import Sampling, VolumeImages, render_field
-from stages.triplane.field import TriplaneField
+from stages.triplane.field import DENSITY, TriplaneField
 
 CELLS = 32  # a side of the occupancy
 
 
 @torch.no_grad()
 def occupied(field: TriplaneField, device: torch.device, cells: int = CELLS) -> Tensor:
-    """Return the cells [G, G, G] uint8 that the renderer has to look into: those of the object and beside them."""
+    """Return the cells [G, G, G] uint8 that the renderer has to look into: those of the surface and around it.
+
+    What lies more than two cells deep is left out, since no light comes back from there.
+    """
     axis = (torch.arange(2 * cells, device=device) + 0.5) / cells - 1
     density = field.density(torch.cartesian_prod(axis, axis, axis)).view(1, 1, 2 * cells, 2 * cells, 2 * cells)
-    coarse = F.max_pool3d(density, 4, stride=2, padding=1)[0, 0]
-    return (coarse > 0.5).to(torch.uint8)
+    most = F.max_pool3d(density, 4, stride=2, padding=1)[0, 0]
+    least = -F.max_pool3d(-density, 10, stride=2, padding=4)[0, 0]  # of the cell and two around it
+    return ((most > 0.5) & (least < DENSITY / 2)).to(torch.uint8)
 
 
 def draw(

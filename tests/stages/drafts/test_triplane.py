@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 
 from stages.cameras import orbit_views
+from stages.render.shade import ALBEDO, LAMBERT
 from stages.triplane.diffusion import add_noise, cosine, next_noise, sigmoid, times, v_of, x0_of_v
-from stages.triplane.draw import draw
+from stages.triplane.draw import draw, occupied
 from stages.triplane.field import Decoder, TriplaneField
 from stages.triplane.planes import AXES, BOX, features_at, resize, roll_out, roll_up
 from stages.triplane.unet import AwareConvolution, TriplaneUNet, UNetShape
@@ -181,6 +182,16 @@ def test_drawn_ball_covers_its_disc():
     cover = picture.opacity.mean((1, 2, 3))
     disc = math.pi * (24 * math.tan(math.asin(0.5 / 3)) / math.tan(math.radians(18))) ** 2 / 48**2
     assert ((cover - disc).abs() < 0.15 * disc).all()
+
+
+def test_what_lies_deep_inside_is_not_looked_into_and_not_missed():
+    field, views = TriplaneField(ball_planes()[0], ball_decoder()), orbit_views([20.0, 140.0], 20.0)
+    cells = occupied(field, torch.device("cpu"))
+    whole = torch.ones_like(cells)
+    assert cells[16, 16, 16] == 0 and cells.sum() < whole.sum() / 8
+    for shading in (ALBEDO, LAMBERT):
+        less, more = (draw(field, views, 32, torch.zeros(3), shading=shading, cells=c).colour for c in (cells, whole))
+        assert float((less - more).detach().abs().max()) < 2e-3
 
 
 def test_gradient_of_a_picture_reaches_the_planes():
