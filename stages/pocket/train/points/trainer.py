@@ -37,7 +37,7 @@ OBJECTS = 6000  # where --images says nothing
 LR = {"base": 6e-4, "up": 6e-4, "sdf": 1e-3}
 GROWTH = {  # up to which share of the schedule, how many points of a cloud, how many clouds a step
     "base": ((0.5, 128, 24), (0.85, 256, 16), (1.0, LOW, 4)),
-    "up": ((0.7, 512, 4), (1.0, LOW, 2)),
+    "up": ((0.5, 128, 16), (0.8, 256, 8), (1.0, LOW, 2)),  # of the low clouds twice as many, at most LOW
     "sdf": ((0.6, 256, 8), (1.0, SEEN, 6)),
 }
 NO_WORDS, NO_PICTURE = 0.3, 0.35  # shares of the rows without an embedding, and without a grid
@@ -154,7 +154,7 @@ def _noise_loss(
         clouds = bank.clouds[rows].float()
         x0, low = clouds[:, order[:count]], None
         if phase == "up":
-            low = clouds[:, order[count : count + LOW]]
+            low = clouds[:, order[count : count + min(2 * count, LOW)]]
             strength = torch.from_numpy(rng.uniform(0, ROUGH, (batch, 1, 1))).float()
             low = low + strength * torch.from_numpy(rng.standard_normal(low.shape, np.float32))
         t = torch.from_numpy(rng.integers(len(schedule), size=batch))
