@@ -41,7 +41,7 @@ class TriplaneSettings(BaseModel):
 
     steps: int = Field(60, ge=2, le=1000, description="denoising steps in all; Rodin takes 100 for the base")
     upsampling: int = Field(10, ge=0, description="of them, the upsampler's; 0 leaves the low planes as they are")
-    scale: float = Field(3.0, ge=0, description="of classifier-free guidance; 1 for none")
+    scale: float = Field(1.5, ge=0, description="of classifier-free guidance; 1 for none")
     eta: float = Field(0.5, ge=0, le=1, description="share of fresh noise in a step: 0 DDIM, 1 DDPM")
     weights: str = Field("pocket", min_length=1, description="folder of the networks; pocket: the toolkit's own")
     views_per_step: int = Field(1, ge=1, description="not used: no pictures are made")
