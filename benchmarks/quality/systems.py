@@ -24,8 +24,11 @@ from benchmarks.quality.suite import spec_of
 from benchmarks.speed.energy import energy_j
 from benchmarks.speed.runs import environment_of
 from stages.errors import UserError
+from stages.gan.model import load_sizes
+from stages.gan.stage import class_of
 from stages.mesh.files.read import read_mesh
 from stages.mesh.mesh import Mesh
+from stages.networks import networks_folder
 from stages.pocket.build import build
 
 
@@ -167,6 +170,23 @@ def _stages(stages: str) -> Make:
     return lambda job: run_pipeline(job, ["--stages", stages])
 
 
+def _gan(stages: str) -> Make:
+    """A run of these stages, begun by a class's generator; a prompt of another class is a result, not a fault."""
+
+    def make(job: Job) -> tuple[Mesh, dict[str, Any]]:
+        from pipeline.config.model import load_config
+
+        settings = load_config(None, list(job.options), {"stages": stages}).gan
+        sizes = load_sizes(networks_folder(settings.weights, "gan"))
+        try:
+            class_of(job.prompt, sizes)
+        except UserError as error:
+            raise Failed(f"{error.what}\n{error.why}\n{error.fix}") from None
+        return _stages(stages)(job)
+
+    return make
+
+
 def _config(recipe: str | None) -> list[str]:
     """A recipe as words; none for the default, which is what a user types."""
     return [] if recipe is None else ["--config", recipe]
@@ -274,8 +294,8 @@ SYSTEMS: dict[str, System] = {
         _stages("triplane"), "Rodin: a tri-plane from words, meshed", recipe="triplane", stages=("triplane",)
     ),
     "triplane+fine": System(_stages("triplane,fine"), "Rodin, then fine", recipe="triplane"),
-    "gan": System(_stages("gan"), "GET3D: a mesh of a class's generator", recipe="gan", stages=("gan",)),
-    "gan+fine": System(_stages("gan,fine"), "GET3D, then fine", recipe="gan"),
+    "gan": System(_gan("gan"), "GET3D: a mesh of a class's generator", recipe="gan", stages=("gan",)),
+    "gan+fine": System(_gan("gan,fine"), "GET3D, then fine", recipe="gan"),
     "texture": System(
         _texture, "the ground truth's shape, plain, painted and not moved", recipe="texture", needs_truth=True
     ),

@@ -196,3 +196,9 @@ def test_the_reference_system_gets_the_ground_truth_as_a_file(tmp_path, fake_pip
     path = next(word for word in words if word.startswith("reference.mesh=")).split("=")[1]
     assert words[words.index("--config") + 1] == "reference"
     assert len(trimesh.load(path).faces) == len(build(world.parse("a red mug")).faces)
+
+
+@pytest.mark.parametrize("name", ["gan", "gan+fine"])
+def test_a_prompt_without_a_generator_is_a_result_and_not_a_fault(name, tmp_path):
+    with pytest.raises(systems.Failed, match="cannot draw 'a red boat'"):
+        systems.find_system(name).make(systems.Job("a red boat", 0, tmp_path, 1))
